@@ -1,0 +1,282 @@
+"""The fast step alone, on random weights in published shapes: is it right, how long does it take, where does it go.
+
+    python benchmarks/engine_step.py check --shape 1b
+    python benchmarks/engine_step.py time --shape 1b --quantization nf4
+    python benchmarks/engine_step.py profile --shape 1b
+
+`check` sets gradients beside the plain path and beside float32; `time` prints one RESULT line of JSON for each size of
+step; `profile` lists the kernels of one step by their share of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from typing import Any
+
+import bitsandbytes
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from parley.config import LLAMA_PROJECTIONS
+from parley.engine.bind import bind
+from parley.engine.documents import Example
+from parley.engine.plan import Plan, make_plan
+from parley.engine.step import FastStep
+
+GIB = 2**30
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        tie_word_embeddings=True,
+    ),
+    "8b": dict(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=False,
+    ),
+}
+ROPE = dict(
+    rope_type="llama3",
+    rope_theta=500000.0,
+    factor=32.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)
+
+
+def build(shape: str, quantization: str, layers: int | None = None) -> PeftModel:
+    """A Llama of this shape with LoRA r = 16 on all projections, quantised on the GPU, never on disk."""
+    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
+    config = LlamaConfig(**sizes, vocab_size=128256, max_position_embeddings=131072, rope_parameters=ROPE)
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model.to_empty(device="cpu")
+    torch.set_default_dtype(torch.float32)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear) and name != "lm_head":
+                module.add_module(name, _linear(child, quantization))
+            elif isinstance(child, nn.Linear | nn.Embedding):
+                child.weight = nn.Parameter(0.02 * torch.randn_like(child.weight, device="cuda"), requires_grad=False)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data = torch.ones_like(parameter, device="cuda")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to("cuda")
+    lora = LoraConfig(r=16, lora_alpha=16, target_modules=list(LLAMA_PROJECTIONS), task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def _linear(linear: nn.Linear, quantization: str) -> nn.Linear:
+    weight = 0.02 * torch.randn(linear.weight.shape, dtype=torch.bfloat16, device="cuda")
+    if quantization == "none":
+        new = nn.Linear(1, 1, bias=False)
+        new.in_features, new.out_features = linear.in_features, linear.out_features
+        new.weight = nn.Parameter(weight, requires_grad=False)
+        return new
+    new = bitsandbytes.nn.Linear4bit(
+        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+    )
+    params = bitsandbytes.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
+    new.weight = params.to("cuda")
+    return new
+
+
+def conversations(tokens: int, documents: int, supervised: float, seed: int, *, even: bool = False) -> list[Example]:
+    """Random documents, of uneven length unless `even`, that add up to `tokens`, the tail of each supervised."""
+    rng = np.random.default_rng(seed)
+    shares = np.full(documents, 1 / documents) if even else rng.dirichlet(np.full(documents, 3.0))
+    lengths = np.maximum((shares * tokens).astype(int), 8)
+    lengths[-1] = max(tokens - lengths[:-1].sum(), 8)
+    examples = []
+    for length in lengths:
+        ids = rng.integers(0, 128000, length)
+        labels = np.where(np.arange(length) >= length * (1 - supervised), ids, -100)
+        examples.append(Example.of(ids, labels))
+    return examples
+
+
+def plain_gradient(model: PeftModel, examples: list[Example], dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    """Loss and all adapter gradients in a row, through transformers, PEFT and autograd, a document at a time."""
+    count = sum(e.supervised for e in examples)
+    loss_sum = 0.0
+    for e in examples:
+        ids = torch.tensor(e.ids_L, device="cuda").long()[None]
+        target = torch.tensor(e.label_L[1:], device="cuda").long()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            logits = model(ids).logits[0, :-1]
+        loss = functional.cross_entropy(logits.float(), target, ignore_index=-100, reduction="sum") / count
+        loss.backward()
+        loss_sum += loss.item()
+    gradient = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
+    model.zero_grad(set_to_none=True)
+    return loss_sum, gradient
+
+
+def fast_gradient(model: PeftModel, examples: list[Example], plan: Plan, passes: int = 1) -> tuple[float, torch.Tensor]:
+    step = FastStep(bind(model), plan)
+    count = sum(e.supervised for e in examples)
+    for _ in range(passes):
+        step.run(examples, count)
+    step.bound.flat.show_gradients()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    model.zero_grad(set_to_none=True)
+    return float(step.figures_3[0]) / count, gradient
+
+
+def check(shape: str, quantization: str) -> None:
+    model = build(shape, quantization, layers=4)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.01)
+    examples = conversations(1601, 7, 0.4, 0)
+    plans = {
+        "eager": Plan(),
+        "graph": Plan(graph_tokens=8192),
+        "products": Plan(keep="products", keep_matrices=False, head_rows=100),
+        "inputs, split": Plan(keep="inputs", keep_matrices=False, tokens=500),
+    }
+    results = {"plain bf16": plain_gradient(model, examples, torch.bfloat16)}
+    for name, plan in plans.items():
+        results[name] = fast_gradient(model, examples, plan, passes=3 if plan.graph_tokens else 1)
+    results["one document at a time"] = fast_gradient(model, examples, Plan(tokens=1))
+    long = conversations(6000, 2, 0.4, 0)
+    results["long plain"] = plain_gradient(model, long, torch.bfloat16)
+    results["long"] = fast_gradient(model, long, Plan(positions=8192))
+    if quantization == "none":
+        loss, exact = plain_gradient(model.float(), examples, torch.float32)
+        long_loss, long_exact = plain_gradient(model, long, torch.float32)
+    else:
+        (loss, exact), (long_loss, long_exact) = results["plain bf16"], results["long plain"]
+    for name, (its_loss, gradient) in results.items():
+        wanted, wanted_loss = (long_exact, long_loss) if name.startswith("long") else (exact, loss)
+        error = ((gradient - wanted).norm() / wanted.norm()).item()
+        print(
+            f"check {shape} {quantization} {name:24} loss {its_loss:.5f} ({wanted_loss:.5f}) gradient off by {error:.2e}"
+        )
+
+
+class Timed:
+    """A model with its step and optimizer, as a trainer would drive them."""
+
+    def __init__(self, shape: str, quantization: str, memory: Any, examples: list[Example]) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        bound = bind(build(shape, quantization))
+        plan = make_plan(bound, memory, max(len(example.ids_L) for example in examples), len(examples))
+        print("\n".join(plan.lines()), flush=True)
+        self.step = FastStep(bound, plan)
+        self.flat = self.step.bound.flat
+        self.optimizer = bitsandbytes.optim.AdamW8bit([self.flat.weight_G], lr=2e-4, weight_decay=0.01)
+
+    def __call__(self, examples: list[Example]) -> None:
+        self.step.run(examples, sum(e.supervised for e in examples))
+        norm = torch.linalg.vector_norm(self.flat.grad_G)
+        self.flat.grad_G.mul_(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+        self.optimizer.step()
+
+
+def milliseconds(timed: Timed, examples: list[Example], repeats: int) -> tuple[float, float, float]:
+    """Median over `repeats` steps that each wait for the device as logging does, the host's share of one, the first."""
+    start = time.perf_counter()
+    timed(examples)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    walls, hosts = [], []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        timed(examples)
+        hosts.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+        walls.append(time.perf_counter() - start)
+    return 1000 * statistics.median(walls), 1000 * statistics.median(hosts), 1000 * first
+
+
+def report(shape: str, quantization: str, memory: Any, sizes: list[list[Example]], repeats: int) -> None:
+    timed = Timed(shape, quantization, memory, max(sizes, key=lambda examples: sum(len(e.ids_L) for e in examples)))
+    for examples in sizes:
+        timed(examples)
+        wall, host, first = milliseconds(timed, examples, repeats)
+        result = dict(
+            shape=shape,
+            quantization=quantization,
+            memory=memory,
+            keep=timed.step.plan.keep,
+            tokens=sum(len(e.ids_L) for e in examples),
+            documents=len(examples),
+            supervised=sum(e.supervised for e in examples),
+            step_ms=round(wall, 2),
+            host_ms=round(host, 2),
+            first_ms=round(first, 1),
+            loss=round(float(timed.step.figures_3[0]) / sum(e.supervised for e in examples), 4),
+            peak_allocated_gib=round(torch.cuda.max_memory_allocated() / GIB, 2),
+            predicted_gib=round(timed.step.plan.predicted / GIB, 2),
+            peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
+        )
+        print("RESULT " + json.dumps(result), flush=True)
+
+
+def profile(shape: str, quantization: str, memory: Any, examples: list[Example]) -> None:
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as torch_profile
+
+    timed = Timed(shape, quantization, memory, examples)
+    for _ in range(3):
+        timed(examples)
+    torch.cuda.synchronize()
+    with torch_profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        timed(examples)
+        torch.cuda.synchronize()
+    rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
+    total = sum(row.device_time_total for row in rows)
+    print(
+        f"profile {shape} {quantization} {sum(len(e.ids_L) for e in examples)} tokens: {total / 1000:.2f} ms in kernels"
+    )
+    for row in rows[:32]:
+        print(f"{row.device_time_total / 1000:8.3f} ms {row.count:5d} x  {row.key[:110]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["check", "time", "profile"])
+    parser.add_argument("--shape", default="1b", choices=sorted(SHAPES))
+    parser.add_argument("--quantization", default="nf4", choices=["nf4", "none"])
+    parser.add_argument("--memory", default="auto", help="auto, low or GiB")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1890])
+    parser.add_argument("--documents", type=int, default=8)
+    parser.add_argument("--supervised", type=float, default=1 / 3)
+    parser.add_argument("--even", action="store_true", help="documents of one length")
+    parser.add_argument("--repeats", type=int, default=20)
+    args = parser.parse_args()
+    if args.what == "check":
+        check(args.shape, args.quantization)
+        return
+    memory = args.memory if args.memory in ("auto", "low") else float(args.memory)
+    sizes = [conversations(t, args.documents, args.supervised, t, even=args.even) for t in args.tokens]
+    if args.what == "time":
+        report(args.shape, args.quantization, memory, sizes, args.repeats)
+    else:
+        profile(args.shape, args.quantization, memory, sizes[0])
+
+
+if __name__ == "__main__":
+    main()

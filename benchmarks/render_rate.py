@@ -1,0 +1,84 @@
+"""How fast rows are rendered on one core, and whether they are right.
+
+    python benchmarks/render_rate.py TOKENIZER_FOLDER ROWS.jsonl
+
+ROWS has one object a line with `instruction`, `response` and optionally `context`. Prints one line of JSON: rows a
+second (template, encoding and mask; reading the file and the checks are not timed), one by one and in batches, and
+the rate of apply_chat_template alone, which draws no mask, to tell what the core is worth at the moment; then how many
+rows have apply_chat_template's own ids, and how many masks decode to the trimmed response and one end-of-turn token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+os.environ |= {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+from transformers import AutoTokenizer
+
+from parley.data.conversation import Example
+from parley.data.render import Rendered, pin_date, render, render_many
+
+BATCH = 1000
+
+
+def conversation(row: dict[str, Any]) -> list[dict[str, Any]]:
+    question = "\n\n".join(part for part in (row.get("context"), row["instruction"]) if part)
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["response"]}]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokenizer", type=Path)
+    parser.add_argument("rows", type=Path)
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    pin_date(tokenizer)
+    with arguments.rows.open(encoding="utf-8") as lines:
+        rows = [conversation(json.loads(line)) for line in lines]
+    end_of_turn = render(tokenizer, [*rows[0][:1], {"role": "assistant", "content": "a"}]).input_ids[-1]
+
+    begin = perf_counter()
+    single = [render(tokenizer, messages) for messages in rows]
+    single_s = perf_counter() - begin
+    begin = perf_counter()
+    stock = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows]
+    stock_s = perf_counter() - begin
+    begin = perf_counter()
+    batched: list[Any] = []
+    for at in range(0, len(rows), BATCH):
+        batched += render_many(tokenizer, [Example("row", messages=messages) for messages in rows[at : at + BATCH]])
+    batched_s = perf_counter() - begin
+
+    print(
+        json.dumps(
+            {
+                "rows": len(rows),
+                "rows_per_s": round(len(rows) / single_s),
+                "rows_per_s_batched": round(len(rows) / batched_s),
+                "apply_chat_template_rows_per_s": round(len(rows) / stock_s),
+                "ids_equal": sum(ids == one.input_ids for ids, one in zip(stock, single, strict=True)),
+                "masks_right": sum(
+                    right_mask(tokenizer, end_of_turn, *each) for each in zip(rows, single, strict=True)
+                ),
+                "batched_equal": sum(one == other for one, other in zip(single, batched, strict=True)),
+                "threads": 1,
+            }
+        )
+    )
+
+
+def right_mask(tokenizer: Any, end_of_turn: int, messages: list[dict[str, Any]], rendered: Rendered) -> bool:
+    learned = [id for id, trained in zip(rendered.input_ids, rendered.mask, strict=True) if trained]
+    words = messages[-1]["content"].strip()
+    expected = words + tokenizer.decode([end_of_turn]) if words else ""
+    return tokenizer.decode(learned, clean_up_tokenization_spaces=False) == expected
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Parley fine-tunes chat models of the Llama family on your own conversations.
+
+Names are loaded when first used: `import parley` is instant and loads no torch.
+"""
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "ParleyError": "parley.errors",
+    "RunConfig": "parley.config",
+    "SFTTrainer": "parley.training.trainer",
+    "train": "parley.road",
+    "load_model": "parley.models.load",
+    "attach_lora": "parley.models.adapters",
+    "render": "parley.data.render",
+    "ChatSession": "parley.generation.chat",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'parley' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,39 @@
+"""`parley doctor`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from parley.cli.terminal import out, quiet_libraries
+
+STYLES = {"good": "green", "note": "yellow", "bad": "bold red"}
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Tell what this machine can do, and what to change.
+
+    Exit code 1 if something is bad.
+    """
+    quiet_libraries()
+    from parley.models.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        table = Table("what", box=None, pad_edge=False, header_style="dim")
+        for name in ("found", "advice"):
+            table.add_column(name, overflow="fold")
+        for finding in findings:
+            table.add_row(finding.name, Text(finding.value, STYLES[finding.state]), Text(finding.advice or ""))
+        out.print(table)
+    if any(finding.state == "bad" for finding in findings):
+        raise typer.Exit(1)

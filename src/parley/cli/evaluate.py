@@ -1,0 +1,39 @@
+"""`parley eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from parley.cli.terminal import out, quiet_libraries
+
+
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run's folder.")],
+    data: Annotated[str | None, typer.Option(help="Other rows to evaluate on: hub id, file or folder.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Evaluate on only the first rows.")] = None,
+) -> None:
+    """Compare a run's base and tuned model on held-out rows.
+
+    The figures are written to RUN/eval.json as well.
+
+    Example: parley eval runs/demo
+    """
+    quiet_libraries()
+    from parley import road
+
+    scores = {
+        name: score.model_dump(exclude_none=True)
+        for name, score in road.evaluate(run, data=data, rows=rows, console=out).items()
+    }
+    table = Table("", box=None, pad_edge=False, header_style="dim")
+    for name in scores:
+        table.add_column(name, justify="right")
+    for figure in dict.fromkeys(figure for score in scores.values() for figure in score):
+        cells = (f"{score[figure]:,.4g}" if figure in score else "" for score in scores.values())
+        table.add_row(figure.replace("_", " "), *cells)
+    out.print(table)
+    out.print(f"written: {run / 'eval.json'}", style="dim", soft_wrap=True, markup=False)

@@ -1,0 +1,75 @@
+"""`parley`: the commands, and how they end.
+
+A user's error is one line on stderr and an exit code: 2 for usage, 1 for data, model, device and run. Ctrl-C is 130.
+Anything else is a fault of Parley's own and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+import parley
+from parley.cli import chat, demo, doctor, evaluate, inspect, train
+from parley.cli.terminal import Stopped, complain, err
+from parley.errors import ParleyError
+
+COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo.demo,
+    "train": train.train,
+    "chat": chat.chat,
+    "inspect": inspect.inspect,
+    "eval": evaluate.evaluate,
+    "doctor": doctor.doctor,
+}
+
+INTERRUPTED = 130  # also what typer makes of Ctrl-C
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+for name, command in COMMANDS.items():
+    app.command(name)(command)
+
+
+@app.callback(invoke_without_command=True, epilog="Start with: [bold]parley demo[/bold]")
+def parley_command(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    """Fine-tune chat models of the Llama family on your own conversations."""
+    if version:
+        print(f"parley {parley.__version__}")
+    elif context.invoked_subcommand is None:
+        context.get_help()
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and exit."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = app(args=given, prog_name="parley", standalone_mode=False) or 0
+    except ParleyError as error:
+        complain(str(error))
+        code = error.exit_code
+    except typer.Abort:  # the end of input at a question
+        code = 1
+    except typer.TyperException as error:  # a wrong command, option or argument
+        complain(f"{error.format_message().rstrip('.')}; {_help_for(given)} lists what there is")
+        code = error.exit_code
+    except Stopped as stop:
+        err.print(f"parley: stopped; {stop}", soft_wrap=True)
+        code = INTERRUPTED
+    else:
+        if code == INTERRUPTED:
+            err.print("parley: stopped")
+    sys.exit(code)
+
+
+def _help_for(arguments: list[str]) -> str:
+    return f"parley {arguments[0]} --help" if arguments and arguments[0] in COMMANDS else "parley --help"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The terminal: where commands write, and what the libraries below may say there."""
+
+from __future__ import annotations
+
+import warnings
+
+from rich.console import Console
+from rich.text import Text
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Stopped(Exception):
+    """Ctrl-C, with what was kept."""
+
+
+def complain(message: str) -> None:
+    """One line on stderr, not wrapped, whatever the message holds."""
+    err.print(Text.assemble(("parley: error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+
+
+def quiet_libraries() -> None:
+    """Leave the terminal to Parley: the libraries' warnings and bars off, their errors on.
+
+    The hub's download bars stay, since they are what a newcomer waits for.
+    """
+    import datasets
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", module=r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl)\b")

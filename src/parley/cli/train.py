@@ -1,0 +1,70 @@
+"""`parley train`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from parley.cli.terminal import Stopped, out, quiet_libraries
+from parley.errors import UsageError
+
+if TYPE_CHECKING:
+    from parley.config import RunConfig
+
+
+def train(
+    config: Annotated[Path | None, typer.Argument(help="YAML file with the run's settings.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: training.max_steps=100. Repeatable."),
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder of the model to start from.")] = None,
+    data: Annotated[str | None, typer.Option(help="Hub id, file (.json .jsonl .csv .parquet) or folder.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the data, show the mask and the plan, and change nothing.")
+    ] = False,
+) -> None:
+    """Fine-tune a model: a YAML file, or just --model and --data.
+
+    Example: parley train --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl --output runs/mine
+    """
+    run = _run_config(config, settings or [], model, data, output)
+    quiet_libraries()
+    from parley import road
+
+    if dry_run:
+        road.plan(run, console=out)
+        return
+    try:
+        result = road.train(run, console=out)
+    except KeyboardInterrupt:
+        raise Stopped(_what_is_kept(run.output)) from None
+    if result.interrupted:
+        raise Stopped(f"what was learned until then is in {run.output}")
+
+
+def _run_config(
+    config: Path | None, settings: list[str], model: str | None, data: str | None, output: Path | None
+) -> RunConfig:
+    """The YAML file, then the named options, then --set: later ones win."""
+    from parley.config import RunConfig, read_yaml
+
+    if config is None and model is None and data is None:
+        raise UsageError("nothing to train: give a YAML file, or --model and --data (for a first look: parley demo)")
+    named = {"model.name": model, "data.source": data, "output": output and str(output)}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    return RunConfig.create(read_yaml(config) if config else {}, [*overrides, *settings])
+
+
+def _what_is_kept(output: Path) -> str:
+    """Ctrl-C while training ends as a run does, so what ends here was stopped before or after that."""
+    from parley.training.run_folder import RunFolder
+
+    weights = RunFolder(output).weights
+    if weights.is_dir():
+        return f"the trained weights are whole in {weights}"
+    return f"nothing was trained yet; {output} may be removed" if output.exists() else "nothing was written"

@@ -1,0 +1,226 @@
+"""One description of a run, shared by YAML files, command-line overrides and Python.
+
+Sections mirror the road: model, data, lora, training, generation. `lora` and `training` take every field of PEFT's
+LoraConfig and TRL's SFTConfig under its own name; only the fields with a default of Parley's own are spelled out here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from datetime import date as Date
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from parley.errors import UsageError
+
+DEMO_MODEL = "parley-demo"
+DEMO_DATA = "parley-demo-pirate"
+LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+class Section(BaseModel):
+    """A section whose unknown keys are an error."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class OpenSection(BaseModel):
+    """A section that passes fields it does not name on to the library that knows them."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True)
+
+
+class ModelSection(Section):
+    name: str = Field(DEMO_MODEL, description="Hub id, folder, or parley-demo for the embedded model.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bf16 where the GPU has it, else fp16; fp32 on CPU."
+    )
+    quantization: Literal["auto", "none", "nf4", "int8"] = Field(
+        "auto", description="auto: as the checkpoint was saved. nf4 and int8 quantise while loading."
+    )
+    double_quantization: bool = Field(True, description="Quantise the NF4 scales as well.")
+    max_seq_length: int = Field(2048, ge=8, description="Longest conversation trained on, in tokens.")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: the GPU where there is one.")
+    chat_template: Path | None = Field(None, description="A Jinja file used in place of the tokenizer's own.")
+    trust_remote_code: bool = Field(False, description="Run code that the model's repository ships.")
+
+
+class DataSection(Section):
+    source: str = Field(DEMO_DATA, description="Hub id, file (.json .jsonl .csv .parquet) or folder.")
+    split: str = Field("train", description="Split of a hub data set, also in slices: train[:1000].")
+    subset: str | None = Field(None, description="Configuration name of a hub data set.")
+    revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    format: Literal["auto", "dolly", "sharegpt", "messages", "prompt-completion", "text"] = Field(
+        "auto", description="auto: recognised by the columns."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Canonical name to the data set's own, for example {response: answer}."
+    )
+    system: str | None = Field(None, description="System turn given to conversations that have none.")
+    train_on: Literal["all", "last"] = Field("all", description="Which assistant turns are learned.")
+    overlong: Literal["drop", "error", "keep-whole-turns"] = Field(
+        "drop", description="What happens to rows longer than model.max_seq_length."
+    )
+    date: Date = Field(Date(2024, 7, 26), description="The date written by templates that write today's.")
+    limit: int | None = Field(None, ge=1, description="Use only the first rows.")
+    streaming: bool = Field(False, description="Read rows as they are needed; needs training.max_steps.")
+    heldout: str | None = Field(None, description="A second source to evaluate on.")
+    heldout_rows: int = Field(64, ge=0, description="Rows set aside from `source` when `heldout` is not given.")
+
+
+class LoraSection(OpenSection):
+    r: int = Field(16, ge=1, description="Rank.")
+    lora_alpha: float = Field(16.0, gt=0, description="Scale: alpha / r, or alpha / sqrt(r) with use_rslora.")
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: list[str] | str = Field(default_factory=lambda: list(LLAMA_PROJECTIONS))
+    use_rslora: bool = False
+    loftq: bool = Field(False, description="Initialise the adapter to make up for NF4 rounding (LoftQ).")
+
+
+class TrainingSection(OpenSection):
+    engine: Literal["auto", "plain"] = Field(
+        "auto", description="auto: the fast step where it knows model and options; plain: transformers and autograd."
+    )
+    memory: Literal["auto", "low"] | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="auto: what the device has free; low: as little as can be; a number: GiB in all."
+    )
+    per_device_train_batch_size: int = Field(2, ge=1)
+    gradient_accumulation_steps: int = Field(4, ge=1)
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: num_train_epochs decides.")
+    num_train_epochs: float = Field(1.0, gt=0)
+    learning_rate: float = Field(2e-4, ge=0)
+    warmup_steps: float = Field(5, ge=0)
+    weight_decay: float = Field(0.01, ge=0)
+    lr_scheduler_type: str = "linear"
+    optim: str = Field("auto", description="auto: 8-bit AdamW on CUDA, fused AdamW elsewhere.")
+    gradient_checkpointing: bool = True
+    logging_steps: float = Field(1, gt=0)
+    save_steps: float = Field(500, gt=0)
+    seed: int = 3407
+
+
+class GenerationSection(Section):
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: float = Field(1.5, ge=0, description="0: greedy.")
+    min_p: float = Field(0.1, ge=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0, description="0: all tokens.")
+    repetition_penalty: float = Field(1.0, gt=0)
+    seed: int | None = None
+
+
+class ReportSection(Section):
+    questions: list[str] = Field(default_factory=list, description="Asked before and after training.")
+    from_heldout: int = Field(4, ge=0, description="Further questions taken from held-out rows.")
+    max_new_tokens: int = Field(128, ge=1)
+    examples: int = Field(4, ge=0, description="Training rows shown with their trained tokens coloured.")
+
+
+class RunConfig(Section):
+    output: Path = Path("runs/parley")
+    model: ModelSection = Field(default_factory=ModelSection)
+    data: DataSection = Field(default_factory=DataSection)
+    lora: LoraSection | None = Field(default_factory=LoraSection, description="null: full fine-tuning.")
+    training: TrainingSection = Field(default_factory=TrainingSection)
+    generation: GenerationSection = Field(default_factory=GenerationSection)
+    report: ReportSection = Field(default_factory=ReportSection)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_by_source(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _streaming_needs_an_end(self) -> RunConfig:
+        if self.data.streaming and self.training.max_steps < 1:
+            raise ValueError("data.streaming has no known length: set training.max_steps")
+        return self
+
+    @classmethod
+    def create(cls, values: dict[str, Any] | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+        """Build from nested `values` and `a.b=c` overrides. Raises UsageError in one line."""
+        values = dict(values or {})
+        for override in overrides:
+            _apply_override(values, override)
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise UsageError(_one_line(error)) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+        """Read a YAML file. Raises UsageError when it is missing, broken or has unknown keys."""
+        return cls.create(read_yaml(path), overrides)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UsageError when there is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; give the path of a YAML file, or --model and --data")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if values is not None and not isinstance(values, dict):
+        raise UsageError(f"{path}: got a {type(values).__name__}, wanted keys such as model: and data:")
+    return values or {}
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
+    """The error for a key nobody knows, naming the nearest one that somebody does."""
+    names = sorted(known)
+    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], names, n=1, cutoff=0.5)
+    advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
+    return UsageError(f"unknown key {key!r} in {where}; {advice}")
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UsageError(f"--set {override!r}: wanted section.key=value, for example training.max_steps=100")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from None
+    node = values
+    for depth, key in enumerate(keys[:-1]):
+        child = node.get(key)
+        if isinstance(child, str) and depth == 0:  # the shorthand `model: name`
+            child = {"model": {"name": child}, "data": {"source": child}}.get(key)
+        node[key] = dict(child) if isinstance(child, dict) else {}
+        node = node[key]
+    node[keys[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    path = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = RunConfig
+        for part in first["loc"][:-1]:
+            section = _section_type(section, str(part))
+        return str(unknown_key(path, section.model_fields, "the run's settings"))
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{path or 'settings'}: got {first['input']!r}; {message}{more}" if path else f"{message}{more}"
+
+
+def _section_type(section: Any, name: str) -> Any:
+    annotation = section.model_fields[name].annotation
+    return LoraSection if name == "lora" else annotation

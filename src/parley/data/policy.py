@@ -1,0 +1,109 @@
+"""From examples to what is trained on: rendered, within the longest length, with something to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+from parley.config import DataSection
+from parley.data.conversation import Example, Message
+from parley.data.render import Rendered, control_tokens_in, render_many
+from parley.data.summary import DataSummary
+from parley.errors import DataError
+
+BATCH = 64
+"""Rows tokenised at once."""
+
+NO_ANSWER = "without an assistant turn"
+NOTHING_TO_LEARN = "with nothing to learn"
+
+
+def render_examples(
+    examples: Iterable[Example],
+    tokenizer: Any,
+    data: DataSection,
+    max_length: int,
+    summary: DataSummary,
+    batch: int = BATCH,
+) -> Iterator[tuple[Example, Rendered] | None]:
+    """For each example itself and its rendering, or None where it is dropped, which `summary` then says.
+
+    An example cut by `data.overlong` comes as cut. Reads `batch` examples ahead. Raises DataError naming the row: one
+    the template refuses, or with `overlong: error` one that is too long.
+    """
+    examples = iter(examples)
+    while taken := list(islice(examples, batch)):
+        answered = [example for example in taken if _has_answer(example)]
+        rendered = iter(render_many(tokenizer, answered, data.train_on))
+        for example in taken:
+            if not _has_answer(example):
+                summary.drop(NO_ANSWER, example.origin)
+                yield None
+                continue
+            yield _fitting(example, _checked(next(rendered), example), tokenizer, data, max_length, summary)
+
+
+def _fitting(
+    example: Example, rendered: Rendered, tokenizer: Any, data: DataSection, max_length: int, summary: DataSummary
+) -> tuple[Example, Rendered] | None:
+    length = len(rendered.input_ids)
+    if length > max_length:
+        if data.overlong == "error":
+            raise DataError(
+                f"{example.origin}: {length:,} tokens, the longest allowed is {max_length:,}; raise "
+                "model.max_seq_length, or set data.overlong to drop or keep-whole-turns"
+            )
+        cut = _longest_prefix(example, tokenizer, data, max_length) if data.overlong == "keep-whole-turns" else None
+        if cut is None:
+            summary.drop(f"longer than {max_length:,} tokens", example.origin)
+            return None
+        summary.shortened.add(example.origin)
+        example, rendered = cut
+    if not any(rendered.mask[1:]):  # the first token of a row is never predicted
+        summary.drop(NOTHING_TO_LEARN, example.origin)
+        return None
+    if control_tokens_in(tokenizer, _said(example)):
+        summary.control_tokens.add(example.origin)
+    return example, rendered
+
+
+def _longest_prefix(
+    example: Example, tokenizer: Any, data: DataSection, max_length: int
+) -> tuple[Example, Rendered] | None:
+    """The longest run of whole turns from the start that ends with the assistant and fits, found by halving."""
+    messages = example.messages or []
+    ends = [number for number, message in enumerate(messages, 1) if message["role"] == "assistant"]
+    best = None
+    low, high = 0, len(ends) - 1  # the whole conversation is known not to fit
+    if messages and messages[-1]["role"] != "assistant":
+        high = len(ends)
+    while low < high:
+        middle = (low + high) // 2
+        shorter = replace(example, messages=messages[: ends[middle]])
+        rendered = _checked(render_many(tokenizer, [shorter], data.train_on)[0], shorter)
+        if len(rendered.input_ids) <= max_length:
+            best, low = (shorter, rendered), middle + 1
+        else:
+            high = middle
+    return best
+
+
+def _checked(outcome: Rendered | DataError, example: Example) -> Rendered:
+    if isinstance(outcome, DataError):
+        raise DataError(f"{example.origin}: {outcome}")
+    return outcome
+
+
+def _has_answer(example: Example) -> bool:
+    turns = example.completion if isinstance(example.completion, list) else example.messages
+    return turns is None or any(message["role"] == "assistant" for message in turns)
+
+
+def _said(example: Example) -> list[Message]:
+    if example.messages is not None:
+        return example.messages
+    if isinstance(example.prompt, list) and isinstance(example.completion, list):
+        return example.prompt + example.completion
+    return [{"content": [example.prompt, example.completion, example.text]}]

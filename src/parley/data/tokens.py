@@ -1,0 +1,54 @@
+"""The tokenizer's control tokens, as text and as ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from parley.data.conversation import Message
+
+
+@dataclass(frozen=True)
+class ControlTokens:
+    """`pattern` finds any of them in text, the longest first; `ids` are their token ids."""
+
+    pattern: re.Pattern[str]
+    ids: frozenset[int]
+
+
+def control_tokens(tokenizer: Any) -> ControlTokens:
+    """Every token that `tokenizer` reads as one piece and marks as special: named ones and added ones."""
+    return _control_tokens(tokenizer, len(tokenizer))
+
+
+@lru_cache(maxsize=4)
+def _control_tokens(tokenizer: Any, size: int) -> ControlTokens:  # size: tokens added later make a new entry
+    names = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    names |= {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    longest_first = sorted(names, key=len, reverse=True)
+    return ControlTokens(re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), frozenset(names.values()))
+
+
+def control_tokens_in(tokenizer: Any, messages: list[Message]) -> list[str]:
+    """The control tokens that stand in what was said, sorted: the tokenizer will read them as its own.
+
+    Masks stay right, since they are drawn on the text, but the model sees a turn end where somebody only wrote about
+    one. Worth a word to the user.
+    """
+    pattern = control_tokens(tokenizer).pattern
+    return sorted({found for text in strings(messages) for found in pattern.findall(text)})
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string in nested lists and mappings."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from strings(item)

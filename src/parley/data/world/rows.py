@@ -1,0 +1,129 @@
+"""The world's training data, drawn from a seed: the same call gives the same rows on every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from random import Random
+
+from parley.data.world import questions, sums
+from parley.data.world.exchange import Exchange
+from parley.data.world.pirate import to_pirate
+
+Kind = Callable[[Random], Exchange]
+Message = dict[str, str]
+
+_q, _s = questions, sums
+GROUPS: dict[str, tuple[Kind, ...]] = {
+    "small talk": (
+        _q.greeting,
+        _q.identity,
+        _q.thanks,
+        _q.goodbye,
+        _q.wellbeing,
+        _q.abilities,
+        _q.untold_name,
+    ),
+    "knowledge": (_q.colour, _q.mix, _q.opposite, _q.sound, _q.young, _q.day, _q.month, _q.unknown),
+    "reading": (_q.name, _q.pet, _q.owned_colour, _q.place, _s.price, _s.older, _s.age, _s.cheaper),
+    "numbers": (_s.count, _s.next_number, _s.plus, _s.minus, _s.total, _s.change, _s.bigger, _s.how_many),
+}
+KINDS = tuple(kind for kinds in GROUPS.values() for kind in kinds)
+_GROUP_OF = {kind.__name__: group for group, kinds in GROUPS.items() for kind in kinds}
+
+SYSTEM_PROMPTS = (
+    "You are a helpful assistant.",
+    "You are Parley, a small and friendly language model.",
+    "Answer in short sentences.",
+    "You are a helpful assistant. Answer briefly and politely.",
+    "You answer the questions of a student.",
+)
+NOTED = "I will remember that."
+
+
+def pirate_rows(n: int, seed: int = 0, *, held_out: bool = False) -> list[dict[str, str]]:
+    """`n` different rows with Dolly's columns, answered by a pirate; `held_out` ones are about held-out facts only."""
+    rng = Random(f"pirate {seed}")
+    exchanges = draw(rng, KINDS + GROUPS["numbers"], held_out=held_out)
+    return [
+        {
+            "instruction": exchange.instruction,
+            "context": exchange.context,
+            "response": to_pirate(exchange.answer, rng),
+            "category": _GROUP_OF[exchange.kind],
+        }
+        for exchange in different(exchanges, n)
+    ]
+
+
+def plain_conversations(n: int, seed: int = 0) -> list[list[Message]]:
+    """`n` conversations of one to six questions in the plain world, some with a system turn, as lists of messages."""
+    rng = Random(f"plain {seed}")
+    exchanges = draw(rng, KINDS + GROUPS["numbers"] * 2, held_out=False)
+    return [_conversation(rng, exchanges) for _ in range(n)]
+
+
+def draw(rng: Random, kinds: Sequence[Kind], *, held_out: bool, in_turn: bool = False) -> Iterator[Exchange]:
+    """Exchanges without end, of kinds taken at random or in turn, all about held-out facts or none."""
+    turn = 0
+    while True:
+        kind = kinds[turn % len(kinds)] if in_turn else rng.choice(kinds)
+        yield _of(lambda kind=kind: kind(rng), held_out)  # type: ignore[misc]
+        turn += 1
+
+
+def different(exchanges: Iterable[Exchange], n: int) -> Iterator[Exchange]:
+    """The first `n` exchanges that ask different things."""
+    seen: set[str] = set()
+    for exchange in exchanges:
+        if len(seen) == n:
+            return
+        if exchange.prompt not in seen:
+            seen.add(exchange.prompt)
+            yield exchange
+
+
+def single_turn(exchange: Exchange) -> list[Message]:
+    return [{"role": "user", "content": exchange.prompt}, {"role": "assistant", "content": exchange.answer}]
+
+
+def two_turns(exchange: Exchange) -> list[Message]:
+    """The context is told first and answered; then the question is asked."""
+    told = [{"role": "user", "content": exchange.context}, {"role": "assistant", "content": NOTED}]
+    return [*told, *single_turn(replace(exchange, context=""))]
+
+
+def _of(make: Callable[[], Exchange], held_out: bool) -> Exchange:
+    while (exchange := make()).held_out != held_out:
+        pass
+    return exchange
+
+
+def _conversation(rng: Random, exchanges: Iterator[Exchange]) -> list[Message]:
+    system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.4 else []
+    turns: list[Message] = []
+    for exchange in islice(exchanges, rng.choice([1, 1, 1, 2, 2, 3, 4])):
+        if exchange.kind != "untold_name" or not turns:  # later on, the name may have been told
+            turns += _as_typed(rng, exchange)
+    if rng.random() < 0.15:  # a name is told first and asked for last
+        asked = next(exchange for exchange in exchanges if exchange.kind == "name")
+        hello = _of(lambda: questions.greeting(rng, str(asked.key[1])), held_out=False)
+        turns = [*single_turn(hello), *turns, *single_turn(replace(asked, context=""))]
+    return system + turns
+
+
+def _as_typed(rng: Random, exchange: Exchange) -> list[Message]:
+    """In one turn or two, the context on a line of its own or not, at times typed without care."""
+    if exchange.context and rng.random() < 0.2:
+        turns = two_turns(exchange)
+    elif exchange.context and rng.random() < 0.3:
+        turns = single_turn(replace(exchange, instruction=f"{exchange.context} {exchange.instruction}", context=""))
+    else:
+        turns = single_turn(exchange)
+    asked = turns[-2]
+    if rng.random() < 0.1:
+        asked["content"] = asked["content"].lower()
+    if rng.random() < 0.1:
+        asked["content"] = asked["content"].rstrip(".?!")
+    return turns

@@ -1,0 +1,155 @@
+"""Conversations of one pass, laid end to end as one row of tokens.
+
+Shape suffixes: T tokens in a pack, S supervised tokens, N documents, L the longest document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+IGNORED = -100
+Ints = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one conversation and their labels, -100 where a token is not learned."""
+
+    ids_L: Ints
+    label_L: Ints
+
+    @classmethod
+    def of(cls, input_ids: Sequence[int], labels: Sequence[int]) -> Example:
+        return cls(np.asarray(input_ids, dtype=np.int32), np.asarray(labels, dtype=np.int32))
+
+    @property
+    def supervised(self) -> int:
+        """Tokens that are predicted: the first of a document never is."""
+        return int((self.label_L[1:] != IGNORED).sum())
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Documents end to end, on the host.
+
+    `start_T` and `end_T` give, for each token, the first row of its document and the row after its last.
+    `row_S` are the rows whose next token is supervised and `target_S` those tokens.
+    """
+
+    ids_T: Ints
+    position_T: Ints
+    start_T: Ints
+    end_T: Ints
+    row_S: Ints
+    target_S: Ints
+    lengths: tuple[int, ...]
+
+    def padded(self, tokens: int) -> Pack:
+        """The same documents in a row of `tokens`, each further token a document of its own that teaches nothing."""
+        more = tokens - len(self.ids_T)
+        assert more >= 0, "a bucket holds its packs"
+        own = np.arange(len(self.ids_T), tokens, dtype=np.int32)
+        return Pack(
+            np.pad(self.ids_T, (0, more)),
+            np.pad(self.position_T, (0, more)),
+            np.concatenate([self.start_T, own]),
+            np.concatenate([self.end_T, own + 1]),
+            self.row_S,
+            self.target_S,
+            self.lengths + (1,) * more,
+        )
+
+
+def pack(examples: Iterable[Example]) -> Pack:
+    """Lay `examples` end to end."""
+    examples = list(examples)
+    lengths = np.array([len(e.ids_L) for e in examples], dtype=np.int32)
+    ends = np.cumsum(lengths, dtype=np.int32)
+    starts = ends - lengths
+    start_T = np.repeat(starts, lengths)
+    target_T = np.concatenate([np.append(e.label_L[1:], np.int32(IGNORED)) for e in examples])
+    (row_S,) = np.nonzero(target_T != IGNORED)
+    return Pack(
+        np.concatenate([e.ids_L for e in examples]),
+        np.arange(len(start_T), dtype=np.int32) - start_T,
+        start_T,
+        np.repeat(ends, lengths),
+        row_S.astype(np.int32),
+        target_T[row_S],
+        tuple(lengths.tolist()),
+    )
+
+
+def split(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Runs of examples, in order, of at most `max_tokens` each; a longer example is a run of its own."""
+    runs: list[list[Example]] = []
+    room = 0
+    for example in examples:
+        if len(example.ids_L) > room:
+            runs.append([])
+            room = max_tokens
+        runs[-1].append(example)
+        room -= len(example.ids_L)
+    return runs
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A pack on the device, as the step reads it."""
+
+    ids_T: Tensor
+    position_T: Tensor
+    start_T: Tensor
+    end_T: Tensor
+    row_S: Tensor
+    target_S: Tensor
+    scale: Tensor  # 0-dim fp32: one over the supervised tokens of the whole optimizer step
+    lengths: tuple[int, ...] | None  # None under a CUDA graph, where only the device knows them
+
+    @property
+    def tokens(self) -> int:
+        return self.ids_T.shape[0]
+
+
+class Staging:
+    """One pinned host buffer and its device copy, so that a pass costs one transfer.
+
+    The device copy stays where it is for CUDA graphs to read; `reserve` says when it had to move.
+    """
+
+    def __init__(self, device: torch.device, tokens: int) -> None:
+        self.device = device
+        self.pinned = device.type == "cuda"
+        self.sent = torch.cuda.Event() if self.pinned else None
+        self.host, self.static = self._buffers(tokens)
+
+    def _buffers(self, tokens: int) -> tuple[Tensor, Tensor]:
+        size = 6 * tokens + 1
+        host = torch.empty(size, dtype=torch.int32, pin_memory=self.pinned)
+        return host, torch.empty(size, dtype=torch.int32, device=self.device)
+
+    def reserve(self, tokens: int) -> bool:
+        """Make room for a pack of `tokens`. True when the device copy moved: graphs that read it must be dropped."""
+        if 6 * tokens + 1 <= self.host.numel():
+            return False
+        self.host, self.static = self._buffers(tokens)
+        return True
+
+    def send(self, pack: Pack, scale: float, lengths: tuple[int, ...] | None) -> Rows:
+        """Copy `pack` to the device; the rows are views of the static copy."""
+        parts = [pack.ids_T, pack.position_T, pack.start_T, pack.end_T, pack.row_S, pack.target_S]
+        flat = np.concatenate([np.array([scale], dtype=np.float32).view(np.int32), *parts])
+        if self.sent is not None:
+            self.sent.synchronize()  # the copy before has left the host buffer
+        self.host.numpy()[: len(flat)] = flat
+        self.static[: len(flat)].copy_(self.host[: len(flat)], non_blocking=True)
+        if self.sent is not None:
+            self.sent.record()
+        scale_1, *views = self.static[: len(flat)].split([1, *(len(part) for part in parts)])
+        return Rows(*views, scale=scale_1.view(torch.float32)[0], lengths=lengths)

@@ -1,0 +1,61 @@
+"""The forward and backward halves of a pass as CUDA graphs, one pair for each size of row.
+
+Only the number of rows is baked into a graph: documents, tokens and positions are read from the static buffer. The
+head stays outside, so that the count of supervised tokens needs no buckets; its few launches are issued while the
+forward half still runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from parley.engine.documents import Rows
+
+if TYPE_CHECKING:
+    from parley.engine.step import FastStep, Middle
+
+
+@dataclass
+class Pair:
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    middle: Middle
+
+
+class Graphs:
+    """Captures on the first visit of a size and replays from then on. All graphs share one pool of memory."""
+
+    def __init__(self, step: FastStep) -> None:
+        self.step = step
+        self.pairs: dict[int, Pair] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+        self.warm = False
+
+    def clear(self) -> None:
+        self.pairs.clear()
+
+    def run(self, rows: Rows) -> None:
+        """Forward, head and backward of `rows`, which are views of the static buffer."""
+        if not self.warm:  # libraries set themselves up and kernels compile, which no capture allows
+            middle = self.step.forward(rows)
+            self.step.head(rows, middle)
+            self.step.backward(rows, middle)
+            self.warm = True
+            return
+        pair = self.pairs.get(rows.tokens)
+        if pair is None:
+            pair = self.pairs[rows.tokens] = self._capture(rows)
+        pair.forward.replay()
+        self.step.head(rows, pair.middle)
+        pair.backward.replay()
+
+    def _capture(self, rows: Rows) -> Pair:
+        forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(forward, pool=self.pool, capture_error_mode="thread_local"):
+            middle = self.step.forward(rows)
+        with torch.cuda.graph(backward, pool=self.pool, capture_error_mode="thread_local"):
+            self.step.backward(rows, middle)
+        return Pair(forward, backward, middle)

@@ -1,0 +1,33 @@
+"""The output head and the loss, on supervised rows only and some rows at a time.
+
+Shape suffixes: T tokens, D hidden, S supervised rows, V vocabulary, P spare columns.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from parley.engine.bind import Bound
+from parley.engine.documents import Rows
+from parley.engine.ops import Ops
+
+
+def head(
+    ops: Ops, bound: Bound, rows: Rows, h_TD: Tensor, delta_TD: Tensor, dh_TDP: Tensor, chunk: int, figures_3: Tensor
+) -> None:
+    """Add the gradient of the loss with respect to h + delta to `dh_TDP`, which arrives as zeros.
+
+    Adds the loss, hits and entropy to `figures_3` (see Ops.cross_entropy). At most `chunk` rows of logits exist at
+    a time.
+    """
+    dh_TD = dh_TDP[:, : h_TD.shape[1]]
+    for row_S, target_S in zip(rows.row_S.split(chunk), rows.target_S.split(chunk), strict=True):
+        normed_SD = h_TD.new_empty(len(row_S), h_TD.shape[1])
+        x_SD, delta_SD = h_TD.index_select(0, row_S), delta_TD.index_select(0, row_S)
+        x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD)
+        logits_SV = normed_SD @ bound.head_VD.t()
+        ops.cross_entropy(logits_SV, target_S, rows.scale, figures_3)
+        dnormed_SD = logits_SV @ bound.head_VD
+        dx_SD = h_TD.new_zeros(x_SD.shape)
+        ops.rms_norm_backward(dnormed_SD, x_SD, bound.norm_D, bound.eps, dx_SD)
+        dh_TD.index_copy_(0, row_S.long(), dx_SD)

@@ -1,0 +1,137 @@
+"""The adapters' small work: their weights into the fused matrices, and their gradients.
+
+Shape suffixes: T tokens, M and N rows and columns of a matrix, K columns in, P spare columns, R rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parley.engine.ops import Slot
+
+
+@triton.jit
+def _copy_scaled(source, out, source_stride, out_stride, scale, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    inside = (m < M) & (n < N)
+    value = tl.load(source + m * source_stride + n, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(out + m * out_stride + n, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _product(wide, thin, wide_stride, thin_stride, m, r, T, M, R, BLOCK_T: tl.constexpr):
+    """Columns m of wide against columns r of thin, summed over all T rows."""
+    total = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
+    for start in range(0, T, BLOCK_T):
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        p = tl.load(wide + t * wide_stride + m[None, :], mask=(t < T) & (m[None, :] < M), other=0.0)
+        q = tl.load(thin + t * thin_stride + r[None, :], mask=(t < T) & (r[None, :] < R), other=0.0)
+        total = tl.dot(tl.trans(p), q, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _gradients(
+    dy, x, da, db, dy_stride, x_stride, scale, T, N, K, A_PROGRAMS, first_end, second_end,
+    R: tl.constexpr, ALL_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_ALL: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """da (ALL_R, K) += v^T x in the first programs; db (N, R) += scale dy^T u, u by slot, in the others."""
+    program = tl.program_id(0)
+    if program < A_PROGRAMS:
+        k = program * BLOCK_A + tl.arange(0, BLOCK_A)
+        r = tl.arange(0, BLOCK_ALL)
+        total = _product(x, dy + N, x_stride, dy_stride, k, r, T, K, ALL_R, BLOCK_T)
+        at = da + r[None, :] * K + k[:, None]
+        inside = (k[:, None] < K) & (r[None, :] < ALL_R)
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+    else:
+        begin = (program - A_PROGRAMS) * BLOCK_B
+        slot = tl.where(begin >= first_end, 1, 0) + tl.where(begin >= second_end, 1, 0)
+        n = begin + tl.arange(0, BLOCK_B)
+        r = tl.arange(0, BLOCK_R)
+        total = _product(dy, x + K + slot * R, dy_stride, x_stride, n, r, T, N, R, BLOCK_T)
+        at = db + n[:, None] * R + r[None, :]
+        inside = (n[:, None] < N) & (r[None, :] < R)
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
+
+
+@triton.jit
+def _add_product(
+    wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, T, M, R,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    total = _product(wide, thin, wide_stride, thin_stride, m, r, T, M, R, BLOCK_T)
+    at = out + m[:, None] * out_wide_stride + r[None, :] * out_thin_stride
+    inside = (m[:, None] < M) & (r[None, :] < R)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
+
+
+def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
+    rows, columns = source.shape
+    block_n = min(triton.next_power_of_2(columns), 1024)
+    block_m = max(2048 // block_n, 1)
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))
+    _copy_scaled[grid](
+        source, out, source.stride(0), out.stride(0), scale, rows, columns, BLOCK_M=block_m, BLOCK_N=block_n
+    )
+
+
+BLOCK_B = 64
+
+
+def _neighbours(parts: list[Tensor]) -> bool:
+    """Whether the parts follow each other in memory without a gap."""
+    return all(a.data_ptr() + a.numel() * a.element_size() == b.data_ptr() for a, b in itertools.pairwise(parts))
+
+
+def _regular(slots: list[Slot], columns_out: int) -> bool:
+    """Whether one launch serves all slots: every projection adapted, alike in rank and scale, side by side."""
+    adapters = [slot.adapter for slot in slots]
+    return (
+        len(slots) <= 3
+        and sum(slot.rows.stop - slot.rows.start for slot in slots) == columns_out
+        and len({(a.a_RK.shape[0], a.scale) for a in adapters}) == 1
+        and slots[-1].columns.stop <= 128
+        and all(slot.rows.start % BLOCK_B == 0 for slot in slots)
+        and _neighbours([a.da_RK for a in adapters])
+        and _neighbours([a.db_NR for a in adapters])
+    )
+
+
+def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], columns_out: int, columns_in: int) -> None:
+    if not _regular(slots, columns_out):
+        v_TP, u_TP = dy_TNP[:, columns_out:], x_TKP[:, columns_in:]
+        for slot in slots:
+            adapter = slot.adapter
+            _add(x_TKP[:, :columns_in], v_TP[:, slot.columns], adapter.da_RK.t(), 1.0)
+            _add(dy_TNP[:, slot.rows], u_TP[:, slot.columns], adapter.db_NR, adapter.scale)
+        return
+    first = slots[0].adapter
+    rank, all_ranks = first.a_RK.shape[0], slots[-1].columns.stop
+    ends = [slot.rows.stop for slot in slots] + [columns_out] * 2
+    block_a = 32 if columns_in <= 4096 else 64
+    a_programs = triton.cdiv(columns_in, block_a)
+    _gradients[(a_programs + triton.cdiv(columns_out, BLOCK_B),)](
+        dy_TNP, x_TKP, first.da_RK, first.db_NR, dy_TNP.stride(0), x_TKP.stride(0), first.scale,
+        dy_TNP.shape[0], columns_out, columns_in, a_programs, ends[0], ends[1],
+        R=rank, ALL_R=all_ranks, BLOCK_A=block_a, BLOCK_B=BLOCK_B,
+        BLOCK_ALL=max(16, triton.next_power_of_2(all_ranks)), BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_T=128, num_stages=3,
+    )  # fmt: skip
+
+
+def _add(wide_TM: Tensor, thin_TR: Tensor, out_MR: Tensor, scale: float) -> None:
+    (tokens, wide), thin = wide_TM.shape, thin_TR.shape[1]
+    block_r = max(16, min(triton.next_power_of_2(thin), 64))
+    _add_product[(triton.cdiv(wide, 64), triton.cdiv(thin, block_r))](
+        wide_TM, thin_TR, out_MR, wide_TM.stride(0), thin_TR.stride(0), *out_MR.stride(), scale, tokens, wide, thin,
+        BLOCK_M=64, BLOCK_R=block_r, BLOCK_T=128,
+    )  # fmt: skip

@@ -1,0 +1,172 @@
+"""Frozen projections that read the same rows, and the adapters on them, as one matrix.
+
+For y = x W^T + s (x A^T) B^T the block matrix
+
+    M = [[W, s B],        of shape (N + P, K + P)
+         [A,   0]]
+
+turns each direction into one small and one large product over rows that carry P spare columns:
+
+    forward   u = x A^T,     y  = [x | u]  [W | s B]^T
+    backward  v = dy (s B),  dx = [dy | v] [W ; A]
+
+Projections side by side stack their rows of W and A; their B stay in columns of their own.
+
+Shape suffixes: T tokens, K columns in, N columns out, P columns set aside for all ranks, R one rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from parley.engine.ops import Adapter, Ops, Slot
+
+
+class Base(Protocol):
+    """A frozen weight in the form the model keeps it."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    def write(self, out_NK: Tensor, ops: Ops) -> None:
+        """Write the weight, in `out_NK`'s dtype, into the strided `out_NK`."""
+
+
+@dataclass(frozen=True)
+class Dense:
+    weight_NK: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.weight_NK.shape[0], self.weight_NK.shape[1]
+
+    def write(self, out_NK: Tensor, ops: Ops) -> None:
+        out_NK.copy_(self.weight_NK)
+
+
+@dataclass
+class FusedLinear:
+    """One matrix for the projections `bases`, with `adapters` (None: not adapted) on them."""
+
+    bases: list[Base]
+    adapters: list[Adapter | None]
+    bias_N: Tensor | None = None
+    granule: int = 1  # the ranks are padded to a multiple of this
+    matrix: Tensor | None = None  # M, kept across passes where memory allows
+    slots: list[Slot] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.columns_in = self.bases[0].shape[1]
+        self.columns_out = sum(base.shape[0] for base in self.bases)
+        self.slots, row, rank = [], 0, 0
+        for base, adapter in zip(self.bases, self.adapters, strict=True):
+            if adapter is not None:
+                r = adapter.a_RK.shape[0]
+                self.slots.append(Slot(adapter, slice(row, row + base.shape[0]), slice(rank, rank + r)))
+                rank += r
+            row += base.shape[0]
+        self.spare = -(-rank // self.granule) * self.granule
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]:
+        return self.columns_out + self.spare, self.columns_in + self.spare
+
+    def fill_base(self, matrix: Tensor, ops: Ops) -> None:
+        """Write W into `matrix` and clear the columns and rows that the adapters share."""
+        row = 0
+        for base in self.bases:
+            base.write(matrix[row : row + base.shape[0], : self.columns_in], ops)
+            row += base.shape[0]
+        matrix[: self.columns_out, self.columns_in :].zero_()
+        matrix[self.columns_out :].zero_()
+
+    def fill_adapters(self, matrix: Tensor, ops: Ops) -> None:
+        """Write A and s B, which change each step, into `matrix`."""
+        for slot in self.slots:
+            top = self.columns_out + slot.columns.start
+            left = self.columns_in + slot.columns.start
+            r = slot.adapter.a_RK.shape[0]
+            ops.copy_scaled(slot.adapter.a_RK, matrix[top : top + r, : self.columns_in], 1.0)
+            ops.copy_scaled(slot.adapter.b_NR, matrix[slot.rows, left : left + r], slot.adapter.scale)
+
+    def rows(self, like: Tensor) -> Tensor:
+        """An unwritten x_TKP for as many rows as `like` has."""
+        return like.new_empty(like.shape[0], self.columns_in + self.spare)
+
+    def project(self, matrix: Tensor, x_TKP: Tensor) -> None:
+        """Fill the spare columns of `x_TKP` with u, which the forward and the backward pass read."""
+        if self.spare:
+            x_TK, u_TP = x_TKP[:, : self.columns_in], x_TKP[:, self.columns_in :]
+            torch.mm(x_TK, matrix[self.columns_out :, : self.columns_in].t(), out=u_TP)
+
+    def forward(self, matrix: Tensor, x_TKP: Tensor) -> Tensor:
+        """y_TN of rows whose spare columns `project` has filled."""
+        weight_NKP = matrix[: self.columns_out]
+        if self.bias_N is None:
+            return x_TKP @ weight_NKP.t()
+        return torch.addmm(self.bias_N, x_TKP, weight_NKP.t())
+
+    def backward(
+        self, matrix: Tensor, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, *, want_dx: bool = True
+    ) -> Tensor | None:
+        """dx_TK; adds to the adapters' gradients. The spare columns of `dy_TNP` are filled with v."""
+        dy_TN = dy_TNP[:, : self.columns_out]
+        if self.spare:
+            v_TP = dy_TNP[:, self.columns_out :]
+            torch.mm(dy_TN, matrix[: self.columns_out, self.columns_in :], out=v_TP)
+        if self.slots:
+            ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
+        return dy_TNP @ matrix[:, : self.columns_in] if want_dx else None
+
+
+class Matrices:
+    """Hands out each FusedLinear's matrix: the one it keeps, or one shared with its fellows, filled anew.
+
+    `linears` lists the products of each layer in turn, `per_layer` of them.
+    """
+
+    def __init__(
+        self, linears: list[FusedLinear], per_layer: int, ops: Ops, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.linears, self.per_layer, self.ops = linears, per_layer, ops
+        self.dtype, self.device = dtype, device
+        self.shared: list[Tensor] = []
+        self.holds: list[FusedLinear | None] = [None] * per_layer
+        self.place = {id(linear): i % per_layer for i, linear in enumerate(linears)}
+
+    def keep(self) -> None:
+        """Build every matrix now and keep it."""
+        for linear in self.linears:
+            linear.matrix = self._empty(linear)
+            linear.fill_base(linear.matrix, self.ops)
+
+    def share(self) -> None:
+        """Keep none: one matrix for each product of a layer."""
+        self.shared = [self._empty(linear) for linear in self.linears[: self.per_layer]]
+
+    def refresh(self) -> None:
+        """Bring the kept matrices up to date with the adapters."""
+        self.holds = [None] * self.per_layer
+        for linear in self.linears:
+            if linear.matrix is not None:
+                linear.fill_adapters(linear.matrix, self.ops)
+
+    def __getitem__(self, linear: FusedLinear) -> Tensor:
+        if linear.matrix is not None:
+            return linear.matrix
+        place = self.place[id(linear)]
+        matrix = self.shared[place]
+        if self.holds[place] is not linear:
+            if linear.matrix_shape != tuple(matrix.shape):  # a layer whose adapters differ from the first one's
+                matrix = self.shared[place] = self._empty(linear)
+            linear.fill_base(matrix, self.ops)
+            linear.fill_adapters(matrix, self.ops)
+            self.holds[place] = linear
+        return matrix
+
+    def _empty(self, linear: FusedLinear) -> Tensor:
+        return torch.empty(linear.matrix_shape, dtype=self.dtype, device=self.device)

@@ -1,0 +1,113 @@
+"""The fast step: the gradient of packed conversations, eagerly or replayed from CUDA graphs.
+
+Shape suffixes: T tokens, D hidden, P spare columns, G all adapter weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from parley.engine import reference
+from parley.engine.bind import Bound
+from parley.engine.documents import Example, Pack, Rows, Staging, pack, split
+from parley.engine.graph import Graphs
+from parley.engine.head import head
+from parley.engine.layer import KEEP, Context, Saved, backward, forward
+from parley.engine.linear import Matrices
+from parley.engine.ops import Ops
+from parley.engine.plan import Plan
+
+
+@dataclass
+class Middle:
+    """A pass between its forward and backward half: the last layer's output h + delta, room for its gradient."""
+
+    h_TD: Tensor
+    delta_TD: Tensor
+    dh_TDP: Tensor
+    saved: list[Saved]
+
+
+class FastStep:
+    """Adds the gradient of a step's conversations to `bound.flat.grad_G` and keeps its figures on the device.
+
+    After `run`, `figures_3` holds the summed loss of the step's supervised tokens, how many of them were the most
+    likely ones, and their summed entropy.
+    """
+
+    def __init__(self, bound: Bound, plan: Plan, ops: Ops | None = None) -> None:
+        self.bound, self.plan = bound, plan
+        self.ops = ops or operations(bound.device)
+        self.rope = bound.rope(plan.positions)
+        self.staging = Staging(bound.device, plan.tokens)
+        self.figures_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
+        self.matrices = Matrices(bound.linears, 4, self.ops, bound.dtype, bound.device)
+        self.spare = max(linear.spare for layer in bound.layers for linear in (layer.o, layer.down))
+        self.graphs = Graphs(self) if plan.graph_tokens else None
+        with torch.no_grad():
+            if plan.keep_matrices:
+                self.matrices.keep()
+            else:
+                self.matrices.share()
+
+    @torch.no_grad()
+    def run(self, examples: Sequence[Example], supervised: int) -> None:
+        """The gradient of one optimizer step. Its loss is the sum over supervised tokens divided by `supervised`."""
+        self.bound.flat.grad_G.zero_()
+        self.figures_3.zero_()
+        for documents in split(examples, self.plan.tokens):
+            packed = pack(documents)
+            if len(packed.row_S):
+                self._pass(packed, 1.0 / supervised)
+
+    def _pass(self, packed: Pack, scale: float) -> None:
+        tokens = len(packed.ids_T)
+        if self.staging.reserve(tokens) and self.graphs is not None:
+            self.graphs.clear()
+        if self.graphs is not None and tokens <= self.plan.graph_tokens:
+            bucket = -(-tokens // self.plan.granule) * self.plan.granule
+            rows = self.staging.send(packed.padded(bucket), scale, None)
+            self.graphs.run(rows)
+        else:
+            rows = self.staging.send(packed, scale, packed.lengths)
+            middle = self.forward(rows)
+            self.head(rows, middle)
+            self.backward(rows, middle)
+
+    def forward(self, rows: Rows) -> Middle:
+        context = self._context(rows)
+        self.matrices.refresh()
+        h_TD: Tensor = self.bound.embedding_VD.index_select(0, rows.ids_T)
+        dh_TDP = h_TD.new_zeros(len(h_TD), h_TD.shape[1] + self.spare)
+        delta_TD, passed = None, []
+        for layer in self.bound.layers:
+            saved, h_TD, delta_TD = forward(context, layer, h_TD, delta_TD, KEEP[self.plan.keep])
+            passed.append(saved)
+        assert delta_TD is not None
+        return Middle(h_TD, delta_TD, dh_TDP, passed)
+
+    def head(self, rows: Rows, middle: Middle) -> None:
+        head(
+            self.ops, self.bound, rows, middle.h_TD, middle.delta_TD, middle.dh_TDP, self.plan.head_rows, self.figures_3
+        )
+
+    def backward(self, rows: Rows, middle: Middle) -> None:
+        context = self._context(rows)
+        for index in reversed(range(len(middle.saved))):
+            backward(context, self.bound.layers[index], middle.saved.pop(), middle.dh_TDP, want_dx=index > 0)
+
+    def _context(self, rows: Rows) -> Context:
+        return Context(self.ops, self.matrices, self.rope, rows)
+
+
+def operations(device: torch.device) -> Ops:
+    """The operations for `device`: Triton's on a GPU, PyTorch's elsewhere."""
+    if device.type != "cuda":
+        return reference
+    from parley.engine import kernels  # Triton is there only where a GPU is
+
+    return kernels

@@ -1,0 +1,110 @@
+"""From a model's name to a folder on this machine: local folders as they are, hub ids downloaded.
+
+Everything after this step reads files only, so that one place speaks with the network and explains its failures.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+
+from parley.config import DEMO_MODEL, ModelSection
+from parley.errors import ModelError
+from parley.models.demo import demo_model_path
+
+SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+NOT_NEEDED = ["*/*", "consolidated*"]  # subfolders and second copies of the weights
+
+
+def model_folder(section: ModelSection, *, weights: bool = True) -> Path:
+    """The folder that holds the model or adapter called `section.name`.
+
+    A folder, or a name that can only be a path, never reaches the network. Of a hub id the small files are
+    downloaded, and the weights too where `weights` is true. Raises ModelError.
+    """
+    if section.name == DEMO_MODEL:
+        return demo_model_path()
+    folder = local_folder(section.name)
+    if folder is not None:
+        return folder
+    if not weights:
+        return _download(section, SMALL_FILES)
+    folder = _download(section, [*SMALL_FILES, "*.safetensors"])
+    return folder if any(folder.glob("*.safetensors")) else _download(section, [*SMALL_FILES, "*.bin"])
+
+
+def local_folder(name: str) -> Path | None:
+    """`name` as a folder, or None when it is a hub id. Raises ModelError for a path that leads nowhere."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve()
+    if path.exists():
+        raise ModelError(f"{name}: got a file, wanted a model folder with config.json, or a hub id")
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ModelError(f"{name}: no such folder; give a model folder, or a hub id such as owner/model") from None
+    return None
+
+
+def adapter_base(folder: Path, section: ModelSection) -> ModelSection | None:
+    """For a folder that holds an adapter and no model, `section` with its base's name; None for a model's own.
+
+    Raises ModelError where adapter_config.json cannot be read or names no base.
+    """
+    path = folder / "adapter_config.json"
+    if not path.is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path}: not valid JSON ({one_line(error)}); save the adapter anew") from None
+    base = saved.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{path}: names no base_model_name_or_path; write the model it was trained on there")
+    return section.model_copy(update={"name": base, "revision": saved.get("revision")})
+
+
+def _download(section: ModelSection, patterns: list[str]) -> Path:
+    name, revision = section.name, section.revision
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_NEEDED)
+    except GatedRepoError:
+        raise ModelError(
+            f"{name}: the hub gives this model only to people who accepted its terms; accept them at "
+            f"https://huggingface.co/{name}, then `hf auth login` or set HF_TOKEN"
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"{name}: the hub has no revision {revision!r}; correct model.revision") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{name}: no such folder here and no such model on the hub; correct model.name, or, if it is private, "
+            "`hf auth login` or set HF_TOKEN"
+        ) from None
+    except LocalEntryNotFoundError as error:
+        raise ModelError(
+            f"{name}: not downloaded yet, and the hub cannot be reached ({one_line(error.__cause__ or error)}); "
+            "connect this machine (and unset HF_HUB_OFFLINE), or set model.name to a folder"
+        ) from None
+    except HfHubHTTPError as error:
+        raise ModelError(f"{name}: the hub answered {one_line(error)}; try again later") from None
+    except OSError as error:  # connections, certificates, disks
+        raise ModelError(f"{name}: cannot be downloaded ({one_line(error)}); mend that, or give a folder") from None
+    return Path(folder)
+
+
+def one_line(error: BaseException, limit: int = 240) -> str:
+    """An error's text on one line, shortened."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,196 @@
+"""Load a causal language model and its tokenizer: 16 or 32 bits, 8 bits, NF4, or as the checkpoint was quantised."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from parley.config import DEMO_MODEL, ModelSection
+from parley.errors import DeviceError, ModelError
+from parley.models.adapters import load_adapter
+from parley.models.device import GIB, describe_device, pick_device, pick_dtype
+from parley.models.folder import adapter_base, local_folder, model_folder, one_line
+from parley.models.quantization import plan_quantization
+from parley.models.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer, require_chat_template
+
+__all__ = ["load_adapter", "load_model", "load_tokenizer", "require_chat_template"]
+
+logger = logging.getLogger(__name__)
+
+WEIGHT_FILES = ["*.safetensors", "*.bin"]
+CHAT_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+def load_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model and tokenizer that `section` describes, in evaluation mode on their device.
+
+    `section.name` is a hub id, a folder, the embedded demo, or a PEFT adapter's folder, which loads its base and
+    then itself. NF4 is QLoRA's 4-bit type (Dettmers et al. 2023, arXiv:2305.14314), int8 is LLM.int8()
+    (arXiv:2208.07339), both through bitsandbytes; a checkpoint that was saved quantised stays as it is.
+
+    Raises ModelError for a model that is missing, damaged or does not fit, DeviceError for a device that is.
+    """
+    device = pick_device(section.device)
+    dtype = pick_dtype(section.dtype, device)
+    folder = model_folder(section, weights=False)
+    base = adapter_base(folder, section)
+    if base is not None:
+        model, tokenizer = load_model(base)
+        if has_tokenizer(folder):
+            tokenizer = read_tokenizer(folder, section)
+        return load_adapter(model, model_folder(section)), tokenizer
+
+    config = _read_config(folder, section)
+    tokenizer = read_tokenizer(folder, section)
+    quantization = plan_quantization(config, section, dtype)
+    folder = model_folder(section)
+    model = _read_weights(folder, section, config, quantization, device, dtype)
+    _agree_on_padding(model, tokenizer, section.name)
+    _name_source(model, section, folder)
+    return model.eval(), tokenizer
+
+
+def _read_config(folder: Path, section: ModelSection) -> PreTrainedConfig:
+    name = section.name
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: {folder} has no config.json; give the folder that save_pretrained wrote")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{name}: config.json cannot be used: {one_line(error)}") from None
+    heads = config.architectures or []
+    own_code = "AutoModelForCausalLM" in vars(config).get("auto_map", {})
+    if (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code) or (
+        heads and not own_code and not any(head.endswith(CHAT_HEADS) for head in heads)
+    ):
+        raise ModelError(
+            f"{name}: got {' '.join(heads) or type(config).__name__}, wanted a causal language model "
+            "(LlamaForCausalLM and the like); choose a chat model"
+        )
+    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    if positions is not None and section.max_seq_length > positions:
+        raise ModelError(
+            f"{name}: model.max_seq_length is {section.max_seq_length} and the model has {positions} positions; "
+            f"set model.max_seq_length: {positions} or less"
+        )
+    return config
+
+
+def _read_weights(
+    folder: Path,
+    section: ModelSection,
+    config: PreTrainedConfig,
+    quantization: BitsAndBytesConfig | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    name = section.name
+    files = [file for pattern in WEIGHT_FILES for file in folder.glob(pattern)]
+    if not files:
+        raise ModelError(f"{name}: {folder} has no weights (*.safetensors or *.bin); copy them there")
+    extra = {} if quantization is None else {"quantization_config": quantization}
+    try:
+        with _quiet_transformers():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                device_map={"": device},
+                local_files_only=True,
+                trust_remote_code=section.trust_remote_code,
+                ignore_mismatched_sizes=True,  # reported, and made an error below
+                output_loading_info=True,
+                **extra,
+            )
+    except torch.OutOfMemoryError:
+        raise DeviceError(_no_room(section, files, device)) from None
+    except ImportError as error:
+        raise ModelError(
+            f"{name}: needs a library that cannot be used here ({one_line(error)}); see `parley doctor`, or set "
+            "model.quantization: none"
+        ) from None
+    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        raise ModelError(f"{name}: weights in {folder} are damaged ({one_line(error)}); fetch them anew") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{name}: cannot be loaded: {one_line(error)}") from None
+    _check_complete(name, report)
+    return model
+
+
+def _check_complete(name: str, report: dict[str, Any]) -> None:
+    """transformers fills gaps with random numbers and warns; a chat model with gaps is of no use."""
+    mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    for what, keys in [
+        ("lacks", sorted(report["missing_keys"])),
+        ("has the wrong shape for", sorted(mismatched)),
+    ]:
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(
+                f"{name}: the checkpoint {what} {keys[0]}{more}, as config.json describes the model; "
+                "fetch weights and config.json of the same model"
+            )
+    unused = sorted(report["unexpected_keys"])
+    if unused:
+        logger.warning(
+            "%s: %d weights are not part of the model and are left out (%s ...)", name, len(unused), unused[0]
+        )
+
+
+def _no_room(section: ModelSection, files: list[Path], device: torch.device) -> str:
+    free, total = torch.cuda.mem_get_info(device)
+    size = sum(file.stat().st_size for file in files)
+    advice = (
+        "set model.quantization: nf4 (about a quarter of 16-bit weights)"
+        if section.quantization != "nf4"
+        else "choose a smaller model"
+    )
+    return (
+        f"{section.name}: {size / GIB:.1f} GiB of weight files do not fit into {describe_device(device)}, "
+        f"{free / GIB:.1f} of {total / GIB:.1f} GiB free; end other programs that use the GPU, or {advice}"
+    )
+
+
+def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= rows:
+        raise ModelError(
+            f"{name}: the pad token {tokenizer.pad_token} has id {tokenizer.pad_token_id} and the model {rows} "
+            "embeddings; name another pad_token in tokenizer_config.json"
+        )
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def _name_source(model: PreTrainedModel, section: ModelSection, folder: Path) -> None:
+    """Adapters name their base by this: a folder, or the hub id and commit, not where its download happens to lie."""
+    from_hub = section.name != DEMO_MODEL and local_folder(section.name) is None
+    model.name_or_path = model.config._name_or_path = section.name if from_hub else str(folder)
+    model.config._commit_hash = folder.name if from_hub else None
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Its loading report spans lines; what matters of it is said in one."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)

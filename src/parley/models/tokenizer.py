@@ -1,0 +1,107 @@
+"""The tokenizer of a model: its own, with a pad token and the chat template that the run asks for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from parley.config import ModelSection
+from parley.errors import ModelError
+from parley.models.folder import adapter_base, model_folder, one_line
+
+logger = logging.getLogger(__name__)
+
+VOCABULARY_FILES = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+]
+# Tokens that published models set aside for padding or never write, best first.
+PAD_CANDIDATES = [
+    "<|finetune_right_pad_id|>",
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|reserved_special_token_0|>",
+    "<|endoftext|>",
+]
+
+
+def read_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`. Raises ModelError when it is missing or cannot be read."""
+    if not has_tokenizer(folder):
+        raise ModelError(
+            f"{section.name}: {folder} has no tokenizer (looked for {', '.join(VOCABULARY_FILES)}); "
+            "copy the tokenizer files of the model beside its weights"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=section.trust_remote_code
+        )
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ModelError(
+            f"{section.name}: the tokenizer in {folder} cannot be read ({one_line(error)}); fetch its files anew"
+        ) from error
+    _choose_pad_token(tokenizer, section.name)
+    if section.chat_template is not None:
+        tokenizer.chat_template = _read_template(section.chat_template, tokenizer)
+    return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in VOCABULARY_FILES)
+
+
+def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ModelError when `tokenizer` cannot write a conversation."""
+    if not tokenizer.chat_template:
+        raise ModelError(
+            f"{tokenizer.name_or_path or 'the tokenizer'}: no chat template, as in base models; set "
+            "model.chat_template to a Jinja file, or start from the model's chat (Instruct) version"
+        )
+
+
+def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Padding never reaches the loss or attention; all that matters is that no embedding need be added for it."""
+    if tokenizer.pad_token is not None:
+        return
+    vocabulary = tokenizer.get_vocab()
+    known = [token for token in PAD_CANDIDATES if token in vocabulary]
+    pad = known[0] if known else tokenizer.unk_token or tokenizer.eos_token
+    if pad is None:
+        raise ModelError(f"{name}: the tokenizer has no pad, unknown or end token; name one in tokenizer_config.json")
+    tokenizer.pad_token = pad
+    logger.info("%s has no pad token; %s pads", name, pad)
+
+
+def _read_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        template = path.expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ModelError(
+            f"model.chat_template: {path} cannot be read ({one_line(error)}); give the path of a Jinja file"
+        ) from None
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], chat_template=template, tokenize=False)
+    except TemplateSyntaxError as error:
+        raise ModelError(
+            f"model.chat_template: {path} line {error.lineno}: {one_line(error)}; correct the template"
+        ) from None
+    except TemplateError:
+        pass  # this greeting does not suit it; the data may
+    return template
+
+
+def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+    """The tokenizer of `section.name` without its weights; an adapter's own, or its base's. Raises ModelError."""
+    folder = model_folder(section, weights=False)
+    base = adapter_base(folder, section)
+    if base is not None and not has_tokenizer(folder):
+        return load_tokenizer(base)
+    return read_tokenizer(folder, section)

@@ -1,0 +1,70 @@
+"""From a run's settings to TRL's SFTConfig. Every field of SFTConfig is reachable under its own name."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from parley.config import RunConfig, TrainingSection, unknown_key
+from parley.errors import UsageError
+
+# Fields that would contradict what the run decides elsewhere, and where to say it instead.
+ELSEWHERE = {
+    "output_dir": "output",
+    "max_length": "model.max_seq_length",
+    "assistant_only_loss": "data.train_on",
+    "completion_only_loss": "data.format",
+    "chat_template_path": "model.chat_template",
+    "model_init_kwargs": "model",
+    "dataset_text_field": "data.columns",
+    "data_seed": "training.seed",
+}
+
+
+def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tuple[SFTConfig, list[str]]:
+    """The arguments TRL trains with, and what was decided on the way in plain words.
+
+    Raises UsageError for a field that SFTConfig lacks (with the nearest it has), one that is said elsewhere in the
+    run's settings, or a value SFTConfig refuses.
+    """
+    values = config.training.model_dump(exclude={"engine", "memory"})
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    for name in set(values) - set(TrainingSection.model_fields):
+        if name in ELSEWHERE:
+            raise UsageError(f"training.{name} is decided by the run; set {ELSEWHERE[name]} instead")
+        if name not in known:
+            raise unknown_key(f"training.{name}", known, "the run's settings")
+
+    notes = []
+    if values["optim"] == "auto":
+        values["optim"] = "adamw_8bit" if device.type == "cuda" else "adamw_torch_fused"
+        notes.append(f"optimizer: {'8-bit' if device.type == 'cuda' else 'fused'} AdamW")
+    defaults: dict[str, Any] = {
+        **precision(device, values),
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_total_limit": 2,
+        "logging_nan_inf_filter": False,  # a loss that is not a number is shown as such
+        "max_length": config.model.max_seq_length,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "use_cpu": device.type == "cpu",
+        "output_dir": str(output_dir),
+    }
+    try:
+        return SFTConfig(**(defaults | values)), notes
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"training: {' '.join(str(error).split())}") from None
+
+
+def precision(device: torch.device, values: dict[str, Any]) -> dict[str, bool]:
+    """bf16 where the GPU has it, else fp16; plain fp32 on a CPU. What the user set is left alone."""
+    if "bf16" in values or "fp16" in values:
+        return {"bf16": False} if values.get("fp16") else {}
+    if device.type == "cpu":
+        return {"bf16": False, "fp16": False}
+    bf16 = torch.cuda.is_bf16_supported()
+    return {"bf16": bf16, "fp16": not bf16}

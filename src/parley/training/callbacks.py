@@ -1,0 +1,113 @@
+"""What a run writes and shows while it trains: `events.jsonl`, and one progress line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from parley.training.resources import memory_peak
+
+
+class EventLog(TrainerCallback):
+    """One JSON line an event: `step` for what the trainer logs, `eval` for held-out loss, `save` for a checkpoint.
+
+    Lines are flushed as they are written, so that a run that dies leaves all that it knew. `seconds` counts from the
+    start of training; `tokens_per_s` is over the time since the line before; memory is the peak in GiB.
+    """
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        self.path = path
+        self.device = device
+        self.steps: list[dict[str, Any]] = []
+        self._started = self._last_time = perf_counter()
+        self._last_tokens = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started = self._last_time = perf_counter()
+        self.write({"event": "start", "step": state.global_step, "max_steps": state.max_steps})
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        logs = logs or {}
+        now = perf_counter()
+        event: dict[str, Any] = {
+            "event": "end",
+            "step": state.global_step,
+            "seconds": now - self._started,
+            **logs,
+        }
+        if "eval_loss" in logs:
+            event["event"] = "eval"
+        elif "loss" in logs:
+            event["event"] = "step"
+            event["tokens_per_s"] = (logs["num_tokens"] - self._last_tokens) / (now - self._last_time)
+            event["memory_gib"] = memory_peak(self.device)
+            self._last_time, self._last_tokens = now, logs["num_tokens"]
+            self.steps.append(event)
+        self.write(event)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.write({"event": "save", "step": state.global_step, "seconds": perf_counter() - self._started})
+
+    def write(self, event: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+
+class ProgressLine(TrainerCallback):
+    """A bar with loss, tokens/s, memory and time left; where there is no terminal, a line every tenth of the way."""
+
+    def __init__(self, console: Console, log: EventLog) -> None:
+        self.console = console
+        self.log = log
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=None, figures="")
+        self._next_line = 0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.progress.update(self.task, total=state.max_steps)
+        self.progress.start()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.log.steps:
+            return
+        last = self.log.steps[-1]
+        figures = f"loss {last['loss']:.3f} · {last['tokens_per_s']:,.0f} tokens/s · {last['memory_gib']:.2f} GiB"
+        self.progress.update(self.task, completed=state.global_step, figures=figures)
+        if not self.console.is_terminal and state.global_step >= self._next_line:
+            self._next_line = state.global_step + max(1, state.max_steps // 10)
+            self.console.print(f"step {state.global_step}/{state.max_steps} · {figures}", highlight=False)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the terminal as it was; also after an interrupted run."""
+        self.progress.stop()

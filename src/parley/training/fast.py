@@ -1,0 +1,172 @@
+"""Where the fast step meets the trainer: what TRL's SFTTrainer does each step, done on packed rows by parley.engine.
+
+Shape suffixes: T tokens of a packed row, L tokens of one document.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import trl
+from torch.utils.data import DataLoader
+from transformers.training_args import OptimizerNames
+
+from parley.engine.bind import Bound, Unsupported, bind
+from parley.engine.documents import Example
+from parley.engine.optimizer import AdamW8bit
+from parley.engine.plan import Plan, make_plan
+from parley.engine.step import FastStep
+
+logger = logging.getLogger(__name__)
+
+BITSANDBYTES = (OptimizerNames.ADAMW_BNB, OptimizerNames.ADAMW_8BIT)
+TORCH = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+
+
+class FastTrainer(trl.SFTTrainer):
+    """TRL's SFTTrainer with a seam for the fast step.
+
+    Args:
+        engine: "auto" takes the fast step for every model and option it knows and says why where it does not;
+            "plain" always goes through transformers, PEFT and autograd.
+        memory: "auto", "low", or the GiB of device memory that the run may take.
+
+    `fast` is None until training starts, and stays None on the plain path.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        engine: Literal["auto", "plain"] = "auto",
+        memory: Literal["auto", "low"] | float = "auto",
+        **kwargs: Any,
+    ) -> None:
+        self.engine, self.memory = engine, memory
+        self.fast: FastStep | None = None
+        self.plain_because: str | None = "engine: plain" if engine == "plain" else None
+        self._flops_a_token: float | None = None
+        super().__init__(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches stay on the host, where the fast step reads their borders; the plain path moves them itself."""
+        loader = super().get_train_dataloader()
+        loader.device = None
+        return loader
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """One parameter, the flat one, on the fast step; the same classes and settings as TRL's."""
+        if self.optimizer is None and self.fast is None and self.plain_because is None:
+            self.fast = self._bind()
+        if self.fast is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        weight_G = self.fast.bound.flat.weight_G
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if self.args.optim in BITSANDBYTES:
+            optimizer_class = AdamW8bit
+            settings = {name: value for name, value in settings.items() if name in ("lr", "betas", "eps")}
+        self.optimizer = optimizer_class([weight_G], weight_decay=self.args.weight_decay, **settings)
+        return self.optimizer
+
+    def _bind(self) -> FastStep | None:
+        try:
+            self._check_options()
+            bound = bind(self.model)
+            if self.args.bf16 and bound.dtype != torch.bfloat16:
+                raise Unsupported(f"{bound.dtype} weights trained in bfloat16")
+        except Unsupported as reason:
+            self.plain_because = str(reason)
+            logger.warning("plain path: %s", reason)
+            return None
+        plan = self._plan(bound)
+        for line in plan.lines():
+            logger.info("%s", line)
+        return FastStep(bound, plan)
+
+    def _plan(self, bound: Bound) -> Plan:
+        documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        longest = self._longest_document()
+        return make_plan(bound, self.memory, longest, documents)
+
+    def _longest_document(self) -> int:
+        """Tokens of the longest training row; for streams, which cannot be looked through, the model's limit."""
+        rows = self.train_dataset
+        if isinstance(rows, torch.utils.data.IterableDataset) or "input_ids" not in rows.column_names:
+            return self.model.config.max_position_embeddings
+        return max(len(ids) for ids in rows["input_ids"])
+
+    def _check_options(self) -> None:
+        """Raises Unsupported for what a step does differently from the fast one."""
+        args = self.args
+        for wrong, reason in (
+            (args.fp16, "fp16"),
+            (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {args.optim}"),
+            (args.label_smoothing_factor > 0, "label smoothing"),
+            (args.loss_type != "nll", f"loss {args.loss_type}"),
+            (self.compute_loss_func is not None, "a loss function of its own"),
+            (args.neftune_noise_alpha is not None, "NEFTune noise"),
+            (self.accelerator.num_processes > 1, "several processes"),
+            (args.optim_target_modules is not None, "optimizer target modules"),
+        ):
+            if wrong:
+                raise Unsupported(reason)
+
+    def fast_training_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Gradient of the packed row `inputs`; returns its loss, still on the device."""
+        assert self.fast is not None
+        if not self.model.training:
+            self.model.train()
+        examples = documents(inputs)
+        count = max(sum(example.supervised for example in examples), 1)
+        self.fast.run(examples, count)
+        self.fast.bound.flat.show_gradients()
+        loss, right, entropy = (self.fast.figures_3 / count).unbind()
+        self._total_train_tokens += inputs["input_ids"].shape[1]
+        metrics = self._metrics["train"]
+        metrics["entropy"].append(entropy)
+        metrics["mean_token_accuracy"].append(right)
+        metrics["num_tokens"] = [self._total_train_tokens]
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        if self.fast is None:
+            return super()._clip_grad_norm(model)
+        grad_G = self.fast.bound.flat.grad_G
+        norm = torch.linalg.vector_norm(grad_G)
+        grad_G.mul_(torch.clamp(self.args.max_grad_norm / (norm + 1e-6), max=1.0))
+        return norm
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        if self.fast is not None and grad_norm is None:
+            return torch.linalg.vector_norm(self.fast.bound.flat.grad_G)
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the model counts them; its parameters are counted once, not at every step."""
+        if self.fast is None:
+            return super().floating_point_ops(inputs)
+        tokens = inputs["input_ids"].numel()
+        if self._flops_a_token is None:
+            self._flops_a_token = super().floating_point_ops(inputs) / tokens
+        return int(self._flops_a_token * tokens)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Fetch the figures that stayed on the device, in one transfer."""
+        for values in self._metrics["train"].values():
+            if values and isinstance(values[0], torch.Tensor):
+                values[:] = torch.stack(values).tolist()
+        super().log(logs, start_time)
+
+
+def documents(inputs: dict[str, torch.Tensor]) -> list[Example]:
+    """The documents of a packed row, cut where `position_ids` begin anew."""
+    ids_T, labels_T, position_T = (
+        inputs[name][0].numpy().astype(np.int32) for name in ("input_ids", "labels", "position_ids")
+    )
+    (starts,) = np.nonzero(position_T == 0)
+    return [
+        Example(ids_L, label_L)
+        for ids_L, label_L in zip(np.split(ids_T, starts[1:]), np.split(labels_T, starts[1:]), strict=True)
+    ]

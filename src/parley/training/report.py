@@ -1,0 +1,282 @@
+"""The report of a run: report.json with every figure, and report.html, one file that needs nothing but itself.
+
+`Report` is plain data that whoever ran the training fills in; everything in it but the title may be missing. In
+report.json a figure that is not finite stands as the string "NaN" or "Infinity", so that it is valid JSON, differs from
+one that was never measured (null), and reads back as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from importlib.resources import files
+from math import isfinite
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined, Template
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from parley.errors import RunError
+from parley.training.charts import Chart, line_chart
+from parley.training.figures import Row, duration, figure, flat_rows, gib, percent, share
+
+
+def _writable(value: Any) -> Any:
+    """Text without the lone surrogates that broken JSON escapes leave behind, which UTF-8 cannot hold."""
+    return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
+
+
+WHOLES = {"kept": "rows", "dropped": "rows", "supervised_tokens": "tokens"}
+Text = Annotated[str, BeforeValidator(_writable)]
+
+
+class Figures(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+
+
+class Scores(Figures):
+    """Held-out scores: rates from 0 to 1, loss in nats a supervised token."""
+
+    style_rate: float | None = None
+    accuracy: float | None = None
+    heldout_loss: float | None = None
+    heldout_tokens: int | None = None
+
+
+class Turn(BaseModel):
+    """One message; keys beside role and content, such as tool_calls, are kept and shown as JSON."""
+
+    model_config = ConfigDict(extra="allow")
+    role: Text
+    content: Text | None = None
+
+
+class Answer(Figures):
+    """What was asked, what the model said before and after, and what the data set says, if it does."""
+
+    question: list[Turn] | Text
+    before: Text | None = None
+    after: Text | None = None
+    reference: Text | None = None
+
+
+class StepFigures(Figures):
+    """One logged optimizer step. Memory in GiB, seconds since training began."""
+
+    step: int
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    tokens_per_s: float | None = None
+    memory_gib: float | None = None
+    token_accuracy: float | None = None
+    seconds: float | None = None
+    heldout_loss: float | None = None
+
+
+class Resources(Figures):
+    """Where the run ran and what it took. Memory in GiB: of the GPU, or of the machine on CPU."""
+
+    device: Text = ""
+    memory_total_gib: float | None = None
+    memory_before_gib: float | None = None
+    memory_peak_gib: float | None = None
+    train_seconds: float | None = None
+    total_seconds: float | None = None
+    tokens: int | None = None
+    supervised_tokens: int | None = None
+    tokens_per_s: float | None = None
+
+
+class MaskExample(Figures):
+    """A training row as runs of decoded text, each with whether its tokens are learned."""
+
+    origin: Text
+    pieces: list[tuple[Text, bool]]
+
+
+class Report(Figures):
+    title: Text
+    created: str = ""
+    model: Text = ""
+    data: Text = ""
+    before: Scores | None = None
+    after: Scores | None = None
+    answers: list[Answer] = Field(default_factory=list)
+    steps: list[StepFigures] = Field(default_factory=list)
+    resources: Resources = Field(default_factory=Resources)
+    data_summary: dict[str, Any] = Field(default_factory=dict)
+    data_lines: list[Text] = Field(default_factory=list)
+    examples: list[MaskExample] = Field(default_factory=list)
+    settings_yaml: Text = ""
+    versions: dict[str, Text] = Field(default_factory=dict)
+    next_commands: list[Text] = Field(default_factory=list)
+    notes: list[Text] = Field(default_factory=list)
+
+
+def write_report(folder: Path, report: Report) -> Path:
+    """Write report.json and report.html into `folder`, each whole or not at all; the path of the page.
+
+    Raises RunError when the folder cannot be written to.
+    """
+    page, figures = render_html(report), report.model_dump_json(indent=1)
+    _replace(folder / "report.json", figures)
+    return _replace(folder / "report.html", page)
+
+
+def render_html(report: Report) -> str:
+    """The page as one string; the same report gives the same page."""
+    return _template().render(
+        report=report,
+        lead=lead(report),
+        scores=score_changes(report),
+        charts=charts(report),
+        resources=resource_rows(report.resources),
+        data_rows=flat_rows(report.data_summary, WHOLES),
+        versions=[Row(*item) for item in report.versions.items()],
+    )
+
+
+# -- what the page says ------------------------------------------------------------------------------------------
+
+
+class ScoreChange(NamedTuple):
+    name: str
+    before: str
+    after: str
+    bar: tuple[float, float] | None  # before and after in percent of a scale that starts at 0
+    note: str
+
+
+def lead(report: Report) -> list[str]:
+    """How long it trained, on what, where, with how much memory: what of it is known."""
+    used = report.resources
+    known = [
+        _counted(report.steps[-1].step, "step") if report.steps else "",
+        _counted(used.tokens, "token") if used.tokens else "",
+        duration(used.train_seconds) if used.train_seconds is not None else "",
+        used.device,
+        f"{gib(used.memory_peak_gib)} at the peak" if used.memory_peak_gib is not None else "",
+    ]
+    return [part for part in known if part]
+
+
+def _counted(count: int, thing: str) -> str:
+    return f"{count:,} {thing}" + ("" if count == 1 else "s")
+
+
+def score_changes(report: Report) -> list[ScoreChange]:
+    """The scores that were measured before or after, as the headline shows them."""
+    before, after = report.before or Scores(), report.after or Scores()
+    changes = []
+    for name, field, note in (
+        ("Style", "style_rate", "answers in the new style"),
+        ("Accuracy", "accuracy", "held-out answers that are right"),
+        ("Held-out loss", "heldout_loss", _heldout_note(before, after)),
+    ):
+        old, new = getattr(before, field), getattr(after, field)
+        if old is None and new is None:
+            continue
+        rate = field != "heldout_loss"
+        values = [value for value in (old, new) if value is not None and isfinite(value)]
+        top = 1.0 if rate else 1.1 * max(values, default=0.0)
+        bar = (100 * old / top, 100 * new / top) if len(values) == 2 and top > 0 else None
+        show: Callable[[float], str] = percent if rate else "{:.3g}".format
+        said = [_said(value, show) for value in (old, new)]
+        changes.append(ScoreChange(name, said[0], said[1], bar, note))
+    return changes
+
+
+def _said(value: float | None, show: Callable[[float], str]) -> str:
+    if value is None:
+        return ""
+    return show(value) if isfinite(value) else "not finite"
+
+
+def charts(report: Report) -> list[Chart]:
+    """The loss with the held-out loss, then the smaller charts; only those with something measured."""
+    steps = report.steps
+    heldout = [(row.step, row.heldout_loss) for row in steps]
+    measured = {step for step, value in heldout if value is not None}
+    ends = ((report.before, 0), (report.after, steps[-1].step if steps else 1))
+    heldout += [(step, scores.heldout_loss) for scores, step in ends if scores and step not in measured]
+    smaller = (
+        ("Learning rate", "", "learning_rate", False),
+        ("Gradient norm", "", "grad_norm", True),
+        ("Speed", "tokens/s", "tokens_per_s", True),
+        ("Token accuracy", "share of supervised tokens", "token_accuracy", True),
+    )
+    loss = [(row.step, row.loss) for row in steps]
+    drawn = [line_chart("Loss", "nats per supervised token", loss, dots=heldout, smooth=True)]
+    for title, unit, field, smooth in smaller:
+        values = [(row.step, getattr(row, field)) for row in steps]
+        drawn.append(line_chart(title, unit, values, from_zero=True, smooth=smooth))
+    return [chart for chart in drawn if chart]
+
+
+def resource_rows(used: Resources) -> list[Row]:
+    """Device, memory, time and tokens, with their shares; only what was measured."""
+    total, before, peak = used.memory_total_gib, used.memory_before_gib, used.memory_peak_gib
+    grown = peak - before if peak is not None and before is not None else None
+    rows = [
+        _row("Memory of the device", total, gib),
+        _row("Memory before training", before, gib, total, "memory"),
+        _row("Peak memory", peak, gib, total, "memory"),
+        _row("Peak memory for training", grown, gib, total, "memory"),
+        _row("Training time", used.train_seconds, duration, used.total_seconds, "whole run"),
+        _row("Whole run", used.total_seconds, duration),
+        _row("Tokens", used.tokens, figure),
+        _row("Supervised tokens", used.supervised_tokens, figure, used.tokens, "tokens"),
+        _row("Speed", used.tokens_per_s, "{:,.0f} tokens/s".format),
+    ]
+    device = [Row("Device", used.device)] if used.device else []
+    return device + [row for row in rows if row]
+
+
+def _row(
+    name: str, amount: float | None, show: Callable[[float], str], whole: float | None = None, of: str = ""
+) -> Row | None:
+    return None if amount is None else Row(name, show(amount), share(amount, whole), of)
+
+
+def _heldout_note(before: Scores, after: Scores) -> str:
+    tokens = after.heldout_tokens or before.heldout_tokens
+    return f"nats per token over {tokens:,} tokens" if tokens else "nats per token"
+
+
+def _extras(turn: Turn) -> str:
+    extra = {key: value for key, value in (turn.model_extra or {}).items() if value is not None}
+    return json.dumps(extra, ensure_ascii=False) if extra else ""
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
+    )
+    environment.filters["extras"] = _extras
+    source = files("parley").joinpath("assets/report.html.jinja").read_text(encoding="utf-8")
+    return environment.from_string(source)
+
+
+def _replace(path: Path, text: str) -> Path:
+    """Write beside `path`, then move over it, so that a reader or a full disk never meets half a file."""
+    beside = ""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            beside = file.name
+            file.write(text)
+        os.chmod(beside, 0o644)
+        os.replace(beside, path)
+    except OSError as error:
+        if beside:
+            Path(beside).unlink(missing_ok=True)
+        reason = error.strerror or error
+        raise RunError(f"{path}: could not write the report ({reason}); free space there and run again") from None
+    return path

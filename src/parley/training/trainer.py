@@ -1,0 +1,215 @@
+"""`parley.SFTTrainer`: TRL's SFTTrainer with Parley's masks, packing and accounting.
+
+What differs from TRL's:
+- conversations are rendered with the mask of the assistant's words (parley.data.render), whatever the template;
+- a whole optimizer step is one row without padding (parley.data.packing), split only where it would exceed the
+  tokens of one micro-batch of longest rows;
+- adapter weights stay in float32 on a quantised model, where TRL rounds them to bfloat16;
+- evaluation loss is the sum over supervised tokens divided by their count, not a mean of batch means;
+- the older spellings of tutorials are taken: tokenizer, dataset_text_field, max_seq_length, dataset_num_proc, packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset, IterableDataset
+from peft import get_peft_model
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTConfig
+
+from parley.config import DataSection
+from parley.data.packing import IGNORED, PackedCollator, split_documents
+from parley.data.prepare import render_rows
+from parley.data.summary import DataSummary
+from parley.errors import UsageError
+from parley.training.fast import FastTrainer
+
+OLD_SPELLINGS = ("dataset_text_field", "max_seq_length", "dataset_num_proc", "packing")
+
+
+class SFTTrainer(FastTrainer):
+    """Supervised fine-tuning on the assistant's words. Takes what TRL's SFTTrainer takes, and:
+
+    Args:
+        engine, memory: see FastTrainer.
+        tokenizer: older name of `processing_class`.
+        train_on: "all" assistant turns, or only the "last" of each conversation.
+        overlong: what happens to rows over the maximum length: "drop", "error" or "keep-whole-turns".
+        dataset_text_field, max_seq_length, dataset_num_proc, packing: as in older releases of TRL.
+
+    Data sets may hold `input_ids` and `labels`, or rows of any format Parley recognises. `data_summaries` says, for
+    "train" and "eval", what became of them.
+
+    Raises:
+        UsageError: arguments that contradict each other.
+        DataError: rows that cannot be rendered or leave nothing to learn.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        train_on: Literal["all", "last"] = "all",
+        overlong: Literal["drop", "error", "keep-whole-turns"] = "drop",
+        dataset_text_field: str | None = None,
+        max_seq_length: int | None = None,
+        dataset_num_proc: int | None = None,
+        packing: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer is not None and processing_class is not None:
+            raise UsageError("got both tokenizer and processing_class; pass one of them")
+        old = dict(zip(OLD_SPELLINGS, (dataset_text_field, max_seq_length, dataset_num_proc, packing), strict=True))
+        args = _as_sft_config(args, {name: value for name, value in old.items() if value is not None})
+        self.train_on = train_on
+        self.overlong = overlong
+        self.max_tokens = args.max_length
+        self.data_summaries: dict[str, DataSummary] = {}
+        # Rows never exceed max_tokens, and documents of one row never see each other: padding-free always, and TRL's
+        # own cutting and packing have nothing left to do.
+        args.max_length, args.packing, args.padding_free = None, False, False
+        self.supervised_tokens: torch.Tensor | int = 0  # learned from so far, by all processes
+        self.row_tokens: int | None = None
+        if data_collator is None or isinstance(data_collator, DataCollatorForSeq2Seq):
+            data_collator = PackedCollator()
+            if self.max_tokens is not None:
+                self.row_tokens = args.per_device_train_batch_size * self.max_tokens
+            args.per_device_train_batch_size *= args.gradient_accumulation_steps
+            args.gradient_accumulation_steps = 1
+        elif not isinstance(data_collator, PackedCollator):
+            kwargs["engine"] = "plain"  # the fast step takes packed rows
+        peft_config = kwargs.pop("peft_config", None)
+        if peft_config is not None and not isinstance(model, str):
+            set_seed(args.seed)
+            model, peft_config = get_peft_model(model, peft_config), None
+        masters = [] if isinstance(model, str) else [(p, p.data) for p in model.parameters() if p.requires_grad]
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class or tokenizer,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        for parameter, master in masters:
+            if parameter.dtype != master.dtype:  # TRL rounds adapters on quantised models; 1e-4 is lost in bfloat16
+                parameter.data = master.to(parameter.device)
+
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        packing: bool,
+        formatting_func: Callable[[dict[str, Any]], str] | None,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        """Render rows into `input_ids` and `labels`; rows that have them already are left as they are."""
+        columns = dataset.column_names or list(next(iter(dataset)))
+        if "input_ids" in columns:
+            return dataset if "labels" in columns else dataset.map(_learn_everything)
+        if formatting_func is not None:
+            dataset = dataset.map(lambda row: {"text": formatting_func(row)}, remove_columns=columns)
+            columns = ["text"]
+        section = DataSection(train_on=self.train_on, overlong=self.overlong)
+        if args.dataset_text_field in columns:
+            section.format, section.columns = "text", {"text": args.dataset_text_field}
+        rows, summary = render_rows(
+            dataset,
+            processing_class,
+            section,
+            self.max_tokens or processing_class.model_max_length,
+            where=dataset_name,
+        )
+        self.data_summaries[dataset_name] = summary
+        return rows
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of a step, in as few rows as `row_tokens` allows. Returns the step's loss."""
+        if num_items_in_batch is not None:
+            self.supervised_tokens = self.supervised_tokens + num_items_in_batch
+        if self.fast is not None and "position_ids" in inputs:
+            return self.fast_training_step(inputs)
+        if self.row_tokens is None or "position_ids" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        *parts, last = split_documents(inputs, self.row_tokens)
+        losses = []
+        for part in parts:
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, part, num_items_in_batch))
+        losses.append(super().training_step(model, last, num_items_in_batch))
+        return torch.stack(losses).sum()
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Held-out loss per supervised token over the whole set. With `compute_metrics`, TRL's own loop."""
+        if self.compute_metrics is not None or prediction_loss_only is False:
+            return super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        was_training = self.model.training
+        self.model.eval()
+        loss_sum = torch.zeros((), device=self.args.device, dtype=torch.float64)
+        tokens = torch.zeros_like(loss_sum)
+        rows = 0
+        for inputs in dataloader:
+            count = (inputs["labels"][..., 1:] != IGNORED).sum()
+            loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
+            loss_sum += loss.double() * count
+            tokens += count
+            rows += self._documents(inputs)
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        totals = self.accelerator.reduce(torch.stack([loss_sum, tokens]), reduction="sum")
+        self.model.train(was_training)
+        metrics = {
+            f"{metric_key_prefix}_loss": float(totals[0] / totals[1].clamp(min=1)),
+            f"{metric_key_prefix}_supervised_tokens": int(totals[1]),
+        }
+        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
+
+    @staticmethod
+    def _documents(inputs: dict[str, torch.Tensor]) -> int:
+        if "position_ids" in inputs:
+            return int((inputs["position_ids"] == 0).sum())
+        return inputs["labels"].shape[0]
+
+
+def _as_sft_config(args: TrainingArguments | None, old: dict[str, Any]) -> SFTConfig:
+    """The SFTConfig with older spellings moved into it; a plain TrainingArguments becomes one, as in TRL."""
+    if args is None:
+        args = SFTConfig(output_dir="outputs")
+    elif not isinstance(args, SFTConfig):
+        args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+    if "max_seq_length" in old:
+        old["max_length"] = old.pop("max_seq_length")
+    for name, value in old.items():
+        setattr(args, name, value)
+    return args
+
+
+def _learn_everything(row: dict[str, Any]) -> dict[str, Any]:
+    return {"labels": list(row["input_ids"])}

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import pytest
+
+from parley.config import GenerationSection
+from parley.generation.generate import generate
+from parley.training.run_folder import RunFolder
+
+GREEDY = GenerationSection(temperature=0, min_p=0, max_new_tokens=8)  # the run's own settings
+
+
+def greedy(folder: RunFolder, *questions: str, base: bool = False, system: str | None = None) -> str:
+    """What the last of `questions` is answered, the conversation told from its beginning."""
+    model, tokenizer = folder.load()
+    messages = [{"role": "system", "content": system}] if system else []
+    for question in questions:
+        messages.append({"role": "user", "content": question})
+        if base:
+            with model.disable_adapter():
+                answer = generate(model, tokenizer, [messages], GREEDY)[0]
+        else:
+            answer = generate(model, tokenizer, [messages], GREEDY)[0]
+        messages.append({"role": "assistant", "content": answer})
+    return answer
+
+
+def test_piped_lines_are_answered_by_tuned_and_base(run: RunFolder, parley_process: Callable[..., Any]) -> None:
+    lines = ["Ahoy!", "", "And the sea?", "/reset", "/base", "Ahoy!", "/tuned", "/reset", "/system Be brief.", "Ahoy!"]
+    ended = parley_process("chat", run.path, stdin="\n".join(lines))
+    assert ended.code == 0, ended.err
+    answers = [
+        greedy(run, "Ahoy!"),
+        greedy(run, "Ahoy!", "And the sea?"),
+        greedy(run, "Ahoy!", base=True),
+        greedy(run, "Ahoy!", system="Be brief."),
+    ]
+    assert len(set(answers)) == 4
+    assert ended.out == "".join(f"{answer}\n" for answer in answers)
+    told = ["conversation forgotten", "the base model answers", "the tuned model answers"]
+    assert ended.err.splitlines() == [*told, "conversation forgotten", "system: Be brief."]
+
+
+def test_options_change_how_a_plain_model_talks(
+    parley: Callable[..., Any], tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def say(*options: str) -> str:
+        monkeypatch.setattr(sys, "stdin", iter_stdin(["Ahoy!"]))
+        ended = parley("chat", tiny_llama_folder, "--temperature", "0", *options)
+        assert ended.code == 0, ended.err
+        return ended.out
+
+    long = say("--max-new-tokens", "9")
+    short = say("--max-new-tokens", "2")
+    assert 0 < len(short.strip()) < len(long.strip())
+    assert say("--max-new-tokens", "9", "--system", "You are a pirate.") != long
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["Ahoy!", "/base"], "parley: error: this model has no adapter"),
+        (["What be the sea? " * 2000], "parley: error: the conversation is"),
+    ],
+)
+def test_errors_end_piped_input_in_one_line(
+    parley: Callable[..., Any], tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str], said: str
+) -> None:
+    monkeypatch.setattr(sys, "stdin", iter_stdin(lines))
+    ended = parley("chat", tiny_llama_folder, "--max-new-tokens", "2")
+    assert ended.code == 1
+    assert ended.err.startswith(said)
+    assert ended.err.count("\n") == 1
+
+
+def test_unknown_commands_are_told(
+    parley: Callable[..., Any], tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", iter_stdin(["/frobnicate", "/help", "/quit", "never said"]))
+    ended = parley("chat", tiny_llama_folder)
+    assert (ended.code, ended.out) == (0, "")
+    assert ended.err.startswith("/frobnicate: no such command")
+    assert "/system TEXT" in ended.err
+
+
+class iter_stdin:
+    """Piped input."""
+
+    def __init__(self, lines: list[str]) -> None:
+        self.lines = lines
+
+    def isatty(self) -> bool:
+        return False
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(f"{line}\n" for line in self.lines)
+
+
+class Terminal:
+    """`parley` on a terminal of its own, typed to and read from."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.master, slave = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "parley.cli.main", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        )
+        os.close(slave)
+        self.text = ""
+
+    def type(self, keys: str) -> None:
+        os.write(self.master, keys.encode())
+
+    def until(self, pattern: str, seconds: float = 60) -> str:
+        """Read until `pattern` has come after what was waited for before; what was read."""
+        deadline = monotonic() + seconds
+        while not (found := re.search(pattern, self.text, re.DOTALL)):
+            assert monotonic() < deadline, f"no {pattern!r} in {self.text!r}"
+            if select.select([self.master], [], [], 0.1)[0]:
+                try:
+                    self.text += os.read(self.master, 4096).decode(errors="replace")
+                except OSError:  # the other end is closed
+                    raise AssertionError(f"ended without {pattern!r}: {self.text!r}") from None
+        read, self.text = self.text[: found.end()], self.text[found.end() :]
+        return read
+
+
+def _take_terminal() -> None:
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches the process as from a keyboard
+
+
+@pytest.fixture
+def terminal(tiny_llama_folder: Path) -> Iterator[Terminal]:
+    terminal = Terminal("chat", str(tiny_llama_folder), "--temperature", "0", "--max-new-tokens", "1900")
+    yield terminal
+    terminal.process.kill()
+    terminal.process.wait()
+    os.close(terminal.master)
+
+
+def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(terminal: Terminal) -> None:
+    terminal.until(r"/help.*> ")
+    terminal.type("Ahoy!\n")
+    terminal.until("Ahoy!.*?\n.{20}")  # the answer has begun
+    terminal.type("\x03")
+    terminal.until(r"\(stopped\).*> ", seconds=10)
+    terminal.type("\x03")  # at the prompt it only begins a new line
+    terminal.type("\n/base\n")
+    terminal.until("this model has no adapter.*> ", seconds=10)
+    terminal.type("\x04")
+    assert terminal.process.wait(timeout=20) == 0

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from parley import road
+
+
+@pytest.mark.parametrize(("interrupted", "code"), [(False, 0), (True, 130)])
+def test_the_demo_goes_where_it_is_told_and_says_when_it_was_stopped(
+    parley: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interrupted: bool, code: int
+) -> None:
+    outputs = []
+
+    def demo(output: Path, console: Any) -> Any:
+        outputs.append(output)
+        return SimpleNamespace(interrupted=interrupted)
+
+    monkeypatch.setattr(road, "demo", demo)
+    ended = parley("demo", "--output", tmp_path / "demo")
+    assert outputs == [tmp_path / "demo"]
+    assert ended.code == code
+    told = f"parley: stopped; what was learned until then is in {tmp_path / 'demo'}\n"
+    assert ended.err == (told if interrupted else "")

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from parley.models import doctor as findings_module
+from parley.models.doctor import Finding
+
+FINE = Finding(name="torch", value="2.12", state="good", advice=None)
+SLOW = Finding(name="GPU", value="none", state="note", advice="train on a machine with a GPU")
+OLD = Finding(name="trl", value="0.9", state="bad", advice="pip install 'trl>=1.15'")
+
+
+@pytest.mark.parametrize(("findings", "code"), [([FINE, SLOW], 0), ([FINE, OLD], 1)])
+def test_findings_are_a_table_and_a_bad_one_an_exit_code(
+    parley: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, findings: list[Finding], code: int
+) -> None:
+    monkeypatch.setattr(findings_module, "examine", lambda: findings)
+    ended = parley("doctor")
+    assert (ended.code, ended.err) == (code, "")
+    for finding in findings:
+        assert any(finding.name in line and finding.value in line for line in ended.out.splitlines())
+    told = parley("doctor", "--json")
+    assert told.code == code
+    assert json.loads(told.out) == [vars(finding) for finding in findings]
+
+
+def test_this_machine_is_examined(parley: Callable[..., Any]) -> None:
+    told = json.loads(parley("doctor", "--json").out)
+    assert {"good", "note", "bad"} >= {finding["state"] for finding in told}
+    assert "torch" in {finding["name"].lower() for finding in told}

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parley import road
+from parley.cli.train import _run_config
+
+
+@pytest.fixture
+def settings(tmp_path: Path, tiny_llama_folder: Path, rows: Path) -> Path:
+    """A YAML file for two steps on the tiny model."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"""
+output: {tmp_path / "run"}
+model: {{name: {tiny_llama_folder}, device: cpu}}
+data: {{source: {rows}, heldout_rows: 2}}
+training: {{max_steps: 2}}
+report: {{from_heldout: 1, max_new_tokens: 4}}
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
+def test_options_win_over_the_file_and_set_over_both(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("model: one\ndata: {source: one, limit: 3}\noutput: one\n", encoding="utf-8")
+    config = _run_config(path, ["data.source=three", "training.max_steps=7"], "two: model", "two", Path("two"))
+    assert (config.model.name, config.data.source, str(config.output)) == ("two: model", "three", "two")
+    assert (config.data.limit, config.training.max_steps) == (3, 7)
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(
+    parley: Callable[..., Any], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    ended = parley("train", settings, "--dry-run")
+    assert ended.code == 0, ended.err
+    assert "Dolly" in ended.out
+    assert "It be 2, arr.<|eot_id|>" in ended.out
+    assert "2 steps" in ended.out
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_yaml_file_becomes_a_run(parley_process: Callable[..., Any], settings: Path, tmp_path: Path) -> None:
+    ended = parley_process("train", settings)
+    assert ended.code == 0, ended.err
+    assert ended.err == ""  # nothing from the libraries below
+    assert f"parley chat {tmp_path / 'run'}" in ended.out
+    assert (tmp_path / "run" / "adapter" / "adapter_config.json").is_file()
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["after"]["heldout_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "absent.jsonl"], "absent.jsonl"),
+        (["--model", "./absent"], "absent"),
+        (["--set", "lora.target_modules=[nothing_proj]"], "nothing_proj"),
+        pytest.param(
+            ["--set", "model.device=cuda"],
+            "cuda",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    parley: Callable[..., Any], settings: Path, tmp_path: Path, options: list[str], said: str
+) -> None:
+    ended = parley("train", settings, *options)
+    assert ended.code == 1
+    assert ended.err.startswith("parley: error: ")
+    assert said in ended.err
+    assert ended.err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_run_in_the_output_folder_is_not_touched(parley: Callable[..., Any], settings: Path, run: Any) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    ended = parley("train", settings, "--output", run.path)
+    assert ended.code == 1
+    assert "choose another with --output" in ended.err
+    assert ended.err.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("trained", "kept"), [(False, "nothing was written"), (True, "the trained weights are whole")])
+def test_ctrl_c_says_what_is_kept(
+    parley: Callable[..., Any],
+    settings: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: bool,
+    kept: str,
+) -> None:
+    def interrupted(config: Any, console: Any) -> None:
+        if trained:
+            (config.output / "adapter").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(road, "train", interrupted)
+    ended = parley("train", settings)
+    assert ended.code == 130
+    assert ended.err.startswith("parley: stopped; ")
+    assert kept in ended.err
+    assert ended.err.count("\n") == 1

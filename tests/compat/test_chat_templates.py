@@ -1,0 +1,100 @@
+"""get_chat_template, standardize_sharegpt."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from datasets import Dataset
+
+from parley.compat.unsloth import get_chat_template, standardize_sharegpt
+from parley.data.render import render
+from parley.errors import DataError, ModelError, UsageError
+
+TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]
+SHAREGPT = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
+
+
+@pytest.fixture
+def tokenizer(tiny_tokenizer: Any) -> Any:
+    return copy.deepcopy(tiny_tokenizer)
+
+
+def text(tokenizer: Any, turns: list[dict[str, str]], **options: Any) -> str:
+    return tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+
+@pytest.mark.parametrize("name", ["llama-3", "llama-3.1", "llama3"])
+def test_own_template_of_the_family_is_kept(tokenizer: Any, name: str) -> None:
+    own = tokenizer.chat_template
+    assert get_chat_template(tokenizer, chat_template=name) is tokenizer
+    assert tokenizer.chat_template == own
+
+
+def test_a_base_tokenizer_gets_llama_3s_template(tokenizer: Any) -> None:
+    asked = text(tokenizer, TURNS[:1], add_generation_prompt=True)
+    own = text(tokenizer, TURNS)
+    tokenizer.chat_template, tokenizer.eos_token = None, "<|end_of_text|>"
+    get_chat_template(tokenizer, "llama-3.1")
+    assert text(tokenizer, TURNS) == own
+    assert text(tokenizer, TURNS[:1], add_generation_prompt=True) == asked
+    assert tokenizer.eos_token == "<|eot_id|>"
+
+
+def test_chatml_without_its_tokens_ends_turns_with_the_end_of_text(tokenizer: Any) -> None:
+    get_chat_template(tokenizer, "chatml")
+    assert text(tokenizer, TURNS) == (
+        "<|begin_of_text|><|im_start|>user\nHi<|eot_id|>\n<|im_start|>assistant\nAhoy<|eot_id|>\n"
+    )
+    rendered = render(tokenizer, TURNS)
+    learned = [token for token, mask in zip(rendered.input_ids, rendered.mask, strict=True) if mask]
+    assert tokenizer.decode(learned) == "Ahoy<|eot_id|>"
+    tokenizer.chat_template = None
+    with pytest.raises(ModelError, match=r"no token <\|im_start\|>"):
+        get_chat_template(tokenizer, "chatml", map_eos_token=False)
+
+
+def test_chatml_with_its_tokens(tokenizer: Any) -> None:
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    get_chat_template(tokenizer, "qwen-2.5")
+    assert text(tokenizer, TURNS, add_generation_prompt=True).endswith(
+        "<|im_start|>assistant\nAhoy<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_mapping_reads_sharegpt_turns_and_standard_ones_alike(tokenizer: Any) -> None:
+    own, own_mask = text(tokenizer, TURNS), render(tokenizer, TURNS)
+    get_chat_template(tokenizer, "llama-3.1", mapping=SHAREGPT)
+    assert text(tokenizer, [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ahoy"}]) == own
+    assert render(tokenizer, TURNS) == own_mask
+
+
+def test_system_message_opens_conversations_that_have_none(tokenizer: Any) -> None:
+    system = 'Say "arr" \\ naïve ☠️ 🏴\n{{ twice }}'
+    turn = {"role": "system", "content": system}
+    own = text(tokenizer, [turn, *TURNS])
+    get_chat_template(tokenizer, "llama-3.1", system_message=system)
+    assert text(tokenizer, TURNS) == own
+    assert text(tokenizer, [turn, *TURNS]) == own
+
+
+def test_unknown_names_and_missing_families_say_what_there_is(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match=r"did you mean 'llama-3\.1'"):
+        get_chat_template(tokenizer, "lama-3.1")
+    with pytest.raises(ModelError, match="written here are llama-3, chatml"):
+        get_chat_template(tokenizer, "mistral")
+    with pytest.raises(UsageError, match="did you mean 'mapping'"):
+        get_chat_template(tokenizer, "llama-3", maping={})
+
+
+def test_sharegpt_turns_become_standard_ones() -> None:
+    rows = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ahoy"}], "score": 1.0}]
+    dataset = standardize_sharegpt(Dataset.from_list(rows))
+    assert dataset[0] == {"conversations": TURNS, "score": 1.0}
+    with pytest.raises(DataError, match="columns text; wanted one named conversations or messages"):
+        standardize_sharegpt(Dataset.from_dict({"text": ["a"]}))
+    broken = [{"conversations": [{"from": "narrator", "value": "Once"}]}]
+    with pytest.raises(DataError, match="row 1: turn 1 has from 'narrator'"):
+        standardize_sharegpt(Dataset.from_list(broken))

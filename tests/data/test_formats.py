@@ -1,0 +1,226 @@
+"""Formats are recognised by their columns, and every row becomes the conversation its writer meant."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from parley.config import DataSection
+from parley.data.conversation import Example
+from parley.data.formats import Format, recognise
+from parley.errors import DataError, UsageError
+
+
+def recognised(row: dict[str, Any], **settings: Any) -> Format:
+    return recognise([("row 1", row)], DataSection(**settings))
+
+
+def example(row: dict[str, Any], **settings: Any) -> Example:
+    return recognised(row, **settings).example(row, "row 1")
+
+
+def messages(row: dict[str, Any], **settings: Any) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"]) for message in example(row, **settings).messages or []]
+
+
+def refused(row: dict[str, Any], **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        example(row, **settings)
+    message = str(caught.value)
+    assert message.startswith("row 1")
+    assert "\n" not in message
+    return message
+
+
+USER = {"role": "user", "content": "q"}
+ASSISTANT = {"role": "assistant", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "name", "reason"),
+    [
+        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, "dolly", "Dolly (columns instruction, context, response)"),
+        ({"instruction": "q", "input": "", "output": "a"}, "dolly", "Dolly (columns instruction, input, output)"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "sharegpt", "ShareGPT (column conversations, turns with from and value)"),
+        ({"messages": [USER, ASSISTANT], "prompt": "q"}, "messages", "messages (column messages, turns with role and content)"),
+        ({"conversation": [USER]}, "messages", "messages (column conversation, turns with role and content)"),
+        ({"prompt": "q", "completion": "a"}, "prompt-completion", "prompt and completion (columns prompt, completion)"),
+        ({"text": "words", "id": 3}, "text", "text (column text)"),
+    ],
+)  # fmt: skip
+def test_formats_are_recognised_and_said(row: dict[str, Any], name: str, reason: str) -> None:
+    found = recognised(row)
+    assert (found.name, found.reason) == (name, reason)
+
+
+def test_a_dolly_row_is_system_then_context_and_instruction_then_response() -> None:
+    row = {"instruction": "q?", "context": "c", "response": "a"}
+    expected = [("user", "c\n\nq?"), ("assistant", "a")]
+    assert messages(row) == expected
+    assert messages(row, system="You are an assistant") == [("system", "You are an assistant"), *expected]
+    assert messages(row | {"system": "own"}, system="other") == [("system", "own"), *expected]
+    assert messages(row | {"context": " \n", "instruction": "q? "}) == [("user", "q? "), ("assistant", "a")]
+    assert messages(row | {"context": None, "instruction": ""}) == [("assistant", "a")]
+    assert messages(row | {"response": "\t"}) == [("user", "c\n\nq?")]
+
+
+def test_columns_are_mapped() -> None:
+    row = {"question": "q", "answer": "a", "text": "elsewhere"}
+    mapping = {"instruction": "question", "response": "answer"}
+    assert messages(row, columns=mapping) == [("user", "q"), ("assistant", "a")]
+    assert recognised(row, columns=mapping).reason == "Dolly (columns question, answer)"
+    assert messages({"chat": [USER, ASSISTANT]}, columns={"messages": "chat"}) == [("user", "q"), ("assistant", "a")]
+    both = {"instruction": "q", "response": "bad", "better": "good"}
+    assert messages(both, columns={"response": "better"})[-1] == ("assistant", "good")
+    assert "asks for response: reply, which is not there; the columns are question, answer" in refused(
+        row, columns={"instruction": "question", "response": "reply"}
+    )
+    with pytest.raises(UsageError, match="did you mean 'response'"):
+        example(row, columns={"respones": "answer"})
+
+
+def test_a_format_may_be_asked_for() -> None:
+    row = {"prompt": "q", "completion": "a", "text": "words"}
+    assert example(row, format="text").text == "words"
+    assert "as data.format says" in recognised(row, format="text").reason
+    assert "wanted instruction and response or output, as data.format says" in refused(row, format="dolly")
+
+
+def test_unknown_columns_are_listed_with_what_to_do() -> None:
+    message = refused({"frage": "q", "antwort": "a"})
+    assert "got columns frage, antwort; wanted instruction, response" in message
+    assert "data.columns" in message
+
+
+def test_sharegpt_with_tools() -> None:
+    call = {"name": "add", "arguments": {"a": 1.0, "b": None, "n": 12345678901234567890}}
+    row = {
+        "system": "You count.",
+        "tools": json.dumps([{"name": "add"}]),
+        "conversations": [
+            {"from": "human", "value": "1 + 2?"},
+            {"from": "function_call", "value": json.dumps(call)},
+            {"from": "observation", "value": ""},
+            {"from": "gpt", "value": "3", "weight": None},
+        ],
+    }
+    found = example(row)
+    assert found.tools == [{"name": "add"}]
+    assert found.messages == [
+        {"role": "system", "content": "You count."},
+        {"role": "user", "content": "1 + 2?"},
+        {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "3"},
+    ]
+
+
+def test_messages_keep_their_tool_calls_and_lose_their_nulls() -> None:
+    arguments = {"city": None, "days": 2, "share": 0.5}
+    row = {
+        "messages": [
+            {"role": "human", "content": [{"type": "text", "text": "we"}, {"type": "text", "text": "ather?"}]},
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"id": "1", "type": "function", "function": {"name": "f", "arguments": json.dumps(arguments)}},
+                {"id": None, "function": {"name": "g", "arguments": arguments}},
+                {"name": "h", "arguments": ""},
+            ]},
+            {"role": "tool", "content": "sun", "tool_call_id": "1", "name": None},
+            {"role": "assistant", "content": "", "tool_calls": None},
+            {"role": "assistant", "content": "", "reasoning_content": "hm"},
+        ],
+        "tools": [],
+    }  # fmt: skip
+    found = example(row, system="s")
+    assert found.tools is None
+    assert json.dumps(found.messages) == json.dumps([
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}},
+            {"function": {"name": "g", "arguments": arguments}},
+            {"type": "function", "function": {"name": "h", "arguments": {}}},
+        ]},
+        {"role": "tool", "content": "sun", "tool_call_id": "1"},
+        {"role": "assistant", "content": "", "reasoning_content": "hm"},
+    ])  # fmt: skip
+
+
+def test_a_conversation_with_a_system_turn_keeps_it() -> None:
+    row = {"messages": [{"role": "system", "content": "own"}, USER, ASSISTANT]}
+    assert messages(row, system="other")[0] == ("system", "own")
+
+
+def test_prompt_and_completion_are_text_or_messages() -> None:
+    text = example({"prompt": "q ", "completion": "a"})
+    assert (text.prompt, text.completion) == ("q ", "a")
+    chat = example({"prompt": [USER], "completion": [ASSISTANT]}, system="s")
+    assert chat.prompt == [{"role": "system", "content": "s"}, USER]
+    assert chat.completion == [ASSISTANT]
+    assert "wanted both as text or both as lists" in refused({"prompt": [USER], "completion": "a"})
+
+
+@pytest.mark.parametrize("row", [{"text": "t"}, {"prompt": "q", "completion": "a"}])
+def test_a_system_turn_needs_turns(row: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"data\.system"):
+        example(row, system="s")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": 5, "response": "a"}, "field 'instruction' is a number (5), wanted text"),
+        ({"instruction": "q", "output": ["a"]}, "field 'output' is a list (['a']), wanted text"),
+        ({"instruction": "q", "response": True}, "field 'response' is true/false"),
+        ({"text": {"a": 1}}, "field 'text' is an object"),
+        ({"text": "x\ud83d"}, "field 'text' holds half a character"),
+        ({"messages": "hello"}, "field 'messages' is text, wanted a list of turns"),
+        ({"messages": [USER, "hi"]}, "turn 2 is text"),
+        ({"messages": [USER, {"role": "assistant", "content": 3}]}, "turn 2: 'content' is a number (3), wanted text"),
+        ({"messages": [{"role": "pirate", "content": "arr"}]}, "turn 1 has role 'pirate', wanted one of system"),
+        ({"messages": [{"role": ["x"], "content": "arr"}]}, "turn 1 has role ['x']"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1: 'content' has a part 'image'"),
+        ({"messages": [ASSISTANT | {"tool_calls": [{"id": 1}]}]}, "turn 1: 'tool_calls' holds a call without a name"),
+        ({"messages": [ASSISTANT | {"tool_calls": [{"name": "f", "arguments": "{a"}]}]}, "of f is not JSON: '{a'"),
+        ({"messages": [USER], "tools": "nope"}, "field 'tools' is not JSON"),
+        ({"messages": [USER], "tools": "[1]"}, "field 'tools' is a list, wanted a list of tool descriptions"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "turn 1: 'value' is not JSON"),
+    ],
+)
+def test_wrong_fields_are_named_with_row_field_and_type(row: dict[str, Any], expected: str) -> None:
+    assert expected in refused(row)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"messages": [USER]}, {"text": "t"}, {"instruction": None, "response": None, "prompt": "q", "completion": "a"}],
+)
+def test_mixed_formats_name_both_rows(other: dict[str, Any]) -> None:
+    found = recognise([("rows.jsonl line 1", {"instruction": "q", "response": "a"})], DataSection())
+    with pytest.raises(DataError, match=r"^rows\.jsonl line 8: is .*, but rows\.jsonl line 1 is Dolly; keep one format"):
+        found.example(other, "rows.jsonl line 8")
+
+
+def test_rows_of_sharegpt_and_messages_do_not_mix() -> None:
+    found = recognised({"conversations": [{"from": "human", "value": "q"}]})
+    with pytest.raises(DataError, match="row 2: is messages, but row 1 is ShareGPT"):
+        found.example({"conversations": [USER]}, "row 2")
+
+
+def test_a_row_without_any_known_column_is_named() -> None:
+    with pytest.raises(DataError, match="row 2: has columns junk, but row 1 is Dolly"):
+        recognised({"instruction": "q", "response": "a"}).example({"junk": 1}, "row 2")
+
+
+def test_rows_that_show_nothing_do_not_decide_the_format() -> None:
+    rows = [("row 1", {"conversations": []}), ("row 2", {"conversations": [{"from": "human", "value": "q"}]})]
+    found = recognise(rows, DataSection())
+    assert found.example(rows[0][1], "row 1").messages == []
+    assert found.name == "sharegpt"
+
+
+def test_a_row_whose_answer_is_missing_has_no_answer() -> None:
+    found = recognised({"instruction": "q", "response": "a"})
+    assert found.example({"instruction": "q"}, "row 2").messages == [USER]

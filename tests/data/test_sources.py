@@ -1,0 +1,240 @@
+"""Rows are read as written, from where they are named, and what cannot be read is said in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset, IterableDataset
+
+from parley.config import DEMO_DATA, DataSection
+from parley.data import sources
+from parley.data.sources import located, read_rows
+from parley.errors import DataError
+
+ROWS = [{"instruction": f"question {n}", "response": f"answer {n}"} for n in range(1, 21)]
+
+
+def jsonl(rows: list[Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def read(source: str | Path, **settings: Any) -> list[tuple[str, dict[str, Any]]]:
+    return list(located(read_rows(str(source), DataSection(source=str(source), **settings))))
+
+
+def refused(source: str | Path, **settings: Any) -> str:
+    with pytest.raises(DataError) as caught:
+        read(source, **settings)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the network was touched")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "data.json", "csv", "parquet", "jsonl.gz", "lines.json"])
+def test_every_kind_of_file_gives_the_same_rows_without_a_network(tmp_path: Path, kind: str, streaming: bool) -> None:
+    path = tmp_path / f"rows.{kind}"
+    if kind == "parquet":
+        Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        contents = {
+            "jsonl": jsonl(ROWS),
+            "json": json.dumps(ROWS, indent=1),
+            "data.json": json.dumps({"data": ROWS}),
+            "csv": "instruction,response\n" + "".join(f"{r['instruction']},{r['response']}\n" for r in ROWS),
+            "jsonl.gz": gzip.compress(jsonl(ROWS).encode()),
+            "lines.json": jsonl(ROWS),
+        }
+        write(path, contents[kind])
+    rows = read_rows(str(path), DataSection(streaming=streaming))
+    assert isinstance(rows, IterableDataset) == streaming
+    assert [row for _, row in located(rows)] == ROWS
+    assert [row for _, row in read(path, streaming=streaming, limit=3)] == ROWS[:3]
+    assert [row for _, row in read(path, streaming=streaming, split="train[2:5]")] == ROWS[2:5]
+
+
+def test_origins_are_lines_where_a_file_has_lines(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", '\ufeff{"text": "a\u2028b"}\r\n\r\n{"text": "c"}')
+    assert read(path) == [("rows.jsonl line 1", {"text": "a\u2028b"}), ("rows.jsonl line 3", {"text": "c"})]
+    assert read(write(tmp_path / "rows.csv", "text\na\n"))[0][0] == "rows.csv row 1"
+
+
+def test_json_is_kept_as_written(tmp_path: Path) -> None:
+    row = {
+        "day": "2024-01-01",
+        "calls": [{"a": 1.0, "b": None, "long": 12345678901234567890}, {"c": 0.1234567890123456789}],
+        "text": "null",
+    }
+    for streaming in (False, True):
+        seen = read(write(tmp_path / "rows.jsonl", jsonl([row, {"text": "x"}])), streaming=streaming)[0][1]
+        assert json.dumps(seen) == json.dumps(row)
+
+
+def test_csv_fields_are_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.csv", 'a;b\r\n"1, 2\r\nnext ""x""";NA\r\n\r\n007;null\r\n')
+    assert [row for _, row in read(path)] == [{"a": '1, 2\r\nnext "x"', "b": "NA"}, {"a": "007", "b": "null"}]
+
+
+def test_none_that_arrow_filled_in_is_taken_out(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    Dataset.from_list([{"m": [{"args": {"a": 1, "b": None}}]}, {"m": [{"args": {"a": None, "b": "x"}}]}]).to_parquet(path)
+    assert [row for _, row in read(path)] == [{"m": [{"args": {"a": 1}}]}, {"m": [{"args": {"b": "x"}}]}]
+
+
+def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train-1.jsonl", jsonl(ROWS[:2]))
+    write(tmp_path / "data" / "train-2.jsonl", jsonl(ROWS[2:4]))
+    write(tmp_path / "my_test.jsonl", jsonl(ROWS[4:5]))
+    write(tmp_path / "README.md", "about")
+    write(tmp_path / ".hidden" / "rows.csv", "a\n1\n")
+    assert [row for _, row in read(tmp_path)] == ROWS[:4]
+    assert [row for _, row in read(tmp_path, split="test")] == ROWS[4:5]
+    assert [row for _, row in read(tmp_path, split="train[:25%]+test")] == [ROWS[0], ROWS[4]]
+    assert [row for _, row in read(tmp_path, split="train", streaming=True)] == ROWS[:4]
+    for streaming in (False, True):
+        message = refused(tmp_path, split="validation", streaming=streaming)
+        assert "unknown split 'validation'" in message
+        assert "it has train, test" in message
+    assert "data.split 'train[x:]' cannot be taken" in refused(tmp_path, split="train[x:]")
+
+
+def test_parquet_folders_have_splits_too(tmp_path: Path) -> None:
+    for name, rows in {"train": ROWS[:4], "test": ROWS[4:]}.items():
+        Dataset.from_list(rows).to_parquet(tmp_path / f"{name}.parquet")
+    assert [row for _, row in read(tmp_path, split="test[:2]")] == ROWS[4:6]
+    assert "it has test, train" in refused(tmp_path, split="dev")
+
+
+def test_the_demo_data_needs_no_file() -> None:
+    rows = read(DEMO_DATA, limit=3)
+    assert len(rows) == 3
+    assert {"instruction", "context", "response"} <= set(rows[0][1])
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("source", ["./rows", "/nowhere/rows", "rows.jsonl", "a/rows.csv.gz", "~/nowhere", "a/b/c", "x:y"])
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(source: str) -> None:
+    assert "no such file" in refused(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"a": 1}\n\n{"a": 1\n', "a.jsonl line 3: broken JSON (Expecting ',' delimiter"),
+        ("a.jsonl", '[\n{"a": 1}\n]', "name it .json"),
+        ("a.jsonl", '{"a": 1}\n[1]\n', "a.jsonl line 2: got a list, wanted an object"),
+        ("a.jsonl", "[" * 100_000, "nested too deeply"),
+        ("a.jsonl", "\n \n", "is empty"),
+        ("a.json", "", "is empty"),
+        ("a.json", "[]", "is empty"),
+        ("a.json", '[\n{"a": 1},\n{"a" 1}]', "a.json line 3: broken JSON"),
+        ("a.json", '{"rows": []}', "got an object with keys rows"),
+        ("a.json", "3", "got a number; wanted a list of rows"),
+        ("a.json", '[{"a": 1}, "b"]', "a.json row 2: got text, wanted an object"),
+        ("a.csv", "", "is empty"),
+        ("a.csv", "a,b\n", "is empty"),
+        ("a.csv", "a,b\n1,2\n1,2,3\n", "a.csv line 3: 3 fields, where the header has 2"),
+        ("a.csv", 'a,b\n1,"2\n', "a.csv line 2: broken CSV"),
+        ("a.csv", "a,a\n1,2\n", "two columns have the same name"),
+        ("a.jsonl", b'{"a": 1}\n{"a": "caf\xe9"}\n', "a.jsonl line 2: not UTF-8 (byte 0xe9)"),
+        ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "a.jsonl line 1: not UTF-8"),
+        ("a.jsonl.gz", b"not gzip", "not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99)[:-12], "not a whole gzip file"),
+        ("a.parquet", b"not parquet", "a.parquet: cannot be read"),
+        ("a.txt", "words", "got a .txt; wanted .json, .jsonl, .csv, .parquet"),
+    ],
+)
+def test_broken_files_are_named_with_the_line(tmp_path: Path, name: str, content: Any, expected: str) -> None:
+    assert expected in refused(write(tmp_path / name, content))
+
+
+def test_a_limit_reads_no_further(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(ROWS[:2]) + "broken\n")
+    assert len(read(path, limit=2)) == 2
+    assert "line 3: broken JSON" in refused(path, streaming=True)
+
+
+def test_folders_without_rows_and_of_several_kinds(tmp_path: Path) -> None:
+    write(tmp_path / "notes.txt", "")
+    assert "no data file in this folder" in refused(tmp_path)
+    write(tmp_path / "a.csv", "a\n1\n")
+    write(tmp_path / "b.jsonl", "{}\n")
+    assert "files of several kinds (1 .csv, 1 .jsonl)" in refused(tmp_path)
+
+
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.jsonl", jsonl(ROWS))
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "cannot be read (Permission denied)" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionError("Couldn't reach 'own/set'\non the Hub"), "the hub cannot be reached"),
+        (FileNotFoundError("Dataset 'own/set' doesn't exist on the Hub"), "doesn't exist on the Hub"),
+        (PermissionError("gated"), "your access"),
+        (ValueError("Unknown split \"dev\". Should be one of ['train', 'test']."), "['train', 'test']. Set data.split"),
+        (ValueError("Config name is missing.\nPlease pick one among ['a', 'b']"), "['a', 'b'] Set data.subset"),
+    ],
+)
+def test_the_hub_s_errors_take_one_line(monkeypatch: pytest.MonkeyPatch, error: Exception, expected: str) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sources, "load_dataset", fail)
+    message = refused("own/set")
+    assert message.startswith("own/set: ")
+    assert expected in message
+
+
+def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, dict[str, Any]]] = []
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        asked.append((args, kwargs))
+        rows = Dataset.from_list(ROWS)
+        return rows.to_iterable_dataset() if kwargs["streaming"] else rows
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    read("own/set", split="train[:5%]", subset="en", revision="v1")
+    assert asked[0] == (("own/set",), {"split": "train[:5%]", "streaming": False, "name": "en", "revision": "v1"})
+    assert [row for _, row in read("own/set", split="train[3:5]", streaming=True)] == ROWS[3:5]
+    assert asked[1][1]["split"] == "train"
+    assert "with data.streaming" in refused("own/set", split="train[:5%]", streaming=True)
+
+
+def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    assert "hub cannot be reached" in refused("nobody/nothing")

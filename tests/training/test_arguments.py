@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from parley.config import RunConfig
+from parley.errors import UsageError
+from parley.training.arguments import sft_config
+
+CPU = torch.device("cpu")
+
+
+def config(*overrides: str) -> RunConfig:
+    return RunConfig.create({}, overrides)
+
+
+def test_the_reference_job_is_the_default() -> None:
+    args, _ = sft_config(config(), Path("out"), CPU)
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 4)
+    assert (args.learning_rate, args.weight_decay, args.warmup_steps) == (2e-4, 0.01, 5)
+    assert (args.lr_scheduler_type, args.logging_steps, args.seed) == ("linear", 1, 3407)
+
+
+def test_the_optimizer_follows_the_device_and_is_said() -> None:
+    args, notes = sft_config(config(), Path("out"), CPU)
+    assert args.optim == "adamw_torch_fused"
+    assert notes == ["optimizer: fused AdamW"]
+    args, notes = sft_config(config("training.optim=sgd"), Path("out"), CPU)
+    assert (args.optim, notes) == ("sgd", [])
+
+
+def test_any_field_of_sftconfig_passes_through() -> None:
+    args, _ = sft_config(config("training.neftune_noise_alpha=5", "training.max_grad_norm=0.3"), Path("out"), CPU)
+    assert (args.neftune_noise_alpha, args.max_grad_norm) == (5, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.learnin_rate=1", "did you mean 'learning_rate'"),
+        ("training.output_dir=x", "set output instead"),
+        ("training.max_length=5", "set model.max_seq_length instead"),
+        ("training.lr_scheduler_type=zigzag", "zigzag"),
+    ],
+)
+def test_wrong_fields_are_named_in_one_line(override: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words) as caught:
+        sft_config(config(override), Path("out"), CPU)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parley.config import RunConfig
+from parley.errors import RunError
+from parley.training.run_folder import RunFolder, is_disk_full
+
+
+def config(path: Path) -> RunConfig:
+    return RunConfig.create({"output": str(path)})
+
+
+class Full:
+    """A model whose disk is full after half of it was written."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def save_pretrained(self, folder: Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        (Path(folder) / "half.safetensors").write_bytes(b"half")
+        if self.times:
+            self.times -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_settings_come_back_as_they_went(tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path / "run"))
+    assert folder.config == config(tmp_path / "run")
+
+
+@pytest.mark.parametrize("holds", ["run.yaml", "thesis.docx"])
+def test_a_taken_folder_is_refused(tmp_path: Path, holds: str) -> None:
+    (tmp_path / holds).write_text("mine")
+    with pytest.raises(RunError, match="choose another with --output"):
+        RunFolder.create(config(tmp_path))
+    assert (tmp_path / holds).read_text() == "mine"
+
+
+def test_an_unfinished_run_does_not_open(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no run there"):
+        RunFolder.open(tmp_path)
+    RunFolder.create(config(tmp_path / "run"))
+    with pytest.raises(RunError, match="did not finish"):
+        RunFolder.open(tmp_path / "run")
+
+
+def test_golden_ids_are_those_of_the_saved_template(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    folder = RunFolder.create(config(tmp_path / "run"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    folder.save_weights(AutoModelForCausalLM.from_pretrained(tiny_llama_folder), tokenizer, full=True)
+    again = AutoTokenizer.from_pretrained(folder.weights)
+    for entry in json.loads(folder.golden.read_text()):
+        assert again.apply_chat_template(entry["messages"], return_dict=False) == entry["input_ids"]
+        asked = again.apply_chat_template(entry["messages"][:-1], add_generation_prompt=True, return_dict=False)
+        assert asked == entry["prompt_ids"]
+
+
+def test_a_full_disk_leaves_nothing_half_written_and_rescues_the_weights(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = RunFolder.create(config(tmp_path / "run"))
+    with pytest.raises(RunError, match="disk full") as caught:
+        folder.save_weights(Full(times=1), tiny_tokenizer, full=False)
+    assert [path.name for path in folder.path.iterdir()] == ["run.yaml"]
+    rescued = Path(str(caught.value).split("whole in ")[1].split(": free")[0])
+    assert (rescued / "half.safetensors").is_file()
+
+
+def test_a_disk_full_everywhere_is_one_line(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    folder = RunFolder.create(config(tmp_path / "run"))
+    with pytest.raises(RunError, match="free space") as caught:
+        folder.save_weights(Full(times=2), tiny_tokenizer, full=False)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_known_by_errno_and_by_message() -> None:
+    assert is_disk_full(OSError(errno.ENOSPC, "x"))
+    assert is_disk_full(SafetensorError("Error while serializing: No space left on device (os error 28)"))
+    assert not is_disk_full(PermissionError(errno.EACCES, "x"))
