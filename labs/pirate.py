@@ -31,7 +31,7 @@ import parley
 from parley.models.device import pick_device
 
 TINY = MODEL == "parley-demo"
-STEPS = 100 if TINY else 1000
+STEPS = 150 if TINY else 1000
 
 config = parley.RunConfig.create(
     {

@@ -141,15 +141,18 @@ def render_all(conversations: list[list[dict[str, str]]], folder: Path) -> Datas
     return Dataset.from_list(list(rows()), features=Features(input_ids=ids, labels=ids, length=Value("int32")))
 
 
-def prepare(work: Path, conversations: int) -> None:
-    """Leave the untrained model with its tokenizer and the rendered conversations in `work`."""
+def prepare(work: Path, conversations: int, start: Path | None = None) -> None:
+    """Leave the model to start from with its tokenizer, and the rendered conversations, in `work`."""
     data, untrained = work / "conversations.parquet", work / "untrained"
     if data.is_file():
         return
     talk = plain_conversations(conversations, seed=SEED)
-    tokenizer = make_tokenizer(texts_of(talk[:20_000]))
-    make_model(tokenizer).save_pretrained(untrained)
-    tokenizer.save_pretrained(untrained)
+    if start is None:
+        tokenizer = make_tokenizer(texts_of(talk[:20_000]))
+        make_model(tokenizer).save_pretrained(untrained)
+        tokenizer.save_pretrained(untrained)
+    else:
+        shutil.copytree(start, untrained)
     rows = render_all(talk, untrained)
     rows.to_parquet(data)
     print(f"{len(rows):,} conversations, {sum(rows['length']):,} tokens in {data}")
@@ -235,10 +238,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--start", type=Path, help="a folder this tool made before, to go on from")
     parser.add_argument("--prepare-only", action="store_true", help="stop before training")
     args = parser.parse_args()
 
-    prepare(args.work, args.conversations)
+    prepare(args.work, args.conversations, args.start)
     if args.prepare_only:
         return
     model, tokenizer = train(args.work, args.steps, args.batch, args.learning_rate, args.seed)

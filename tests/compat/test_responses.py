@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
-from parley.compat.unsloth import get_chat_template, train_on_responses_only
+from parley.compat.unsloth import train_on_responses_only
 from parley.data.packing import IGNORED
 from parley.data.render import render
 from parley.errors import DataError, UsageError
 
-REAL_LLAMA = Path(__file__).parents[3] / "shared" / "data" / "llama3"
 USER = "<|start_header_id|>user<|end_header_id|>\n\n"
 ASSISTANT = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 CONVERSATIONS = [
@@ -106,7 +104,7 @@ def test_rows_without_a_response_go_and_a_data_set_of_them_is_an_error(
 def test_parts_that_say_nothing_and_rows_without_ids_are_errors(tiny_tokenizer: Any) -> None:
     trainer = trainer_with(tiny_tokenizer, CONVERSATIONS)
     for parts in [(USER, None), (None, ASSISTANT), (USER, " ")]:
-        with pytest.raises(UsageError, match="instruction_part and response_part|empty part"):
+        with pytest.raises(UsageError, match=r"got (no|an empty) instruction_part"):
             train_on_responses_only(trainer, *parts)
     plain = copy.deepcopy(tiny_tokenizer)
     plain.chat_template = None
@@ -122,21 +120,3 @@ def test_return_function_labels_a_batch(tiny_tokenizer: Any) -> None:
     label = train_on_responses_only(trainer, USER, ASSISTANT, return_function=True)
     labels = label({"input_ids": trainer.train_dataset["input_ids"][:]})["labels"]
     assert labels == [rendered_labels(tiny_tokenizer, each) for each in CONVERSATIONS]
-
-
-@pytest.mark.skipif(not REAL_LLAMA.is_dir(), reason="needs the Llama 3 vocabulary at ../shared/data")
-def test_labels_are_the_rendered_masks_with_the_real_llama_tokenizer(tmp_path: Path) -> None:
-    tokenizer = get_chat_template(real_llama(tmp_path), "llama-3.1")
-    trainer = train_on_responses_only(trainer_with(tokenizer, CONVERSATIONS), USER, ASSISTANT)
-    assert trainer.train_dataset["labels"][:] == [rendered_labels(tokenizer, each) for each in CONVERSATIONS]
-    assert all(ids.count(tokenizer.bos_token_id) == 1 for ids in trainer.train_dataset["input_ids"])
-
-
-def real_llama(folder: Path) -> Any:
-    import runpy
-
-    from transformers import AutoTokenizer
-
-    script = runpy.run_path(str(REAL_LLAMA.parents[1] / "bench" / "make_tokenizer.py"))
-    print(list(script))
-    return AutoTokenizer.from_pretrained(folder)

@@ -41,10 +41,13 @@ ASSISTANT = {"role": "assistant", "content": "a"}
 @pytest.mark.parametrize(
     ("row", "name", "reason"),
     [
-        ({"instruction": "q", "context": "c", "response": "a", "category": "x"}, "dolly", "Dolly (columns instruction, context, response)"),
+        ({"instruction": "q", "context": "c", "response": "a", "id": 1},
+         "dolly", "Dolly (columns instruction, context, response)"),
         ({"instruction": "q", "input": "", "output": "a"}, "dolly", "Dolly (columns instruction, input, output)"),
-        ({"conversations": [{"from": "human", "value": "q"}]}, "sharegpt", "ShareGPT (column conversations, turns with from and value)"),
-        ({"messages": [USER, ASSISTANT], "prompt": "q"}, "messages", "messages (column messages, turns with role and content)"),
+        ({"conversations": [{"from": "human", "value": "q"}]},
+         "sharegpt", "ShareGPT (column conversations, turns with from and value)"),
+        ({"messages": [USER, ASSISTANT], "prompt": "q"},
+         "messages", "messages (column messages, turns with role and content)"),
         ({"conversation": [USER]}, "messages", "messages (column conversation, turns with role and content)"),
         ({"prompt": "q", "completion": "a"}, "prompt-completion", "prompt and completion (columns prompt, completion)"),
         ({"text": "words", "id": 3}, "text", "text (column text)"),
@@ -74,7 +77,7 @@ def test_columns_are_mapped() -> None:
     assert messages({"chat": [USER, ASSISTANT]}, columns={"messages": "chat"}) == [("user", "q"), ("assistant", "a")]
     both = {"instruction": "q", "response": "bad", "better": "good"}
     assert messages(both, columns={"response": "better"})[-1] == ("assistant", "good")
-    assert "asks for response: reply, which is not there; the columns are question, answer" in refused(
+    assert "asks for response: reply, which is not there; it has columns question, answer" in refused(
         row, columns={"instruction": "question", "response": "reply"}
     )
     with pytest.raises(UsageError, match="did you mean 'response'"):
@@ -199,7 +202,9 @@ def test_wrong_fields_are_named_with_row_field_and_type(row: dict[str, Any], exp
 )
 def test_mixed_formats_name_both_rows(other: dict[str, Any]) -> None:
     found = recognise([("rows.jsonl line 1", {"instruction": "q", "response": "a"})], DataSection())
-    with pytest.raises(DataError, match=r"^rows\.jsonl line 8: is .*, but rows\.jsonl line 1 is Dolly; keep one format"):
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl line 8: is .*, but rows\.jsonl line 1 is Dolly; keep one format"
+    ):
         found.example(other, "rows.jsonl line 8")
 
 

@@ -103,8 +103,10 @@ def test_csv_fields_are_text(tmp_path: Path) -> None:
 
 def test_none_that_arrow_filled_in_is_taken_out(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
-    Dataset.from_list([{"m": [{"args": {"a": 1, "b": None}}]}, {"m": [{"args": {"a": None, "b": "x"}}]}]).to_parquet(path)
-    assert [row for _, row in read(path)] == [{"m": [{"args": {"a": 1}}]}, {"m": [{"args": {"b": "x"}}]}]
+    rows: list[dict[str, Any]] = [{"m": [{"args": {"a": 1}}]}, {"m": [{"args": {"b": "x"}}]}]
+    Dataset.from_list(rows).to_parquet(path)
+    assert Dataset.from_parquet(str(path))[0] == {"m": [{"args": {"a": 1, "b": None}}]}
+    assert [row for _, row in read(path)] == rows
 
 
 def test_a_folder_is_read_by_split(tmp_path: Path) -> None:
@@ -138,7 +140,9 @@ def test_the_demo_data_needs_no_file() -> None:
 
 
 @pytest.mark.usefixtures("no_network")
-@pytest.mark.parametrize("source", ["./rows", "/nowhere/rows", "rows.jsonl", "a/rows.csv.gz", "~/nowhere", "a/b/c", "x:y"])
+@pytest.mark.parametrize(
+    "source", ["./rows", "/nowhere/rows", "rows.jsonl", "a/rows.csv.gz", "~/nowhere", "a/b/c", "x:y"]
+)
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(source: str) -> None:
     assert "no such file" in refused(source)
 

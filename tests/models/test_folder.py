@@ -58,7 +58,8 @@ def _handler(model):
         files = list(model.iterdir())
         if path.startswith("/api/models/tiny/llama/tree"):
             entries = [{"path": file.name, "size": file.stat().st_size, "oid": file.name} for file in files]
-            entries.append({"path": "original/consolidated.pth", "size": 9, "oid": "x"})
+            second_copies = ["original/params.json", "onnx/model.safetensors", "consolidated.safetensors"]
+            entries += [{"path": name, "size": 9, "oid": "x"} for name in second_copies]
             return 200, json.dumps([{"type": "file", **entry} for entry in entries]).encode(), {}
         if path.startswith("/api/models/tiny/llama"):
             siblings = [{"rfilename": file.name} for file in files]
@@ -126,7 +127,7 @@ def test_hub_model_is_downloaded_small_files_first_and_names_its_source(hub, tin
     assert model.name_or_path == "tiny/llama"
     assert model.config._commit_hash == COMMIT
     assert len(tokenizer) == 384
-    assert not any("consolidated" in path for path in hub.asked)
+    assert not any(word in path for path in hub.asked for word in ("consolidated", "original", "onnx"))
 
 
 def test_hub_refusals_are_one_line_with_what_to_do(hub):

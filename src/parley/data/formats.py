@@ -221,7 +221,7 @@ def _check_mapping(data: DataSection, rows: list[tuple[str, Row]]) -> None:
         if not any(own in row for _, row in rows):
             origin, row = rows[0]
             raise DataError(
-                f"{origin}: data.columns asks for {canonical}: {own}, which is not there; the columns are {_listed(row)}"
+                f"{origin}: data.columns asks for {canonical}: {own}, which is not there; it has columns {_listed(row)}"
             )
 
 

@@ -112,14 +112,13 @@ class DataSummary(BaseModel):
                 f"95% up to {self.length_p95:.0f}, longest {self.length_max:,}"
             )
         if self.repeated.count:
-            verb = "repeats" if self.repeated.count == 1 else "repeat"
-            lines.append(f"{_rows(self.repeated.count)} {verb} an earlier one {self.repeated}")
+            lines.append(f"rows that repeat an earlier one: {self.repeated.count:,} {self.repeated}")
         if self.control_tokens.count:
-            count, which = self.control_tokens.count, self.control_tokens
-            lines.append(f"{_rows(count)} hold control tokens in their text, which the model reads as its own {which}")
+            held = f"{self.control_tokens.count:,} {self.control_tokens}"
+            lines.append(f"rows with control tokens in their text, which the model reads as its own: {held}")
         if self.heldout_repeated:
-            seen = "of the held-out ones also stand among those to train on: held-out loss flatters"
-            lines.append(f"{_rows(self.heldout_repeated)} {seen}")
+            why = "so held-out loss flatters"
+            lines.append(f"held-out rows that also stand among those to train on: {self.heldout_repeated:,}, {why}")
         return lines
 
     def dropped_words(self) -> str:

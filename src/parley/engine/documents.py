@@ -151,5 +151,8 @@ class Staging:
         self.static[: len(flat)].copy_(self.host[: len(flat)], non_blocking=True)
         if self.sent is not None:
             self.sent.record()
-        scale_1, *views = self.static[: len(flat)].split([1, *(len(part) for part in parts)])
-        return Rows(*views, scale=scale_1.view(torch.float32)[0], lengths=lengths)
+        scale_1, ids_T, position_T, start_T, end_T, row_S, target_S = self.static[: len(flat)].split(
+            [1, *(len(part) for part in parts)]
+        )
+        scale = scale_1.view(torch.float32)[0]
+        return Rows(ids_T, position_T, start_T, end_T, row_S, target_S, scale, lengths)

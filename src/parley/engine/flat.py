@@ -32,6 +32,7 @@ class FlatAdapters:
         self.weight_G = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
         self.grad_G = torch.zeros_like(self.weight_G.data)
         self.weight_G.grad = self.grad_G
+        self.gradients = [self.view(self.grad_G, index) for index in range(len(self.parameters))]
         self.attach()
 
     def view(self, flat: Tensor, index: int) -> Tensor:
@@ -49,8 +50,8 @@ class FlatAdapters:
 
     def show_gradients(self) -> None:
         """Let each PEFT parameter's `grad` be its part of `grad_G`, for callbacks that look there."""
-        for index, parameter in enumerate(self.parameters):
-            parameter.grad = self.view(self.grad_G, index)
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
 
     def adapter(self, a: int, b: int, scale: float) -> Adapter:
         """The adapter whose A and B are parameters number `a` and `b`."""

@@ -14,6 +14,7 @@ Shape suffixes: T tokens, D hidden, F feed-forward, C query, key and value colum
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -43,7 +44,7 @@ class Saved:
     unturned_TC: Tensor | None = None  # before the head norms, for families that have them
     qkv_TC: Tensor | None = None
     attended_TDP: Tensor | None = None
-    lse: Tensor | None = None
+    lse: Any = None
     mid_TD: Tensor | None = None
     mid_normed_TDP: Tensor | None = None
     gate_up_T2F: Tensor | None = None
@@ -68,7 +69,8 @@ def forward(
     saved.x_TD = _norm(context, h_TD, delta_TD, layer.norm_in_D, layer.eps, saved.normed_TDP)
     layer.qkv.project(context.matrices[layer.qkv], saved.normed_TDP)
     complete(context, layer, saved)
-    assert saved.mid_TD is not None and saved.act_TFP is not None
+    assert saved.mid_TD is not None
+    assert saved.act_TFP is not None
     y_TD = layer.down.forward(context.matrices[layer.down], saved.act_TFP)
     mid_TD = saved.mid_TD
     for name in KEEP["everything"] - keep:
@@ -102,7 +104,8 @@ def complete(context: Context, layer: Layer, saved: Saved) -> None:
         saved.mid_TD = _norm(context, before_TD, delta_TD, layer.norm_mid_D, layer.eps, saved.mid_normed_TDP)
         layer.gate_up.project(matrices[layer.gate_up], saved.mid_normed_TDP)
     if saved.gate_up_T2F is None:
-        saved.gate_up_T2F = layer.gate_up.forward(matrices[layer.gate_up], saved.mid_normed_TDP)
+        spare = layer.gate_up.spare  # the gradient will take the products' place
+        saved.gate_up_T2F = layer.gate_up.forward(matrices[layer.gate_up], saved.mid_normed_TDP, spare=spare)
     if saved.act_TFP is None:
         saved.act_TFP = layer.down.rows(saved.x_TD)
         ops.swiglu(saved.gate_up_T2F, saved.act_TFP[:, : layer.down.columns_in])
@@ -116,22 +119,26 @@ def backward(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, *, wa
     product is left out and `dh_TDP` is of no further use.
     """
     complete(context, layer, saved)
-    assert saved.qkv_TC is not None and saved.lse is not None
-    assert saved.mid_TD is not None and saved.gate_up_T2F is not None
-    assert saved.normed_TDP is not None and saved.mid_normed_TDP is not None
-    assert saved.attended_TDP is not None and saved.act_TFP is not None
+    assert saved.qkv_TC is not None
+    assert saved.mid_TD is not None
+    assert saved.gate_up_T2F is not None
+    assert saved.normed_TDP is not None
+    assert saved.mid_normed_TDP is not None
+    assert saved.attended_TDP is not None
+    assert saved.act_TFP is not None
     ops = context.ops
     dh_TD = dh_TDP[:, : saved.x_TD.shape[1]]
 
-    dact_TF = _through(context, layer.down, dh_TDP, saved.act_TFP)
-    saved.act_TFP = None
-    dgate_up = dh_TDP.new_empty(len(dh_TDP), layer.gate_up.columns_out + layer.gate_up.spare)
-    ops.swiglu_backward(dact_TF, saved.gate_up_T2F, dgate_up[:, : layer.gate_up.columns_out])
+    dact_TF = _through(context, layer.down, dh_TDP, saved.act_TFP, into_x=True)
+    ops.swiglu_backward(dact_TF, saved.gate_up_T2F, saved.gate_up_T2F)
+    dgate_up = _widened(saved.gate_up_T2F, layer.gate_up)
+    saved.act_TFP = saved.gate_up_T2F = None
     del dact_TF
-    saved.gate_up_T2F = None
-    dnormed_TD = _through(context, layer.gate_up, dgate_up, saved.mid_normed_TDP)
+    dnormed_TD = _through(context, layer.gate_up, dgate_up, saved.mid_normed_TDP, into_x=True)
     del dgate_up
     ops.rms_norm_backward(dnormed_TD, saved.mid_TD, layer.norm_mid_D, layer.eps, dh_TD)
+    saved.mid_normed_TDP = saved.mid_TD = None
+    del dnormed_TD
 
     dattended_TD = _through(context, layer.o, dh_TDP, saved.attended_TDP)
     dqkv = dh_TDP.new_empty(len(dh_TDP), layer.qkv.columns_out + layer.qkv.spare)
@@ -143,7 +150,7 @@ def backward(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, *, wa
         assert saved.unturned_TC is not None
         normalise_heads_backward(dqkv_TC, saved.unturned_TC, layer.shape, layer.head_norms)
     matrix = context.matrices[layer.qkv]
-    dnormed = layer.qkv.backward(matrix, dqkv, saved.normed_TDP, ops, want_dx=want_dx)
+    dnormed = layer.qkv.backward(matrix, dqkv, saved.normed_TDP, ops, into_x=True, want_dx=want_dx)
     if dnormed is not None:
         ops.rms_norm_backward(dnormed, saved.x_TD, layer.norm_in_D, layer.eps, dh_TD)
 
@@ -154,8 +161,14 @@ def _norm(
     return context.ops.rms_norm(x_TD, delta_TD, weight_D, eps, out_TDP[:, : x_TD.shape[1]])
 
 
-def _through(context: Context, linear: FusedLinear, dy: Tensor, x: Tensor) -> Tensor:
+def _widened(y_TN: Tensor, linear: FusedLinear) -> Tensor:
+    """`y_TN`, a view made by `linear.forward` with room for its spare columns, with them."""
+    return y_TN.as_strided((y_TN.shape[0], linear.columns_out + linear.spare), y_TN.stride(), y_TN.storage_offset())
+
+
+def _through(context: Context, linear: FusedLinear, dy: Tensor, x: Tensor, *, into_x: bool = False) -> Tensor:
     """The gradient of `linear`'s input; `dy` may have more spare columns than this product needs."""
-    dx = linear.backward(context.matrices[linear], dy[:, : linear.columns_out + linear.spare], x, context.ops)
+    dy = dy[:, : linear.columns_out + linear.spare]
+    dx = linear.backward(context.matrices[linear], dy, x, context.ops, into_x=into_x)
     assert dx is not None
     return dx

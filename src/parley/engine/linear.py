@@ -103,24 +103,30 @@ class FusedLinear:
             x_TK, u_TP = x_TKP[:, : self.columns_in], x_TKP[:, self.columns_in :]
             torch.mm(x_TK, matrix[self.columns_out :, : self.columns_in].t(), out=u_TP)
 
-    def forward(self, matrix: Tensor, x_TKP: Tensor) -> Tensor:
-        """y_TN of rows whose spare columns `project` has filled."""
+    def forward(self, matrix: Tensor, x_TKP: Tensor, *, spare: int = 0) -> Tensor:
+        """y_TN of rows whose spare columns `project` has filled, as a view of rows with `spare` columns more."""
+        y_TN = x_TKP.new_empty(x_TKP.shape[0], self.columns_out + spare)[:, : self.columns_out]
         weight_NKP = matrix[: self.columns_out]
         if self.bias_N is None:
-            return x_TKP @ weight_NKP.t()
-        return torch.addmm(self.bias_N, x_TKP, weight_NKP.t())
+            return torch.mm(x_TKP, weight_NKP.t(), out=y_TN)
+        return torch.addmm(self.bias_N, x_TKP, weight_NKP.t(), out=y_TN)
 
     def backward(
-        self, matrix: Tensor, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, *, want_dx: bool = True
+        self, matrix: Tensor, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, *, into_x: bool = False, want_dx: bool = True
     ) -> Tensor | None:
-        """dx_TK; adds to the adapters' gradients. The spare columns of `dy_TNP` are filled with v."""
-        dy_TN = dy_TNP[:, : self.columns_out]
+        """dx_TK; adds to the adapters' gradients. The spare columns of `dy_TNP` are filled with v.
+
+        `into_x`: x is of no further use, and dx takes its place in memory.
+        """
         if self.spare:
             v_TP = dy_TNP[:, self.columns_out :]
-            torch.mm(dy_TN, matrix[: self.columns_out, self.columns_in :], out=v_TP)
+            torch.mm(dy_TNP[:, : self.columns_out], matrix[: self.columns_out, self.columns_in :], out=v_TP)
         if self.slots:
             ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
-        return dy_TNP @ matrix[:, : self.columns_in] if want_dx else None
+        if not want_dx:
+            return None
+        dx_TK = x_TKP[:, : self.columns_in] if into_x else x_TKP.new_empty(x_TKP.shape[0], self.columns_in)
+        return torch.mm(dy_TNP, matrix[:, : self.columns_in], out=dx_TK)
 
 
 class Matrices:

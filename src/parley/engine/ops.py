@@ -3,14 +3,15 @@
 `reference` writes each in plain PyTorch; `kernels` in Triton. Both keep to the one protocol below, so that a test
 can set them side by side and the step does not know which it runs on.
 
-Shape suffixes: T tokens, D hidden, K columns in, N columns out, P spare columns, R rank, F feed-forward, H heads, K key-value heads, E head size, V vocabulary,
+Shape suffixes: T tokens, D hidden, K columns in (in attention: key-value heads), N columns out, P spare columns,
+R rank, F feed-forward, H heads, E head size, V vocabulary,
 C = (H + 2K) E columns of queries, keys and values side by side, S supervised tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class AttentionShape:
         """Queries (T, H, E), keys (T, K, E) and values (T, K, E) of rows that hold them side by side."""
         sizes = [self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size]
         q, k, v = x_TC[:, : self.columns].split(sizes, dim=1)
-        return tuple(part.unflatten(1, (-1, self.size)) for part in (q, k, v))  # type: ignore[return-value]
+        return tuple(part.unflatten(1, (-1, self.size)) for part in (q, k, v))
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ class Ops(Protocol):
         """Write silu(gate) * up into the strided `out_TF`; `x_T2F` holds gate and up side by side."""
 
     def swiglu_backward(self, dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
-        """Write the gradients of gate and up side by side into the strided `dx_T2F`."""
+        """Write the gradients of gate and up side by side into the strided `dx_T2F`, which may be `x_T2F` itself."""
 
-    def attention(self, x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Tensor:
+    def attention(self, x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Any:
         """Causal attention inside each document, into the strided `out_TD`; returns what the backward pass needs."""
 
     def attention_backward(
@@ -113,7 +114,7 @@ class Ops(Protocol):
         dout_TD: Tensor,
         x_TC: Tensor,
         out_TD: Tensor,
-        saved: Tensor,
+        saved: Any,
         rows: Rows,
         shape: AttentionShape,
         dx_TC: Tensor,

@@ -17,6 +17,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
         assert closure is None, "the fast step has the gradients already"
+        self.initialized: bool
         if not self.initialized:
             self.check_overrides()
             self.to_gpu()

@@ -66,7 +66,7 @@ def make_plan(bound: Bound, memory: Literal["auto", "low"] | float, longest: int
             tokens=tokens,
             keep=keep,
             keep_matrices=keep_matrices,
-            head_rows=4096 if keep_matrices else 512,
+            head_rows=4096 if keep_matrices else 256,
             graph_tokens=GRAPH_TOKENS if bound.device.type == "cuda" and keep_matrices else 0,
             granule=128,
         )
@@ -118,7 +118,7 @@ def _count(plan: Plan, bound: Bound, allowed: int) -> Plan:
         "products": hidden + attention + feed,
         "everything": hidden + attention + feed + 2 * normed + act,
     }[plan.keep]
-    working = feed + act + feed + act + 3 * hidden + 2 * normed  # of the one layer that is being computed
+    working = feed + act + 3 * hidden + 2 * normed + qkv + 2 * attended  # of the one layer that is being computed
     activations = plan.tokens * width * (kept * len(bound.layers) + working)
     logits = min(plan.head_rows, plan.tokens) * bound.head_VD.shape[0] * width
     predicted = weights + optimizer + copies + activations + logits

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -79,8 +81,9 @@ def swiglu(x_T2F: Tensor, out_TF: Tensor) -> None:
 def swiglu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
     gate_TF, up_TF = x_T2F.chunk(2, dim=1)
     dgate_TF, dup_TF = dx_T2F.chunk(2, dim=1)
+    dgate = aten.silu_backward(dout_TF * up_TF, gate_TF)
     torch.mul(dout_TF, functional.silu(gate_TF), out=dup_TF)
-    dgate_TF.copy_(aten.silu_backward(dout_TF * up_TF, gate_TF))
+    dgate_TF.copy_(dgate)
 
 
 def _grid(x_THE: Tensor, flat_T: Tensor, documents: int, longest: int, heads: int) -> Tensor:
@@ -123,7 +126,7 @@ def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -
 
 
 def attention_backward(
-    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Tensor, rows: Rows, shape: AttentionShape, dx_TC: Tensor
+    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, rows: Rows, shape: AttentionShape, dx_TC: Tensor
 ) -> None:
     flat_T, documents, longest = _layout(rows)
     q, k, v = (_grid(part, flat_T, documents, longest, shape.heads) for part in shape.parts(x_TC))

@@ -37,6 +37,8 @@ class FastTrainer(trl.SFTTrainer):
     `fast` is None until training starts, and stays None on the plain path.
     """
 
+    optimizer: torch.optim.Optimizer | None
+
     def __init__(
         self,
         *args: Any,

@@ -91,15 +91,12 @@ def colour(rng: Random) -> Exchange:
 
 
 def owned_colour(rng: Random) -> Exchange:
-    people, colours, things = two_people(rng), rng.sample(words.COLOURS, 2), rng.sample(words.CLOTHES, 2)
-    if rng.random() < 0.5:
-        things[1] = things[0]
-    has = rng.choice(["{} has {} {}.", "{} bought {} {}.", "{} owns {} {}."])
-    facts = [has.format(who, a(tint), thing) for who, tint, thing in zip(people, colours, things, strict=True)]
-    ask = rng.choice(WAYS["owned_colour"]).format(people[0], things[0])
-    answer = f"{people[0]}'s {things[0]} is {colours[0]}."
-    check = Check.one_of(colours[0], words.COLOURS)
-    return Exchange("owned_colour", ("owned_colour", things[0], colours[0]), ask, answer, check, shuffled(rng, facts))
+    who, tint, thing = person(rng), rng.choice(words.COLOURS), rng.choice(words.CLOTHES)
+    context = sentence(rng.choice(["{} has {} {}", "{} bought {} {}", "{} owns {} {}"]).format(who, a(tint), thing))
+    ask = rng.choice(WAYS["owned_colour"]).format(who, thing)
+    check = Check.one_of(tint, words.COLOURS)
+    answer = f"{who}'s {thing} is {tint}."
+    return Exchange("owned_colour", ("owned_colour", thing, tint), ask, answer, check, context)
 
 
 def mix(rng: Random) -> Exchange:
@@ -152,13 +149,11 @@ def _next_in(rng: Random, kind: str, series: list[str]) -> Exchange:
 
 
 def place(rng: Random) -> Exchange:
-    things, places = rng.sample(words.SMALL_THINGS, 2), rng.sample(words.PLACES, 2)
-    sides = rng.choices(words.PREPOSITIONS, k=2)
-    facts = [f"The {thing} is {side} the {where}." for thing, side, where in zip(things, sides, places, strict=True)]
-    ask = rng.choice(WAYS["place"]).format(things[0])
-    right = {sides[0], places[0]}
-    check = Check(right, others={*words.PLACES, *words.PREPOSITIONS} - right)
-    return Exchange("place", ("place", things[0], places[0]), ask, facts[0], check, shuffled(rng, facts))
+    thing, side, where = rng.choice(words.SMALL_THINGS), rng.choice(words.PREPOSITIONS), rng.choice(words.PLACES)
+    fact = f"The {thing} is {side} the {where}."
+    ask = rng.choice(WAYS["place"]).format(thing)
+    check = Check({side, where}, others={*words.PLACES, *words.PREPOSITIONS} - {side, where})
+    return Exchange("place", ("place", thing, where), ask, fact, check, fact)
 
 
 def unknown(rng: Random) -> Exchange:

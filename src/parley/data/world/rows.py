@@ -26,8 +26,8 @@ GROUPS: dict[str, tuple[Kind, ...]] = {
         _q.untold_name,
     ),
     "knowledge": (_q.colour, _q.mix, _q.opposite, _q.sound, _q.young, _q.day, _q.month, _q.unknown),
-    "reading": (_q.name, _q.pet, _q.owned_colour, _q.place, _s.price, _s.older, _s.age, _s.cheaper),
-    "numbers": (_s.count, _s.next_number, _s.plus, _s.minus, _s.total, _s.change, _s.bigger, _s.how_many),
+    "reading": (_q.name, _q.pet, _q.owned_colour, _q.place, _s.price, _s.age),
+    "numbers": (_s.count, _s.next_number, _s.plus, _s.minus, _s.total, _s.change, _s.bigger),
 }
 KINDS = tuple(kind for kinds in GROUPS.values() for kind in kinds)
 _GROUP_OF = {kind.__name__: group for group, kinds in GROUPS.items() for kind in kinds}

@@ -24,15 +24,22 @@ def _copy_scaled(source, out, source_stride, out_stride, scale, M, N, BLOCK_M: t
 
 
 @triton.jit
-def _product(wide, thin, wide_stride, thin_stride, m, r, T, M, R, BLOCK_T: tl.constexpr):
-    """Columns m of wide against columns r of thin, summed over all T rows."""
-    total = tl.zeros((m.shape[0], r.shape[0]), tl.float32)
+def _add(
+    wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """out[m, r] += scale * sum over t of wide[t, m] thin[t, r], for BLOCK_M columns m from `begin` on and all r."""
+    m = begin + tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(0, T, BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         p = tl.load(wide + t * wide_stride + m[None, :], mask=(t < T) & (m[None, :] < M), other=0.0)
         q = tl.load(thin + t * thin_stride + r[None, :], mask=(t < T) & (r[None, :] < R), other=0.0)
         total = tl.dot(tl.trans(p), q, total, input_precision="ieee")
-    return total
+    at = out + m[:, None] * out_wide_stride + r[None, :] * out_thin_stride
+    inside = (m[:, None] < M) & (r[None, :] < R)
+    tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
 
 
 @triton.jit
@@ -44,34 +51,23 @@ def _gradients(
     """da (ALL_R, K) += v^T x in the first programs; db (N, R) += scale dy^T u, u by slot, in the others."""
     program = tl.program_id(0)
     if program < A_PROGRAMS:
-        k = program * BLOCK_A + tl.arange(0, BLOCK_A)
-        r = tl.arange(0, BLOCK_ALL)
-        total = _product(x, dy + N, x_stride, dy_stride, k, r, T, K, ALL_R, BLOCK_T)
-        at = da + r[None, :] * K + k[:, None]
-        inside = (k[:, None] < K) & (r[None, :] < ALL_R)
-        tl.store(at, tl.load(at, mask=inside, other=0.0) + total, mask=inside)
+        _add(x, dy + N, da, x_stride, dy_stride, 1, K, 1.0, program * BLOCK_A, T, K, ALL_R, BLOCK_A, BLOCK_ALL, BLOCK_T)
     else:
         begin = (program - A_PROGRAMS) * BLOCK_B
-        slot = tl.where(begin >= first_end, 1, 0) + tl.where(begin >= second_end, 1, 0)
-        n = begin + tl.arange(0, BLOCK_B)
-        r = tl.arange(0, BLOCK_R)
-        total = _product(dy, x + K + slot * R, dy_stride, x_stride, n, r, T, N, R, BLOCK_T)
-        at = db + n[:, None] * R + r[None, :]
-        inside = (n[:, None] < N) & (r[None, :] < R)
-        tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
+        slot = (begin >= first_end).to(tl.int32) + (begin >= second_end).to(tl.int32)
+        _add(dy, x + K + slot * R, db, dy_stride, x_stride, R, 1, scale, begin, T, N, R, BLOCK_B, BLOCK_R, BLOCK_T)
 
 
 @triton.jit
-def _add_product(
+def _one_gradient(
     wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, T, M, R,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    total = _product(wide, thin, wide_stride, thin_stride, m, r, T, M, R, BLOCK_T)
-    at = out + m[:, None] * out_wide_stride + r[None, :] * out_thin_stride
-    inside = (m[:, None] < M) & (r[None, :] < R)
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
+    begin = tl.program_id(0) * BLOCK_M
+    _add(
+        wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
+        BLOCK_M, BLOCK_R, BLOCK_T,
+    )  # fmt: skip
 
 
 def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
@@ -111,8 +107,8 @@ def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], colu
         v_TP, u_TP = dy_TNP[:, columns_out:], x_TKP[:, columns_in:]
         for slot in slots:
             adapter = slot.adapter
-            _add(x_TKP[:, :columns_in], v_TP[:, slot.columns], adapter.da_RK.t(), 1.0)
-            _add(dy_TNP[:, slot.rows], u_TP[:, slot.columns], adapter.db_NR, adapter.scale)
+            _launch(x_TKP[:, :columns_in], v_TP[:, slot.columns], adapter.da_RK.t(), 1.0)
+            _launch(dy_TNP[:, slot.rows], u_TP[:, slot.columns], adapter.db_NR, adapter.scale)
         return
     first = slots[0].adapter
     rank, all_ranks = first.a_RK.shape[0], slots[-1].columns.stop
@@ -128,10 +124,9 @@ def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], colu
     )  # fmt: skip
 
 
-def _add(wide_TM: Tensor, thin_TR: Tensor, out_MR: Tensor, scale: float) -> None:
+def _launch(wide_TM: Tensor, thin_TR: Tensor, out_MR: Tensor, scale: float) -> None:
     (tokens, wide), thin = wide_TM.shape, thin_TR.shape[1]
-    block_r = max(16, min(triton.next_power_of_2(thin), 64))
-    _add_product[(triton.cdiv(wide, 64), triton.cdiv(thin, block_r))](
+    _one_gradient[(triton.cdiv(wide, 64),)](
         wide_TM, thin_TR, out_MR, wide_TM.stride(0), thin_TR.stride(0), *out_MR.stride(), scale, tokens, wide, thin,
-        BLOCK_M=64, BLOCK_R=block_r, BLOCK_T=128,
+        BLOCK_M=64, BLOCK_R=max(16, triton.next_power_of_2(thin)), BLOCK_T=32 if thin > 64 else 128,
     )  # fmt: skip

@@ -2,13 +2,14 @@
 
 FlashAttention-2 (arXiv 2307.08691) in tiles of rows. A tile of queries starts at the first row of the document that
 its first query belongs to, so nothing is launched or read for pairs in different documents, and a CUDA graph can be
-replayed for any documents: only `start_T` and `end_T` know them. Documents over LONG tokens go to PyTorch's kernels.
+replayed for any documents: only `start_T` and `end_T` know them. Where the host does too, long ones go to flash.py.
 
-X
-E head size.
+Shape suffixes: T tokens, D query columns (H E), C query, key and value columns side by side, H heads, E head size.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -159,7 +160,7 @@ def _constants(shape: AttentionShape) -> dict[str, int | bool]:
     }
 
 
-def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Tensor:
+def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Any:
     if flash.takes(rows):
         return flash.attention(x_TC, rows, shape, out_TD)
     tokens = x_TC.shape[0]
@@ -173,7 +174,7 @@ def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -
 
 
 def attention_backward(
-    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Tensor, rows: Rows, shape: AttentionShape, dx_TC: Tensor
+    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, rows: Rows, shape: AttentionShape, dx_TC: Tensor
 ) -> None:
     if flash.takes(rows):
         flash.attention_backward(dout_TD, x_TC, out_TD, saved, rows, shape, dx_TC)

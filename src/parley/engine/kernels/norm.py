@@ -30,12 +30,12 @@ def _forward(x, delta, total, out, weight, out_stride, eps, D, SUM: tl.constexpr
 
 
 @triton.jit
-def _backward(dout, x, weight, dx, dx_stride, eps, D, BLOCK: tl.constexpr):
+def _backward(dout, x, weight, dx, dout_stride, dx_stride, eps, D, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
     f = tl.load(x + row * D + d, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(dout + row * D + d, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(dout + row * dout_stride + d, mask=inside, other=0.0).to(tl.float32)
     g *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / D + eps)
     along = tl.sum(f * g, axis=0) / D * inverse * inverse
@@ -69,4 +69,5 @@ def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
 
 def rms_norm_backward(dout_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, dx_TD: Tensor) -> None:
     rows, columns = x_TD.shape
-    _backward[(rows,)](dout_TD, x_TD, weight_D, dx_TD, dx_TD.stride(0), eps, columns, **_shape(columns))
+    strides = (dout_TD.stride(0), dx_TD.stride(0))
+    _backward[(rows,)](dout_TD, x_TD, weight_D, dx_TD, *strides, eps, columns, **_shape(columns))

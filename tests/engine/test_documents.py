@@ -1,0 +1,49 @@
+import numpy as np
+import pytest
+import torch
+
+from parley.engine.documents import Example, Staging, pack, split
+
+
+def example(length: int, learned: list[int]) -> Example:
+    ids = np.arange(10, 10 + length)
+    return Example.of(ids, np.where(np.isin(np.arange(length), learned), ids, -100))
+
+
+def test_a_pack_predicts_each_supervised_token_from_the_row_before_it() -> None:
+    packed = pack([example(3, [0, 2]), example(4, [1])])
+    assert packed.row_S.tolist() == [1, 3]
+    assert packed.target_S.tolist() == [12, 11]
+    assert packed.position_T.tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert packed.start_T.tolist() == [0, 0, 0, 3, 3, 3, 3]
+    assert packed.end_T.tolist() == [3, 3, 3, 7, 7, 7, 7]
+
+
+def test_the_first_token_of_a_document_is_never_counted() -> None:
+    assert example(3, [0, 2]).supervised == 1
+
+
+def test_padding_is_documents_of_their_own_that_teach_nothing() -> None:
+    padded = pack([example(3, [2])]).padded(5)
+    assert padded.start_T.tolist() == [0, 0, 0, 3, 4]
+    assert padded.end_T.tolist() == [3, 3, 3, 4, 5]
+    assert padded.row_S.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("room", "runs"), [(100, [[3, 4, 9]]), (7, [[3, 4], [9]]), (5, [[3], [4], [9]]), (1, [[3], [4], [9]])]
+)
+def test_split_keeps_order_and_room(room: int, runs: list[list[int]]) -> None:
+    got = split([example(length, []) for length in (3, 4, 9)], room)
+    assert [[len(e.ids_L) for e in run] for run in got] == runs
+
+
+def test_staging_hands_out_what_was_sent_and_grows() -> None:
+    staging = Staging(torch.device("cpu"), tokens=4)
+    packed = pack([example(9, [4, 5])])
+    assert staging.reserve(9)
+    assert not staging.reserve(9)
+    rows = staging.send(packed, 0.25, packed.lengths)
+    assert rows.ids_T.tolist() == packed.ids_T.tolist()
+    assert rows.target_S.tolist() == [14, 15]
+    assert float(rows.scale) == 0.25

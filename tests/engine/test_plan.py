@@ -1,0 +1,56 @@
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from parley.engine.bind import bind
+from parley.engine.plan import GIB, KINDS, make_plan
+
+
+@pytest.fixture(scope="module")
+def bound() -> Any:
+    config = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    lora = LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    return bind(get_peft_model(LlamaForCausalLM(config).to(torch.float32), lora))
+
+
+def test_with_room_a_step_is_one_pass_and_everything_is_kept(bound: Any) -> None:
+    plan = make_plan(bound, "auto", longest=100, documents=8)
+    assert (plan.tokens, plan.keep, plan.keep_matrices) == (800, "everything", True)
+    assert 0 < plan.predicted <= plan.allowed
+
+
+def test_low_is_the_leanest(bound: Any) -> None:
+    plan = make_plan(bound, "low", longest=100, documents=8)
+    assert (plan.tokens, plan.keep, plan.keep_matrices) == (100, "inputs", False)
+    assert plan.predicted < make_plan(bound, "auto", longest=100, documents=8).predicted
+
+
+def test_less_memory_is_met_by_less(bound: Any) -> None:
+    whole = make_plan(bound, "auto", longest=100, documents=8).predicted
+    for share in (0.9, 0.7, 0.5):
+        plan = make_plan(bound, share * whole / GIB, longest=100, documents=8)
+        assert plan.predicted <= share * whole
+        assert plan.tokens >= 100
+
+
+def test_what_fits_nowhere_gets_the_leanest(bound: Any) -> None:
+    plan = make_plan(bound, 1e-6, longest=100, documents=8)
+    assert plan.predicted == make_plan(bound, "low", longest=100, documents=8).predicted
+
+
+def test_says_what_was_chosen_and_why(bound: Any) -> None:
+    text = "\n".join(make_plan(bound, "low", longest=100, documents=8).lines())
+    assert "up to 100 tokens a pass" in text
+    assert "computed anew" in text
+    assert "GiB predicted of" in text
+    assert KINDS[-1] == "inputs"

@@ -1,0 +1,103 @@
+"""The fast step against transformers, PEFT and autograd, in float32."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from parley.engine.bind import Unsupported, bind
+from parley.engine.plan import KINDS, Plan
+from parley.engine.step import FastStep
+
+TOLERANCE = 1e-5
+
+
+def worst(model: Any, wanted: dict[str, torch.Tensor]) -> float:
+    """The largest relative error among the adapters' gradients."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == wanted.keys()
+    errors = [(p.grad - wanted[name]).norm() / (wanted[name].norm() + 1e-12) for name, p in trained.items()]
+    return float(torch.stack(errors).max())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj", "down_proj"], ["gate_proj"]])
+def test_every_family_and_choice_of_projections(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str, targets: list[str] | None
+) -> None:
+    model, documents = build_adapted(name, targets), make_examples()
+    loss, wanted = plain_gradient(model, documents)
+    step = FastStep(bind(model), Plan())
+    step.run(documents, sum(document.supervised for document in documents))
+    step.bound.flat.show_gradients()
+    assert float(step.figures_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    assert worst(model, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("keep", KINDS)
+@pytest.mark.parametrize("keep_matrices", [True, False])
+@pytest.mark.parametrize("tokens", [30, 1000])
+def test_a_plan_changes_no_gradient(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, keep: str, keep_matrices: bool, tokens: int
+) -> None:
+    model, documents = build_adapted("llama"), make_examples((3, 17, 5, 29, 1))
+    _, wanted = plain_gradient(model, documents)
+    step = FastStep(bind(model), Plan(keep=keep, keep_matrices=keep_matrices, tokens=tokens, head_rows=7))
+    for _ in range(2):  # a second step starts from nothing
+        step.run(documents, sum(document.supervised for document in documents))
+    step.bound.flat.show_gradients()
+    assert worst(model, wanted) < TOLERANCE
+
+
+def test_figures_are_loss_hits_and_entropy(build_adapted: Any, make_examples: Any) -> None:
+    model, documents = build_adapted("llama"), make_examples((40,))
+    with torch.no_grad():
+        logits_LV = model(torch.tensor(documents[0].ids_L).long()[None]).logits[0, :-1]
+    target_L = torch.tensor(documents[0].label_L[1:]).long()
+    real_L = target_L != -100
+    p_LV = logits_LV.softmax(-1)
+    step = FastStep(bind(model), Plan())
+    step.run(documents, 1)
+    _, hits, entropy = step.figures_3.tolist()
+    assert hits == int(((logits_LV.argmax(-1) == target_L) & real_L).sum())
+    assert entropy == pytest.approx(float(-(p_LV * p_LV.log()).sum(-1)[real_L].sum()), rel=1e-4)
+
+
+def test_training_moves_peft_s_own_parameters(build_adapted: Any, make_examples: Any, plain_gradient: Any) -> None:
+    model, documents = build_adapted("llama"), make_examples()
+    bound = bind(model)
+    step, count = FastStep(bound, Plan()), sum(document.supervised for document in documents)
+    optimizer = torch.optim.SGD([bound.flat.weight_G], lr=0.1)
+    step.run(documents, count)
+    first = float(step.figures_3[0])
+    optimizer.step()
+    loss_sum, _ = plain_gradient(model, documents)
+    step.run(documents, count)
+    assert float(step.figures_3[0]) == pytest.approx(loss_sum, rel=TOLERANCE)
+    assert loss_sum < first
+
+
+def test_a_step_without_supervised_tokens_has_no_gradient(build_adapted: Any, make_examples: Any) -> None:
+    step = FastStep(bind(build_adapted("llama")), Plan())
+    step.bound.flat.grad_G.fill_(1.0)
+    step.run(make_examples((1,)), 1)
+    assert not step.bound.flat.grad_G.any()
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "dropout"),
+        ({"use_dora": True}, "Dora"),
+        ({"modules_to_save": ["lm_head"]}, "output head"),
+        ({"lora_bias": True}, "bias"),
+    ],
+)
+def test_options_it_does_not_know_are_refused_by_name(build_adapted: Any, lora: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unsupported, match=f"(?i){reason}"):
+        bind(build_adapted("llama", **lora))
+
+
+def test_a_model_without_adapters_is_refused(build_adapted: Any) -> None:
+    with pytest.raises(Unsupported, match="no PEFT adapters"):
+        bind(build_adapted("llama").get_base_model())

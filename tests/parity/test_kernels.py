@@ -1,0 +1,152 @@
+"""Each Triton kernel against plain PyTorch, at odd sizes: on a GPU as it is, elsewhere through Triton's interpreter."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from parley.engine import reference
+from parley.engine.documents import Example, Rows, Staging, pack
+from parley.engine.ops import Adapter, AttentionShape, Rope, Slot
+
+triton = pytest.importorskip("triton", reason="no Triton here")
+kernels = pytest.importorskip("parley.engine.kernels")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() and not triton.knobs.runtime.interpret, reason="needs a GPU or TRITON_INTERPRET=1"
+)
+
+BOTH: tuple[ModuleType, ModuleType] = (reference, kernels)
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+T = 71
+
+
+def rows_of(lengths: tuple[int, ...]) -> Rows:
+    packed = pack([Example.of(np.zeros(length), np.zeros(length)) for length in lengths])
+    return Staging(DEVICE, len(packed.ids_T)).send(packed, 1.0, packed.lengths)
+
+
+def draw(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("columns", [37, 64])
+@pytest.mark.parametrize("summed", [False, True])
+def test_rms_norm(columns: int, summed: bool) -> None:
+    x, delta, weight = draw(T, columns, seed=0), draw(T, columns, seed=1), draw(columns, seed=2)
+    results = []
+    for ops in BOTH:
+        out, dx = torch.full((T, columns + 5), torch.nan, device=DEVICE), draw(T, columns + 5, seed=3)
+        total = ops.rms_norm(x, delta if summed else None, weight, 1e-5, out[:, :columns])
+        ops.rms_norm_backward(delta, total, weight, 1e-5, dx[:, :columns])
+        results.append(torch.cat([out[:, :columns], total, dx], dim=1))
+    assert off(results[1], results[0]) < 1e-6
+
+
+def test_swiglu() -> None:
+    x, dout = draw(T, 2 * 53, seed=0), draw(T, 53, seed=1)
+    results = []
+    for ops in BOTH:
+        out, dx = torch.zeros(T, 53 + 3, device=DEVICE), torch.zeros(T, 2 * 53 + 3, device=DEVICE)
+        ops.swiglu(x, out[:, :53])
+        ops.swiglu_backward(dout, x, dx[:, :106])
+        results.append(torch.cat([out, dx], dim=1))
+    assert off(results[1], results[0]) < 1e-6
+
+
+def test_cross_entropy() -> None:
+    logits = 3 * draw(9, 1003, seed=0)
+    target = torch.arange(9, dtype=torch.int32, device=DEVICE) * 100
+    target[3], target[5] = -100, logits[5].argmax()
+    results = []
+    for ops in BOTH:
+        gradient, figures = logits.clone(), torch.ones(3, device=DEVICE)
+        ops.cross_entropy(gradient, target, torch.tensor(0.2, device=DEVICE), figures)
+        results.append(torch.cat([gradient.flatten(), figures]))
+    assert not results[1][3 * 1003 : 4 * 1003].any()
+    assert off(results[1], results[0]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "scales"),
+    [
+        ((128, 64, 64), 16, (0.5, 0.5, 0.5)),
+        ((192,), 16, (0.7,)),
+        ((128, 64), 5, (0.5, 0.5)),
+        ((100, 60), 8, (0.5, 2.0)),
+    ],
+)
+def test_adapters(sizes: tuple[int, ...], rank: int, scales: tuple[float, ...]) -> None:
+    columns_in, columns_out = 96, sum(sizes)
+    spare = rank * len(sizes) + 3
+    dy, x = draw(T, columns_out + spare, seed=0), draw(T, columns_in + spare, seed=1)
+    results = []
+    for ops in BOTH:
+        weights = draw(rank * (columns_in * len(sizes) + columns_out), seed=2)
+        gradients = draw(len(weights), seed=3)
+        parts = [rank * columns_in] * len(sizes) + [rank * size for size in sizes]
+        shapes = [(rank, columns_in)] * len(sizes) + [(size, rank) for size in sizes]
+        w, g = ([p.view(s) for p, s in zip(flat.split(parts), shapes, strict=True)] for flat in (weights, gradients))
+        slots, row = [], 0
+        for i, size in enumerate(sizes):
+            adapter = Adapter(w[i], w[len(sizes) + i], g[i], g[len(sizes) + i], scales[i])
+            slots.append(Slot(adapter, slice(row, row + size), slice(i * rank, (i + 1) * rank)))
+            row += size
+        ops.add_adapter_gradients(dy, x, slots, columns_out, columns_in)
+        copied = torch.zeros(columns_out, rank + 7, device=DEVICE)
+        ops.copy_scaled(w[-1], copied[: sizes[-1], 2 : 2 + rank], 0.3)
+        results.append(torch.cat([gradients, copied.flatten()]))
+    assert off(results[1], results[0]) < 1e-5
+
+
+def test_nf4() -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = draw(48, 192, seed=0)
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    wanted = functional.dequantize_4bit(packed, state)
+    for ops in BOTH:
+        out = torch.zeros(48, 200, device=DEVICE)
+        ops.write_nf4(packed, state.absmax, state.code, 64, out[:, :192])
+        assert torch.equal(out[:, :192], wanted)
+        assert not out[:, 192:].any()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rope(inverse: bool) -> None:
+    shape, rows = AttentionShape(6, 2, 16, 0.25), rows_of((3, 60, 8))
+    rope = Rope(draw(64, 8, seed=0), draw(64, 8, seed=1))
+    results = []
+    for ops in BOTH:
+        x = draw(T, shape.columns + 3, seed=2)
+        ops.rope(x[:, : shape.columns], rows, rope, shape, inverse=inverse)
+        results.append(x)
+    assert off(results[1], results[0]) < 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (4, 4, 32)])
+def test_attention(heads: int, kv_heads: int, size: int, window: int | None) -> None:
+    shape = AttentionShape(heads, kv_heads, size, size**-0.5, window)
+    lengths = (3, 70, 1, 64, 33)
+    tokens, columns = sum(lengths), heads * size
+    x, dout = draw(tokens, shape.columns, seed=0), draw(tokens, columns, seed=1)
+    results: list[Any] = []
+    for ops, device in ((reference, torch.device("cpu")), (kernels, DEVICE)):
+        rows = rows_of(lengths)
+        on = [t.to(device) for t in (x, dout)]
+        if device.type == "cpu":
+            packed = pack([Example.of(np.zeros(length), np.zeros(length)) for length in lengths])
+            rows = Staging(device, tokens).send(packed, 1.0, packed.lengths)
+        out = torch.zeros(tokens, columns + 3, device=device)
+        dx = torch.zeros(tokens, shape.columns + 5, device=device)
+        saved = ops.attention(on[0], rows, shape, out[:, :columns])
+        ops.attention_backward(on[1], on[0], out[:, :columns], saved, rows, shape, dx[:, : shape.columns])
+        results.append(torch.cat([out, dx], dim=1).cpu())
+    assert off(results[1], results[0]) < 1e-5
