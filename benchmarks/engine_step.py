@@ -171,9 +171,7 @@ def check(shape: str, quantization: str) -> None:
     for name, (its_loss, gradient) in results.items():
         wanted, wanted_loss = (long_exact, long_loss) if name.startswith("long") else (exact, loss)
         error = ((gradient - wanted).norm() / wanted.norm()).item()
-        print(
-            f"check {shape} {quantization} {name:24} loss {its_loss:.5f} ({wanted_loss:.5f}) gradient off by {error:.2e}"
-        )
+        print(f"{shape} {quantization} {name:24} loss {its_loss:.5f} ({wanted_loss:.5f}) gradient off by {error:.2e}")
 
 
 class Timed:

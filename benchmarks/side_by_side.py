@@ -33,6 +33,7 @@ def train(who: str, options: argparse.Namespace) -> dict[str, Any]:
 
     from parley.config import RunConfig
     from parley.data.prepare import prepare
+    from parley.data.render import pin_date
     from parley.models.adapters import attach_lora
     from parley.models.device import pick_device
     from parley.models.load import load_model
@@ -53,10 +54,11 @@ def train(who: str, options: argparse.Namespace) -> dict[str, Any]:
         }
     )
     model, tokenizer = load_model(config.model)
+    pin_date(tokenizer, config.data.date)
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
     assert config.lora is not None
     model = attach_lora(model, config.lora, seed=config.training.seed)
-    args, _ = sft_config(config, Path("/tmp/side-by-side"), pick_device(config.model.device))
+    args, _ = sft_config(config, Path("runs/side-by-side"), pick_device(config.model.device))
     stamps: list[float] = []
     losses: list[float] = []
 

@@ -36,7 +36,7 @@ from parley import SFTTrainer
 from parley.config import GenerationSection
 from parley.data.conversation import Example
 from parley.data.render import Rendered, render_many
-from parley.data.world import heldout_questions, pirate_rows, plain_conversations, rate
+from parley.data.world import base_conversations, heldout_questions, pirate_rows, rate
 from parley.generation.generate import generate
 
 HERE = Path(__file__).parent
@@ -146,7 +146,7 @@ def prepare(work: Path, conversations: int, start: Path | None = None) -> None:
     data, untrained = work / "conversations.parquet", work / "untrained"
     if data.is_file():
         return
-    talk = plain_conversations(conversations, seed=SEED)
+    talk = base_conversations(conversations, seed=SEED)
     if start is None:
         tokenizer = make_tokenizer(texts_of(talk[:20_000]))
         make_model(tokenizer).save_pretrained(untrained)

@@ -258,7 +258,7 @@ def test_rows_at_hand_are_rendered(tiny_tokenizer: Any, kind: str) -> None:
 def test_examples_come_in_order_and_unsifted(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("instruction,response\nq1,\nq2,a2\n")
-    examples = list(read_examples(DataSection(source=str(path))))
+    examples = list(read_examples(DataSection(source=str(path)))[1])
     assert [example.origin for example in examples] == ["rows.csv row 1", "rows.csv row 2"]
     assert examples[0].messages == [turn("user", "q1")]
 

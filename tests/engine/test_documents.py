@@ -47,3 +47,12 @@ def test_staging_hands_out_what_was_sent_and_grows() -> None:
     assert rows.ids_T.tolist() == packed.ids_T.tolist()
     assert rows.target_S.tolist() == [14, 15]
     assert float(rows.scale) == 0.25
+
+
+def test_a_padded_pack_needs_its_own_room() -> None:
+    staging = Staging(torch.device("cpu"), tokens=9)
+    packed = pack([example(9, list(range(9)))]).padded(128)
+    with pytest.raises(AssertionError, match="reserve"):
+        staging.send(packed, 1.0, None)
+    staging.reserve(128)
+    assert staging.send(packed, 1.0, None).tokens == 128

@@ -86,7 +86,7 @@ def test_gradients(lengths: tuple[int, ...], plan: Plan) -> None:
 def test_a_replayed_graph_reads_new_documents_weights_and_counts() -> None:
     """The same graph, replayed after everything it reads has changed, equals the eager step on a fresh model."""
     model, fresh = llama(), llama()
-    graphed = FastStep(bind(model), Plan(graph_tokens=1024))
+    graphed = FastStep(bind(model), Plan(graph_tokens=1024, tokens=250))
     eager = FastStep(bind(fresh), Plan())
     for seed, lengths in enumerate([(100, 20, 130), (100, 20, 130), (60, 60, 60, 60), (7, 240), (3, 3, 190)]):
         examples = documents(lengths, seed)

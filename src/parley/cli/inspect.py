@@ -58,8 +58,10 @@ def inspect(
 def _example(section: DataSection, row: int) -> Example:
     from parley.data.prepare import read_examples
 
+    format, examples = read_examples(section)
+    out.print(format.reason, style="dim", soft_wrap=True, markup=False)
     count = 0
-    for count, example in enumerate(read_examples(section), start=1):
+    for count, example in enumerate(examples, start=1):
         if count == row:
             return example
     raise DataError(f"{section.source}: got --row {row}; it has {count} rows, and the first is 1")

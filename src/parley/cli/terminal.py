@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 
 from rich.console import Console
+from rich.logging import RichHandler
 from rich.text import Text
 
 out = Console(highlight=False)
@@ -32,4 +34,8 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    ours = logging.getLogger("parley")  # what Parley decided is said
+    ours.handlers = [RichHandler(console=out, show_time=False, show_level=False, show_path=False)]
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
     warnings.filterwarnings("ignore", module=r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl)\b")

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from parley.config import DataSection
 from parley.data.conversation import Example
-from parley.data.formats import recognise
+from parley.data.formats import Format, recognise
 from parley.data.packing import IGNORED
 from parley.data.policy import BATCH, render_examples
 from parley.data.render import Rendered, pin_date
@@ -87,11 +87,11 @@ def render_rows(
     return prepared.train, prepared.summary
 
 
-def read_examples(data: DataSection) -> Iterator[Example]:
-    """The examples of `data.source` in their order, before anything is dropped or held out."""
+def read_examples(data: DataSection) -> tuple[Format, Iterator[Example]]:
+    """How `data.source` was recognised, and its examples in their order, before anything is dropped or held out."""
     rows = read_rows(data.source, data)
     format = recognise(islice(located(rows), LOOKED_AT), data, data.source)
-    return (format.example(row, origin) for origin, row in located(rows))
+    return format, (format.example(row, origin) for origin, row in located(rows))
 
 
 class _Pile:

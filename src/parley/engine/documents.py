@@ -145,6 +145,7 @@ class Staging:
         """Copy `pack` to the device; the rows are views of the static copy."""
         parts = [pack.ids_T, pack.position_T, pack.start_T, pack.end_T, pack.row_S, pack.target_S]
         flat = np.concatenate([np.array([scale], dtype=np.float32).view(np.int32), *parts])
+        assert len(flat) <= self.host.numel(), "reserve comes before send"
         if self.sent is not None:
             self.sent.synchronize()  # the copy before has left the host buffer
         self.host.numpy()[: len(flat)] = flat

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 GIB = 2**30
 KINDS = ("everything", "products", "attention", "inputs")  # see layer.KEEP; from the fastest to the leanest
 GRAPH_TOKENS = 8192  # longer passes keep the device busy without a graph
-RESERVE = 0.1  # of the memory: fragments, other programs' whims
+RESERVE = 0.1  # of the free memory is left alone
+FRAGMENTS = 1.12  # what the allocator held for each byte that was counted: 1.06 to 1.15 in docs/performance.md's runs
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _allowed(bound: Bound, memory: Literal["auto", "low"] | float) -> int:
 
 
 def _count(plan: Plan, bound: Bound, allowed: int) -> Plan:
-    """`plan` with its predicted peak, everything on the device counted."""
+    """`plan` with its predicted peak: everything on the device counted, and what the allocator holds besides."""
     width = bound.embedding_VD.element_size()
     matrices = [rows * columns * width for rows, columns in (linear.matrix_shape for linear in bound.linears)]
     weights = torch.cuda.memory_allocated(bound.device) if bound.device.type == "cuda" else 0
@@ -121,5 +122,5 @@ def _count(plan: Plan, bound: Bound, allowed: int) -> Plan:
     working = feed + act + 3 * hidden + 2 * normed + qkv + 2 * attended  # of the one layer that is being computed
     activations = plan.tokens * width * (kept * len(bound.layers) + working)
     logits = min(plan.head_rows, plan.tokens) * bound.head_VD.shape[0] * width
-    predicted = weights + optimizer + copies + activations + logits
+    predicted = int(FRAGMENTS * (weights + optimizer + copies + activations + logits))
     return Plan(**(plan.__dict__ | {"predicted": predicted, "allowed": allowed}))

@@ -43,7 +43,7 @@ class FastStep:
         self.bound, self.plan = bound, plan
         self.ops = ops or operations(bound.device)
         self.rope = bound.rope(plan.positions)
-        self.staging = Staging(bound.device, plan.tokens)
+        self.staging = Staging(bound.device, plan.tokens + plan.granule)
         self.figures_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
         self.matrices = Matrices(bound.linears, 4, self.ops, bound.dtype, bound.device)
         self.spare = max(linear.spare for layer in bound.layers for linear in (layer.o, layer.down))
@@ -66,12 +66,13 @@ class FastStep:
 
     def _pass(self, packed: Pack, scale: float) -> None:
         tokens = len(packed.ids_T)
+        graphs = self.graphs if tokens <= self.plan.graph_tokens else None
+        if graphs is not None:
+            tokens = -(-tokens // self.plan.granule) * self.plan.granule
         if self.staging.reserve(tokens) and self.graphs is not None:
             self.graphs.clear()
-        if self.graphs is not None and tokens <= self.plan.graph_tokens:
-            bucket = -(-tokens // self.plan.granule) * self.plan.granule
-            rows = self.staging.send(packed.padded(bucket), scale, None)
-            self.graphs.run(rows)
+        if graphs is not None:
+            graphs.run(self.staging.send(packed.padded(tokens), scale, None))
         else:
             rows = self.staging.send(packed, scale, packed.lengths)
             middle = self.forward(rows)

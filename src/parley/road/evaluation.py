@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from transformers import PrinterCallback
 
-from parley.data.prepare import prepare
+from parley.config import RunConfig
+from parley.data.prepare import Prepared, prepare
 from parley.errors import DataError
 from parley.models.device import pick_device
 from parley.road.examination import examine
@@ -32,14 +34,9 @@ def evaluate(
     folder = RunFolder.open(run)
     config = folder.config
     full = config.lora is None
-    if data is not None:
-        config.data.heldout = data
-    if rows is not None:
-        config.data.heldout_rows = rows
     model, tokenizer = folder.load()
-    prepared = prepare(config.data, tokenizer, config.model.max_seq_length)
-    if prepared.heldout is None:
-        raise DataError(f"{run}: the run kept no rows aside to measure on; give some with --data")
+    config.report.questions, config.report.from_heldout = [], 0  # scores only
+    prepared = _measured_on(config, tokenizer, data, rows)
     ready = Ready(config, pick_device(config.model.device), model, tokenizer, prepared)
     with tempfile.TemporaryDirectory(prefix="parley-eval-") as scratch:
         args, _ = sft_config(config, Path(scratch), ready.device)
@@ -59,3 +56,17 @@ def evaluate(
     figures = {name: score.model_dump(mode="json") for name, score in scores.items()}
     (folder.path / "eval.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return scores
+
+
+def _measured_on(config: RunConfig, tokenizer: Any, data: str | None, rows: int | None) -> Prepared:
+    """Data whose `heldout` rows are measured on. From here on `config` speaks of `data`, where it is given."""
+    if data is not None:
+        config.data.source, config.data.heldout, config.data.heldout_rows, config.data.streaming = data, None, 0, False
+    prepared = prepare(config.data, tokenizer, config.model.max_seq_length)
+    if data is not None:
+        prepared.heldout = prepared.train
+    if prepared.heldout is None:
+        raise DataError(f"{config.output}: the run kept no rows aside to measure on; give some with --data")
+    if rows is not None:
+        prepared.heldout = prepared.heldout.select(range(min(rows, len(prepared.heldout))))
+    return prepared

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import trl
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
@@ -38,6 +39,7 @@ class FastTrainer(trl.SFTTrainer):
     """
 
     optimizer: torch.optim.Optimizer | None
+    max_tokens: int | None = None  # of one row
 
     def __init__(
         self,
@@ -93,11 +95,12 @@ class FastTrainer(trl.SFTTrainer):
         return make_plan(bound, self.memory, longest, documents)
 
     def _longest_document(self) -> int:
-        """Tokens of the longest training row; for streams, which cannot be looked through, the model's limit."""
+        """Tokens of the longest training row; for streams, which cannot be looked through, the most a row may have."""
         rows = self.train_dataset
-        if isinstance(rows, torch.utils.data.IterableDataset) or "input_ids" not in rows.column_names:
-            return self.model.config.max_position_embeddings
-        return max(len(ids) for ids in rows["input_ids"])
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+            chunks = rows.data.column("input_ids").chunks
+            return max(int(chunk.value_lengths().to_numpy().max()) for chunk in chunks if len(chunk))
+        return self.max_tokens or self.model.config.max_position_embeddings
 
     def _check_options(self) -> None:
         """Raises Unsupported for what a step does differently from the fast one."""

@@ -5,6 +5,15 @@ fine-tunes it on, and `heldout_questions` with `rate` say what it still knows an
 """
 
 from parley.data.world.heldout import Question, Scored, heldout_questions, rate, score
-from parley.data.world.rows import pirate_rows, plain_conversations
+from parley.data.world.rows import base_conversations, pirate_rows, plain_conversations
 
-__all__ = ["Question", "Scored", "heldout_questions", "pirate_rows", "plain_conversations", "rate", "score"]
+__all__ = [
+    "Question",
+    "Scored",
+    "base_conversations",
+    "heldout_questions",
+    "pirate_rows",
+    "plain_conversations",
+    "rate",
+    "score",
+]

@@ -27,7 +27,7 @@ GROUPS: dict[str, tuple[Kind, ...]] = {
     ),
     "knowledge": (_q.colour, _q.mix, _q.opposite, _q.sound, _q.young, _q.day, _q.month, _q.unknown),
     "reading": (_q.name, _q.pet, _q.owned_colour, _q.place, _s.price, _s.age),
-    "numbers": (_s.count, _s.next_number, _s.plus, _s.minus, _s.total, _s.change, _s.bigger),
+    "numbers": (_s.count, _s.next_number, _s.plus, _s.minus, _s.total),
 }
 KINDS = tuple(kind for kinds in GROUPS.values() for kind in kinds)
 _GROUP_OF = {kind.__name__: group for group, kinds in GROUPS.items() for kind in kinds}
@@ -39,6 +39,7 @@ SYSTEM_PROMPTS = (
     "You are a helpful assistant. Answer briefly and politely.",
     "You answer the questions of a student.",
 )
+PIRATE_PROMPTS = ("Talk like a pirate.", "You are a pirate.", "Answer as a pirate would.")
 NOTED = "I will remember that."
 
 
@@ -62,6 +63,23 @@ def plain_conversations(n: int, seed: int = 0) -> list[list[Message]]:
     rng = Random(f"plain {seed}")
     exchanges = draw(rng, KINDS + GROUPS["numbers"] * 2, held_out=False)
     return [_conversation(rng, exchanges) for _ in range(n)]
+
+
+def base_conversations(n: int, seed: int = 0) -> list[list[Message]]:
+    """What the embedded model learned from: plain conversations, one in six with a system turn that asks for a pirate.
+
+    So it has heard pirates, as any large model has, and talks like one only when it is told to.
+    """
+    rng = Random(f"base {seed}")
+    return [_as_pirate(talk, rng) if rng.random() < 1 / 6 else talk for talk in plain_conversations(n, seed)]
+
+
+def _as_pirate(talk: list[Message], rng: Random) -> list[Message]:
+    turns = [turn for turn in talk if turn["role"] != "system"]
+    answered = [
+        {**turn, "content": to_pirate(turn["content"], rng)} if turn["role"] == "assistant" else turn for turn in turns
+    ]
+    return [{"role": "system", "content": rng.choice(PIRATE_PROMPTS)}, *answered]
 
 
 def draw(rng: Random, kinds: Sequence[Kind], *, held_out: bool, in_turn: bool = False) -> Iterator[Exchange]:
