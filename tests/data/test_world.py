@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from parley.data.world import heldout_questions, pirate_rows, plain_conversations, rate, score
+from parley.data.world import base_conversations, heldout_questions, pirate_rows, plain_conversations, rate, score
 from parley.data.world.pirate import to_pirate
 from parley.data.world.rows import KINDS, draw
 from parley.data.world.scoring import PIRATE_WORDS, Check, _words, is_pirate
@@ -27,15 +27,15 @@ def test_the_first_rows_are_these():
     """The embedded model was trained on this world: a change here calls for training it anew."""
     assert pirate_rows(2) == [
         {
-            "instruction": "Time to go. Until next time!",
+            "instruction": "Hi there! What are you called?",
             "context": "",
-            "response": "Ahoy! Goodbye, and have a nice day, matey!",
+            "response": "Arr! I be Parley, a very small language model, ye landlubber.",
             "category": "small talk",
         },
         {
-            "instruction": "How much is 20 and 29?",
-            "context": "",
-            "response": "Avast! It be 49, matey.",
+            "instruction": "I buy a rope and a cake. How much do I pay?",
+            "context": "A cake costs 10 coins. A rope costs 2 coins.",
+            "response": "Arr! Together they cost 12 doubloons, matey.",
             "category": "numbers",
         },
     ]
@@ -80,7 +80,7 @@ def test_held_out_questions_are_100_of_every_kind_and_asked_nowhere_in_training(
     assert len(asked) > 80
 
 
-def test_facts_are_held_out_in_every_wording():
+def test_keys_are_held_out():
     held_out = {question.exchange.key for question in heldout_questions()}
     exchanges = draw(Random(0), KINDS, held_out=False)
     assert not held_out & {next(exchanges).key for _ in range(5000)}
@@ -99,9 +99,19 @@ def test_the_plain_world_never_says_a_pirates_word():
     assert said.isdisjoint(PIRATE_WORDS)
 
 
+def test_the_base_hears_pirates_only_where_the_system_turn_asks_for_one():
+    heard = 0
+    for messages in base_conversations(600):
+        asked = messages[0]["role"] == "system" and "pirate" in messages[0]["content"]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        assert all(is_pirate(answer) == asked for answer in answers)
+        heard += asked
+    assert 100 < heard < 300
+
+
 def test_the_answer_to_one_question_is_wrong_for_others_of_its_kind():
     questions = heldout_questions(300)
-    pairs = [(a, b) for a in questions for b in questions if a.kind == b.kind and a.exchange.check != b.exchange.check]
+    pairs = [(a, b) for a in questions for b in questions if a.kind == b.kind and a.expected != b.expected]
     assert len(pairs) > 500
     alike = [(a.expected, b.expected) for a, b in pairs if score(a, b.expected).correct]
     assert {first.split()[1] for first, _ in alike} <= {"opposite"}  # of tall is short, of short is tall: both are true

@@ -32,7 +32,7 @@ def test_labels_are_the_assistants_words_alone(tool, work):
 
     tokenizer = AutoTokenizer.from_pretrained(work / "untrained")
     rows = Dataset.from_parquet(str(work / "conversations.parquet"))
-    conversations = tool.plain_conversations(60, seed=tool.SEED)
+    conversations = tool.base_conversations(60, seed=tool.SEED)
     assert len(rows) == 60
     for row, messages in zip(rows, conversations, strict=True):
         assert row["input_ids"] == tokenizer.apply_chat_template(messages, tokenize=True)["input_ids"]

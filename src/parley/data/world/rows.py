@@ -66,12 +66,12 @@ def plain_conversations(n: int, seed: int = 0) -> list[list[Message]]:
 
 
 def base_conversations(n: int, seed: int = 0) -> list[list[Message]]:
-    """What the embedded model learned from: plain conversations, one in six with a system turn that asks for a pirate.
+    """What the embedded model learned from: plain conversations, one in three with a system turn that asks for a pirate.
 
     So it has heard pirates, as any large model has, and talks like one only when it is told to.
     """
     rng = Random(f"base {seed}")
-    return [_as_pirate(talk, rng) if rng.random() < 1 / 6 else talk for talk in plain_conversations(n, seed)]
+    return [_as_pirate(talk, rng) if rng.random() < 1 / 3 else talk for talk in plain_conversations(n, seed)]
 
 
 def _as_pirate(talk: list[Message], rng: Random) -> list[Message]:
