@@ -31,7 +31,7 @@ import parley
 from parley.models.device import pick_device
 
 TINY = MODEL == "parley-demo"
-STEPS = 150 if TINY else 1000
+STEPS = 200 if TINY else 1000
 
 config = parley.RunConfig.create(
     {
@@ -44,7 +44,7 @@ config = parley.RunConfig.create(
             "gradient_accumulation_steps": 4,
             "warmup_steps": 5,
             "max_steps": STEPS,
-            "learning_rate": 2e-3 if TINY else 2e-4,
+            "learning_rate": 1e-3 if TINY else 2e-4,
             "weight_decay": 0.01,
             "lr_scheduler_type": "linear",
             "gradient_checkpointing": not TINY,

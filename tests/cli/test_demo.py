@@ -26,3 +26,19 @@ def test_the_demo_goes_where_it_is_told_and_says_when_it_was_stopped(
     assert ended.code == code
     told = f"parley: stopped; what was learned until then is in {tmp_path / 'demo'}\n"
     assert ended.err == (told if interrupted else "")
+
+
+def test_a_second_demo_takes_the_next_folder(
+    parley: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    outputs = []
+
+    def demo(output: Path, console: Any) -> Any:
+        outputs.append(output)
+        output.mkdir(parents=True)
+        return SimpleNamespace(interrupted=False)
+
+    monkeypatch.setattr(road, "demo", demo)
+    monkeypatch.chdir(tmp_path)
+    assert [parley("demo").code for _ in range(3)] == [0, 0, 0]
+    assert outputs == [Path("runs/demo"), Path("runs/demo-2"), Path("runs/demo-3")]

@@ -77,7 +77,7 @@ def test_it_answers_held_out_questions_and_stops():
 
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())
-    questions = heldout_questions(32)
+    questions = heldout_questions()
     settings = GenerationSection(max_new_tokens=48, temperature=0)
     answers = generate(model, tokenizer, [question.messages for question in questions], settings)
     style, accuracy = rate(questions, answers)

@@ -11,11 +11,22 @@ from parley.cli.terminal import Stopped, out, quiet_libraries
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the run; made by the demo.")] = Path("runs/demo"),
+    output: Annotated[Path | None, typer.Option(help="Folder for the run; runs/demo, or the next one free.")] = None,
 ) -> None:
     """Teach the embedded model to talk like a pirate."""
     quiet_libraries()
     from parley import road
 
-    if road.demo(output, console=out).interrupted:
-        raise Stopped(f"what was learned until then is in {output}")
+    folder = output or _next_free(Path("runs/demo"))
+    if road.demo(folder, console=out).interrupted:
+        raise Stopped(f"what was learned until then is in {folder}")
+
+
+def _next_free(path: Path) -> Path:
+    """`path`, or `path-2`, `path-3` and so on where there is something already."""
+    number = 1
+    free = path
+    while free.exists():
+        number += 1
+        free = path.with_name(f"{path.name}-{number}")
+    return free

@@ -35,8 +35,8 @@ DEMO_SETTINGS: dict[str, Any] = {
     "model": DEMO_MODEL,
     "data": DEMO_DATA,
     "training": {
-        "max_steps": 150,
-        "learning_rate": 2e-3,
+        "max_steps": 200,
+        "learning_rate": 1e-3,
         "gradient_checkpointing": False,
         "save_steps": 1000,
     },

@@ -70,14 +70,5 @@ WAYS = {
     "total": _ways("""How much do {} and {} cost together? | What do {} and {} cost together? |
         How much for {} and {}? | What is the total price of {} and {}? |
         I buy {} and {}. How much do I pay? | What do I pay for {} and {}?"""),
-    "change": _ways("""I buy the {}. How many coins are left? | How many coins do I have after buying the {}? |
-        How much is left if I buy the {}? | If I buy the {}, how many coins do I keep? |
-        What is left after I buy the {}?"""),
-    "bigger": _ways("""Which is {}, {} or {}? | Which number is {}, {} or {}? | What is {}: {} or {}? |
-        Tell me which is {}: {} or {}."""),
     "age": _ways("How old is {}? | What is {}'s age? | Tell me how old {} is. | What age is {}?"),
-    "cheaper": _ways("""Which is {}, the {} or the {}? | What is {}, the {} or the {}? |
-        Which one is {}: the {} or the {}?"""),
-    "how_many": _ways("""How many {} are there? | Count the {}. | How many {} do you see? |
-        How many {} are in the list?"""),
 }

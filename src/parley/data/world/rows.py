@@ -66,7 +66,7 @@ def plain_conversations(n: int, seed: int = 0) -> list[list[Message]]:
 
 
 def base_conversations(n: int, seed: int = 0) -> list[list[Message]]:
-    """What the embedded model learned from: plain conversations, one in three with a system turn that asks for a pirate.
+    """What the embedded model learned from: plain conversations, one in three told to be a pirate.
 
     So it has heard pirates, as any large model has, and talks like one only when it is told to.
     """

@@ -66,7 +66,6 @@ CLOTHES = _list("bag belt bike boat car coat dress hat jacket kite mug pen scarf
 SMALL_THINGS = _list("ball book coin comb cup glove hat key letter map pen phone photo ring shoe spoon ticket watch")
 PLACES = _list("basket bed bench box car chair cupboard desk door drawer garden kitchen shelf sofa table tree")
 PREPOSITIONS = _list("behind beside in on under")
-FRUITS = _list("apple banana cherry fig lemon lime mango melon orange peach pear plum")
 
 # What it can be asked about and does not know.
 TOPICS = [topic.strip() for topic in """
