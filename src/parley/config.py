@@ -182,11 +182,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
-    """The error for a key nobody knows, naming the nearest one that somebody does."""
-    names = sorted(known)
-    near = difflib.get_close_matches(key.rsplit(".", 1)[-1], names, n=1, cutoff=0.5)
-    advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
-    return UsageError(f"unknown key {key!r} in {where}; {advice}")
+    """The error for a key nobody knows, naming the nearest one that somebody does, by spelling or initials (lr)."""
+    wrong = key.rsplit(".", 1)[-1]
+
+    def likeness(name: str) -> float:
+        initials = "".join(word[:1] for word in name.split("_"))
+        return max(difflib.SequenceMatcher(None, wrong, other).ratio() for other in (name, initials))
+
+    return UsageError(f"unknown key {key!r} in {where}; did you mean {max(sorted(known), key=likeness)!r}?")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

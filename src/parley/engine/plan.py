@@ -43,7 +43,7 @@ class Plan:
             "attention": "feed-forward products computed anew in the backward pass",
             "inputs": "each layer computed anew from its input in the backward pass",
         }[self.keep]
-        weights = "16-bit weights kept" if self.keep_matrices else "weights unpacked at each use"
+        weights = "unpacked weights kept" if self.keep_matrices else "weights unpacked at each use"
         graphs = f", replayed as CUDA graphs up to {self.graph_tokens} tokens" if self.graph_tokens else ""
         return [
             f"fast step: up to {self.tokens} tokens a pass{graphs}; {kept}; {weights}",
