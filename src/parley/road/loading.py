@@ -12,7 +12,6 @@ from rich.console import Console
 from parley.config import RunConfig
 from parley.data.prepare import Prepared, prepare
 from parley.data.preview import pieces, to_terminal
-from parley.data.render import pin_date
 from parley.models.adapters import attach_lora, prepare_full, trainable_summary
 from parley.models.device import pick_device
 from parley.models.load import load_model, load_tokenizer
@@ -40,7 +39,6 @@ def load(config: RunConfig, console: Console) -> Ready:
         console.print("full fine-tuning keeps its weights in float32, so that small updates are not lost")
     with console.status(f"loading {config.model.name}"):
         model, tokenizer = load_model(config.model)
-    pin_date(tokenizer, config.data.date)
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
     _say_data(data, console)
     if config.lora is None:
@@ -54,7 +52,6 @@ def load(config: RunConfig, console: Console) -> Ready:
 def plan(config: RunConfig, console: Console) -> None:
     """What `train` would do, without the model's weights and without writing anything: data, mask and steps."""
     tokenizer = load_tokenizer(config.model)
-    pin_date(tokenizer, config.data.date)
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
     _say_data(data, console)
     show_mask(data, tokenizer, console)
