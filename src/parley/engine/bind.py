@@ -1,10 +1,12 @@
-"""From a transformers model with PEFT adapters to the weights the fast step reads. Nothing in the model is replaced.
+"""From a transformers model to the weights that the fast step and the decoder read. Nothing in the model is replaced.
 
-Knows the decoders of Llama, Mistral, Qwen2 and Qwen3 with plain LoRA on any of the seven projections.
+Knows the decoders of Llama, Mistral, Qwen2 and Qwen3, bare or with plain LoRA on any of the seven projections. `bind`
+is for training, `read` for answering.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +48,14 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What the step reads: all by reference, so that the model stays the source of truth."""
+class Weights:
+    """What a forward pass reads: all by reference, so that the model stays the source of truth."""
 
     layers: list[Layer]
     embedding_VD: Tensor
     norm_D: Tensor
     eps: float
     head_VD: Tensor
-    flat: FlatAdapters
     rotary: nn.Module
     dtype: torch.dtype
     head_size: int
@@ -76,20 +77,31 @@ class Bound:
         return Rope(cos_1PE[0, :, :half].contiguous(), sin_1PE[0, :, :half].contiguous())
 
 
+@dataclass(frozen=True)
+class Bound(Weights):
+    """Weights whose adapters are trained: these lie in flat buffers with their gradients."""
+
+    flat: FlatAdapters
+
+
+FindAdapter = Callable[[nn.Module], Adapter | None]
+
+
 def bind(model: nn.Module) -> Bound:
-    """Read `model`'s weights and move its adapter weights into flat buffers. Raises Unsupported."""
-    base = _base_model(model)
-    decoder, config = base.model, base.config
-    names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
-    projections = [[[_projection(layer, name) for name in group] for group in GROUPS] for layer in decoder.layers]
-    parameters = [p for layer in projections for group in layer for p in _lora_weights(group)]
+    """Read `model`'s weights for training and move its adapter weights into flat buffers. Raises Unsupported."""
+    if not isinstance(model, PeftModel):
+        raise Unsupported("the model has no PEFT adapters")
+    base = _checked(model.get_base_model())
+    if base.config.attention_dropout:
+        raise Unsupported("attention dropout")
+    parameters = [p for layer in _projections(base) for group in layer for p in _lora_weights(group)]
     if not parameters:
         raise Unsupported("the model has no LoRA adapters")
+    names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
     strangers = set(names) - {id(p) for p in parameters}
     if strangers:
         raise Unsupported(f"{names[strangers.pop()]} is trained, which is no LoRA weight of a decoder projection")
     flat = FlatAdapters(parameters)
-    granule = 64 if flat.weight_G.is_cuda else 1
     index = {id(p): i for i, p in enumerate(parameters)}
 
     def adapter(module: nn.Module) -> Adapter | None:
@@ -98,6 +110,27 @@ def bind(model: nn.Module) -> Bound:
         a, b = _lora_pair(module)
         return flat.adapter(index[id(a)], index[id(b)], module.scaling[module.active_adapters[0]])
 
+    return Bound(**_weights(base, adapter, 64 if flat.weight_G.is_cuda else 1), flat=flat)
+
+
+def read(model: nn.Module) -> Weights:
+    """Read `model`'s weights for answering; adapters, if it has any, stay where they are. Raises Unsupported."""
+    base = _checked(model.get_base_model() if isinstance(model, PeftModel) else model)
+
+    def adapter(module: nn.Module) -> Adapter | None:
+        if not isinstance(module, LoraLayer):
+            return None
+        a, b = (parameter.data for parameter in _lora_pair(module, trained=False))
+        no_gradient = a.new_empty(0)
+        return Adapter(a, b, no_gradient, no_gradient, module.scaling[module.active_adapters[0]])
+
+    return Weights(**_weights(base, adapter, 1))
+
+
+def _weights(base: PreTrainedModel, adapter: FindAdapter, granule: int) -> dict[str, Any]:
+    """The fields of Weights."""
+    decoder = base.model
+
     def fused(modules: list[nn.Module]) -> FusedLinear:
         bases = [_base(module) for module in modules]
         return FusedLinear(
@@ -105,7 +138,7 @@ def bind(model: nn.Module) -> Bound:
         )
 
     layers = []
-    for module, groups in zip(decoder.layers, projections, strict=True):
+    for module, groups in zip(decoder.layers, _projections(base), strict=True):
         qkv, o, gate_up, down = (fused(group) for group in groups)
         layers.append(
             Layer(
@@ -113,34 +146,28 @@ def bind(model: nn.Module) -> Bound:
                 module.input_layernorm.weight.data,
                 module.post_attention_layernorm.weight.data,
                 module.input_layernorm.variance_epsilon,
-                _attention_shape(module.self_attn, config),
+                _attention_shape(module.self_attn, base.config),
                 _head_norms(module.self_attn),
             )
         )  # fmt: skip
-    return Bound(
-        layers,
-        decoder.embed_tokens.weight.data,
-        decoder.norm.weight.data,
-        decoder.norm.variance_epsilon,
-        base.lm_head.weight.data,
-        flat,
-        decoder.rotary_emb,
-        decoder.embed_tokens.weight.dtype,
-        layers[0].shape.size,
-    )
+    return {
+        "layers": layers,
+        "embedding_VD": decoder.embed_tokens.weight.data,
+        "norm_D": decoder.norm.weight.data,
+        "eps": decoder.norm.variance_epsilon,
+        "head_VD": base.lm_head.weight.data,
+        "rotary": decoder.rotary_emb,
+        "dtype": decoder.embed_tokens.weight.dtype,
+        "head_size": layers[0].shape.size,
+    }
 
 
-def _base_model(model: nn.Module) -> PreTrainedModel:
-    if not isinstance(model, PeftModel):
-        raise Unsupported("the model has no PEFT adapters")
-    base = model.get_base_model()
+def _checked(base: PreTrainedModel) -> PreTrainedModel:
     config = base.config
     if config.model_type not in FAMILIES:
         raise Unsupported(f"no fast step for the {config.model_type} family")
     if config.hidden_act != "silu":
         raise Unsupported(f"activation {config.hidden_act}")
-    if config.attention_dropout:
-        raise Unsupported("attention dropout")
     if base.model.rotary_emb.rope_type not in ROPES:
         raise Unsupported(f"rotary embeddings of type {base.model.rotary_emb.rope_type}")
     devices = {p.device for p in base.parameters()}
@@ -149,9 +176,16 @@ def _base_model(model: nn.Module) -> PreTrainedModel:
     size = base.model.layers[0].self_attn.head_dim
     if devices.pop().type == "cuda" and size not in (16, 32, 64, 128, 256):
         raise Unsupported(f"attention heads of {size}")
-    if base.lm_head.bias is not None or not isinstance(base.lm_head, nn.Linear):
+    if not isinstance(base.lm_head, nn.Linear) or base.lm_head.bias is not None:
         raise Unsupported("the output head is no plain matrix")
+    if not isinstance(base.model.embed_tokens, nn.Embedding):
+        raise Unsupported("the embedding is no plain table")
     return base
+
+
+def _projections(base: PreTrainedModel) -> list[list[list[nn.Module]]]:
+    """The modules of each group of each layer."""
+    return [[[_projection(layer, name) for name in group] for group in GROUPS] for layer in base.model.layers]
 
 
 def _projection(layer: nn.Module, name: str) -> nn.Module:
@@ -165,8 +199,8 @@ def _lora_weights(group: list[nn.Module]) -> list[nn.Parameter]:
     return [a for a, _ in pairs] + [b for _, b in pairs]
 
 
-def _lora_pair(module: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of the one active adapter; Unsupported for whatever plain LoRA does not do."""
+def _lora_pair(module: LoraLayer, *, trained: bool = True) -> tuple[nn.Parameter, nn.Parameter]:
+    """A and B of the one active adapter; Unsupported for whatever plain LoRA does not do. Dropout is for training."""
     if not isinstance(module, LoraLinear) and type(module).__name__ != "Linear4bit":
         raise Unsupported(f"adapters of type {type(module).__name__}")
     if len(module.lora_A) != 1 or len(module.active_adapters) != 1:
@@ -178,7 +212,7 @@ def _lora_pair(module: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
         raise Unsupported(f"{type(module.lora_variant[name]).__name__} adapters")
     if module.lora_bias[name]:
         raise Unsupported("LoRA bias")
-    if not isinstance(module.lora_dropout[name], nn.Identity):
+    if trained and not isinstance(module.lora_dropout[name], nn.Identity):
         raise Unsupported("LoRA dropout")
     return module.lora_A[name].weight, module.lora_B[name].weight
 
@@ -188,6 +222,8 @@ def _base(module: nn.Module) -> tuple[Base, Tensor | None]:
     linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
     bias = None if linear.bias is None else linear.bias.data
     if isinstance(linear, bitsandbytes.nn.Linear4bit):
+        if vars(linear.weight.quant_state).get("packing_format_for_cpu"):  # bitsandbytes' own products have run on it
+            raise Unsupported("4-bit weights in the order of a CPU's products")
         return Nf4(linear.weight), bias
     if type(linear) is not nn.Linear:
         raise Unsupported(f"base layers of type {type(linear).__name__}")
