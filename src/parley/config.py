@@ -112,6 +112,7 @@ class GenerationSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     repetition_penalty: float = Field(1.0, gt=0)
+    stop: list[str] = Field(default_factory=list, description="Texts that end an answer; they are left out of it.")
     seed: int | None = None
 
 
