@@ -197,13 +197,13 @@ class Scheduler:
 
     def _burst(self) -> None:
         drawn = self._decoder.decode()
+        assert drawn, "answers are being written and no slot drew a token"
         told: list[tuple[Ticket, Piece]] = []
         counted = 0
         for slot, ticket in list(self._writing.items()):
-            if ticket.cancelled:
-                continue
             tokens = drawn.get(slot)
-            assert tokens, f"slot {slot} writes an answer and drew nothing"
+            if ticket.cancelled or not tokens:  # a burst that was under way before it was admitted
+                continue
             before = ticket.transcriber.drawn
             piece = ticket.transcriber.add(tokens)
             counted += ticket.transcriber.drawn - before
