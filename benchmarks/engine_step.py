@@ -180,7 +180,8 @@ class Timed:
     def __init__(self, shape: str, quantization: str, memory: Any, examples: list[Example]) -> None:
         torch.cuda.reset_peak_memory_stats()
         bound = bind(build(shape, quantization))
-        plan = make_plan(bound, memory, max(len(example.ids_L) for example in examples), len(examples))
+        lengths = np.array([len(example.ids_L) for example in examples])
+        plan = make_plan(bound, memory, lengths, len(examples))
         print("\n".join(plan.lines()), flush=True)
         self.step = FastStep(bound, plan)
         self.flat = self.step.bound.flat

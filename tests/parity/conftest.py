@@ -33,14 +33,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def family(name: str, targets: list[str] | None = None, **lora: Any) -> PeftModel:
+def family(name: str, targets: list[str] | None = None, layers: int = 2, **lora: Any) -> PeftModel:
     """Odd sizes on purpose; every weight, norms and biases too, is off its usual start."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[name](
         vocab_size=VOCABULARY,
         hidden_size=48,
         intermediate_size=104,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=256,

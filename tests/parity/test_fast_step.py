@@ -36,13 +36,24 @@ def test_every_family_and_choice_of_projections(
 
 @pytest.mark.parametrize("keep", KINDS)
 @pytest.mark.parametrize("keep_matrices", [True, False])
-@pytest.mark.parametrize("tokens", [30, 1000])
+@pytest.mark.parametrize(("tokens", "feed_rows"), [(30, 0), (1000, 0), (1000, 16)])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_plan_changes_no_gradient(
-    build_adapted: Any, make_examples: Any, plain_gradient: Any, keep: str, keep_matrices: bool, tokens: int
+    build_adapted: Any,
+    make_examples: Any,
+    plain_gradient: Any,
+    keep: str,
+    keep_matrices: bool,
+    tokens: int,
+    feed_rows: int,
+    name: str,
 ) -> None:
-    model, documents = build_adapted("llama"), make_examples((3, 17, 5, 29, 1))
+    if feed_rows and keep in ("everything", "products"):
+        pytest.skip("whole products are kept whole")
+    model, documents = build_adapted(name, layers=5), make_examples((3, 17, 5, 29, 1))
     _, wanted = plain_gradient(model, documents)
-    step = FastStep(bind(model), Plan(keep=keep, keep_matrices=keep_matrices, tokens=tokens, head_rows=7))
+    plan = Plan(keep=keep, keep_matrices=keep_matrices, tokens=tokens, feed_rows=feed_rows, head_rows=7, granule=8)
+    step = FastStep(bind(model), plan)
     for _ in range(2):  # a second step starts from nothing
         step.run(documents, sum(document.supervised for document in documents))
     step.bound.flat.show_gradients()

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from parley.engine.step import FastStep, Middle
 
 
-ROOM = 0.7  # of the memory a plan allows
-
-
 @dataclass
 class Pair:
     forward: torch.cuda.CUDAGraph
@@ -38,7 +35,9 @@ class Graphs:
         self.warm = False
 
     def clear(self) -> None:
+        """Forget all graphs: what they read has moved."""
         self.pairs.clear()
+        self.warm = False
 
     def run(self, rows: Rows) -> None:
         """Forward, head and backward of `rows`, which are views of the static buffer."""
@@ -55,15 +54,7 @@ class Graphs:
         self.step.head(rows, pair.middle)
         pair.backward.replay()
 
-    def _make_room(self) -> None:
-        """Drop all graphs once their pool has grown near what the plan may take: sizes seldom met pile up in it."""
-        if torch.cuda.memory_reserved() > ROOM * self.step.plan.allowed > 0:
-            self.clear()
-            self.pool = torch.cuda.graph_pool_handle()
-            torch.cuda.empty_cache()
-
     def _capture(self, rows: Rows) -> Pair:
-        self._make_room()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self.pool, capture_error_mode="thread_local"):
             middle = self.step.forward(rows)

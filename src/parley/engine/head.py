@@ -5,6 +5,7 @@ Shape suffixes: T tokens, D hidden, S supervised rows, V vocabulary, P spare col
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from parley.engine.bind import Bound
@@ -13,19 +14,26 @@ from parley.engine.ops import Ops
 
 
 def head(
-    ops: Ops, bound: Bound, rows: Rows, h_TD: Tensor, delta_TD: Tensor, dh_TDP: Tensor, chunk: int, figures_3: Tensor
+    ops: Ops,
+    bound: Bound,
+    rows: Rows,
+    h_TD: Tensor,
+    delta_TD: Tensor,
+    dh_TDP: Tensor,
+    room_V: Tensor,
+    figures_3: Tensor,
 ) -> None:
     """Add the gradient of the loss with respect to h + delta to `dh_TDP`, which arrives as zeros.
 
-    Adds the loss, hits and entropy to `figures_3` (see Ops.cross_entropy). At most `chunk` rows of logits exist at
-    a time.
+    Adds the loss, hits and entropy to `figures_3` (see Ops.cross_entropy). `room_V` holds the logits of so many rows
+    as are computed at a time.
     """
-    dh_TD = dh_TDP[:, : h_TD.shape[1]]
+    dh_TD, chunk = dh_TDP[:, : h_TD.shape[1]], len(room_V)
     for row_S, target_S in zip(rows.row_S.split(chunk), rows.target_S.split(chunk), strict=True):
         normed_SD = h_TD.new_empty(len(row_S), h_TD.shape[1])
         x_SD, delta_SD = h_TD.index_select(0, row_S), delta_TD.index_select(0, row_S)
         x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD)
-        logits_SV = normed_SD @ bound.head_VD.t()
+        logits_SV = torch.mm(normed_SD, bound.head_VD.t(), out=room_V[: len(row_S)])
         ops.cross_entropy(logits_SV, target_S, rows.scale, figures_3)
         dnormed_SD = logits_SV @ bound.head_VD
         dx_SD = h_TD.new_zeros(x_SD.shape)

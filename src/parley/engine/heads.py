@@ -16,11 +16,10 @@ def _inverse(x_THE: Tensor, eps: float) -> Tensor:
 
 
 def normalise_heads(x_TC: Tensor, shape: AttentionShape, norms: HeadNorms) -> Tensor:
-    """A copy of `x_TC` with its query and key heads normalised."""
-    out_TC = x_TC.clone()
-    for part, weight_E in zip(shape.parts(out_TC), (norms.q_E, norms.k_E), strict=False):
+    """Normalise the query and key heads of `x_TC` in place."""
+    for part, weight_E in zip(shape.parts(x_TC), (norms.q_E, norms.k_E), strict=False):
         part.copy_((part.float() * _inverse(part, norms.eps)).to(part.dtype) * weight_E)
-    return out_TC
+    return x_TC
 
 
 def normalise_heads_backward(dx_TC: Tensor, x_TC: Tensor, shape: AttentionShape, norms: HeadNorms) -> None:

@@ -93,40 +93,31 @@ class FusedLinear:
             ops.copy_scaled(slot.adapter.a_RK, matrix[top : top + r, : self.columns_in], 1.0)
             ops.copy_scaled(slot.adapter.b_NR, matrix[slot.rows, left : left + r], slot.adapter.scale)
 
-    def rows(self, like: Tensor) -> Tensor:
-        """An unwritten x_TKP for as many rows as `like` has."""
-        return like.new_empty(like.shape[0], self.columns_in + self.spare)
-
     def project(self, matrix: Tensor, x_TKP: Tensor) -> None:
         """Fill the spare columns of `x_TKP` with u, which the forward and the backward pass read."""
         if self.spare:
             x_TK, u_TP = x_TKP[:, : self.columns_in], x_TKP[:, self.columns_in :]
             torch.mm(x_TK, matrix[self.columns_out :, : self.columns_in].t(), out=u_TP)
 
-    def forward(self, matrix: Tensor, x_TKP: Tensor, *, spare: int = 0) -> Tensor:
-        """y_TN of rows whose spare columns `project` has filled, as a view of rows with `spare` columns more."""
-        y_TN = x_TKP.new_empty(x_TKP.shape[0], self.columns_out + spare)[:, : self.columns_out]
+    def forward(self, matrix: Tensor, x_TKP: Tensor, out_TN: Tensor) -> Tensor:
+        """Write y of rows whose spare columns `project` has filled into `out_TN`."""
         weight_NKP = matrix[: self.columns_out]
         if self.bias_N is None:
-            return torch.mm(x_TKP, weight_NKP.t(), out=y_TN)
-        return torch.addmm(self.bias_N, x_TKP, weight_NKP.t(), out=y_TN)
+            return torch.mm(x_TKP, weight_NKP.t(), out=out_TN)
+        return torch.addmm(self.bias_N, x_TKP, weight_NKP.t(), out=out_TN)
 
-    def backward(
-        self, matrix: Tensor, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, *, into_x: bool = False, want_dx: bool = True
-    ) -> Tensor | None:
-        """dx_TK; adds to the adapters' gradients. The spare columns of `dy_TNP` are filled with v.
+    def backward(self, matrix: Tensor, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, out_TK: Tensor | None) -> None:
+        """Add to the adapters' gradients and write dx into `out_TK`, which may be x itself; None leaves it out.
 
-        `into_x`: x is of no further use, and dx takes its place in memory.
+        The spare columns of `dy_TNP` are filled with v.
         """
         if self.spare:
             v_TP = dy_TNP[:, self.columns_out :]
             torch.mm(dy_TNP[:, : self.columns_out], matrix[: self.columns_out, self.columns_in :], out=v_TP)
         if self.slots:
             ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
-        if not want_dx:
-            return None
-        dx_TK = x_TKP[:, : self.columns_in] if into_x else x_TKP.new_empty(x_TKP.shape[0], self.columns_in)
-        return torch.mm(dy_TNP, matrix[:, : self.columns_in], out=dx_TK)
+        if out_TK is not None:
+            torch.mm(dy_TNP, matrix[:, : self.columns_in], out=out_TK)
 
 
 class Matrices:

@@ -91,8 +91,19 @@ class Ops(Protocol):
     def write_nf4(self, packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
         """Write the NF4 weight that `packed` holds (two to a byte, row by row) into the strided `out_NK`."""
 
-    def rms_norm(self, x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, out_TD: Tensor) -> Tensor:
-        """Write norm(x + delta) into the strided `out_TD`; return x + delta."""
+    def rms_norm(
+        self,
+        x_TD: Tensor,
+        delta_TD: Tensor | None,
+        weight_D: Tensor,
+        eps: float,
+        out_TD: Tensor,
+        total_TD: Tensor | None = None,
+    ) -> Tensor:
+        """Write norm(x + delta) into the strided `out_TD`; return x + delta, in `total_TD` where it is given.
+
+        Without a delta that is `x_TD` itself, and nothing is written to `total_TD`.
+        """
 
     def rms_norm_backward(self, dout_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, dx_TD: Tensor) -> None:
         """Add the gradient of norm(x) with respect to x to the strided `dx_TD`."""

@@ -1,24 +1,31 @@
 """What a run's memory is spent on: rows of a pass, what is kept for the backward pass, copies of the weights.
 
-Shape suffixes: T tokens, D hidden, F feed-forward, C query, key and value columns, V vocabulary, P ranks.
+Everything large is counted from the same table that it is allocated by (workspace.py). Shape suffixes: N rows of data.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
+
+from parley.engine.workspace import ON_THE_WAY, columns, copies, workspace_bytes
 
 if TYPE_CHECKING:
     from parley.engine.bind import Bound
 
 GIB = 2**30
-KINDS = ("everything", "products", "attention", "inputs")  # see layer.KEEP; from the fastest to the leanest
+KINDS = ("everything", "products", "attention", "offloaded", "inputs")  # see workspace.KEEP; the fastest first
 GRAPH_TOKENS = 8192  # longer passes keep the device busy without a graph
+FEED_ROWS = 4096  # rows of a lean feed-forward at a time: enough to fill the device
+MOST_TOKENS = 32768  # of a pass of several documents; more would be no faster
 RESERVE = 0.1  # of the free memory is left alone
-FRAGMENTS = 1.12  # what the allocator held for each byte that was counted: 1.06 to 1.15 in docs/performance.md's runs
+LIBRARIES = 96 * 2**20  # what cuBLAS and the graphs' own pool hold
 
 
 @dataclass(frozen=True)
@@ -29,11 +36,17 @@ class Plan:
     tokens: int = 16384
     keep: str = "everything"
     keep_matrices: bool = True
-    head_rows: int = 4096
+    head_rows: int = 1024
+    feed_rows: int = 0
     graph_tokens: int = 0
     granule: int = 128
     predicted: int = 0
     allowed: int = 0
+
+    @property
+    def offload(self) -> bool:
+        """Whether what is kept waits in the host's memory."""
+        return self.keep == "offloaded"
 
     def lines(self) -> list[str]:
         """What was chosen and why, in plain words."""
@@ -41,6 +54,7 @@ class Plan:
             "everything": "all activations kept",
             "products": "norms and activations computed anew in the backward pass",
             "attention": "feed-forward products computed anew in the backward pass",
+            "offloaded": "attention kept in the host's memory, feed-forward products computed anew",
             "inputs": "each layer computed anew from its input in the backward pass",
         }[self.keep]
         weights = "unpacked weights kept" if self.keep_matrices else "weights unpacked at each use"
@@ -51,34 +65,56 @@ class Plan:
         ]
 
 
-def make_plan(bound: Bound, memory: Literal["auto", "low"] | float, longest: int, documents: int) -> Plan:
+def make_plan(
+    bound: Bound,
+    memory: Literal["auto", "low"] | float,
+    length_N: NDArray[np.integer],
+    documents: int,
+    moment_bytes: int = 2,
+) -> Plan:
     """The fastest plan that fits; the leanest where none does.
 
     Args:
         memory: "auto": what the device has free; "low": what the leanest plan needs; a number: GiB in all.
-        longest: tokens of the longest document.
+        length_N: tokens of each document of the data, or of the longest alone where nobody knows the others.
         documents: documents of an optimizer step.
+        moment_bytes: what the optimizer keeps for each weight.
     """
     allowed = _allowed(bound, memory)
-    whole = min(longest * documents, max(longest, 32768))
-    plans = [
-        Plan(
-            positions=longest,
-            tokens=tokens,
-            keep=keep,
-            keep_matrices=keep_matrices,
-            head_rows=4096 if keep_matrices else 256,
-            graph_tokens=GRAPH_TOKENS if bound.device.type == "cuda" and keep_matrices else 0,
-            granule=128,
-        )
-        for keep_matrices in (True, False)
-        for keep in KINDS
-        for tokens in _halves(whole, longest)
-    ]
+    plans = list(_plans(bound, length_N, documents))
     if memory == "low":
         plans = plans[-1:]
-    counted = [_count(plan, bound, allowed) for plan in plans]
+    counted = [_count(plan, bound, allowed, moment_bytes) for plan in plans]
     return next((plan for plan in counted if plan.predicted <= allowed), min(counted, key=lambda plan: plan.predicted))
+
+
+def step_tokens(length_N: NDArray[np.integer], documents: int) -> int:
+    """Tokens of the longest among a thousand steps drawn at random; a longer one is split over two passes."""
+    if len(length_N) == 1:
+        return int(length_N[0]) * documents
+    return int(np.random.default_rng(0).choice(length_N, (1000, documents)).sum(1).max())
+
+
+def _plans(bound: Bound, length_N: NDArray[np.integer], documents: int) -> Iterator[Plan]:
+    """All that could be done, from the fastest to the leanest."""
+    cuda = bound.device.type == "cuda"
+    longest = int(length_N.max())
+    whole = max(longest, min(step_tokens(length_N, documents), MOST_TOKENS))
+    for keep_matrices in (True, False):
+        for keep in KINDS:
+            if keep == "offloaded" and not (cuda and len(bound.layers) > ON_THE_WAY):
+                continue
+            for tokens in _halves(whole, longest):
+                graphs = cuda and keep != "offloaded"
+                yield Plan(
+                    positions=longest,
+                    tokens=tokens,
+                    keep=keep,
+                    keep_matrices=keep_matrices,
+                    head_rows=1024 if keep_matrices or keep == "offloaded" else 256,
+                    feed_rows=FEED_ROWS if keep not in ("everything", "products") and tokens > FEED_ROWS else 0,
+                    graph_tokens=GRAPH_TOKENS if graphs else 0,
+                )
 
 
 def _halves(whole: int, longest: int) -> list[int]:
@@ -98,29 +134,35 @@ def _allowed(bound: Bound, memory: Literal["auto", "low"] | float) -> int:
     return int((free + torch.cuda.memory_reserved(bound.device)) * (1 - RESERVE))
 
 
-def _count(plan: Plan, bound: Bound, allowed: int) -> Plan:
-    """`plan` with its predicted peak: everything on the device counted, and what the allocator holds besides."""
-    width = bound.embedding_VD.element_size()
-    matrices = [rows * columns * width for rows, columns in (linear.matrix_shape for linear in bound.linears)]
-    weights = torch.cuda.memory_allocated(bound.device) if bound.device.type == "cuda" else 0
-    optimizer = 2 * bound.flat.weight_G.numel()  # 8-bit moments; the weights and gradients are allocated by now
-    copies = sum(matrices) if plan.keep_matrices else sum(matrices[:4])
+def _count(plan: Plan, bound: Bound, allowed: int, moment_bytes: int) -> Plan:
+    """`plan` with its predicted peak: the weights, the workspace, and what the libraries take."""
+    cuda = bound.device.type == "cuda"
+    width = bound.dtype.itemsize
+    shapes = [linear.matrix_shape for linear in bound.linears]
+    matrices = [rows * columns * width for rows, columns in shapes]
+    weights = torch.cuda.memory_allocated(bound.device) if cuda else 0  # the adapters' gradients among them
+    unpacked = sum(matrices) if plan.keep_matrices else sum(matrices[:4])
     if not plan.keep_matrices:  # the scales of the largest weight, unpacked
-        copies += max(matrices) // 16
-    layer = bound.layers[0]
-    hidden = layer.norm_in_D.shape[0]
-    normed, qkv = layer.qkv.columns_in + layer.qkv.spare, layer.qkv.columns_out
-    attended, feed = layer.o.columns_in + layer.o.spare, layer.gate_up.columns_out
-    act = layer.down.columns_in + layer.down.spare
-    attention = qkv + attended + hidden
-    kept = {
-        "inputs": hidden,
-        "attention": hidden + attention,
-        "products": hidden + attention + feed,
-        "everything": hidden + attention + feed + 2 * normed + act,
-    }[plan.keep]
-    working = feed + act + 3 * hidden + 2 * normed + qkv + 2 * attended  # of the one layer that is being computed
-    activations = plan.tokens * width * (kept * len(bound.layers) + working)
-    logits = min(plan.head_rows, plan.tokens) * bound.head_VD.shape[0] * width
-    predicted = int(FRAGMENTS * (weights + optimizer + copies + activations + logits))
-    return Plan(**(plan.__dict__ | {"predicted": predicted, "allowed": allowed}))
+        unpacked += max(matrices) // 16
+    logits = plan.head_rows * len(bound.head_VD) * width
+    predicted = weights + moment_bytes * bound.flat.weight_G.numel() + unpacked + logits
+    predicted += workspace_bytes(bound, plan) + _attention_bytes(plan, bound) + (LIBRARIES if cuda else 0)
+    if plan.offload and _host_bytes(plan, bound) > psutil.virtual_memory().available * (1 - RESERVE):
+        predicted = allowed + 1  # no room on the host
+    return replace(plan, predicted=predicted, allowed=allowed)
+
+
+def _attention_bytes(plan: Plan, bound: Bound) -> int:
+    """What attention keeps of each row, and what its backward pass allocates for long documents."""
+    shape = bound.layers[0].shape
+    sums = 4 * shape.heads * plan.tokens * (1 if plan.keep == "inputs" else len(bound.layers))
+    longest = plan.positions if plan.positions >= 2048 else 0  # kernels/flash.py
+    return sums + longest * (shape.columns * bound.dtype.itemsize + 4 * shape.heads * shape.size)
+
+
+def _host_bytes(plan: Plan, bound: Bound) -> int:
+    """Pinned memory of an offloaded plan; the host's allocator rounds each buffer up to a power of two."""
+    layers = len(bound.layers)
+    kept = [wide for name, wide in columns(bound).items() if copies(name, plan, layers) == ON_THE_WAY]
+    sizes = [plan.tokens * wide * bound.dtype.itemsize for wide in kept]
+    return layers * sum(1 << (size - 1).bit_length() for size in sizes)

@@ -44,8 +44,15 @@ def write_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: 
     out_NK.copy_(values.view(out_NK.shape))
 
 
-def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, out_TD: Tensor) -> Tensor:
-    total_TD = x_TD if delta_TD is None else x_TD + delta_TD
+def rms_norm(
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    out_TD: Tensor,
+    total_TD: Tensor | None = None,
+) -> Tensor:
+    total_TD = x_TD if delta_TD is None else torch.add(x_TD, delta_TD, out=total_TD)
     f_TD = total_TD.float()
     inverse_T1 = torch.rsqrt(f_TD.square().mean(-1, keepdim=True) + eps)
     torch.mul((f_TD * inverse_T1).to(x_TD.dtype), weight_D, out=out_TD)

@@ -16,10 +16,12 @@ from parley.engine.bind import Bound
 from parley.engine.documents import Example, Pack, Rows, Staging, pack, split
 from parley.engine.graph import Graphs
 from parley.engine.head import head
-from parley.engine.layer import KEEP, Context, Saved, backward, forward
+from parley.engine.layer import Context, Saved, backward, forward
 from parley.engine.linear import Matrices
+from parley.engine.offload import Offload
 from parley.engine.ops import Ops
 from parley.engine.plan import Plan
+from parley.engine.workspace import Workspace
 
 
 @dataclass
@@ -44,9 +46,11 @@ class FastStep:
         self.ops = ops or operations(bound.device)
         self.rope = bound.rope(plan.positions)
         self.staging = Staging(bound.device, plan.tokens + plan.granule)
+        self.workspace = Workspace(bound, plan)
+        self.offload = Offload(self.workspace) if plan.offload else None
+        self.logits_SV = bound.embedding_VD.new_empty(plan.head_rows, len(bound.head_VD))
         self.figures_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
         self.matrices = Matrices(bound.linears, 4, self.ops, bound.dtype, bound.device)
-        self.spare = max(linear.spare for layer in bound.layers for linear in (layer.o, layer.down))
         self.graphs = Graphs(self) if plan.graph_tokens else None
         with torch.no_grad():
             if plan.keep_matrices:
@@ -69,7 +73,8 @@ class FastStep:
         graphs = self.graphs if tokens <= self.plan.graph_tokens else None
         if graphs is not None:
             tokens = -(-tokens // self.plan.granule) * self.plan.granule
-        if self.staging.reserve(tokens) and self.graphs is not None:
+        moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
+        if any(moved) and self.graphs is not None:
             self.graphs.clear()
         if graphs is not None:
             graphs.run(self.staging.send(packed.padded(tokens), scale, None))
@@ -82,27 +87,31 @@ class FastStep:
     def forward(self, rows: Rows) -> Middle:
         context = self._context(rows)
         self.matrices.refresh()
-        h_TD: Tensor = self.bound.embedding_VD.index_select(0, rows.ids_T)
-        dh_TDP = h_TD.new_zeros(len(h_TD), h_TD.shape[1] + self.spare)
+        h_TD = torch.index_select(self.bound.embedding_VD, 0, rows.ids_T, out=context.take("x", 0))
         delta_TD, passed = None, []
-        for layer in self.bound.layers:
-            saved, h_TD, delta_TD = forward(context, layer, h_TD, delta_TD, KEEP[self.plan.keep])
+        for index, layer in enumerate(self.bound.layers):
+            if self.offload is not None:
+                self.offload.make_place(index)
+            saved, h_TD, delta_TD = forward(context, layer, index, h_TD, delta_TD)
             passed.append(saved)
+            if self.offload is not None:
+                self.offload.send(index, saved.kept())
         assert delta_TD is not None
-        return Middle(h_TD, delta_TD, dh_TDP, passed)
+        return Middle(h_TD, delta_TD, context.take("dh", 0).zero_(), passed)
 
     def head(self, rows: Rows, middle: Middle) -> None:
-        head(
-            self.ops, self.bound, rows, middle.h_TD, middle.delta_TD, middle.dh_TDP, self.plan.head_rows, self.figures_3
-        )
+        head(self.ops, self.bound, rows, middle.h_TD, middle.delta_TD, middle.dh_TDP, self.logits_SV, self.figures_3)
 
     def backward(self, rows: Rows, middle: Middle) -> None:
         context = self._context(rows)
         for index in reversed(range(len(middle.saved))):
+            if self.offload is not None:
+                self.offload.fetch(index - 1)
+                self.offload.need(index)
             backward(context, self.bound.layers[index], middle.saved.pop(), middle.dh_TDP, want_dx=index > 0)
 
     def _context(self, rows: Rows) -> Context:
-        return Context(self.ops, self.matrices, self.rope, rows)
+        return Context(self.ops, self.matrices, self.rope, rows, self.workspace)
 
 
 def operations(device: torch.device) -> Ops:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import trl
 from datasets import Dataset
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
@@ -91,16 +92,16 @@ class FastTrainer(trl.SFTTrainer):
 
     def _plan(self, bound: Bound) -> Plan:
         documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        longest = self._longest_document()
-        return make_plan(bound, self.memory, longest, documents)
+        moment_bytes = 2 if self.args.optim in BITSANDBYTES else 8
+        return make_plan(bound, self.memory, self._lengths(), documents, moment_bytes)
 
-    def _longest_document(self) -> int:
-        """Tokens of the longest training row; for streams, which cannot be looked through, the most a row may have."""
+    def _lengths(self) -> NDArray[np.integer]:
+        """Tokens of each training row; of streams, which cannot be looked through, the most that a row may have."""
         rows = self.train_dataset
         if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
             chunks = rows.data.column("input_ids").chunks
-            return max(int(chunk.value_lengths().to_numpy().max()) for chunk in chunks if len(chunk))
-        return self.max_tokens or self.model.config.max_position_embeddings
+            return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        return np.array([self.max_tokens or self.model.config.max_position_embeddings])
 
     def _check_options(self) -> None:
         """Raises Unsupported for what a step does differently from the fast one."""

@@ -48,9 +48,19 @@ def _shape(columns: int) -> dict[str, int]:
     return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 16)}
 
 
-def rms_norm(x_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float, out_TD: Tensor) -> Tensor:
+def rms_norm(
+    x_TD: Tensor,
+    delta_TD: Tensor | None,
+    weight_D: Tensor,
+    eps: float,
+    out_TD: Tensor,
+    total_TD: Tensor | None = None,
+) -> Tensor:
     rows, columns = x_TD.shape
-    total_TD = x_TD if delta_TD is None else torch.empty_like(x_TD)
+    if delta_TD is None:
+        total_TD = x_TD
+    elif total_TD is None:
+        total_TD = torch.empty_like(x_TD)
     delta = x_TD if delta_TD is None else delta_TD
     _forward[(rows,)](
         x_TD,
