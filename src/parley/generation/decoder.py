@@ -1,0 +1,149 @@
+"""The decoder: answers in slots, drawn side by side from a static cache.
+
+A slot is the number that the caller knows. Inside, the answers being written fill rows 0, 1, 2, ... without a hole, so
+that a step's cost follows how many there are: when one ends, the last row moves into its place.
+
+Shape suffixes: B rows, V vocabulary, N tokens between host looks, A alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from parley.engine.bind import read
+from parley.engine.documents import Staging
+from parley.engine.step import operations
+from parley.errors import DataError
+from parley.generation.bursts import Burst, Eager
+from parley.generation.cache import Cache
+from parley.generation.forward import Model, prefill
+from parley.generation.products import make_products
+from parley.generation.sampling import Needs
+from parley.generation.slots import Asked, Token
+from parley.generation.state import LIVE, Row, State, room
+
+
+class Runner(Protocol):
+    """Runs steps on the device. `tokens`: the most it draws for a row in one burst."""
+
+    tokens: int
+    ahead: int  # how many bursts to have under way before the first is read
+
+    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst: ...
+
+
+class FastDecoder:
+    """Implements `slots.Decoder` for the families that `engine.bind` knows."""
+
+    def __init__(self, model: Model, runner: Runner, cache: Cache, state: State, slots: int, length: int) -> None:
+        self.model, self.runner, self.cache, self.state = model, runner, cache, state
+        self._slots, self._length = slots, length
+        self.staging = Staging(model.weights.device, 256)
+        self.rows: list[Row] = []
+        self.bursts: list[Burst] = []
+        self.fresh = False  # an answer waits for its first token
+
+    @classmethod
+    @torch.inference_mode()
+    def of(cls, model: PreTrainedModel | PeftModel, *, slots: int, length: int, copies: bool = True) -> FastDecoder:
+        """A decoder for `model`, a causal model of transformers or a PeftModel, as its weights are now.
+
+        Args:
+            slots: answers at a time.
+            length: tokens that each has room for, prompt included; at most the model's positions.
+            copies: keep the weights of products that belong together side by side, and 4-bit ones unpacked, where half
+                of the free memory holds them.
+
+        Raises engine.bind.Unsupported, with the reason in a few words, for models that it does not know.
+        """
+        weights = read(model)
+        positions = model.config.max_position_embeddings
+        length = min(length, positions)
+        device = weights.device
+        ops = operations(device)
+        answering = Model(weights, make_products(weights, ops, copies=copies), weights.rope(length), ops)
+        cache = Cache([layer.shape for layer in weights.layers], slots, length, weights.dtype, device)
+        state = State.empty(slots, weights.head_VD.shape[0], Eager.tokens, device)
+        return cls(answering, Eager(answering, cache, state), cache, state, slots, length)
+
+    @property
+    def slots(self) -> int:
+        return self._slots
+
+    @property
+    def length(self) -> int:
+        return self._length
+
+    @torch.inference_mode()
+    def admit(self, asked: Mapping[int, Asked]) -> None:
+        """Read the prompts into free slots, in one pass. They draw from the next `decode` on.
+
+        Raises DataError for a prompt that leaves no room for an answer, UsageError for more ends than a row holds;
+        nothing is admitted then.
+        """
+        taken = {row.slot for row in self.rows}
+        assert not taken & asked.keys(), "slots are admitted when free"
+        assert asked.keys() <= set(range(self._slots))
+        for one in asked.values():
+            if not 0 < len(one.prompt_ids) < self._length:
+                raise DataError(
+                    f"the prompt is {len(one.prompt_ids)} tokens and an answer's slot holds {self._length}, the answer "
+                    "included; shorten it or start a new one"
+                )
+        first, every = len(self.rows), list(asked.values())
+        self.state.admit(first, every, self._length)
+        prefill(
+            self.model, self.cache, self.staging,
+            [one.prompt_ids for one in every],
+            range(first, first + len(every)),
+            [not one.base for one in every],
+        )  # fmt: skip
+        self.rows += [Row(slot, one, room(one, self._length)) for slot, one in asked.items()]
+        self.fresh = True
+
+    @torch.inference_mode()
+    def decode(self) -> Mapping[int, list[Token]]:
+        """The next tokens of each slot that is drawing, one or a few of them; empty when none is."""
+        drawn: Mapping[int, list[Token]] = {}
+        while self.rows and not drawn:
+            while len(self.bursts) <= self.runner.ahead and any(row.sent < row.limit for row in self.rows):
+                self._launch()
+            burst = self.bursts.pop(0)
+            drawn = burst.read()
+            for row in burst.rows:
+                if row.over and row in self.rows:
+                    self._remove(row)
+        if not self.rows:
+            self.bursts.clear()
+        return drawn
+
+    def _launch(self) -> None:
+        tokens = 1 if self.fresh else self.runner.tokens  # a first token is not kept waiting
+        self.fresh = False
+        self.bursts.append(self.runner.launch(list(self.rows), Needs.of(row.asked for row in self.rows), tokens))
+        for row in self.rows:
+            row.sent += tokens
+
+    @torch.inference_mode()
+    def release(self, slot: int) -> None:
+        """Free the slot, whether its answer is over or not. Tokens of it that are under way are never told."""
+        for row in self.rows:
+            if row.slot == slot:
+                row.over = True
+                self._remove(row)
+                return
+
+    def _remove(self, row: Row) -> None:
+        """Give the row's place to the last one."""
+        place, last = self.rows.index(row), self.rows.pop()
+        if last is not row:
+            source = len(self.rows)
+            self.state.move(source, place)
+            self.cache.move(source, place, self._length)
+            self.rows[place] = last
+        self.state.whole(LIVE)[len(self.rows)] = 0

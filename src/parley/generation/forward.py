@@ -1,0 +1,154 @@
+"""One pass through the decoder layers: over the packed prompts of new answers, or over the next token of each row.
+
+Shape suffixes: T rows of the pass (tokens of a pack, or one token of each of B answers), D hidden, F feed-forward,
+C query, key and value columns, H heads, K key-value heads, G heads that share one, E head size, L positions,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parley.engine.bind import Weights
+from parley.engine.documents import IGNORED, Example, Rows, Staging, pack, split
+from parley.engine.heads import normalise_heads
+from parley.engine.ops import AttentionShape, Ops, Rope
+from parley.generation.cache import Cache
+from parley.generation.products import LayerProducts
+from parley.generation.state import POSITION, TOKEN, TUNED, State
+
+PREFILL_TOKENS = 8192  # of one pass over new prompts
+
+Attend = Callable[[int, Tensor], Tensor | None]  # from a layer's index and its q, k, v to the heads' outputs
+
+
+@dataclass(frozen=True)
+class Model:
+    """Everything of the model that answering reads."""
+
+    weights: Weights
+    products: list[LayerProducts]
+    rope: Rope
+    ops: Ops
+
+    def layers(self, h_TD: Tensor, tuned_T1: Tensor, attend: Attend) -> None:
+        """Add every layer's output to `h_TD`, in place; stops where `attend` returns None."""
+        for index, (layer, products) in enumerate(zip(self.weights.layers, self.products, strict=True)):
+            qkv_TC = products.qkv(_norm(h_TD, layer.norm_in_D, layer.eps), tuned_T1)
+            if layer.head_norms is not None:
+                qkv_TC = normalise_heads(qkv_TC, layer.shape, layer.head_norms)
+            attended_TD = attend(index, qkv_TC)
+            if attended_TD is None:
+                return
+            products.o.add_to(h_TD, attended_TD, tuned_T1)
+            gate_up_T2F = products.gate_up(_norm(h_TD, layer.norm_mid_D, layer.eps), tuned_T1)
+            act_TF = gate_up_T2F.new_empty(len(gate_up_T2F), gate_up_T2F.shape[1] // 2)
+            self.ops.swiglu(gate_up_T2F, act_TF)
+            products.down.add_to(h_TD, act_TF, tuned_T1)
+
+    def logits(self, h_TD: Tensor) -> Tensor:
+        """fp32, (T, V)."""
+        weights = self.weights
+        return functional.linear(_norm(h_TD, weights.norm_D, weights.eps), weights.head_VD).float()
+
+
+def _norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    return functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+
+
+def prefill(
+    model: Model, cache: Cache, staging: Staging, prompts: Sequence[Sequence[int]], rows: Sequence[int],
+    tuned: Sequence[bool],
+) -> None:  # fmt: skip
+    """Write the keys and values of each prompt, but for its last token, into its row of the cache.
+
+    The last token is the first that decoding reads, so the passes here need no head. Prompts are packed end to end
+    without padding, up to PREFILL_TOKENS a pass.
+    """
+    order = [index for index, prompt in enumerate(prompts) if len(prompt) > 1]
+    examples = [Example.of(prompts[index][:-1], [IGNORED] * (len(prompts[index]) - 1)) for index in order]
+    device, done = model.weights.device, 0
+    for run in split(examples, PREFILL_TOKENS):
+        members = order[done : done + len(run)]
+        done += len(run)
+        lengths = [len(example.ids_L) for example in run]
+        row_T = torch.from_numpy(np.repeat([rows[index] for index in members], lengths)).to(device)
+        tuned_T = torch.from_numpy(np.repeat([float(tuned[index]) for index in members], lengths))
+        packed = pack(run)
+        staging.reserve(len(packed.ids_T))
+        on_device = staging.send(packed, 1.0, packed.lengths)
+        h_TD = model.weights.embedding_VD.index_select(0, on_device.ids_T)
+        attend = _attend_in_pack(model, cache, on_device, row_T)
+        model.layers(h_TD, tuned_T.to(device, h_TD.dtype)[:, None], attend)
+
+
+def _attend_in_pack(model: Model, cache: Cache, rows: Rows, row_T: Tensor) -> Attend:
+    position_T = rows.position_T.long()
+
+    def attend(index: int, qkv_TC: Tensor) -> Tensor | None:
+        layer = model.weights.layers[index]
+        model.ops.rope(qkv_TC, rows, model.rope, layer.shape)
+        kv_TC = qkv_TC[:, layer.shape.heads * layer.shape.size :]
+        cache.layers[index][row_T, :, :, position_T] = kv_TC.unflatten(1, (2, layer.shape.kv_heads, -1))
+        if index == len(model.weights.layers) - 1:  # what it would say of the prompt's tokens nobody asks
+            return None
+        attended_TD = qkv_TC.new_empty(len(qkv_TC), layer.shape.heads * layer.shape.size)
+        model.ops.attention(qkv_TC, rows, layer.shape, attended_TD)
+        return attended_TD
+
+    return attend
+
+
+def step(model: Model, cache: Cache, state: State, longest: int) -> Tensor:
+    """The fp32 logits (B, V) that follow each row's token, in plain PyTorch. All positions are below `longest`."""
+    position_B = state.whole(POSITION).long()
+    row_B = torch.arange(len(position_B), device=position_B.device)
+    shapes = {layer.shape for layer in model.weights.layers}
+    turns = {shape: _turns(model.rope, position_B, shape) for shape in shapes}
+    masks = {shape: _mask(position_B, longest, shape, model.weights.dtype) for shape in shapes}
+
+    def attend(index: int, qkv_BC: Tensor) -> Tensor:
+        shape = model.weights.layers[index].shape
+        cos_BHE, sin_BHE = turns[shape]
+        x_BHE = qkv_BC.unflatten(1, (-1, shape.size))
+        x_BHE = torch.addcmul(x_BHE * cos_BHE, x_BHE.roll(shape.size // 2, -1), sin_BHE)
+        cache.layers[index][row_B, :, :, position_B] = x_BHE[:, shape.heads :].unflatten(1, (2, -1))
+        keys, values = cache.layers[index][: len(row_B), :, :, :longest].unbind(1)
+        q_BKGE = x_BHE[:, : shape.heads].unflatten(1, (shape.kv_heads, -1))
+        # Heads that share keys stand as several queries of one head, so that nothing is repeated.
+        out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, masks[shape], scale=shape.scale)
+        return out_BKGE.flatten(1)
+
+    h_BD = model.weights.embedding_VD.index_select(0, state.whole(TOKEN))
+    model.layers(h_BD, state.real(TUNED)[:, None].to(h_BD.dtype), attend)
+    return model.logits(h_BD)
+
+
+def _turns(rope: Rope, position_B: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines for all heads, so that x cos + roll(x) sin turns both halves of queries and keys.
+
+    Values pass unturned.
+    """
+    cos_BE, sin_BE = rope.cos_PE[position_B], rope.sin_PE[position_B]
+    cos_BHE = cos_BE.new_ones(len(position_B), shape.heads + 2 * shape.kv_heads, shape.size)
+    sin_BHE = torch.zeros_like(cos_BHE)
+    cos_BHE[:, : -shape.kv_heads] = torch.cat([cos_BE, cos_BE], dim=1)[:, None]
+    sin_BHE[:, : -shape.kv_heads] = torch.cat([-sin_BE, sin_BE], dim=1)[:, None]
+    return cos_BHE, sin_BHE
+
+
+def _mask(position_B: Tensor, longest: int, shape: AttentionShape, dtype: torch.dtype) -> Tensor | None:
+    """Minus infinity where a row's query does not see a cached position, (B, 1, 1, L); None where all see all."""
+    if len(position_B) == 1 and shape.window is None:
+        return None
+    at_L = torch.arange(longest, device=position_B.device)
+    hidden_BL = at_L > position_B[:, None]
+    if shape.window is not None:
+        hidden_BL |= at_L <= position_B[:, None] - shape.window
+    return torch.zeros_like(hidden_BL, dtype=dtype).masked_fill_(hidden_BL, -torch.inf)[:, None, None]

@@ -1,0 +1,162 @@
+"""Projections that read the same rows, for answering: y = x W^T + t (x A^T) (s B)^T, with t one or zero for each row.
+
+The adapter is never merged, so that rows of the base model and of the tuned one stand side by side.
+
+Shape suffixes: T rows, K columns in, N columns out, P all ranks side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import psutil
+import torch
+from torch import Tensor
+
+from parley.engine.bind import Weights
+from parley.engine.linear import Dense, FusedLinear
+from parley.engine.ops import Ops
+
+SHARE_OF_FREE = 0.5  # of the free memory may go to copies of weights
+
+
+class Product:
+    """One FusedLinear, with its adapters' weights copied in the model's type as they are now.
+
+    `matrix_NK` is W in one piece, where it is so in the model or has been copied. Where it is not, each projection is a
+    product of its own, 4-bit ones unpacked into `scratch` first.
+    """
+
+    def __init__(self, linear: FusedLinear, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+        self.linear, self.ops, self.dtype, self.device = linear, ops, dtype, device
+        self.matrix_NK: Tensor | None = None
+        self.scratch: Tensor | None = None
+        first = linear.bases[0]
+        if len(linear.bases) == 1 and isinstance(first, Dense):
+            self.matrix_NK = first.weight_NK
+        self.a_PK: Tensor | None = None
+        self.sb_NP: Tensor | None = None
+        if linear.slots:
+            self._copy_adapters(linear)
+
+    def _copy_adapters(self, linear: FusedLinear) -> None:
+        ranks = linear.slots[-1].columns.stop
+        self.a_PK = torch.empty(ranks, linear.columns_in, dtype=self.dtype, device=self.device)
+        self.sb_NP = torch.zeros(linear.columns_out, ranks, dtype=self.dtype, device=self.device)
+        for slot in linear.slots:
+            self.a_PK[slot.columns] = slot.adapter.a_RK
+            self.sb_NP[slot.rows, slot.columns] = slot.adapter.scale * slot.adapter.b_NR.float()
+
+    @property
+    def copy_bytes(self) -> int:
+        """What `copy` would take."""
+        values = self.linear.columns_out * self.linear.columns_in
+        return values * self.dtype.itemsize if self.matrix_NK is None else 0
+
+    def copy(self) -> None:
+        """Lay W out in one piece, unpacked."""
+        if self.matrix_NK is None:
+            matrix_NK = torch.empty(
+                self.linear.columns_out, self.linear.columns_in, dtype=self.dtype, device=self.device
+            )
+            row = 0
+            for base in self.linear.bases:
+                base.write(matrix_NK[row : row + base.shape[0]], self.ops)
+                row += base.shape[0]
+            self.matrix_NK = matrix_NK
+
+    def _pieces(self) -> Iterator[tuple[Tensor, slice]]:
+        """W by pieces: each with the columns of y that it gives."""
+        if self.matrix_NK is not None:
+            yield self.matrix_NK, slice(0, self.linear.columns_out)
+            return
+        column = 0
+        for base in self.linear.bases:
+            rows, columns_in = base.shape
+            if isinstance(base, Dense):
+                weight_NK = base.weight_NK
+            else:
+                assert self.scratch is not None
+                weight_NK = self.scratch[: rows * columns_in].view(rows, columns_in)
+                base.write(weight_NK, self.ops)
+            yield weight_NK, slice(column, column + rows)
+            column += rows
+
+    def __call__(self, x_TK: Tensor, tuned_T1: Tensor) -> Tensor:
+        """y_TN."""
+        bias_N = self.linear.bias_N
+        if self.matrix_NK is not None:  # the common case in one call
+            y_TN = torch.nn.functional.linear(x_TK, self.matrix_NK, bias_N)
+        else:
+            y_TN = x_TK.new_empty(len(x_TK), self.linear.columns_out)
+            for weight_NK, columns in self._pieces():
+                torch.mm(x_TK, weight_NK.t(), out=y_TN[:, columns])
+            if bias_N is not None:
+                y_TN += bias_N
+        return self._adapt(x_TK, tuned_T1, y_TN)
+
+    def add_to(self, h_TN: Tensor, x_TK: Tensor, tuned_T1: Tensor) -> None:
+        """h += y, in place."""
+        for weight_NK, columns in self._pieces():
+            h_TN[:, columns].addmm_(x_TK, weight_NK.t())
+        if self.linear.bias_N is not None:
+            h_TN += self.linear.bias_N
+        self._adapt(x_TK, tuned_T1, h_TN)
+
+    def _adapt(self, x_TK: Tensor, tuned_T1: Tensor, y_TN: Tensor) -> Tensor:
+        if self.a_PK is None or self.sb_NP is None:
+            return y_TN
+        u_TP = torch.mm(x_TK, self.a_PK.t()).mul_(tuned_T1)
+        return y_TN.addmm_(u_TP, self.sb_NP.t())
+
+
+class LayerProducts:
+    """The four products of a decoder layer."""
+
+    def __init__(self, qkv: Product, o: Product, gate_up: Product, down: Product) -> None:
+        self.qkv, self.o, self.gate_up, self.down = qkv, o, gate_up, down
+
+    @property
+    def all(self) -> tuple[Product, Product, Product, Product]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+
+@torch.no_grad()
+def make_products(weights: Weights, ops: Ops, *, copies: bool) -> list[LayerProducts]:
+    """The products of each layer.
+
+    `copies`: lay each out in one piece, unpacked, where half of the free memory holds them all; else 4-bit weights
+    are unpacked at each use into one buffer that all share.
+    """
+    layers = [
+        LayerProducts(
+            *(
+                Product(linear, ops, weights.dtype, weights.device)
+                for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+            )
+        )
+        for layer in weights.layers
+    ]
+    products = [product for layer in layers for product in layer.all]
+    if copies and sum(product.copy_bytes for product in products) < SHARE_OF_FREE * _free_bytes(weights.device):
+        for product in products:
+            product.copy()
+    packed = [
+        base.shape[0] * base.shape[1]
+        for product in products
+        if product.matrix_NK is None
+        for base in product.linear.bases
+        if not isinstance(base, Dense)
+    ]
+    if packed:
+        scratch = torch.empty(max(packed), dtype=weights.dtype, device=weights.device)
+        for product in products:
+            product.scratch = scratch
+    return layers
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
