@@ -94,6 +94,26 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tiny_tokenizer: Any, tmp_pa
         torch.testing.assert_close(inner[0][name], inner[1][name], rtol=0, atol=0)
 
 
+def test_held_out_loss_is_the_plain_path_s_also_of_longer_rows_and_of_the_base(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    ids = list(range(90))  # longer than any training row
+    heldout = Dataset.from_list([{"input_ids": ids, "labels": ids}, *rows(5)])
+    measured = []
+    for engine in ("auto", "plain"):
+        trained = trainer(tiny_tokenizer, tmp_path / engine, engine=engine, eval_dataset=heldout)
+        before = trained.evaluate()
+        trained.train()
+        after = trained.evaluate()
+        with trained.model.disable_adapter():
+            base = trained.evaluate()
+        assert base["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+        assert before["eval_supervised_tokens"] == after["eval_supervised_tokens"]
+        measured.append([before["eval_loss"], after["eval_loss"]])
+    assert after["eval_loss"] < before["eval_loss"]
+    assert measured[0] == pytest.approx(measured[1], rel=1e-3)
+
+
 def test_what_it_does_not_know_takes_the_plain_path_and_says_so(
     tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

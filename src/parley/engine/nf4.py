@@ -21,9 +21,14 @@ class Nf4:
         rows, columns = self.weight.quant_state.shape
         return rows, columns
 
-    def write(self, out_NK: Tensor, ops: Ops) -> None:
+    def scales(self) -> tuple[Tensor, Tensor, int]:
+        """The fp32 scale of each run of values, the 16 values there are before scaling, and the length of a run."""
         state = self.weight.quant_state
         absmax = state.absmax
         if state.nested:
             absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
-        ops.write_nf4(self.weight.data, absmax.float(), state.code, state.blocksize, out_NK)
+        return absmax.float(), state.code, state.blocksize
+
+    def write(self, out_NK: Tensor, ops: Ops) -> None:
+        absmax, code, block = self.scales()
+        ops.write_nf4(self.weight.data, absmax, code, block, out_NK)

@@ -68,14 +68,34 @@ class FastStep:
             if len(packed.row_S):
                 self._pass(packed, 1.0 / supervised)
 
+    @torch.no_grad()
+    def measure(self, examples: Sequence[Example]) -> Tensor:
+        """`figures_3` of `examples`; no gradient is touched."""
+        self.figures_3.zero_()
+        for documents in split(examples, self.plan.tokens):
+            packed = pack(documents)
+            if len(packed.row_S):
+                self._reserve(packed, len(packed.ids_T))
+                rows = self.staging.send(packed, 1.0, packed.lengths)
+                self.head(rows, self.forward(rows))
+        return self.figures_3.clone()
+
+    def _reserve(self, packed: Pack, tokens: int) -> None:
+        """Make room for `packed` in a row of `tokens`; graphs that read what had to move are dropped."""
+        moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
+        longest = max(packed.lengths)
+        if longest > len(self.rope.cos_PE):
+            self.rope = self.bound.rope(longest)
+            moved.append(True)
+        if any(moved) and self.graphs is not None:
+            self.graphs.clear()
+
     def _pass(self, packed: Pack, scale: float) -> None:
         tokens = len(packed.ids_T)
         graphs = self.graphs if tokens <= self.plan.graph_tokens else None
         if graphs is not None:
             tokens = -(-tokens // self.plan.granule) * self.plan.granule
-        moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
-        if any(moved) and self.graphs is not None:
-            self.graphs.clear()
+        self._reserve(packed, tokens)
         if graphs is not None:
             graphs.run(self.staging.send(packed.padded(tokens), scale, None))
         else:

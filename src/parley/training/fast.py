@@ -13,11 +13,12 @@ import torch
 import trl
 from datasets import Dataset
 from numpy.typing import NDArray
+from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
 from parley.engine.bind import Bound, Unsupported, bind
-from parley.engine.documents import Example
+from parley.engine.documents import IGNORED, Example
 from parley.engine.optimizer import AdamW8bit
 from parley.engine.plan import Plan, make_plan
 from parley.engine.step import FastStep
@@ -61,10 +62,24 @@ class FastTrainer(trl.SFTTrainer):
         loader.device = None
         return loader
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Batches stay on the host, as in training."""
+        loader = super().get_eval_dataloader(eval_dataset)
+        loader.device = None
+        return loader
+
+    def bind_fast(self) -> None:
+        """Take the fast step where it knows the model and all options; asked again, nothing changes.
+
+        A model whose adapters are switched off for a while is not judged by that.
+        """
+        if self.fast is None and self.plain_because is None and adapters_on(self.model):
+            self.fast = self._bind()
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One parameter, the flat one, on the fast step; the same classes and settings as TRL's."""
-        if self.optimizer is None and self.fast is None and self.plain_because is None:
-            self.fast = self._bind()
+        if self.optimizer is None:
+            self.bind_fast()
         if self.fast is None or self.optimizer is not None:
             return super().create_optimizer(model)
         weight_G = self.fast.bound.flat.weight_G
@@ -136,6 +151,14 @@ class FastTrainer(trl.SFTTrainer):
         metrics["num_tokens"] = [self._total_train_tokens]
         return loss
 
+    def measure(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of the supervised tokens of a batch, on the device."""
+        count = (inputs["labels"][..., 1:] != IGNORED).sum().to(self.args.device)
+        if self.fast is not None and "position_ids" in inputs and adapters_on(self.model):
+            return self.fast.measure(documents(inputs))[0], count
+        loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
+        return loss.double() * count, count
+
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         if self.fast is None:
             return super()._clip_grad_norm(model)
@@ -164,6 +187,11 @@ class FastTrainer(trl.SFTTrainer):
             if values and isinstance(values[0], torch.Tensor):
                 values[:] = torch.stack(values).tolist()
         super().log(logs, start_time)
+
+
+def adapters_on(model: torch.nn.Module) -> bool:
+    """Whether answers come through the adapters; PeftModel.disable_adapter switches them off for a while."""
+    return not any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
 
 
 def documents(inputs: dict[str, torch.Tensor]) -> list[Example]:

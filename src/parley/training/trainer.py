@@ -23,7 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from parley.config import DataSection
-from parley.data.packing import IGNORED, PackedCollator, split_documents
+from parley.data.packing import PackedCollator, split_documents
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
 from parley.errors import UsageError
@@ -176,10 +176,10 @@ class SFTTrainer(FastTrainer):
         loss_sum = torch.zeros((), device=self.args.device, dtype=torch.float64)
         tokens = torch.zeros_like(loss_sum)
         rows = 0
+        self.bind_fast()
         for inputs in dataloader:
-            count = (inputs["labels"][..., 1:] != IGNORED).sum()
-            loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
-            loss_sum += loss.double() * count
+            summed, count = self.measure(inputs)
+            loss_sum += summed
             tokens += count
             rows += self._documents(inputs)
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
