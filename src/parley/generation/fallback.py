@@ -8,6 +8,7 @@ Shapes: T tokens of a prompt, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,8 +27,12 @@ from transformers import (
 )
 
 from parley.config import GenerationSection
+from parley.engine.bind import Unsupported
 from parley.errors import ModelError
-from parley.generation.slots import Asked, Token
+from parley.generation.decoder import FastDecoder
+from parley.generation.slots import Asked, Decoder, Token
+
+logger = logging.getLogger(__name__)
 
 
 class TransformersDecoder:
@@ -140,3 +145,14 @@ def _reported(token: int, logits_V: torch.Tensor, logprobs: int | None) -> Token
     logprobs_V = logits_V.log_softmax(-1)
     best = logprobs_V.topk(min(logprobs, len(logprobs_V)))
     return Token(token, float(logprobs_V[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)))
+
+
+def decoder_for(model: PreTrainedModel | PeftModel, *, slots: int, length: int) -> Decoder:
+    """The fast decoder where it knows the model, else this one; `length` is cut to the model's positions."""
+    positions = model.config.get_text_config().to_dict().get("max_position_embeddings")
+    length = length if positions is None else min(length, positions)
+    try:
+        return FastDecoder.of(model, slots=slots, length=length)
+    except Unsupported as reason:
+        logger.info("answers go through transformers, which is slower: %s", reason)
+        return TransformersDecoder(model, slots=slots, length=length)

@@ -1,0 +1,1 @@
+"""An OpenAI-compatible server over the scheduler: what was trained, under two names, for many clients at once."""
