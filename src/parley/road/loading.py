@@ -15,6 +15,7 @@ from parley.data.preview import pieces, to_terminal
 from parley.models.adapters import attach_lora, prepare_full, trainable_summary
 from parley.models.device import pick_device
 from parley.models.load import load_model, load_tokenizer
+from parley.training.resources import Stages
 
 
 @dataclass
@@ -28,23 +29,27 @@ class Ready:
     data: Prepared
 
 
-def load(config: RunConfig, console: Console) -> Ready:
-    """Load model, tokenizer and data, and attach the adapter. Nothing is written.
+def load(config: RunConfig, console: Console, stages: Stages | None = None) -> Ready:
+    """Load model, tokenizer and data, and attach the adapter. Nothing is written. `stages` is told the seconds.
 
     Raises DeviceError, ModelError or DataError, each in one line.
     """
+    stages = stages or Stages()
     device = pick_device(config.model.device)
     if config.lora is None and config.model.dtype == "auto":
         config.model.dtype = "float32"
         console.print("full fine-tuning keeps its weights in float32, so that small updates are not lost")
     with console.status(f"loading {config.model.name}"):
         model, tokenizer = load_model(config.model)
+    stages.end("model")
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
+    stages.end("data")
     _say_data(data, console)
     if config.lora is None:
         prepare_full(model)
     else:
         model = attach_lora(model, config.lora, seed=config.training.seed)
+    stages.end("adapter")
     console.print(trainable_summary(model), highlight=False)
     return Ready(config, device, model, tokenizer, data)
 

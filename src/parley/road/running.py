@@ -26,7 +26,7 @@ from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.figures import duration, gib, percent, share
 from parley.training.report import Answer, MaskExample, Report, Resources, StepFigures, write_report
-from parley.training.resources import Meter, device_name, memory_peak, memory_total
+from parley.training.resources import Meter, Stages, device_name, memory_peak, memory_total
 from parley.training.run_folder import RunFolder, is_disk_full
 from parley.training.trainer import SFTTrainer
 
@@ -63,7 +63,8 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     console = console or Console()
     RunFolder.check_free(config.output)
     args, notes = sft_config(config, config.output / "checkpoints", pick_device(config.model.device))
-    ready = load(config, console)
+    stages = Stages()
+    ready = load(config, console, stages)
     show_mask(ready.data, ready.tokenizer, console)
     folder = RunFolder.create(config)
     start = Meter(ready.device)
@@ -87,7 +88,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     trainer.remove_callback(PrinterCallback)
 
     try:
-        return _teach(ready, trainer, folder, log, bar, start, notes, console)
+        return _teach(ready, trainer, folder, log, bar, start, stages, notes, console)
     except (OSError, SafetensorError) as error:
         if isinstance(error, RunError) or not is_disk_full(error):
             raise
@@ -103,16 +104,23 @@ def _teach(
     log: EventLog,
     bar: ProgressLine,
     start: Meter,
+    stages: Stages,
     notes: list[str],
     console: Console,
 ) -> RunResult:
     """Examine, train, save, examine again, report."""
+    stages.end("trainer")
     before = examine(ready, trainer, console)
+    stages.end("questions before")
     training = Meter(ready.device)
     interrupted = _train(trainer, bar, ready)
-    resources = _resources(ready.device, start, training, trainer, log)
+    stages.end("training")
+    resources = _resources(ready.device, start.before, training.seconds(), trainer, log)
     weights = folder.save_weights(trainer.model, ready.tokenizer, full=ready.config.lora is None)
+    stages.end("saving")
     after = examine(ready, trainer, console)
+    stages.end("questions after")
+    resources.stages, resources.total_seconds = stages.seconds, sum(stages.seconds.values())
 
     report = _report(ready, before, after, log)
     report.resources = resources
@@ -149,16 +157,15 @@ def _out_of_memory(ready: Ready) -> str:
     )
 
 
-def _resources(device: torch.device, start: Meter, training: Meter, trainer: SFTTrainer, log: EventLog) -> Resources:
-    seconds = training.seconds()
+def _resources(device: torch.device, before: float, seconds: float, trainer: SFTTrainer, log: EventLog) -> Resources:
+    """`before`: GiB in use before training; `seconds` of it."""
     tokens = int(log.steps[-1]["num_tokens"]) if log.steps else 0
     return Resources(
         device=device_name(device),
         memory_total_gib=memory_total(device),
-        memory_before_gib=start.before,
+        memory_before_gib=before,
         memory_peak_gib=memory_peak(device),
         train_seconds=seconds,
-        total_seconds=start.seconds(),
         tokens=tokens,
         supervised_tokens=int(trainer.supervised_tokens),
         tokens_per_s=tokens / seconds,

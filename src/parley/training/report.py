@@ -87,6 +87,7 @@ class Resources(Figures):
     memory_peak_gib: float | None = None
     train_seconds: float | None = None
     total_seconds: float | None = None
+    stages: dict[str, float] = Field(default_factory=dict)
     tokens: int | None = None
     supervised_tokens: int | None = None
     tokens_per_s: float | None = None
@@ -229,6 +230,9 @@ def resource_rows(used: Resources) -> list[Row]:
         _row("Peak memory for training", grown, gib, total, "memory"),
         _row("Training time", used.train_seconds, duration, used.total_seconds, "whole run"),
         _row("Whole run", used.total_seconds, duration),
+        Row("Its stages", ", ".join(f"{name} {duration(each)}" for name, each in used.stages.items()))
+        if used.stages
+        else None,
         _row("Tokens", used.tokens, figure),
         _row("Supervised tokens", used.supervised_tokens, figure, used.tokens, "tokens"),
         _row("Speed", used.tokens_per_s, "{:,.0f} tokens/s".format),
