@@ -22,6 +22,7 @@ from parley.engine.documents import IGNORED, Example
 from parley.engine.optimizer import AdamW8bit
 from parley.engine.plan import Plan, make_plan
 from parley.engine.step import FastStep
+from parley.training.compiled import WORTH_IT, compile_layers
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +90,14 @@ class FastTrainer(trl.SFTTrainer):
             settings = {name: value for name, value in settings.items() if name in ("lr", "betas", "eps")}
         self.optimizer = optimizer_class([weight_G], weight_decay=self.args.weight_decay, **settings)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """The last hook before the first step, and the one that knows how many there will be."""
+        compiled = self.fast is None and self.engine == "auto" and self.args.device.type == "cuda"
+        if compiled and num_training_steps >= WORTH_IT and not self.args.torch_compile:
+            count = compile_layers(self.model)
+            logger.info("%d layers compiled, at the first step", count)
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _bind(self) -> FastStep | None:
         try:
