@@ -7,6 +7,7 @@ import torch
 
 from parley.engine.bind import Unsupported, bind
 from parley.engine.plan import KINDS, Plan
+from parley.engine.reference_attention import SHORT
 from parley.engine.step import FastStep
 
 TOLERANCE = 1e-5
@@ -26,6 +27,19 @@ def test_every_family_and_choice_of_projections(
     build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str, targets: list[str] | None
 ) -> None:
     model, documents = build_adapted(name, targets), make_examples()
+    loss, wanted = plain_gradient(model, documents)
+    step = FastStep(bind(model), Plan())
+    step.run(documents, sum(document.supervised for document in documents))
+    step.bound.flat.show_gradients()
+    assert float(step.figures_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    assert worst(model, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_long_documents_take_another_attention(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str
+) -> None:
+    model, documents = build_adapted(name), make_examples((3, SHORT + 22, 40))
     loss, wanted = plain_gradient(model, documents)
     step = FastStep(bind(model), Plan())
     step.run(documents, sum(document.supervised for document in documents))

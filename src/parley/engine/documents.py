@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -100,6 +101,19 @@ def split(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Documents as rows of a grid as wide as the longest: `token_I` says which token stands in each of its places
+
+    (behind a short document, its last token over again) and `place_T` where each token of the pack stands.
+    """
+
+    documents: int
+    longest: int
+    token_I: Tensor
+    place_T: Tensor
+
+
+@dataclass(frozen=True)
 class Rows:
     """A pack on the device, as the step reads it."""
 
@@ -115,6 +129,19 @@ class Rows:
     @property
     def tokens(self) -> int:
         return self.ids_T.shape[0]
+
+    @cached_property
+    def grid(self) -> Grid:
+        """Worked out once, for all layers of a pass."""
+        assert self.lengths is not None, "only the host's operations ask for it"
+        longest = max(self.lengths)
+        lengths_N = torch.tensor(self.lengths)
+        starts_N = lengths_N.cumsum(0) - lengths_N
+        column_L = torch.arange(longest)
+        token_NL = starts_N[:, None] + column_L.minimum(lengths_N[:, None] - 1)
+        (place_T,) = (column_L < lengths_N[:, None]).flatten().nonzero(as_tuple=True)
+        device = self.ids_T.device
+        return Grid(len(self.lengths), longest, token_NL.flatten().to(device), place_T.to(device))
 
 
 class Staging:

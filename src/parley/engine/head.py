@@ -5,12 +5,12 @@ Shape suffixes: T tokens, D hidden, S supervised rows, V vocabulary, P spare col
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from parley.engine.bind import Bound
 from parley.engine.documents import Rows
 from parley.engine.ops import Ops
+from parley.engine.product import product
 
 
 def head(
@@ -33,9 +33,9 @@ def head(
         normed_SD = h_TD.new_empty(len(row_S), h_TD.shape[1])
         x_SD, delta_SD = h_TD.index_select(0, row_S), delta_TD.index_select(0, row_S)
         x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD)
-        logits_SV = torch.mm(normed_SD, bound.head_VD.t(), out=room_V[: len(row_S)])
+        logits_SV = product(normed_SD, bound.head_VD, room_V[: len(row_S)])
         ops.cross_entropy(logits_SV, target_S, rows.scale, figures_3)
-        dnormed_SD = logits_SV @ bound.head_VD
+        dnormed_SD = product(logits_SV, bound.head_VD.t(), normed_SD)
         dx_SD = h_TD.new_zeros(x_SD.shape)
         ops.rms_norm_backward(dnormed_SD, x_SD, bound.norm_D, bound.eps, dx_SD)
         dh_TD.index_copy_(0, row_S.long(), dx_SD)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from parley.engine.documents import IGNORED, Rows
 from parley.engine.ops import AttentionShape, Rope, Slot
+from parley.engine.reference_attention import attention, attention_backward
+
+__all__ = [
+    "add_adapter_gradients", "attention", "attention_backward", "copy_scaled", "cross_entropy", "rms_norm",
+    "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "write_nf4",
+]  # fmt: skip
 
 aten = torch.ops.aten
 
@@ -69,15 +73,13 @@ def rms_norm_backward(dout_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: floa
 
 def rope(x_TC: Tensor, rows: Rows, rope: Rope, shape: AttentionShape, *, inverse: bool = False) -> None:
     turned = (shape.heads + shape.kv_heads) * shape.size
-    x_THE = x_TC[:, :turned].unflatten(1, (-1, shape.size))
-    cos_T1E = rope.cos_PE[rows.position_T][:, None]
-    sin_T1E = rope.sin_PE[rows.position_T][:, None]
-    if inverse:
-        sin_T1E = -sin_T1E
-    first, second = x_THE.chunk(2, dim=-1)
-    turned_first = first * cos_T1E - second * sin_T1E
-    second.mul_(cos_T1E).add_(first * sin_T1E)
-    first.copy_(turned_first)
+    first_THE, second_THE = x_TC[:, :turned].unflatten(1, (-1, 2, shape.size // 2)).unbind(2)
+    cos_T1E = rope.cos_PE.index_select(0, rows.position_T)[:, None]
+    sin_T1E = rope.sin_PE.index_select(0, rows.position_T)[:, None]
+    sign = -1 if inverse else 1
+    before_THE = first_THE.clone()
+    first_THE.mul_(cos_T1E).addcmul_(second_THE, sin_T1E, value=-sign)
+    second_THE.mul_(cos_T1E).addcmul_(before_THE, sin_T1E, value=sign)
 
 
 def swiglu(x_T2F: Tensor, out_TF: Tensor) -> None:
@@ -91,62 +93,6 @@ def swiglu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
     dgate = aten.silu_backward(dout_TF * up_TF, gate_TF)
     torch.mul(dout_TF, functional.silu(gate_TF), out=dup_TF)
     dgate_TF.copy_(dgate)
-
-
-def _grid(x_THE: Tensor, flat_T: Tensor, documents: int, longest: int, heads: int) -> Tensor:
-    """(documents, heads, longest, E): each document a row of its own, short ones padded with zeros at the end."""
-    grid = x_THE.new_zeros(documents * longest, *x_THE.shape[1:])
-    grid[flat_T] = x_THE
-    grid = grid.view(documents, longest, *x_THE.shape[1:]).transpose(1, 2)
-    return grid.repeat_interleave(heads // grid.shape[1], dim=1)
-
-
-def _layout(rows: Rows) -> tuple[Tensor, int, int]:
-    """Each token's place in the grid of documents, how many documents there are and the longest one's length.
-
-    A causal query never sees the padding behind it, so the grid needs no mask.
-    """
-    assert rows.lengths is not None, "the plain operations know their documents on the host"
-    longest = max(rows.lengths)
-    length_N = torch.tensor(rows.lengths)
-    document_T = torch.repeat_interleave(torch.arange(len(rows.lengths)), length_N).to(rows.ids_T.device)
-    return document_T * longest + rows.position_T, len(rows.lengths), longest
-
-
-def _window_mask(longest: int, shape: AttentionShape, like: Tensor) -> Tensor | None:
-    if shape.window is None or shape.window >= longest:
-        return None
-    hidden = torch.ones(longest, longest, dtype=torch.bool, device=like.device)
-    hidden = hidden.triu(1) | hidden.tril(-shape.window)
-    return torch.zeros(1, 1, longest, longest, dtype=like.dtype, device=like.device).masked_fill(hidden, -torch.inf)
-
-
-def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Tensor:
-    flat_T, documents, longest = _layout(rows)
-    q, k, v = (_grid(part, flat_T, documents, longest, shape.heads) for part in shape.parts(x_TC))
-    mask = _window_mask(longest, shape, q)
-    out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, mask is None, attn_mask=mask, scale=shape.scale
-    )
-    out_TD.copy_(out.transpose(1, 2).reshape(documents * longest, -1)[flat_T])
-    return lse
-
-
-def attention_backward(
-    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, rows: Rows, shape: AttentionShape, dx_TC: Tensor
-) -> None:
-    flat_T, documents, longest = _layout(rows)
-    q, k, v = (_grid(part, flat_T, documents, longest, shape.heads) for part in shape.parts(x_TC))
-    split = (-1, shape.size)
-    out, dout = (_grid(x.unflatten(1, split), flat_T, documents, longest, shape.heads) for x in (out_TD, dout_TD))
-    mask = _window_mask(longest, shape, q)
-    grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, saved, 0.0, mask is None, attn_mask=mask, scale=shape.scale
-    )
-    for grad, part in zip(grads, shape.parts(dx_TC), strict=True):
-        heads = part.shape[1]
-        grouped = grad.unflatten(1, (heads, shape.heads // heads)).sum(2)
-        part.copy_(grouped.transpose(1, 2).reshape(documents * longest, heads, shape.size)[flat_T])
 
 
 def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, figures_3: Tensor) -> None:
