@@ -1,56 +1,110 @@
 """Steps without a look from the host, and what they drew.
 
-Shape suffixes: B rows, N tokens between host looks, A alternatives.
+Shape suffixes: B rows, N tokens between host looks, A alternatives, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from parley.generation.cache import Cache
 from parley.generation.forward import Model, step
-from parley.generation.sampling import Needs, advance, next_tokens, report_logprobs
+from parley.generation.sampling import Needs, advance, columns, next_tokens, report_logprobs
 from parley.generation.slots import Token
 from parley.generation.state import DRAWN, LIVE, Row, State
+
+MOST_TOKENS = 8  # of a row in one burst
+
+
+@dataclass(frozen=True)
+class Report:
+    """The parts of a State that the host reads. `ready`: recorded once they have arrived; None where they lie."""
+
+    fields_BF: Tensor
+    token_BN: Tensor
+    logprob_BN: Tensor
+    top_BNA: Tensor
+    top_logprob_BNA: Tensor
+    ready: torch.cuda.Event | None = None
+
+    @classmethod
+    def of(cls, state: State) -> Report:
+        return cls(state.fields_BF, state.token_BN, state.logprob_BN, state.top_BNA, state.top_logprob_BNA)
+
+    @classmethod
+    def pinned(cls, state: State) -> Report:
+        """Room on the host for `state`'s report."""
+        tensors = [torch.empty_like(t, device="cpu", pin_memory=True) for t in cls.of(state)._tensors()]
+        return replace(cls(*tensors), ready=torch.cuda.Event())
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return self.fields_BF, self.token_BN, self.logprob_BN, self.top_BNA, self.top_logprob_BNA
+
+    def send(self, state: State, needs: Needs) -> None:
+        """Start copying `state`, of as many rows or fewer, into this pinned report."""
+        assert self.ready is not None
+        for name in (
+            "fields_BF",
+            "token_BN",
+            *(("logprob_BN", "top_BNA", "top_logprob_BNA") if needs.logprobs else ()),
+        ):
+            source = vars(state)[name]
+            vars(self)[name][: len(source)].copy_(source, non_blocking=True)
+        self.ready.record()
 
 
 class Burst:
     """What some steps drew for `rows`, on its way to the host."""
 
-    def __init__(self, rows: list[Row], needs: Needs, state: State) -> None:
-        self.rows, self.needs, self.state = rows, needs, state
+    def __init__(self, rows: list[Row], needs: Needs, report: Report) -> None:
+        self.rows, self.needs, self.report = rows, needs, report
 
     def read(self) -> Mapping[int, list[Token]]:
-        """The new tokens of each slot, which was not released meanwhile; takes note of answers that are over."""
-        state = self.state.first(len(self.rows))
-        drawn_B, live_B = state.whole(DRAWN).tolist(), state.whole(LIVE).tolist()
-        reports = _Reports(state, self.needs)
+        """The new tokens of each slot that was not released meanwhile; takes note of answers that are over."""
+        if self.report.ready is not None:
+            self.report.ready.synchronize()
+        rows = len(self.rows)
+        drawn_B, live_B = (self.report.fields_BF[:rows, column].tolist() for column in (DRAWN, LIVE))
+        token_BN = self.report.token_BN[:rows].tolist()
         told: dict[int, list[Token]] = {}
         for index, (row, drawn, live) in enumerate(zip(self.rows, drawn_B, live_B, strict=True)):
             if row.over:
                 continue
-            told[row.slot] = [reports.token(index, place, row) for place in range(row.drawn, drawn)]
+            places = [place % len(token_BN[index]) for place in range(row.drawn, drawn)]
+            told[row.slot] = [self._token(token_BN[index][place], index, place) for place in places]
             row.drawn, row.over = drawn, not live
         return told
 
-
-class _Reports:
-    def __init__(self, state: State, needs: Needs) -> None:
-        self.token_BN = state.token_BN.tolist()
-        self.logprob_BN: list[Any] = state.logprob_BN.tolist() if needs.logprobs else []
-        self.top_BNA: list[Any] = state.top_BNA.tolist() if needs.logprobs else []
-        self.top_logprob_BNA: list[Any] = state.top_logprob_BNA.tolist() if needs.logprobs else []
-
-    def token(self, row: int, place: int, of: Row) -> Token:
-        column = place % len(self.token_BN[row])
-        wanted = of.asked.logprobs
+    def _token(self, token: int, row: int, column: int) -> Token:
+        wanted = self.rows[row].asked.logprobs
         if wanted is None:
-            return Token(self.token_BN[row][column])
-        top = zip(self.top_BNA[row][column][:wanted], self.top_logprob_BNA[row][column][:wanted], strict=True)
-        return Token(self.token_BN[row][column], self.logprob_BN[row][column], tuple(top))
+            return Token(token)
+        top = self.report.top_BNA[row, column, :wanted].tolist()
+        logprobs = self.report.top_logprob_BNA[row, column, :wanted].tolist()
+        return Token(token, self.report.logprob_BN[row, column].item(), tuple(zip(top, logprobs, strict=True)))
+
+
+class Runner(Protocol):
+    """Runs steps on the device."""
+
+    @property
+    def tokens(self) -> int:
+        """The most it draws for a row in one burst."""
+
+    @property
+    def ahead(self) -> int:
+        """How many bursts to have under way while one is read."""
+
+    def warm_up(self) -> None:
+        """Compile and capture what common steps need. No answer is running."""
+
+    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
+        """Start up to `tokens` steps of `rows`, which are the state's first rows in order."""
 
 
 class Eager:
@@ -62,16 +116,14 @@ class Eager:
     def __init__(self, model: Model, cache: Cache, state: State) -> None:
         self.model, self.cache, self.state = model, cache, state
 
+    def warm_up(self) -> None:
+        """Nothing to do."""
+
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
         state = self.state.first(len(rows))
-        longest = max(row.position for row in rows) + 1
-        logits_BV = step(self.model, self.cache, state, longest)
-        draw_and_advance(logits_BV, state, needs)
-        return Burst(rows, needs, state)
-
-
-def draw_and_advance(logits_BV: Tensor, state: State, needs: Needs) -> None:
-    token_B = next_tokens(logits_BV, state, needs)
-    if needs.logprobs:
-        report_logprobs(logits_BV, token_B, state)
-    advance(token_B, state, needs)
+        logits_BV = step(self.model, self.cache, state, longest=max(row.position for row in rows) + 1)
+        token_B = next_tokens(logits_BV, state, needs)
+        if needs.logprobs:
+            report_logprobs(logits_BV, token_B, columns(state), state)
+        advance(token_B, state, needs)
+        return Burst(rows, needs, Report.of(state))

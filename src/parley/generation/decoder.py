@@ -2,14 +2,11 @@
 
 A slot is the number that the caller knows. Inside, the answers being written fill rows 0, 1, 2, ... without a hole, so
 that a step's cost follows how many there are: when one ends, the last row moves into its place.
-
-Shape suffixes: B rows, V vocabulary, N tokens between host looks, A alternatives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from peft import PeftModel
@@ -19,7 +16,7 @@ from parley.engine.bind import read
 from parley.engine.documents import Staging
 from parley.engine.step import operations
 from parley.errors import DataError
-from parley.generation.bursts import Burst, Eager
+from parley.generation.bursts import MOST_TOKENS, Burst, Eager, Runner
 from parley.generation.cache import Cache
 from parley.generation.forward import Model, prefill
 from parley.generation.products import make_products
@@ -28,21 +25,15 @@ from parley.generation.slots import Asked, Token
 from parley.generation.state import LIVE, Row, State, room
 
 
-class Runner(Protocol):
-    """Runs steps on the device. `tokens`: the most it draws for a row in one burst."""
-
-    tokens: int
-    ahead: int  # how many bursts to have under way before the first is read
-
-    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst: ...
-
-
 class FastDecoder:
-    """Implements `slots.Decoder` for the families that `engine.bind` knows."""
+    """Implements `slots.Decoder` for the families that `engine.bind` knows.
 
-    def __init__(self, model: Model, runner: Runner, cache: Cache, state: State, slots: int, length: int) -> None:
+    Dropping the decoder frees all that it took. It is for one thread at a time.
+    """
+
+    def __init__(self, model: Model, runner: Runner, cache: Cache, state: State, length: int) -> None:
         self.model, self.runner, self.cache, self.state = model, runner, cache, state
-        self._slots, self._length = slots, length
+        self._length = length
         self.staging = Staging(model.weights.device, 256)
         self.rows: list[Row] = []
         self.bursts: list[Burst] = []
@@ -50,45 +41,59 @@ class FastDecoder:
 
     @classmethod
     @torch.inference_mode()
-    def of(cls, model: PreTrainedModel | PeftModel, *, slots: int, length: int, copies: bool = True) -> FastDecoder:
-        """A decoder for `model`, a causal model of transformers or a PeftModel, as its weights are now.
+    def of(
+        cls, model: PreTrainedModel | PeftModel, *, slots: int, length: int, copies: bool = True, eager: bool = False
+    ) -> FastDecoder:
+        """A decoder for `model`, bare or with a LoRA adapter, as its adapter's weights are now.
 
         Args:
             slots: answers at a time.
             length: tokens that each has room for, prompt included; at most the model's positions.
-            copies: keep the weights of products that belong together side by side, and 4-bit ones unpacked, where half
-                of the free memory holds them.
+            copies: keep weights that are used together side by side, and 4-bit ones unpacked, where half of the free
+                memory holds them.
+            eager: plain PyTorch on a GPU too, which graphs are held against.
 
         Raises engine.bind.Unsupported, with the reason in a few words, for models that it does not know.
         """
         weights = read(model)
-        positions = model.config.max_position_embeddings
-        length = min(length, positions)
+        length = min(length, model.config.max_position_embeddings)
         device = weights.device
         ops = operations(device)
         answering = Model(weights, make_products(weights, ops, copies=copies), weights.rope(length), ops)
         cache = Cache([layer.shape for layer in weights.layers], slots, length, weights.dtype, device)
-        state = State.empty(slots, weights.head_VD.shape[0], Eager.tokens, device)
-        return cls(answering, Eager(answering, cache, state), cache, state, slots, length)
+        state = State.empty(slots, weights.head_VD.shape[0], MOST_TOKENS, device)
+        runner: Runner = Eager(answering, cache, state)
+        if device.type == "cuda" and not eager:
+            from parley.generation.graphs import Graphed  # Triton is there only where a GPU is
+
+            runner = Graphed(answering, cache, state)
+        return cls(answering, runner, cache, state, length)
 
     @property
     def slots(self) -> int:
-        return self._slots
+        return len(self.state.fields_BF)
 
     @property
     def length(self) -> int:
         return self._length
 
     @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture what the first answers would otherwise wait for. No slot is drawing."""
+        assert not self.rows
+        prefill(self.model, self.cache, self.staging, [[0] * 64], [0], [True])
+        self.runner.warm_up()
+
+    @torch.inference_mode()
     def admit(self, asked: Mapping[int, Asked]) -> None:
         """Read the prompts into free slots, in one pass. They draw from the next `decode` on.
 
-        Raises DataError for a prompt that leaves no room for an answer, UsageError for more ends than a row holds;
+        Raises DataError for a prompt that leaves no room for an answer, UsageError for more `ends` than a row holds;
         nothing is admitted then.
         """
         taken = {row.slot for row in self.rows}
         assert not taken & asked.keys(), "slots are admitted when free"
-        assert asked.keys() <= set(range(self._slots))
+        assert asked.keys() <= set(range(self.slots))
         for one in asked.values():
             if not 0 < len(one.prompt_ids) < self._length:
                 raise DataError(
@@ -97,12 +102,8 @@ class FastDecoder:
                 )
         first, every = len(self.rows), list(asked.values())
         self.state.admit(first, every, self._length)
-        prefill(
-            self.model, self.cache, self.staging,
-            [one.prompt_ids for one in every],
-            range(first, first + len(every)),
-            [not one.base for one in every],
-        )  # fmt: skip
+        prompts, rows = [one.prompt_ids for one in every], range(first, first + len(every))
+        prefill(self.model, self.cache, self.staging, prompts, rows, [not one.base for one in every])
         self.rows += [Row(slot, one, room(one, self._length)) for slot, one in asked.items()]
         self.fresh = True
 
@@ -144,6 +145,6 @@ class FastDecoder:
         if last is not row:
             source = len(self.rows)
             self.state.move(source, place)
-            self.cache.move(source, place, self._length)
+            self.cache.move(source, place, min(len(last.asked.prompt_ids) + last.sent, self._length))
             self.rows[place] = last
         self.state.whole(LIVE)[len(self.rows)] = 0

@@ -40,14 +40,11 @@ class Model:
     def layers(self, h_TD: Tensor, tuned_T1: Tensor, attend: Attend) -> None:
         """Add every layer's output to `h_TD`, in place; stops where `attend` returns None."""
         for index, (layer, products) in enumerate(zip(self.weights.layers, self.products, strict=True)):
-            qkv_TC = products.qkv(_norm(h_TD, layer.norm_in_D, layer.eps), tuned_T1)
-            if layer.head_norms is not None:
-                qkv_TC = normalise_heads(qkv_TC, layer.shape, layer.head_norms)
-            attended_TD = attend(index, qkv_TC)
+            attended_TD = attend(index, products.qkv(self._norm(h_TD, layer.norm_in_D, layer.eps), tuned_T1))
             if attended_TD is None:
                 return
             products.o.add_to(h_TD, attended_TD, tuned_T1)
-            gate_up_T2F = products.gate_up(_norm(h_TD, layer.norm_mid_D, layer.eps), tuned_T1)
+            gate_up_T2F = products.gate_up(self._norm(h_TD, layer.norm_mid_D, layer.eps), tuned_T1)
             act_TF = gate_up_T2F.new_empty(len(gate_up_T2F), gate_up_T2F.shape[1] // 2)
             self.ops.swiglu(gate_up_T2F, act_TF)
             products.down.add_to(h_TD, act_TF, tuned_T1)
@@ -55,11 +52,14 @@ class Model:
     def logits(self, h_TD: Tensor) -> Tensor:
         """fp32, (T, V)."""
         weights = self.weights
-        return functional.linear(_norm(h_TD, weights.norm_D, weights.eps), weights.head_VD).float()
+        return functional.linear(self._norm(h_TD, weights.norm_D, weights.eps), weights.head_VD).float()
 
-
-def _norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    return functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)
+    def _norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        if not x_TD.is_cuda:
+            return functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)  # the quickest there
+        out_TD = torch.empty_like(x_TD)
+        self.ops.rms_norm(x_TD, None, weight_D, eps, out_TD)
+        return out_TD
 
 
 def prefill(
@@ -93,6 +93,8 @@ def _attend_in_pack(model: Model, cache: Cache, rows: Rows, row_T: Tensor) -> At
 
     def attend(index: int, qkv_TC: Tensor) -> Tensor | None:
         layer = model.weights.layers[index]
+        if layer.head_norms is not None:
+            qkv_TC = normalise_heads(qkv_TC, layer.shape, layer.head_norms)
         model.ops.rope(qkv_TC, rows, model.rope, layer.shape)
         kv_TC = qkv_TC[:, layer.shape.heads * layer.shape.size :]
         cache.layers[index][row_T, :, :, position_T] = kv_TC.unflatten(1, (2, layer.shape.kv_heads, -1))
@@ -114,7 +116,9 @@ def step(model: Model, cache: Cache, state: State, longest: int) -> Tensor:
     masks = {shape: _mask(position_B, longest, shape, model.weights.dtype) for shape in shapes}
 
     def attend(index: int, qkv_BC: Tensor) -> Tensor:
-        shape = model.weights.layers[index].shape
+        shape, norms = model.weights.layers[index].shape, model.weights.layers[index].head_norms
+        if norms is not None:
+            qkv_BC = normalise_heads(qkv_BC, shape, norms)
         cos_BHE, sin_BHE = turns[shape]
         x_BHE = qkv_BC.unflatten(1, (-1, shape.size))
         x_BHE = torch.addcmul(x_BHE * cos_BHE, x_BHE.roll(shape.size // 2, -1), sin_BHE)

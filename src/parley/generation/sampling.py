@@ -118,11 +118,15 @@ def next_tokens(logits_BV: Tensor, state: State, needs: Needs) -> Tensor:
     return torch.where(state.real(TEMPERATURE) > 0, drawn_B, likeliest_B)
 
 
-def report_logprobs(logits_BV: Tensor, token_B: Tensor, state: State) -> None:
+def columns(state: State) -> Tensor:
+    """Where each row's next token is reported."""
+    return (state.whole(DRAWN) % state.token_BN.shape[1]).long()
+
+
+def report_logprobs(logits_BV: Tensor, token_B: Tensor, column_B: Tensor, state: State) -> None:
     """The model's own log-probabilities, before any setting, of the drawn tokens and the likeliest ones."""
     log_p_BV = logits_BV.log_softmax(-1)
     row_B = torch.arange(len(token_B), device=token_B.device)
-    column_B = state.whole(DRAWN) % state.token_BN.shape[1]
     state.logprob_BN[row_B, column_B] = log_p_BV[row_B, token_B]
     top_logprob_BA, top_BA = log_p_BV.topk(state.top_BNA.shape[2])
     state.top_logprob_BNA[row_B, column_B] = top_logprob_BA
@@ -133,8 +137,7 @@ def advance(token_B: Tensor, state: State, needs: Needs) -> None:
     """Take in the drawn tokens of the live rows: report them, see whether they end their answers, step on."""
     live_B, drawn_B = state.whole(LIVE), state.whole(DRAWN)
     token_B = token_B.int()
-    column_B1 = (drawn_B % state.token_BN.shape[1]).long()[:, None]
-    state.token_BN.scatter_(1, column_B1, token_B[:, None])
+    state.token_BN.scatter_(1, columns(state)[:, None], token_B[:, None])
     state.whole(TOKEN).copy_(token_B)
     if needs.penalised:
         state.seen_BV.scatter_(1, token_B.long()[:, None], True)

@@ -115,7 +115,7 @@ def mix(number: int) -> int:
 
 @dataclass(eq=False)
 class Row:
-    """What the host knows of a running answer. `sent`: tokens asked of the device so far, `drawn`: those it has told."""
+    """What the host knows of a running answer. `sent`: tokens asked of the device, `drawn`: those it has told."""
 
     slot: int
     asked: Asked
