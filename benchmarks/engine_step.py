@@ -2,10 +2,10 @@
 
     python benchmarks/engine_step.py check --shape 1b
     python benchmarks/engine_step.py time --shape 1b --quantization nf4
-    python benchmarks/engine_step.py profile --shape 1b
+    python benchmarks/engine_step.py time --shape 1b --kernels 30
 
 `check` sets gradients beside the plain path and beside float32; `time` prints one RESULT line of JSON for each size of
-step; `profile` lists the kernels of one step by their share of it.
+step, and with `--kernels` the kernels of one step by their share of it.
 """
 
 from __future__ import annotations
@@ -155,6 +155,8 @@ def check(shape: str, quantization: str) -> None:
         "graph": Plan(graph_tokens=8192),
         "products": Plan(keep="products", keep_matrices=False, head_rows=100),
         "inputs, split": Plan(keep="inputs", keep_matrices=False, tokens=500),
+        "inputs, graph": Plan(keep="inputs", keep_matrices=False, tokens=900, graph_tokens=8192),
+        "offloaded": Plan(keep="offloaded", keep_matrices=False, feed_rows=512, head_rows=100),
     }
     results = {"plain bf16": plain_gradient(model, examples, torch.bfloat16)}
     for name, plan in plans.items():
@@ -210,7 +212,7 @@ def milliseconds(timed: Timed, examples: list[Example], repeats: int) -> tuple[f
     return 1000 * statistics.median(walls), 1000 * statistics.median(hosts), 1000 * first
 
 
-def report(shape: str, quantization: str, memory: Any, sizes: list[list[Example]], repeats: int) -> None:
+def report(shape: str, quantization: str, memory: Any, sizes: list[list[Example]], repeats: int, listed: int) -> None:
     timed = Timed(shape, quantization, memory, max(sizes, key=lambda examples: sum(len(e.ids_L) for e in examples)))
     for examples in sizes:
         timed(examples)
@@ -232,31 +234,27 @@ def report(shape: str, quantization: str, memory: Any, sizes: list[list[Example]
             peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
         )
         print("RESULT " + json.dumps(result), flush=True)
+        if listed:
+            list_kernels(timed, examples, listed)
 
 
-def profile(shape: str, quantization: str, memory: Any, examples: list[Example]) -> None:
+def list_kernels(timed: Timed, examples: list[Example], listed: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
-    timed = Timed(shape, quantization, memory, examples)
-    for _ in range(3):
-        timed(examples)
-    torch.cuda.synchronize()
     with torch_profile(activities=[ProfilerActivity.CUDA]) as recorded:
         timed(examples)
         torch.cuda.synchronize()
     rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
     total = sum(row.device_time_total for row in rows)
-    print(
-        f"profile {shape} {quantization} {sum(len(e.ids_L) for e in examples)} tokens: {total / 1000:.2f} ms in kernels"
-    )
-    for row in rows[:32]:
+    print(f"{sum(len(e.ids_L) for e in examples)} tokens: {total / 1000:.2f} ms in kernels")
+    for row in rows[:listed]:
         print(f"{row.device_time_total / 1000:8.3f} ms {row.count:5d} x  {row.key[:110]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["check", "time", "profile"])
+    parser.add_argument("what", choices=["check", "time"])
     parser.add_argument("--shape", default="1b", choices=sorted(SHAPES))
     parser.add_argument("--quantization", default="nf4", choices=["nf4", "none"])
     parser.add_argument("--memory", default="auto", help="auto, low or GiB")
@@ -265,16 +263,14 @@ def main() -> None:
     parser.add_argument("--supervised", type=float, default=1 / 3)
     parser.add_argument("--even", action="store_true", help="documents of one length")
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--kernels", type=int, default=0, help="list so many kernels of one step by their share of it")
     args = parser.parse_args()
     if args.what == "check":
         check(args.shape, args.quantization)
         return
     memory = args.memory if args.memory in ("auto", "low") else float(args.memory)
     sizes = [conversations(t, args.documents, args.supervised, t, even=args.even) for t in args.tokens]
-    if args.what == "time":
-        report(args.shape, args.quantization, memory, sizes, args.repeats)
-    else:
-        profile(args.shape, args.quantization, memory, sizes[0])
+    report(args.shape, args.quantization, memory, sizes, args.repeats, args.kernels)
 
 
 if __name__ == "__main__":

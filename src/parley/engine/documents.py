@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 IGNORED = -100
+LONG = 2048  # tokens of a document from which on attention's arithmetic outweighs the launches of a library
 Ints = NDArray[np.int32]
 
 

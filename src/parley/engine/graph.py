@@ -35,8 +35,9 @@ class Graphs:
         self.warm = False
 
     def clear(self) -> None:
-        """Forget all graphs: what they read has moved."""
+        """Forget all graphs: what they read has moved. The pool goes with the last of them."""
         self.pairs.clear()
+        self.pool = torch.cuda.graph_pool_handle()
         self.warm = False
 
     def run(self, rows: Rows) -> None:

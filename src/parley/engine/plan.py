@@ -14,7 +14,8 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from parley.engine.workspace import ON_THE_WAY, columns, copies, workspace_bytes
+from parley.engine.documents import LONG
+from parley.engine.workspace import KEEP, ON_THE_WAY, columns, copies, workspace_bytes
 
 if TYPE_CHECKING:
     from parley.engine.bind import Bound
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 GIB = 2**30
 KINDS = ("everything", "products", "attention", "offloaded", "inputs")  # see workspace.KEEP; the fastest first
 GRAPH_TOKENS = 8192  # longer passes keep the device busy without a graph
-FEED_ROWS = 4096  # rows of a lean feed-forward at a time: enough to fill the device
+LEAN = ((4096, 1024), (2048, 512), (2048, 256))  # rows of a feed-forward and of logits at a time, still many enough
 MOST_TOKENS = 32768  # of a pass of several documents; more would be no faster
 RESERVE = 0.1  # of the free memory is left alone
 LIBRARIES = 96 * 2**20  # what cuBLAS and the graphs' own pool hold
@@ -105,16 +106,18 @@ def _plans(bound: Bound, length_N: NDArray[np.integer], documents: int) -> Itera
             if keep == "offloaded" and not (cuda and len(bound.layers) > ON_THE_WAY):
                 continue
             for tokens in _halves(whole, longest):
-                graphs = cuda and keep != "offloaded"
-                yield Plan(
+                plan = Plan(
                     positions=longest,
                     tokens=tokens,
                     keep=keep,
                     keep_matrices=keep_matrices,
-                    head_rows=1024 if keep_matrices or keep == "offloaded" else 256,
-                    feed_rows=FEED_ROWS if keep not in ("everything", "products") and tokens > FEED_ROWS else 0,
-                    graph_tokens=GRAPH_TOKENS if graphs else 0,
+                    graph_tokens=GRAPH_TOKENS if cuda and keep != "offloaded" else 0,
                 )
+                if "gate_up" in KEEP[keep]:
+                    yield plan
+                    continue
+                for feed_rows, head_rows in LEAN:
+                    yield replace(plan, feed_rows=feed_rows if tokens > feed_rows else 0, head_rows=head_rows)
 
 
 def _halves(whole: int, longest: int) -> list[int]:
@@ -153,11 +156,14 @@ def _count(plan: Plan, bound: Bound, allowed: int, moment_bytes: int) -> Plan:
 
 
 def _attention_bytes(plan: Plan, bound: Bound) -> int:
-    """What attention keeps of each row, and what its backward pass allocates for long documents."""
+    """What attention keeps of each row, and what cuDNN allocates for long documents (kernels/flash.py): its output,
+    the gradients, those of keys and values for every query head before they are summed, and queries' in fp32.
+    """
     shape = bound.layers[0].shape
     sums = 4 * shape.heads * plan.tokens * (1 if plan.keep == "inputs" else len(bound.layers))
-    longest = plan.positions if plan.positions >= 2048 else 0  # kernels/flash.py
-    return sums + longest * (shape.columns * bound.dtype.itemsize + 4 * shape.heads * shape.size)
+    longest = plan.positions if plan.positions >= LONG and bound.device.type == "cuda" else 0
+    width = bound.dtype.itemsize
+    return sums + longest * (shape.columns * width + shape.heads * shape.size * (3 * width + 4))
 
 
 def _host_bytes(plan: Plan, bound: Bound) -> int:

@@ -89,7 +89,7 @@ class Workspace:
         if tokens <= self.tokens:
             return False
         self.buffers.clear()
-        self.tokens = max(tokens, self.plan.tokens)
+        self.tokens = _whole(max(tokens, self.plan.tokens), self.plan)
         for name, count in self.copies.items():
             size = _rows(name, self.plan, self.tokens) * self.columns[name]
             for place in range(count):
@@ -105,4 +105,8 @@ class Workspace:
 def _rows(name: str, plan: Plan, tokens: int) -> int:
     if name in FEED and plan.feed_rows:
         tokens = min(tokens, plan.feed_rows)
+    return _whole(tokens, plan)
+
+
+def _whole(tokens: int, plan: Plan) -> int:
     return math.ceil(tokens / plan.granule) * plan.granule

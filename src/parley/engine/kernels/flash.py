@@ -17,10 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parley.engine.documents import Rows
+from parley.engine.documents import LONG, Rows
 from parley.engine.ops import AttentionShape
-
-LONG = 2048  # from here on the arithmetic outweighs the launches
 
 aten = torch.ops.aten
 
