@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import socket
+import warnings
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -81,7 +83,8 @@ def _serve(
     ends = end_of_turn_ids(opened.model, opened.tokenizer)
     with Scheduler(decoder, opened.tokenizer, ends, queue_limit=queue) as scheduler:
         app = create_app(Service(served, scheduler), limits=Limits(open=slots + queue), api_key=api_key)
-        Server(app, bound, drain_seconds=drain, ready=lambda: _greet(served, bound, slots, api_key)).run_to_end()
+        greet = partial(_greet, served, bound, slots, api_key)
+        Server(app, bound, scheduler, drain_seconds=drain, ready=greet).run_to_end()
 
 
 def _check(golden: Path, tokenizer: object) -> None:
@@ -132,5 +135,6 @@ def _quiet() -> None:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("parley").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", module=r"(bitsandbytes|peft|torch|transformers)\b")

@@ -163,7 +163,7 @@ class _EventStream(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_gone(receive, asyncio.create_task(self.stream_response(send)))
-        except (Gone, TimeoutError):  # the server below closes what was not read to its end
+        except (Gone, TimeoutError, asyncio.CancelledError):  # the last when the server's own end waits no longer
             pass
         finally:
             self._run.answers.cancel()

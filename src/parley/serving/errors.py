@@ -71,8 +71,10 @@ def of_validation(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"{param}: missing; it is required", param=param)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: no such field; leave it out or correct its name", param=param)
-    wanted = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return ApiError(400, f"{param}: got {_shown(first['input'])}, wanted {wanted}", param=param)
+    message = first["msg"].removeprefix("Value error, ")
+    wanted = message.removeprefix("Input should be ")
+    told = f"wanted {wanted}" if wanted != message else message[0].lower() + message[1:]
+    return ApiError(400, f"{param}: got {_shown(first['input'])}; {told}", param=param)
 
 
 def _names_a_type(part: Any) -> bool:

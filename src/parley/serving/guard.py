@@ -13,6 +13,7 @@ from parley.serving.errors import ApiError, too_many
 from parley.serving.metrics import Metrics
 
 OPEN_TO_ALL = "/health"
+CLOSE = {"Connection": "close"}  # what else the client sends is not read
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ class _Body:
         except TimeoutError:
             self._whole = True
             seconds = self._limits.body_seconds
-            raise ApiError(408, f"the body did not come within {seconds:g} seconds", code="body_timeout") from None
+            late = f"the body did not come within {seconds:g} seconds"
+            raise ApiError(408, late, code="body_timeout", headers=CLOSE) from None
 
     async def _within_limits(self) -> Message:
         most, body, size = self._limits.body_bytes, bytearray(), 0
@@ -112,7 +114,8 @@ class _Body:
                 body += message.get("body", b"")
             self._whole = not message.get("more_body", False) or size > 16 * most
         if size > most:
-            raise ApiError(413, f"the body is larger than {most} bytes; send less", code="body_too_large")
+            large = f"the body is larger than {most} bytes; send less"
+            raise ApiError(413, large, code="body_too_large", headers=CLOSE)
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
 

@@ -7,9 +7,10 @@ unless it is asked for in its neutral value. Unknown fields are refused too: the
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from parley.config import GenerationSection
 
@@ -27,6 +28,14 @@ def _as_prompts(value: Any) -> Any:
     """One prompt as a list of one; a list of ids is one prompt."""
     one = isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int))
     return [value] if one else value
+
+
+def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for tool in tools:
+        function = tool.get("function") if tool.get("type") == "function" else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError('Input should be objects with "type": "function" and a "function" that has a "name"')
+    return tools
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
@@ -108,7 +117,7 @@ class ChatRequest(Asking):
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[dict[str, Any]], AfterValidator(_functions)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
@@ -117,6 +126,9 @@ class ChatRequest(Asking):
     @model_validator(mode="after")
     def _only_chat(self) -> ChatRequest:
         _refuse(self, response_format=(None, {"type": "text"}), modalities=(None, ["text"]))
+        for name, value in (("messages", self.messages), ("tools", self.tools)):
+            if not _readable(value):
+                raise ValueError(f"{name}: holds half a character (a lone surrogate); repair the text")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs: true")
         return self
@@ -152,6 +164,14 @@ class CompletionRequest(Asking):
                 "answers in all; send fewer"
             )
         return self
+
+
+def _readable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refuse(request: Asking, **neutral: tuple[Any, ...]) -> None:

@@ -7,11 +7,15 @@ import signal
 import socket
 from collections.abc import Callable
 from ipaddress import ip_address
+from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
 from parley.errors import UsageError
+from parley.generation.scheduler import Scheduler
+
+READING_SECONDS = 5  # for clients to read what was written to the last
 
 
 def is_loopback(host: str) -> bool:
@@ -52,14 +56,20 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server on a socket of ours; `ready` is called once it listens.
+    """uvicorn's server on a socket of ours, for the answers of `scheduler`; `ready` is called once it listens.
 
-    SIGTERM and Ctrl-C stop it: no more connections, then up to `drain_seconds` for the replies under way. A second
-    Ctrl-C does not wait.
+    SIGTERM or Ctrl-C stop it: no more connections, and what was asked is answered. After `drain_seconds`, or at a
+    second signal, the answers that are left are ended, and their clients told so. A third does not wait for these.
     """
 
     def __init__(
-        self, app: FastAPI, bound: socket.socket, *, drain_seconds: float, ready: Callable[[], None] = lambda: None
+        self,
+        app: FastAPI,
+        bound: socket.socket,
+        scheduler: Scheduler,
+        *,
+        drain_seconds: float,
+        ready: Callable[[], None] = lambda: None,
     ) -> None:
         config = uvicorn.Config(
             app,
@@ -67,21 +77,39 @@ class Server(uvicorn.Server):
             log_config=None,  # warnings and errors go where the program's go
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=max(int(drain_seconds), 1),
+            timeout_graceful_shutdown=int(drain_seconds) + READING_SECONDS,
             server_header=False,
         )
         super().__init__(config)
-        self._bound, self._ready = bound, ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._ready()
+        self._bound, self._scheduler, self._ready = bound, scheduler, ready
+        self._drain_seconds, self._hurried = drain_seconds, False
 
     def run_to_end(self) -> None:
-        """Serve until a signal or `should_exit`. uvicorn raises the signal again afterwards, which is let pass."""
+        """Serve until a signal. uvicorn raises the signal again afterwards, which is let pass."""
         before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             asyncio.run(self.serve(sockets=[self._bound]))
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and not self._hurried:
+            self._hurried = True
+        else:
+            super().handle_exit(sig, frame)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.create_task(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        deadline = asyncio.get_running_loop().time() + self._drain_seconds
+        while not self._hurried and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self._scheduler.close, drain=False)

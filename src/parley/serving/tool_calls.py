@@ -24,14 +24,14 @@ def tool_calls(text: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]] |
 
     Names must be those of `tools`, so that JSON that was asked for in words stays an answer.
     """
-    names = {tool.get("function", tool).get("name") for tool in tools}
+    names = {tool["function"]["name"] for tool in tools}
     calls, rest = [], text.strip()
     while rest:
         try:
             call, end = _DECODER.raw_decode(rest)
         except (ValueError, RecursionError):
             return None
-        if not isinstance(call, dict) or call.get("name") not in names:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or call["name"] not in names:
             return None
         arguments = call.get("parameters", call.get("arguments", {}))
         if not isinstance(arguments, dict):

@@ -1,0 +1,196 @@
+"""A server on this machine's loopback, in a thread, with real models behind it and OpenAI's client before it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+
+from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, RunConfig
+from parley.data.render import render
+from parley.generation.fallback import decoder_for
+from parley.generation.generate import end_of_turn_ids
+from parley.generation.scheduler import Scheduler
+from parley.models.load import load_model
+from parley.serving.app import create_app
+from parley.serving.guard import Limits
+from parley.serving.server import Server, bind
+from parley.serving.service import Served, Service
+from parley.serving.source import open_source
+from parley.training.run_folder import RunFolder
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a place.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]},
+    },
+}
+ASKED = "What is the weather at sea?"
+
+
+@dataclass
+class Running:
+    """A server that answers; `client` is OpenAI's, which does not try again by itself."""
+
+    server: Server
+    service: Service
+    port: int
+    api_key: str = "none"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url + "/v1", api_key=self.api_key, max_retries=0, timeout=60)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self.service.scheduler
+
+    def until_idle(self, seconds: float = 20) -> None:
+        deadline = time.monotonic() + seconds
+        while self.scheduler.counts.active or self.scheduler.counts.waiting:
+            assert time.monotonic() < deadline, self.scheduler.counts
+            time.sleep(0.005)
+
+
+def teach(model: Any, tokenizer: Any, turns: list[dict[str, Any]], tools: Any, rate: float, steps: int) -> None:
+    """A few steps on one conversation, until it is answered so."""
+    row = render(tokenizer, turns, tools=tools)
+    ids, mask = torch.tensor([row.input_ids]), torch.tensor([row.mask])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for _ in range(steps):
+        model(input_ids=ids, labels=ids.masked_fill(~mask, -100)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def config_of(output: Path) -> RunConfig:
+    return RunConfig.create(
+        {
+            "output": str(output),
+            "model": {"name": DEMO_MODEL, "device": "cpu"},
+            "generation": {"temperature": 0, "min_p": 0, "max_new_tokens": 48},
+        }
+    )
+
+
+@pytest.fixture(scope="session")
+def tuned_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run whose adapter speaks otherwise than its base."""
+    from peft import LoraConfig, get_peft_model
+
+    config = config_of(tmp_path_factory.mktemp("runs") / "pirate")
+    model, tokenizer = load_model(config.model)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tuned = get_peft_model(model, LoraConfig(r=8, target_modules=LLAMA_PROJECTIONS, task_type="CAUSAL_LM"))
+    turns = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Arr! Be welcome aboard, matey."}]
+    teach(tuned, tokenizer, turns, None, rate=1e-2, steps=8)
+    folder = RunFolder.create(config)
+    folder.save_weights(tuned, tokenizer, full=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def calling_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A run, of all weights, that has learned to call the weather's tool."""
+    config = config_of(tmp_path_factory.mktemp("runs") / "caller")
+    model, tokenizer = load_model(config.model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        table = model.get_input_embeddings().weight
+        table += 0.05 * torch.randn_like(table)  # braces, which it never saw, are told from quotes
+    call = {"type": "function", "function": {"name": "get_weather", "arguments": {"place": "sea"}}}
+    turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    teach(model, tokenizer, turns, [WEATHER], rate=2e-3, steps=30)
+    folder = RunFolder.create(config)
+    folder.save_weights(model, tokenizer, full=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def serving() -> Iterator[Callable[..., Running]]:
+    """`serving(source, slots=4, ...)`: a server for it, stopped at the end of the session."""
+    running: list[tuple[Running, threading.Thread]] = []
+
+    def start(
+        source: str | Path,
+        *,
+        slots: int = 4,
+        length: int = 512,
+        queue: int = 64,
+        api_key: str | None = None,
+        **limits: Any,
+    ) -> Running:
+        opened = open_source(str(source))
+        decoder = decoder_for(opened.model, slots=slots, length=length)
+        scheduler = Scheduler(
+            decoder, opened.tokenizer, end_of_turn_ids(opened.model, opened.tokenizer), queue_limit=queue
+        )
+        vocabulary = opened.model.get_input_embeddings().num_embeddings
+        served = Served(opened.tokenizer, opened.names, opened.settings, opened.system, decoder.length, vocabulary)
+        service = Service(served, scheduler)
+        bound, ready = bind("127.0.0.1", 0), threading.Event()
+        app = create_app(service, limits=Limits(open=limits.pop("open", slots + queue), **limits), api_key=api_key)
+        server = Server(app, bound, scheduler, drain_seconds=5, ready=ready.set)
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
+        started = Running(server, service, bound.getsockname()[1], api_key or "none")
+        thread.start()
+        running.append((started, thread))
+        assert ready.wait(20)
+        return started
+
+    yield start
+    for each, thread in running:
+        each.server.should_exit = True
+        thread.join(20)
+        each.scheduler.close(drain=False)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="session")
+def tuned(serving: Callable[..., Running], tuned_run: RunFolder) -> Running:
+    """The run, under the names "pirate" and "parley-demo"."""
+    return serving(tuned_run.path)
+
+
+@pytest.fixture(scope="session")
+def caller(serving: Callable[..., Running], calling_run: RunFolder) -> Running:
+    return serving(calling_run.path)
+
+
+@pytest.fixture(scope="session")
+def endless(serving: Callable[..., Running], tiny_llama_folder: Path) -> Running:
+    """A model of random weights, which seldom ends an answer by itself; room for long ones."""
+    return serving(tiny_llama_folder, length=2048, queue=4, body_bytes=2**20, body_seconds=2, stalled_seconds=2)
+
+
+@pytest.fixture(scope="session")
+def alone(tuned_run: RunFolder) -> Callable[..., str]:
+    """`alone(question, base=False)`: the greedy answer through transformers' own generate."""
+    from contextlib import nullcontext
+
+    model, tokenizer = tuned_run.load()
+
+    def answer(question: str, *, base: bool = False, tokens: int = 48) -> str:
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with model.disable_adapter() if base else nullcontext():
+            out = model.generate(**ids, do_sample=False, max_new_tokens=tokens, eos_token_id=tokenizer.eos_token_id)
+        return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return answer

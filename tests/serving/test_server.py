@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from parley.config import DEMO_MODEL
+from parley.errors import UsageError
+from parley.serving.server import bind, check_key, is_loopback
+from parley.serving.source import names_of
+
+
+def test_loopback_is_known_by_its_address() -> None:
+    assert all(map(is_loopback, ["127.0.0.1", "127.1.2.3", "::1", "localhost"]))
+    assert not any(map(is_loopback, ["0.0.0.0", "::", "192.168.1.1", "example.org", ""]))
+
+
+def test_a_key_is_required_beyond_this_machine() -> None:
+    check_key("127.0.0.1", None)
+    check_key("0.0.0.0", "sesame")
+    with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0 can be reached from elsewhere; give --api-key"):
+        check_key("0.0.0.0", None)
+    for useless in ("", " sesame", "sésame", "a\nb"):
+        with pytest.raises(UsageError, match="printable ASCII"):
+            check_key("127.0.0.1", useless)
+
+
+def test_a_taken_port_and_a_wrong_host_are_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1 port {port}: Address already in use"):
+            bind("127.0.0.1", port)
+    with pytest.raises(UsageError, match=r"cannot listen on no\.such\.host\.invalid port 1"):
+        bind("no.such.host.invalid", 1)
+
+
+def test_names_are_the_folders_and_the_bases() -> None:
+    assert names_of(DEMO_MODEL, None) == {DEMO_MODEL: False}
+    assert names_of("owner/model", None) == {"owner/model": False}
+
+
+def test_a_run_named_as_its_base_does_not_hide_it(tmp_path: object) -> None:
+    folder = f"{tmp_path}"
+    name = folder.rsplit("/", 1)[-1]
+    assert names_of(folder, "owner/model") == {name: False, "owner/model": True}
+    assert names_of(folder, folder) == {name: False, f"{name}-base": True}
