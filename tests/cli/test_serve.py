@@ -69,9 +69,9 @@ def test_a_run_is_served_and_sigterm_lets_answers_end(run: RunFolder, serve: Cal
     assert "Bearer KEY" in server.banner
     assert "sesame" not in server.banner
     assert [model.id for model in server.client.models.list()] == ["tuned", "llama"]
-    asked: Any = {"model": "llama", "messages": HELLO, "max_tokens": 1500}
+    asked: Any = {"model": "llama", "messages": HELLO, "max_tokens": 300}
     whole = server.client.chat.completions.create(**asked).choices[0].message.content
-    assert len(whole) > 500
+    assert len(whole) > 200
 
     stream = iter(server.client.chat.completions.create(**asked, stream=True))
     said = "".join(next(stream).choices[0].delta.content or "" for _ in range(3))
@@ -82,17 +82,6 @@ def test_a_run_is_served_and_sigterm_lets_answers_end(run: RunFolder, serve: Cal
     said += "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert said == whole
     assert server.end() == (0, "")
-
-
-def test_ctrl_c_ends_it_and_drain_bounds_how_long(tiny_llama_folder: Path, serve: Callable[..., Process]) -> None:
-    server = serve(tiny_llama_folder, "--slots", 1, "--drain", 1)
-    asked: Any = {"model": "llama", "messages": HELLO, "max_tokens": 2000, "temperature": 0, "stream": True}
-    streams = [server.client.chat.completions.create(**asked) for _ in range(24)]  # more than a second's work
-    next(iter(streams[0]))
-    server.process.send_signal(signal.SIGINT)
-    assert server.end(seconds=15) == (0, "")
-    with pytest.raises(openai.APIError, match="stopped before the answer was finished"):
-        list(streams[-1])
 
 
 def _reachable(port: int) -> bool:
@@ -155,7 +144,7 @@ def test_a_second_ctrl_c_ends_answers_at_once_and_tells_their_clients(
 ) -> None:
     server = serve(tiny_llama_folder, "--slots", 1, "--drain", 60)
     asked: Any = {"model": "llama", "messages": HELLO, "max_tokens": 2000, "temperature": 0, "stream": True}
-    streams = [server.client.chat.completions.create(**asked) for _ in range(24)]
+    streams = [server.client.chat.completions.create(**asked) for _ in range(12)]
     server.process.send_signal(signal.SIGINT)
     sleep(0.5)
     server.process.send_signal(signal.SIGINT)

@@ -129,6 +129,7 @@ def serving() -> Iterator[Callable[..., Running]]:
     def start(
         source: str | Path,
         *,
+        drain: float = 5,
         slots: int = 4,
         length: int = 512,
         queue: int = 64,
@@ -145,7 +146,7 @@ def serving() -> Iterator[Callable[..., Running]]:
         service = Service(served, scheduler)
         bound, ready = bind("127.0.0.1", 0), threading.Event()
         app = create_app(service, limits=Limits(open=limits.pop("open", slots + queue), **limits), api_key=api_key)
-        server = Server(app, bound, scheduler, drain_seconds=5, ready=ready.set)
+        server = Server(app, bound, scheduler, drain_seconds=drain, ready=ready.set)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
         started = Running(server, service, bound.getsockname()[1], api_key or "none")
         thread.start()
@@ -175,7 +176,7 @@ def caller(serving: Callable[..., Running], calling_run: RunFolder) -> Running:
 @pytest.fixture(scope="session")
 def endless(serving: Callable[..., Running], tiny_llama_folder: Path) -> Running:
     """A model of random weights, which seldom ends an answer by itself; room for long ones."""
-    return serving(tiny_llama_folder, length=2048, queue=4, body_bytes=2**20, body_seconds=2, stalled_seconds=2)
+    return serving(tiny_llama_folder, length=2048, queue=4, body_bytes=2**20, body_seconds=1, stalled_seconds=1)
 
 
 @pytest.fixture(scope="session")

@@ -142,7 +142,7 @@ def test_a_slow_reader_holds_up_nobody_and_is_given_up(endless: Running) -> None
     for _ in range(5):
         assert endless.client.chat.completions.create(**ask).choices[0].message.content == expected  # type: ignore[call-overload]
     endless.until_idle(60)  # all is written, though nothing was read
-    time.sleep(2.5)  # the server gives it up; what was on its way can still be read
+    time.sleep(1.5)  # the server gives it up; what was on its way can still be read
     received = b""
     with contextlib.suppress(ConnectionError):
         while some := slow.recv(2**16):
@@ -154,7 +154,7 @@ def test_a_slow_reader_holds_up_nobody_and_is_given_up(endless: Running) -> None
 
 
 def test_sixty_four_clients_get_the_answers_they_would_get_alone(tuned: Running) -> None:
-    """For three seconds, with a queue between them and four slots; streamed and whole, greedy and drawn."""
+    """For two seconds, with a queue between them and four slots; streamed and whole, greedy and drawn."""
     questions = ["Hello!", "What is the opposite of hot?", "What colour is the sky?", "Count to five.", "Who are you?"]
     asked = [
         {
@@ -169,7 +169,7 @@ def test_sixty_four_clients_get_the_answers_they_would_get_alone(tuned: Running)
         for temperature in (0, 1.0)
     ]
     expected = [tuned.client.chat.completions.create(**each).choices[0].message.content for each in asked]  # type: ignore[call-overload]
-    deadline = time.monotonic() + 3
+    deadline = time.monotonic() + 2
 
     def client_of(number: int) -> list[tuple[int, str | None]]:
         got = []

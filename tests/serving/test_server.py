@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import signal
 import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
+from tests.serving.conftest import Running
 
 from parley.config import DEMO_MODEL
 from parley.errors import UsageError
@@ -39,8 +46,33 @@ def test_names_are_the_folders_and_the_bases() -> None:
     assert names_of("owner/model", None) == {"owner/model": False}
 
 
-def test_a_run_named_as_its_base_does_not_hide_it(tmp_path: object) -> None:
-    folder = f"{tmp_path}"
-    name = folder.rsplit("/", 1)[-1]
+def test_a_run_named_as_its_base_does_not_hide_it(tmp_path: Path) -> None:
+    folder, name = str(tmp_path), tmp_path.name
     assert names_of(folder, "owner/model") == {name: False, "owner/model": True}
     assert names_of(folder, folder) == {name: False, f"{name}-base": True}
+
+
+@pytest.mark.parametrize("hurried", [False, True])
+def test_answers_that_time_runs_out_for_are_ended_and_their_clients_told(
+    serving: Callable[..., Running], tiny_llama_folder: Path, hurried: bool
+) -> None:
+    running = serving(tiny_llama_folder, slots=1, length=2048, drain=60 if hurried else 0.5)
+    name = next(iter(running.service.served.names))
+    asked: Any = {
+        "model": name,
+        "messages": [{"role": "user", "content": "Ahoy!"}],
+        "max_tokens": 2000,
+        "temperature": 0,
+    }
+    streams = [running.client.chat.completions.create(**asked, stream=True) for _ in range(20)]
+    running.server.handle_exit(signal.SIGINT, None)
+    if hurried:
+        running.server.handle_exit(signal.SIGINT, None)
+    with pytest.raises(openai.APIError, match="stopped before the answer was finished"):
+        list(streams[-1])
+    deadline = time.monotonic() + 20
+    while running.server.server_state.connections:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(openai.APIConnectionError):
+        running.client.models.list()
