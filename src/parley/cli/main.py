@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import parley
-from parley.cli import chat, demo, doctor, evaluate, inspect, serve, train
+from parley.cli import bench, chat, demo, doctor, evaluate, inspect, serve, train
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve.serve,
     "inspect": inspect.inspect,
     "eval": evaluate.evaluate,
+    "bench": bench.bench,
     "doctor": doctor.doctor,
 }
 

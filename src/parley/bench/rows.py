@@ -1,0 +1,61 @@
+"""The rows of a job: rendered once, so that every trainer reads the same ids in the same order."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+
+from parley.bench.jobs import Job
+from parley.config import DataSection, RunConfig
+from parley.data.prepare import prepare, read_examples
+from parley.errors import DataError
+from parley.models.load import load_tokenizer
+
+LONG_ROWS = 32
+FRAME = 60  # tokens that a template writes around a long answer, at most
+
+
+def write_rows(job: Job, config: RunConfig, folder: Path) -> None:
+    """Render the job's rows into `folder`, which is new. Raises DataError and ModelError."""
+    tokenizer = load_tokenizer(config.model)
+    data = config.data
+    folder.mkdir()
+    if job.length is not None:
+        long = folder / "long.jsonl"
+        with long.open("w", encoding="utf-8") as file:
+            for text in _long_texts(job.length, data, tokenizer):
+                file.write(json.dumps({"instruction": "Continue.", "response": text}) + "\n")
+        data = data.model_copy(update={"source": str(long), "limit": None})
+    rows = prepare(data, tokenizer, config.model.max_seq_length).train
+    needed = job.batch * job.accumulate
+    if len(rows) < needed:
+        raise DataError(f"{config.data.source}: {len(rows)} rows are left, and a step of job {job.name} takes {needed}")
+    rows.save_to_disk(str(folder / "rows"))
+
+
+def read_rows(folder: Path) -> Dataset:
+    return load_from_disk(str(folder / "rows"))
+
+
+def as_text(rows: Dataset, tokenizer: Any) -> Dataset:
+    """The same rows as text, for a trainer that makes its own tokens of it."""
+    return Dataset.from_list([{"text": tokenizer.decode(ids)} for ids in rows["input_ids"]])
+
+
+def _long_texts(length: int, data: DataSection, tokenizer: Any) -> Iterator[str]:
+    """Texts of nearly `length` tokens: all answers end to end, cut at places drawn with a fixed seed."""
+    _, examples = read_examples(data)
+    answers = [example.messages[-1]["content"] for example in examples if example.messages]
+    if not answers:
+        raise DataError(f"{data.source}: no conversations to make long ones of; give rows with an answer")
+    ids = tokenizer(" ".join(answers), add_special_tokens=False)["input_ids"]
+    ids = ids * (2 + length // len(ids))
+    draw = random.Random(0)
+    for _ in range(LONG_ROWS):
+        begin = draw.randrange(len(ids) - length)
+        yield tokenizer.decode(ids[begin : begin + length - FRAME])

@@ -1,0 +1,111 @@
+"""One trainer on one job in this process: python -m parley.bench.worker WHO JOB SETTINGS.yaml FOLDER RESULT.json"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from parley.bench.jobs import JOBS, Job
+from parley.config import RunConfig
+
+PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "parley-llm")
+GIB = 2**30
+
+
+def main(who: str, job_name: str, settings: str, folder: str, result: str) -> None:
+    if who == "unsloth":
+        importlib.import_module(who)  # it wants to be imported before the libraries that it rewrites
+    report = run(who, JOBS[job_name], RunConfig.from_yaml(settings), Path(folder))
+    Path(result).write_text(json.dumps(report), encoding="utf-8")
+
+
+def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Train and say how it went, in the keys that benchmarks/results/ keeps. None is what was not measured."""
+    from transformers import TrainerCallback
+
+    from parley.bench.trainers import build
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.stamps: list[float] = []
+            self.logs: list[dict[str, float]] = []
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            self.stamps.append(time.time())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+            if "loss" in logs:
+                self.logs.append(logs)
+
+    trainer, clock = build(who, job, config, folder), Clock()
+    trainer.add_callback(clock)
+    begun = time.time()
+    trainer.train()
+    wall = time.time() - begun
+    losses = [round(float(logs["loss"]), 5) for logs in clock.logs]
+    return {
+        "who": who,
+        "job": job.name,
+        **step_times(clock.stamps, job.skip),
+        "first_step_s": round(clock.stamps[0] - begun, 1),
+        "first_step_after_start_s": round(clock.stamps[0] - psutil.Process(os.getpid()).create_time(), 1),
+        "train_wall_s": round(wall, 1),
+        "steps": len(clock.stamps),
+        **peak_memory(),
+        "first_losses": losses[:3],
+        "last_losses": losses[-2:],
+        "losses": losses,
+        "grad_norms": [round(float(logs["grad_norm"]), 5) for logs in clock.logs],
+        "plain_because": vars(trainer).get("plain_because"),
+        "machine": machine(),
+        "versions": {name: found for name in PACKAGES if (found := installed(name)) is not None},
+    }
+
+
+def step_times(stamps: list[float], skip: int) -> dict[str, float | None]:
+    """Median and mean time between the ends of steps, in ms, the first `skip` steps left out."""
+    steps = sorted(b - a for a, b in zip(stamps[skip:], stamps[skip + 1 :], strict=False))
+    if not steps:
+        return {"median_step_ms": None, "mean_step_ms": None}
+    return {
+        "median_step_ms": round(1000 * steps[len(steps) // 2], 2),
+        "mean_step_ms": round(1000 * sum(steps) / len(steps), 2),
+    }
+
+
+def peak_memory() -> dict[str, float | None]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"peak_allocated_gib": None, "peak_reserved_gib": None}
+    return {
+        "peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+        "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+    }
+
+
+def machine() -> str:
+    import torch
+
+    from parley.training.resources import device_name
+
+    return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,141 @@
+"""Reports side by side, and what is refused before anything is loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from parley.bench.compare import _in_own_process, check, compare, table
+from parley.bench.jobs import JOBS, find_job
+from parley.bench.rows import as_text, read_rows, write_rows
+from parley.bench.worker import step_times
+from parley.errors import DataError, DeviceError, RunError, UsageError
+
+KEYS = {
+    *("who", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s", "train_wall_s"),
+    *("steps", "peak_allocated_gib", "peak_reserved_gib", "first_losses", "last_losses", "losses", "grad_norms"),
+    *("machine", "versions", "commit"),
+}
+
+
+def report(who: str, median: float | None, losses: list[float], run: int = 1) -> dict[str, Any]:
+    return {
+        "who": who,
+        "run": run,
+        "median_step_ms": median,
+        "mean_step_ms": median,
+        "first_step_after_start_s": 5.25,
+        "peak_allocated_gib": None,
+        "peak_reserved_gib": 1234.5,
+        "losses": losses,
+        "first_losses": losses[:3],
+        "last_losses": losses[-2:],
+    }
+
+
+def row(instruction: str, response: str) -> str:
+    return json.dumps({"instruction": instruction, "response": response}) + "\n"
+
+
+def test_the_table_says_what_was_measured_and_nothing_else() -> None:
+    reports = [
+        report("parley", 10.0, [2.0, 1.0]),
+        report("parley", 9.0, [2.0, 1.0], 2),
+        report("trl", 30.0, [2.0, 1.1]),
+    ]
+    lines = table(reports).splitlines()
+    assert lines[2] == "| parley | 10.0 | 10.0 | 5.25 |  | 1,234.5 | 2.0000, 1.0000 | 2.0000, 1.0000 |"
+    assert lines[3].startswith("| parley, run 2 | 9.0 |")
+    assert "3.0 times the steps per second of trl" in lines[-1]
+    assert "9.09% apart at any of 2 steps" in lines[-1]
+
+
+def test_no_speed_is_claimed_where_none_was_measured() -> None:
+    said = table([report("parley", None, [2.0]), report("trl", None, [2.0])])
+    assert "times" not in said.splitlines()[-1]
+    assert "| parley |  |  |" in said
+
+
+def test_the_first_steps_are_left_out_of_the_median() -> None:
+    assert step_times([0.0, 9.0, 10.0, 10.5, 11.5], skip=1) == {"median_step_ms": 1000.0, "mean_step_ms": 833.33}
+    assert step_times([0.0, 9.0], skip=1) == {"median_step_ms": None, "mean_step_ms": None}
+
+
+@pytest.mark.parametrize("who", ["parley", "parley-low", "parley-plain", "parley-5.5", "trl"])
+def test_everyone_who_can_run_is_let_through(who: str) -> None:
+    check(JOBS["demo"], [who])
+
+
+@pytest.mark.parametrize("who", ["parlay", "parley-fast", "parley-0", "parley--3", "unsloth-2", "trl-5"])
+def test_a_name_that_is_nobody_s_is_refused(who: str) -> None:
+    with pytest.raises(UsageError, match=r"nobody is called.*parley-GIB.*unsloth"):
+        check(JOBS["demo"], [who])
+
+
+def test_what_is_wrong_is_said_in_one_line() -> None:
+    with pytest.raises(UsageError, match=r"no job is called 'sed'; there are demo, seed"):
+        find_job("sed")
+    with pytest.raises(UsageError, match="nobody to time"):
+        check(JOBS["demo"], [])
+    with pytest.raises(UsageError, match="unsloth"):
+        check(JOBS["demo"], ["unsloth"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_s_job_needs_one() -> None:
+    with pytest.raises(DeviceError, match=r"job seed needs a GPU.*demo"):
+        check(JOBS["seed"], ["parley"])
+
+
+def test_long_rows_are_as_long_as_asked_and_the_same_each_time(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(row("Say", f"the {n}th word") for n in range(9)))
+    job = JOBS["long"]
+    config = job.config(str(tiny_llama_folder), str(source), None)
+    config.model.max_seq_length = 250
+    short = type(job)("long", job.model, batch=1, length=250)
+    for name in ("one", "two"):
+        write_rows(short, config, tmp_path / name)
+    rows = read_rows(tmp_path / "one")
+    assert rows["input_ids"] == read_rows(tmp_path / "two")["input_ids"]
+    assert len(rows) == 32
+    assert all(170 <= len(ids) <= 250 for ids in rows["input_ids"])
+
+
+def test_text_rows_make_the_same_ids(tmp_path: Path, tiny_tokenizer: Any, tiny_llama_folder: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(row(f"Say {n}", "it's 1 , 2 !") for n in range(9)))
+    write_rows(JOBS["8b-short"], JOBS["8b-short"].config(str(tiny_llama_folder), str(source), None), tmp_path / "rows")
+    rows = read_rows(tmp_path / "rows")
+    again = [
+        tiny_tokenizer(row["text"], add_special_tokens=False)["input_ids"] for row in as_text(rows, tiny_tokenizer)
+    ]
+    assert again == list(rows["input_ids"])
+
+
+def test_too_few_rows_for_a_step_are_refused(tmp_path: Path, tiny_llama_folder: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text(row("Say", "it"))
+    with pytest.raises(DataError, match="1 rows are left, and a step of job seed takes 8"):
+        write_rows(JOBS["seed"], JOBS["seed"].config(str(tiny_llama_folder), str(source), None), tmp_path / "rows")
+
+
+def test_the_demo_job_is_timed_in_processes_of_their_own() -> None:
+    job = JOBS["demo"]
+    ours, peer = compare(job, job.config(None, None, 3), ["parley", "trl"])
+    for found in (ours, peer):
+        assert found.keys() >= KEYS
+        assert found["steps"] == len(found["losses"]) == 3
+        assert found["first_step_after_start_s"] > found["first_step_s"]
+        assert found["median_step_ms"] is None  # fewer steps than the job leaves out
+        assert found["versions"]["trl"]
+    assert ours["plain_because"] is None
+    assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-4)
+    assert ours["grad_norms"] == pytest.approx(peer["grad_norms"], rel=1e-2)
+
+
+def test_a_trainer_that_fails_is_named_with_its_last_words(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"trl failed on job demo: .*gone\.yaml: no such file"):
+        _in_own_process("trl", JOBS["demo"], tmp_path / "gone.yaml", tmp_path)
