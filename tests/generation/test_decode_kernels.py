@@ -62,8 +62,8 @@ def adapting(rows: int, ranks: int) -> Any:
     return kernels.Adapting(torch.full((rows * max(ranks, 1),), torch.nan, device=DEVICE), ready, tuned)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-@pytest.mark.parametrize(("sizes", "columns", "rank"), [((37, 13, 13), 192, 5), ((10, 7, 7), 64, 0), ((53,), 1280, 3)])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("sizes", "columns", "rank"), [((21, 9, 9), 192, 5), ((10, 7, 7), 64, 0), ((19,), 1280, 3)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_product(rows: int, sizes: tuple[int, ...], columns: int, rank: int, packed: bool) -> None:
     of = projections(sizes, columns, rank, packed=packed, bias=len(sizes) == 3)
@@ -85,7 +85,7 @@ def test_product(rows: int, sizes: tuple[int, ...], columns: int, rank: int, pac
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("size", "columns", "rank"), [(37, 192, 5), (24, 64, 0)])
+@pytest.mark.parametrize(("size", "columns", "rank"), [(21, 192, 5), (24, 64, 0)])
 @pytest.mark.parametrize("packed", [False, True])
 def test_gated(rows: int, size: int, columns: int, rank: int, packed: bool) -> None:
     of = projections((size, size), columns, rank, packed=packed)
@@ -112,7 +112,7 @@ def test_nf4_products_equal_bitsandbytes_own() -> None:
     assert off(out, wanted) < 1e-4
 
 
-@pytest.mark.parametrize("positions", [(0,), (70,), (5, 130, 0)])
+@pytest.mark.parametrize("positions", [(70,), (5, 130, 0)])
 @pytest.mark.parametrize(("heads", "kv_heads", "window", "norms"), [(6, 2, None, False), (4, 4, 9, True)])
 def test_attention(positions: tuple[int, ...], heads: int, kv_heads: int, window: int | None, norms: bool) -> None:
     size, rows, length = 16, len(positions), 160
@@ -123,7 +123,7 @@ def test_attention(positions: tuple[int, ...], heads: int, kv_heads: int, window
     head_norms = HeadNorms(1 + draw(size, seed=4) / 10, 1 + draw(size, seed=5) / 10, 1e-5) if norms else None
     fields = torch.zeros(rows, 7, dtype=torch.int32, device=DEVICE)
     fields[:, 3] = torch.tensor(positions, device=DEVICE)
-    shares = attention.Shares.room(rows, shape, DEVICE)
+    shares = attention.Shares.room(rows, shape, DEVICE, programs=16)
     got_cache, got = cache.clone(), torch.full((rows, heads * size), torch.nan, device=DEVICE)
     for _ in range(2):  # the counters are left as they were found
         got_cache.copy_(cache)
@@ -146,7 +146,8 @@ def plain_attention(
         q, k = (x * c + torch.cat([-x[:, shape.size // 2 :], x[:, : shape.size // 2]], 1) * s for x in (q, k))
         cache[row, 0, :, position], cache[row, 1, :, position] = k, v
         first = 0 if shape.window is None else max(position - shape.window + 1, 0)
-        keys, values = (x.repeat_interleave(shape.heads // shape.kv_heads, 0) for x in cache[row, :, :, first : position + 1])
+        seen = cache[row, :, :, first : position + 1].repeat_interleave(shape.heads // shape.kv_heads, 1)
+        keys, values = seen
         scores = torch.einsum("he,hle->hl", q, keys) * shape.scale
         outs.append(torch.einsum("hl,hle->he", scores.softmax(-1), values).flatten())
     return cache, torch.stack(outs)
@@ -154,7 +155,7 @@ def plain_attention(
 
 @pytest.mark.parametrize("vocabulary", [131, 2500])
 def test_drawing(vocabulary: int) -> None:
-    """Greedy and drawn rows side by side, with min_p and penalties, over several steps; dead rows stay where they are."""
+    """Greedy and drawn rows side by side, with min_p and penalties, over several steps; dead rows stay."""
     settings = [
         GenerationSection(temperature=0),
         GenerationSection(temperature=0, repetition_penalty=1.7),

@@ -104,7 +104,8 @@ def uniform(state: State) -> Tensor:
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
     """The first token at which the cumulated `p_BV` passes the share `u_B` of its sum."""
     cumulated_BV = p_BV.cumsum(-1)
-    return torch.searchsorted(cumulated_BV, u_B[:, None] * cumulated_BV[:, -1:], right=True)[:, 0]
+    token_B = torch.searchsorted(cumulated_BV, u_B[:, None] * cumulated_BV[:, -1:], right=True)[:, 0]
+    return token_B.clamp_(max=p_BV.shape[1] - 1)  # where logits are no numbers, an index still
 
 
 def next_tokens(logits_BV: Tensor, state: State, needs: Needs) -> Tensor:

@@ -46,8 +46,10 @@ class State:
     @classmethod
     def empty(cls, rows: int, vocabulary: int, tokens: int, device: torch.device) -> State:
         alternatives = min(ALTERNATIVES, vocabulary)
+        fields_BF = torch.zeros(rows, FIELDS, dtype=torch.int32, device=device)
+        fields_BF.view(torch.float32)[:, PENALTY] = 1.0
         return cls(
-            torch.zeros(rows, FIELDS, dtype=torch.int32, device=device),
+            fields_BF,
             torch.zeros(rows, vocabulary, dtype=torch.bool, device=device),
             torch.zeros(rows, tokens, dtype=torch.int32, device=device),
             torch.zeros(rows, tokens, dtype=torch.float32, device=device),

@@ -127,21 +127,23 @@ class Shares:
     summed: Tensor
     top: Tensor
     arrived: Tensor
+    programs: int
 
     @classmethod
-    def room(cls, rows: int, shape: AttentionShape, device: torch.device) -> Shares:
-        """Enough for up to `rows` rows of layers of `shape`."""
-        most = max(share_count(row + 1, shape) * (row + 1) for row in range(rows))
+    def room(cls, rows: int, shape: AttentionShape, device: torch.device, programs: int = PROGRAMS) -> Shares:
+        """Enough for up to `rows` rows of layers of `shape`; few rows are cut so that there are some `programs`."""
+        most = max(share_count(row + 1, shape, programs) * (row + 1) for row in range(rows))
         return cls(
             torch.empty(most * shape.heads * shape.size, dtype=torch.float32, device=device),
             torch.empty(most * shape.heads * 2, dtype=torch.float32, device=device),
             torch.zeros(rows * shape.kv_heads, dtype=torch.int32, device=device),
+            programs,
         )
 
 
-def share_count(rows: int, shape: AttentionShape) -> int:
+def share_count(rows: int, shape: AttentionShape, programs: int) -> int:
     """Into how many shares a row's positions are cut: a power of two."""
-    return min(MOST_SHARES, triton.next_power_of_2(triton.cdiv(PROGRAMS, rows * shape.kv_heads)))
+    return min(MOST_SHARES, triton.next_power_of_2(triton.cdiv(programs, rows * shape.kv_heads)))
 
 
 def attend(
@@ -153,7 +155,7 @@ def attend(
     Its keys and values are written to the cache at `position_B`; positions before that are read.
     """
     rows = qkv_BC.shape[0]
-    count = share_count(rows, shape)
+    count = share_count(rows, shape, shares.programs)
     assert cache_B2KLE.stride(3) == shape.size
     _attend[(count, shape.kv_heads, rows)](
         qkv_BC, cache_B2KLE, out_BD, position_B, rope.cos_PE, rope.sin_PE,

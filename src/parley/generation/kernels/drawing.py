@@ -103,6 +103,7 @@ def _pick(
         last = tl.max(tl.where(kept > 0, v, 0), axis=0)
         passed = tl.sum((tl.cumsum(kept, axis=0) <= rest).to(tl.int32), axis=0)
         token = block * BLOCK + tl.minimum(passed, last)
+    token = tl.minimum(token, V - 1)  # where logits are no numbers, an index still
     live = tl.load(at + LIVE)
     tl.store(told + row * N + drawn % N, token)
     tl.store(at + TOKEN, token)
