@@ -14,9 +14,9 @@ from parley.bench.worker import step_times
 from parley.errors import DataError, DeviceError, RunError, UsageError
 
 KEYS = {
-    *("who", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s", "train_wall_s"),
-    *("steps", "peak_allocated_gib", "peak_reserved_gib", "first_losses", "last_losses", "losses", "grad_norms"),
-    *("machine", "versions", "commit"),
+    *("who", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s"),
+    *("train_wall_s", "steps", "peak_allocated_gib", "peak_reserved_gib", "first_losses", "last_losses"),
+    *("losses", "grad_norms", "machine", "versions", "commit"),
 }
 
 

@@ -87,10 +87,10 @@ def test_the_model_is_at_rest_before_the_adapter_is_back(
             try:
                 yield
             finally:
-                generating.append([t for t in threading.enumerate() if t.name.startswith("parley-stream")])
+                generating.append([t for t in threading.enumerate() if t.name.startswith("parley-scheduler")])
 
     monkeypatch.setattr(tuned, "disable_adapter", watched)
-    session = ChatSession(tuned, tiny_tokenizer, GenerationSection(seed=0, max_new_tokens=300))
+    session = ChatSession(tuned, tiny_tokenizer, GenerationSection(seed=0, max_new_tokens=300), engine="plain")
     session.use_base = True
     answer = session.say("Ahoy!")
     next(answer)
@@ -103,7 +103,7 @@ def test_of_an_answer_that_fails_at_once_nothing_is_kept(base: Any, tiny_tokeniz
         raise RuntimeError("no memory")
 
     hook = base.register_forward_pre_hook(fail)
-    session = ChatSession(base, tiny_tokenizer, GREEDY)
+    session = ChatSession(base, tiny_tokenizer, GREEDY, engine="plain")
     with pytest.raises(RuntimeError, match="no memory"):
         list(session.say("Ahoy!"))
     assert session.turns == []
@@ -118,3 +118,14 @@ def test_a_model_without_an_adapter_has_no_base(base: Any, tiny_tokenizer: Any) 
     with pytest.raises(ModelError, match="no adapter"):
         session.use_base = True
     session.use_base = False
+
+
+def test_the_last_exchange_is_undone(base: Any, tiny_tokenizer: Any) -> None:
+    session = ChatSession(base, tiny_tokenizer, GREEDY)
+    assert session.undo() is None
+    first = "".join(session.say("Ahoy!"))
+    "".join(session.say("And the sea?"))
+    assert session.undo() == "And the sea?"
+    assert session.turns == [{"role": "user", "content": "Ahoy!"}, {"role": "assistant", "content": first}]
+    session.close()
+    assert "".join(session.say("And the sea?"))

@@ -10,13 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from parley.config import GenerationSection
 from parley.data.render import render_prompt
-from parley.errors import DataError
-from parley.generation.generate import end_of_turn_ids, generate, generation_config, inference_mode_of, stream
+from parley.errors import DataError, ModelError
+from parley.generation.generate import Answerer, end_of_turn_ids, generate, inference_mode_of, stream
+from parley.generation.plain import generation_config
 
 GREEDY = GenerationSection(temperature=0, max_new_tokens=12)
 QUESTIONS = [
@@ -50,7 +52,10 @@ def until_end(ids: list[int], ends: list[int]) -> list[int]:
     return list(itertools.takewhile(lambda token: token not in ends, ids))
 
 
-def test_greedy_answers_are_the_models_likeliest_tokens_alone_and_in_a_batch(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_greedy_answers_are_the_models_likeliest_tokens_alone_and_in_a_batch(
+    model: Any, tokenizer: Any, engine: Any
+) -> None:
     ends = end_of_turn_ids(model, tokenizer)
     expected = [
         tokenizer.decode(
@@ -60,9 +65,12 @@ def test_greedy_answers_are_the_models_likeliest_tokens_alone_and_in_a_batch(mod
         for messages in CONVERSATIONS
     ]
     assert len(set(expected)) > 1
-    assert generate(model, tokenizer, CONVERSATIONS, GREEDY) == expected
-    assert generate(model, tokenizer, CONVERSATIONS, GREEDY, batch_size=2) == expected
-    assert [generate(model, tokenizer, [messages], GREEDY)[0] for messages in CONVERSATIONS] == expected
+    assert generate(model, tokenizer, CONVERSATIONS, GREEDY, engine=engine) == expected
+    assert generate(model, tokenizer, CONVERSATIONS, GREEDY, batch_size=2, engine=engine) == expected
+    assert [generate(model, tokenizer, [messages], GREEDY, engine=engine)[0] for messages in CONVERSATIONS] == expected
+    assert [
+        "".join(stream(model, tokenizer, messages, GREEDY, engine=engine)) for messages in CONVERSATIONS
+    ] == expected
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen3", "gemma3", "phi3"])
@@ -81,7 +89,8 @@ def test_an_answer_is_generated_with_the_cache(model: Any, tokenizer: Any) -> No
     widths = []
     model.config.use_cache = False  # as trainers leave it
     model.get_input_embeddings().register_forward_hook(lambda module, args, output: widths.append(args[0].shape[1]))
-    generate(model, tokenizer, CONVERSATIONS[:1], GREEDY)
+    generate(model, tokenizer, CONVERSATIONS[:1], GREEDY, engine="plain")
+    assert len(widths) > 1
     assert widths[1:] == [1] * (len(widths) - 1)
     assert model.config.use_cache is False
 
@@ -139,15 +148,21 @@ def test_transformers_has_nothing_to_warn_about(
     assert [str(warning.message) for warning in recwarn] == []
 
 
-def test_a_seed_repeats_answers_and_leaves_the_random_state_alone(model: Any, tokenizer: Any) -> None:
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_a_seed_repeats_answers_and_leaves_the_random_state_alone(model: Any, tokenizer: Any, engine: Any) -> None:
     settings = GenerationSection(seed=3, max_new_tokens=12)
     state = torch.random.get_rng_state()
-    first = generate(model, tokenizer, CONVERSATIONS, settings)
+    first = generate(model, tokenizer, CONVERSATIONS, settings, engine=engine)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert generate(model, tokenizer, CONVERSATIONS, settings) == first
-    assert generate(model, tokenizer, CONVERSATIONS, GenerationSection(seed=4, max_new_tokens=12)) != first
-    streamed = "".join(stream(model, tokenizer, CONVERSATIONS[0], settings))
-    assert streamed == generate(model, tokenizer, CONVERSATIONS[:1], settings)[0]
+    assert generate(model, tokenizer, CONVERSATIONS, settings, engine=engine) == first
+    assert (
+        generate(model, tokenizer, CONVERSATIONS, GenerationSection(seed=4, max_new_tokens=12), engine=engine) != first
+    )
+    streamed = "".join(stream(model, tokenizer, CONVERSATIONS[0], settings, engine=engine))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert "".join(stream(model, tokenizer, CONVERSATIONS[0], settings, engine=engine)) == streamed
+    if engine == "auto":  # transformers draws for a batch at once, for a stream with a generator of its own
+        assert streamed == first[0]
 
 
 def test_the_model_is_left_as_it_was_found(model: Any, tokenizer: Any) -> None:
@@ -159,6 +174,9 @@ def test_the_model_is_left_as_it_was_found(model: Any, tokenizer: Any) -> None:
     model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(module.training))
     generate(model, tokenizer, CONVERSATIONS, GREEDY)
     list(stream(model, tokenizer, CONVERSATIONS[0], GREEDY))
+    assert [module.training for module in model.modules()] == modes
+    generate(model, tokenizer, CONVERSATIONS, GREEDY, engine="plain")
+    list(stream(model, tokenizer, CONVERSATIONS[0], GREEDY, engine="plain"))
     assert seen
     assert not any(seen)
     assert [module.training for module in model.modules()] == modes
@@ -203,7 +221,7 @@ def test_an_error_while_streaming_is_raised_where_it_is_read(model: Any, tokeniz
     model.register_forward_pre_hook(fail)
     model.train()
     with pytest.raises(RuntimeError, match="the device is gone"):
-        list(stream(model, tokenizer, CONVERSATIONS[0], GREEDY))
+        list(stream(model, tokenizer, CONVERSATIONS[0], GREEDY, engine="plain"))
     assert model.training
     assert streaming_threads() == []
 
@@ -213,7 +231,7 @@ def test_an_abandoned_stream_stops_the_model(model: Any, tokenizer: Any, leave: 
     steps = []
     model.register_forward_pre_hook(lambda module, args: (steps.append(1), time.sleep(0.005))[0])
     model.generation_config.eos_token_id = None
-    pieces = stream(model, tokenizer, CONVERSATIONS[0], GenerationSection(seed=1, max_new_tokens=400))
+    pieces = stream(model, tokenizer, CONVERSATIONS[0], GenerationSection(seed=1, max_new_tokens=400), engine="plain")
     next(pieces)
     if leave == "close":
         pieces.close()
@@ -227,4 +245,58 @@ def test_an_abandoned_stream_stops_the_model(model: Any, tokenizer: Any, leave: 
 
 
 def streaming_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("parley-stream")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("parley-scheduler")]
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_an_answer_ends_before_a_stop_string(model: Any, tokenizer: Any, engine: Any) -> None:
+    whole = generate(model, tokenizer, CONVERSATIONS[:1], GREEDY)[0]
+    stop = whole[4:6]
+    settings = GREEDY.model_copy(update={"stop": [stop]})
+    assert generate(model, tokenizer, CONVERSATIONS[:1], settings, engine=engine) == [whole[: whole.index(stop)]]
+    assert "".join(stream(model, tokenizer, CONVERSATIONS[0], settings, engine=engine)) == whole[: whole.index(stop)]
+
+
+def test_more_questions_than_slots_come_back_with_their_numbers(model: Any, tokenizer: Any) -> None:
+    asked = CONVERSATIONS * 3
+    expected = generate(model, tokenizer, asked, GREEDY)
+    with Answerer(model, tokenizer, slots=2) as answerer:
+        finished = list(answerer.answers(asked, GREEDY))
+        assert answerer.plain_because is None
+        assert sorted(finished) == list(enumerate(expected))
+        again = answerer.answers(asked, GREEDY)
+        next(again)
+        again.close()  # nobody waits for the others
+        assert "".join(answerer.stream(CONVERSATIONS[1], GREEDY)) == expected[1]
+    assert streaming_threads() == []
+
+
+def test_room_grows_with_the_conversation(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parley.generation.generate.LEAST_ROOM", 32)
+    with Answerer(model, tokenizer, slots=1) as answerer:
+        for messages in CONVERSATIONS:
+            alone = generate(model, tokenizer, [messages], GREEDY, engine="plain")[0]
+            assert "".join(answerer.stream(messages, GREEDY)) == alone
+
+
+def test_base_answers_through_the_same_decoder_and_where_there_is_none_is_said(model: Any, tokenizer: Any) -> None:
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    of_base = generate(model, tokenizer, CONVERSATIONS, GREEDY)
+    for engine in ("auto", "plain"):
+        with pytest.raises(ModelError, match="no adapter"):
+            generate(model, tokenizer, CONVERSATIONS, GREEDY, base=True, engine=engine)
+    tuned = get_peft_model(model, lora)
+    assert generate(tuned, tokenizer, CONVERSATIONS, GREEDY) != of_base
+    assert generate(tuned, tokenizer, CONVERSATIONS, GREEDY, base=True) == of_base
+    assert generate(tuned, tokenizer, CONVERSATIONS, GREEDY, base=True, engine="plain") == of_base
+    with tuned.disable_adapter():  # how PEFT switches it off
+        assert generate(tuned, tokenizer, CONVERSATIONS, GREEDY) == of_base
+
+
+def test_families_that_the_fast_decoder_does_not_know_say_why(build_family: Any) -> None:
+    folder = build_family("gemma3")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with Answerer(model, tokenizer) as answerer:
+        answers = dict(answerer.answers(CONVERSATIONS, GREEDY))
+        assert "gemma3" in str(answerer.plain_because)
+        assert "".join(answerer.stream(CONVERSATIONS[0], GREEDY)) == answers[0]

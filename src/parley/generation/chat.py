@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from contextlib import AbstractContextManager, closing, nullcontext
-from typing import Any
+from contextlib import closing
 
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -12,13 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from parley.config import GenerationSection
 from parley.data.conversation import Message
 from parley.errors import ModelError
-from parley.generation.generate import stream
+from parley.generation.generate import Answerer, Engine
 
 
 class ChatSession:
     """Talks to `model`, tuned or base, and remembers what was said.
 
-    `system` may be changed at any time and holds from the next answer on. `settings` likewise.
+    `system` may be changed at any time and holds from the next answer on. `settings` likewise. Answers come from the
+    weights as they are at the first one. `engine` as in generate.Answerer.
     """
 
     def __init__(
@@ -27,6 +27,8 @@ class ChatSession:
         tokenizer: PreTrainedTokenizerBase,
         settings: GenerationSection | None = None,
         system: str | None = None,
+        *,
+        engine: Engine = "auto",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -34,6 +36,7 @@ class ChatSession:
         self.system = system
         self.turns: list[Message] = []
         self._use_base = False
+        self._answerer = Answerer(model, tokenizer, slots=1, engine=engine)
 
     @property
     def use_base(self) -> bool:
@@ -60,13 +63,13 @@ class ChatSession:
         answer without a word nothing is kept. Raises DataError when the conversation fills the model's context.
         """
         question = {"role": "user", "content": text}
-        pieces = stream(self.model, self.tokenizer, [*self.messages, question], self.settings)
+        pieces = self._answerer.stream([*self.messages, question], self.settings, base=self.use_base)
         return self._answer(question, pieces)
 
     def _answer(self, question: Message, pieces: Generator[str]) -> Generator[str]:
         said = ""
         try:
-            with self._voice(), closing(pieces):
+            with closing(pieces):
                 for piece in pieces:
                     said += piece
                     yield piece
@@ -74,12 +77,21 @@ class ChatSession:
             if said:
                 self.turns += [question, {"role": "assistant", "content": said}]
 
-    def _voice(self) -> AbstractContextManager[Any]:
-        return self.model.disable_adapter() if self.use_base else nullcontext()
+    def undo(self) -> str | None:
+        """Forget the last question and its answer; the question, or None where nothing was said yet."""
+        if not self.turns:
+            return None
+        question, _ = self.turns[-2:]
+        del self.turns[-2:]
+        return question["content"]
 
     def reset(self) -> None:
         """Forget all turns; the system turn stays."""
         self.turns.clear()
+
+    def close(self) -> None:
+        """Free what answering took beside the model. The session can go on."""
+        self._answerer.close()
 
     def transcript(self) -> str:
         """The conversation as plain text, one paragraph a turn."""

@@ -1,215 +1,233 @@
-"""Answers from a model, through transformers' own `generate` with its KV cache.
+"""Answers from a model: through the fast decoder where it knows the model, else through transformers.
 
-This is the plain path: every causal model of transformers, with or without an adapter, quantised or not. It
-may be called in the middle of training: `inference_mode_of` leaves the model as it was found.
-
-Shapes: B prompts, T tokens of the longest prompt (left padded).
+An Answerer keeps a decoder for many questions; `generate` and `stream` make one for a single call.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+import logging
+import weakref
+from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from queue import SimpleQueue
+from typing import Literal
 
-import torch
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
-from parley.data.render import render, render_prompt
-from parley.errors import DataError
+from parley.engine.bind import Unsupported
+from parley.errors import ModelError
+from parley.generation import plain
+from parley.generation.decoder import FastDecoder
+from parley.generation.plain import inference_mode_of
+from parley.generation.prompts import Tools, context_length, end_of_turn_ids, prompt_ids
+from parley.generation.scheduler import Piece, Request, Scheduler
 
-Tools = list[dict[str, Any]]
+__all__ = ["Answerer", "end_of_turn_ids", "generate", "inference_mode_of", "stream"]
+
+logger = logging.getLogger(__name__)
+
+Engine = Literal["auto", "plain"]
+LEAST_ROOM = 1024
+"""Tokens of a slot, prompt and answer; doubled until a question fits."""
+
+
+class Answerer:
+    """Answers from `model`, with its weights as they are at the first question.
+
+    A context manager: leaving it frees the decoder, as dropping it does.
+
+    Args:
+        slots: answers written at a time.
+        engine: "auto" takes the fast decoder for every model it knows; "plain" always goes through transformers,
+            where greedy answers are the same.
+        copies: keep weights in the form that is quickest to read, where memory allows; does not pay for one call.
+
+    `plain_because` says why the fast decoder is not taken, None while it is or nothing was asked yet.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        slots: int = 16,
+        engine: Engine = "auto",
+        copies: bool = True,
+    ) -> None:
+        self.model, self.tokenizer, self.slots, self.copies = model, tokenizer, slots, copies
+        self.plain_because: str | None = "engine: plain" if engine == "plain" else None
+        self._scheduler: Scheduler | None = None
+        self._freeing: weakref.finalize | None = None  # an Answerer that is dropped frees its decoder too
+        self._room = 0
+
+    def answers(
+        self,
+        conversations: Sequence[list[Message]],
+        settings: GenerationSection,
+        tools: Tools | None = None,
+        base: bool = False,
+    ) -> Generator[tuple[int, str]]:
+        """The answer to each conversation with its number, as they are finished: free slots are filled at once.
+
+        With `settings.seed` they are repeatable, and torch's random state is left alone. `base`: with the adapter
+        switched off. Raises, before anything is answered, DataError for a conversation that fills the context and
+        ModelError for the base of a model without an adapter.
+        """
+        self._check(base)
+        prompts = [prompt_ids(self.model, self.tokenizer, messages, tools) for messages in conversations]
+        scheduler = self._fast(prompts, settings)
+        if scheduler is None:
+            return self._plain_answers(prompts, settings, base)
+        return _collected(scheduler, prompts, settings, base)
+
+    def stream(
+        self,
+        messages: list[Message],
+        settings: GenerationSection,
+        tools: Tools | None = None,
+        base: bool = False,
+    ) -> Generator[str]:
+        """One answer, piece by piece; closing the iterator stops it. Raises as `answers` does."""
+        self._check(base)
+        prompt = prompt_ids(self.model, self.tokenizer, messages, tools)
+        scheduler = self._fast([prompt], settings)
+        if scheduler is None:
+            return self._plain_stream(prompt, settings, base)
+        return _texts(scheduler.pieces(Request(prompt, settings, base)))
+
+    def close(self) -> None:
+        """Free the decoder. The next question makes another."""
+        if self._freeing is not None:
+            self._freeing()
+        self._scheduler, self._freeing, self._room = None, None, 0
+
+    def __enter__(self) -> Answerer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _check(self, base: bool) -> None:
+        if base and not isinstance(self.model, PeftModel):
+            raise ModelError(
+                "this model has no adapter, so there is no base to switch to; open a run trained with LoRA"
+            )
+
+    def _fast(self, prompts: Sequence[list[int]], settings: GenerationSection) -> Scheduler | None:
+        """The fast decoder's scheduler, with room for `prompts` and their answers; None where there is none."""
+        if self.plain_because is not None or not prompts:
+            return None
+        room, needed = LEAST_ROOM, max(map(len, prompts)) + settings.max_new_tokens
+        while room < needed:
+            room *= 2
+        room = min(room, context_length(self.model) or room)
+        if room > self._room or self._scheduler is None or self._scheduler.error is not None:
+            self.close()
+            try:
+                decoder = FastDecoder.of(self.model, slots=self.slots, length=room, copies=self.copies)
+            except Unsupported as reason:
+                self.plain_because = str(reason)
+                logger.debug("answers go through transformers: %s", reason)
+                return None
+            self._scheduler = Scheduler(decoder, self.tokenizer, end_of_turn_ids(self.model, self.tokenizer))
+            self._freeing = weakref.finalize(self, self._scheduler.close, drain=False)
+            self._room = room
+        return self._scheduler
+
+    def _plain_answers(
+        self, prompts: list[list[int]], settings: GenerationSection, base: bool
+    ) -> Generator[tuple[int, str]]:
+        with self.model.disable_adapter() if base else nullcontext():
+            yield from enumerate(plain.answer(self.model, self.tokenizer, prompts, settings, self.slots))
+
+    def _plain_stream(self, prompt: list[int], settings: GenerationSection, base: bool) -> Generator[str]:
+        with self.model.disable_adapter() if base else nullcontext():
+            yield from plain.stream(self.model, self.tokenizer, prompt, settings)
 
 
 def generate(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[list[Message]],
     settings: GenerationSection,
     tools: Tools | None = None,
     batch_size: int = 16,
+    *,
+    base: bool = False,
+    engine: Engine = "auto",
 ) -> list[str]:
     """Answer each conversation (messages that end before the assistant speaks); the answers' text, in order.
 
-    Prompts are left padded and answered `batch_size` at a time; an answer ends at an end-of-turn token, after
-    `settings.max_new_tokens`, or where the model's context ends. With `settings.seed` the answers are
-    repeatable and torch's global random state is left alone. Raises DataError for a prompt that fills the
-    context.
+    `batch_size` are written at a time; an answer ends at an end-of-turn token, before a stop string, after
+    `settings.max_new_tokens`, or where the model's context ends. With `settings.seed` the answers are repeatable and
+    torch's global random state is left alone. `base` switches the adapter off; `engine` as in Answerer. Raises
+    DataError for a prompt that fills the context.
     """
-    prompts = [_prompt(model, tokenizer, messages, tools) for messages in conversations]
-    config = generation_config(model, tokenizer, settings)
-    answers: list[str] = []
-    with inference_mode_of(model):
-        for first in range(0, len(prompts), batch_size):
-            inputs = _left_padded(prompts[first : first + batch_size], config.pad_token_id, model.device)
-            with _seeded(settings.seed, model.device):
-                ids_BT = model.generate(**inputs, generation_config=config, stopping_criteria=_stops(model, inputs))
-            new_ids = ids_BT[:, inputs["input_ids"].shape[1] :]
-            answers += tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-    return answers
+    slots = max(1, min(batch_size, len(conversations)))
+    with Answerer(model, tokenizer, slots=slots, engine=engine, copies=False) as answerer:
+        answers = dict(answerer.answers(conversations, settings, tools, base))
+    return [answers[number] for number in range(len(conversations))]
 
 
 def stream(
-    model: PreTrainedModel,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
     settings: GenerationSection,
     tools: Tools | None = None,
+    *,
+    base: bool = False,
+    engine: Engine = "auto",
 ) -> Generator[str]:
     """One answer, piece by piece as it is written; joined, the pieces are what `generate` returns.
 
-    Closing or dropping the iterator stops the model within a token. What goes wrong while generating is
+    Closing or dropping the iterator stops the model within a burst of tokens. What goes wrong while generating is
     raised from the iterator. Raises DataError, before anything is generated, for a prompt that fills the context.
     """
-    prompt = _prompt(model, tokenizer, messages, tools)
-    return _pieces(model, tokenizer, prompt, generation_config(model, tokenizer, settings), settings.seed)
+    answerer = Answerer(model, tokenizer, slots=1, engine=engine, copies=False)
+    return _closing_after(answerer, answerer.stream(messages, settings, tools, base))
 
 
-def _pieces(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[int],
-    config: GenerationConfig,
-    seed: int | None,
-) -> Generator[str]:
-    inputs = _left_padded([prompt], config.pad_token_id, model.device)
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    abandoned = threading.Event()
-    stops = _stops(model, inputs, _Abandoned(abandoned))
-
-    def work() -> None:
-        with _seeded(seed, model.device):
-            model.generate(**inputs, generation_config=config, stopping_criteria=stops, streamer=streamer)
-
-    with (
-        inference_mode_of(model),
-        ThreadPoolExecutor(max_workers=1, thread_name_prefix="parley-stream") as thread,
-    ):
-        answer = thread.submit(work)
-        answer.add_done_callback(lambda _: streamer.on_finalized_text("", stream_end=True))  # also after an error
-        try:
-            yield from filter(None, streamer)
-        finally:
-            abandoned.set()
-        answer.result()
+def _closing_after(answerer: Answerer, pieces: Generator[str]) -> Generator[str]:
+    with answerer, closing(pieces):
+        yield from pieces
 
 
-def generation_config(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: GenerationSection
-) -> GenerationConfig:
-    """Parley's settings in transformers' words; all are given, so a checkpoint's own defaults stay out."""
-    ends = end_of_turn_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id
-    sampling = {"temperature": 1.0, "top_k": 50}  # transformers' own, which it does not warn about when greedy
-    if settings.temperature > 0:
-        sampling = settings.model_dump(include={"temperature", "min_p", "top_p", "top_k"})
-    return GenerationConfig(
-        **sampling,
-        do_sample=settings.temperature > 0,
-        max_new_tokens=settings.max_new_tokens,
-        repetition_penalty=settings.repetition_penalty,
-        eos_token_id=ends or None,
-        pad_token_id=pad if pad is not None else min(ends, default=0),
-        use_cache=True,
-    )
+def _texts(pieces: Generator[Piece]) -> Generator[str]:
+    with closing(pieces):
+        for piece in pieces:
+            if piece.text:
+                yield piece.text
 
 
-def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every token that ends an answer: the checkpoint's, the tokenizer's and the chat template's own."""
-    declared = model.generation_config.eos_token_id
-    ends = set(declared if isinstance(declared, list) else [declared])
-    ends |= {tokenizer.eos_token_id, _end_of_turn_in_template(tokenizer)}
-    return sorted(end for end in ends if end is not None)
-
-
-def _end_of_turn_in_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that training teaches to end a turn with: the last one supervised in a rendered turn."""
-    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    learned = [token for token, trained in zip(turn.input_ids, turn.mask, strict=True) if trained]
-    return learned[-1] if learned and learned[-1] in tokenizer.added_tokens_decoder else None
-
-
-@contextmanager
-def inference_mode_of(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no gradient checkpointing), restored module by module on leaving."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def _collected(
+    scheduler: Scheduler, prompts: Sequence[list[int]], settings: GenerationSection, base: bool
+) -> Generator[tuple[int, str]]:
+    inbox: SimpleQueue[tuple[int, Piece | Exception]] = SimpleQueue()
+    tickets = []
+    texts = [""] * len(prompts)
     try:
-        yield
+        for number, prompt in enumerate(prompts):
+            seeded = settings.model_copy(update={"seed": None if settings.seed is None else settings.seed + number})
+            deliver = partial(_deliver, inbox, number)
+            tickets.append(scheduler.submit(Request(prompt, seeded, base), deliver))
+        unfinished = len(prompts)
+        while unfinished:
+            number, piece = inbox.get()
+            if isinstance(piece, Exception):
+                raise piece
+            texts[number] += piece.text
+            if piece.finish is not None:
+                unfinished -= 1
+                yield number, texts[number]
     finally:
-        for module in training:
-            module.training = True
+        for ticket in tickets:
+            ticket.cancel()
 
 
-@contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
-
-
-def _prompt(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools | None
-) -> list[int]:
-    prompt = render_prompt(tokenizer, messages, tools)
-    context = _context_length(model)
-    if context is not None and len(prompt) >= context:
-        raise DataError(
-            f"the conversation is {len(prompt)} tokens and the model's context is {context}; "
-            "shorten it or start a new one"
-        )
-    return prompt
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model has positions for; None where it sets no limit."""
-    return model.config.get_text_config().to_dict().get("max_position_embeddings")
-
-
-def _left_padded(prompts: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
-    T = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[pad] * (T - len(ids)) + ids for ids in prompts], device=device),
-        "attention_mask": torch.tensor([[0] * (T - len(ids)) + [1] * len(ids) for ids in prompts], device=device),
-    }
-
-
-class _ContextEnd(StoppingCriteria):
-    """Ends a row where its own tokens, padding aside, fill the model's context."""
-
-    def __init__(self, context: int, attention_mask_BT: torch.Tensor) -> None:
-        padding_B = (attention_mask_BT == 0).sum(dim=1)
-        self.end_B = context + padding_B
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return input_ids.shape[1] >= self.end_B
-
-
-class _Abandoned(StoppingCriteria):
-    """Ends all rows once nobody listens."""
-
-    def __init__(self, abandoned: threading.Event) -> None:
-        self.abandoned = abandoned
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.abandoned.is_set(), device=input_ids.device)
-
-
-def _stops(model: PreTrainedModel, inputs: dict[str, torch.Tensor], *more: StoppingCriteria) -> StoppingCriteriaList:
-    context = _context_length(model)
-    ends = [] if context is None else [_ContextEnd(context, inputs["attention_mask"])]
-    return StoppingCriteriaList([*ends, *more])
+def _deliver(inbox: SimpleQueue[tuple[int, Piece | Exception]], number: int, piece: Piece | Exception) -> None:
+    inbox.put((number, piece))

@@ -1,0 +1,47 @@
+"""What a model is asked, in ids; the room it has for that and its answer; the tokens that end answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from parley.data.conversation import Message
+from parley.data.render import render, render_prompt
+from parley.errors import DataError
+
+Tools = list[dict[str, Any]]
+
+
+def prompt_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools | None
+) -> list[int]:
+    """The ids that ask for the next turn. Raises DataError where they fill the model's context."""
+    prompt = render_prompt(tokenizer, messages, tools)
+    context = context_length(model)
+    if context is not None and len(prompt) >= context:
+        raise DataError(
+            f"the conversation is {len(prompt)} tokens and the model's context is {context}; "
+            "shorten it or start a new one"
+        )
+    return prompt
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has positions for; None where it sets no limit."""
+    return model.config.get_text_config().to_dict().get("max_position_embeddings")
+
+
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends an answer: the checkpoint's, the tokenizer's and the chat template's own."""
+    declared = model.generation_config.eos_token_id
+    ends = set(declared if isinstance(declared, list) else [declared])
+    ends |= {tokenizer.eos_token_id, _end_of_turn_in_template(tokenizer)}
+    return sorted(end for end in ends if end is not None)
+
+
+def _end_of_turn_in_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that training teaches to end a turn with: the last one supervised in a rendered turn."""
+    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    learned = [token for token, trained in zip(turn.input_ids, turn.mask, strict=True) if trained]
+    return learned[-1] if learned and learned[-1] in tokenizer.added_tokens_decoder else None
