@@ -17,7 +17,7 @@ import torch
 from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, RunConfig
 from parley.data.render import render
 from parley.generation.fallback import decoder_for
-from parley.generation.generate import end_of_turn_ids
+from parley.generation.prompts import end_of_turn_ids
 from parley.generation.scheduler import Scheduler
 from parley.models.load import load_model
 from parley.serving.app import create_app

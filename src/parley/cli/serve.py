@@ -34,7 +34,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="PARLEY_API_KEY", help="Clients must send it.", show_envvar=True)
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 32,
     length: Annotated[
         int | None, typer.Option(min=8, help="Tokens of a prompt and its answer; without: the model's, up to 4096.")
     ] = None,
@@ -60,7 +60,7 @@ def _serve(
     source: str, bound: socket.socket, api_key: str | None, slots: int, length: int, queue: int, drain: float
 ) -> None:
     from parley.generation.fallback import decoder_for
-    from parley.generation.generate import end_of_turn_ids
+    from parley.generation.prompts import end_of_turn_ids
     from parley.generation.scheduler import Scheduler
     from parley.serving.app import create_app
     from parley.serving.guard import Limits

@@ -28,9 +28,11 @@ from transformers import (
 
 from parley.config import GenerationSection
 from parley.engine.bind import Unsupported
-from parley.errors import ModelError
+from parley.errors import DeviceError, ModelError
 from parley.generation.decoder import FastDecoder
+from parley.generation.prompts import context_length
 from parley.generation.slots import Asked, Decoder, Token
+from parley.models.device import describe_device
 
 logger = logging.getLogger(__name__)
 
@@ -148,11 +150,18 @@ def _reported(token: int, logits_V: torch.Tensor, logprobs: int | None) -> Token
 
 
 def decoder_for(model: PreTrainedModel | PeftModel, *, slots: int, length: int) -> Decoder:
-    """The fast decoder where it knows the model, else this one; `length` is cut to the model's positions."""
-    positions = model.config.get_text_config().to_dict().get("max_position_embeddings")
-    length = length if positions is None else min(length, positions)
+    """The fast decoder where it knows the model, warmed up, else this one.
+
+    `length` is cut to the model's positions. Raises DeviceError where so many slots do not fit into memory.
+    """
+    length = min(length, context_length(model) or length)
     try:
-        return FastDecoder.of(model, slots=slots, length=length)
+        decoder = FastDecoder.of(model, slots=slots, length=length)
+        decoder.warm_up()
     except Unsupported as reason:
         logger.info("answers go through transformers, which is slower: %s", reason)
         return TransformersDecoder(model, slots=slots, length=length)
+    except torch.OutOfMemoryError:
+        room = f"{slots} answers of {length} tokens do not fit into {describe_device(model.device)} beside the model"
+        raise DeviceError(f"{room}; lower --slots or --length") from None
+    return decoder

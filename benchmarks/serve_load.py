@@ -1,0 +1,184 @@
+"""Many clients at `parley serve` for a while: is each answer the one given alone, and how long does it take?
+
+    python benchmarks/serve_load.py [RUN|MODEL] [--clients 64] [--seconds 60] [--slots 32]
+
+Starts the server as a process of its own, asks every question once with nobody else there, then lets the clients, each
+OpenAI's own in this process, ask them over and over: whole and streamed, greedy and drawn with a seed, of every model
+that the server names. Prints a table and a RESULT line of JSON; ends with 1 when an answer was lost or is not the one
+given alone. Server and clients share the machine's cores, so times are those of both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from dataclasses import dataclass, field
+from statistics import quantiles
+from time import perf_counter
+from typing import Any
+
+import openai
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from parley.data.world import heldout_questions
+
+QUESTIONS = 24
+LONGEST = 48  # tokens of an answer
+
+
+@dataclass
+class Tally:
+    """What came back: seconds to the first text (of streams) and to the end, tokens, and what was wrong."""
+
+    first_s: list[float] = field(default_factory=list)
+    whole_s: list[float] = field(default_factory=list)
+    tokens: int = 0
+    lost: list[str] = field(default_factory=list)
+    mixed: list[str] = field(default_factory=list)
+
+
+def serve(source: str, slots: int) -> tuple[subprocess.Popen[str], str, float]:
+    """The server's process, its address, and the seconds it took to be ready."""
+    begun = perf_counter()
+    command = [sys.executable, "-m", "parley.cli.main", "serve", source, "--port", "0", "--slots", str(slots)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        found = re.search(r" at (http://\S+)/v1", line)
+        if found:
+            return process, found[1], perf_counter() - begun
+    raise SystemExit("the server did not start")
+
+
+def questions(models: list[str]) -> list[dict[str, Any]]:
+    """Requests, greedy and drawn, of each model."""
+    asked = []
+    for number, question in enumerate(heldout_questions(QUESTIONS)):
+        for model in models:
+            sampling = {"temperature": 0} if number % 2 else {"temperature": 1.0, "seed": number}
+            asked.append({"model": model, "messages": question.messages, "max_tokens": LONGEST, **sampling})
+    return asked
+
+
+async def say(client: openai.AsyncOpenAI, asked: dict[str, Any], stream: bool, tally: Tally) -> str:
+    begun = perf_counter()
+    if not stream:
+        reply = await client.chat.completions.create(**asked)
+        tally.tokens += reply.usage.completion_tokens
+        tally.whole_s.append(perf_counter() - begun)
+        return reply.choices[0].message.content
+    said = ""
+    async for chunk in await client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    ):
+        if chunk.usage:
+            tally.tokens += chunk.usage.completion_tokens
+        elif chunk.choices[0].delta.content:
+            if not said:
+                tally.first_s.append(perf_counter() - begun)
+            said += chunk.choices[0].delta.content
+    tally.whole_s.append(perf_counter() - begun)
+    return said
+
+
+async def client_of(
+    number: int, url: str, asked: list[dict[str, Any]], alone: list[str], until: float, tally: Tally
+) -> None:
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        turn = number
+        while perf_counter() < until:
+            turn = (turn + 1) % len(asked)
+            try:
+                said = await say(client, asked[turn], bool(number % 2), tally)
+            except openai.OpenAIError as error:
+                tally.lost.append(f"{asked[turn]}: {error}")
+                continue
+            if said != alone[turn]:
+                tally.mixed.append(f"{asked[turn]}: {said!r}, alone {alone[turn]!r}")
+
+
+async def load(url: str, clients: int, seconds: float) -> tuple[Tally, Tally, float]:
+    """Tallies of asking alone and of all clients together, and the seconds the latter took."""
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
+        asked = questions([model.id async for model in client.models.list()])
+        first, again = Tally(), Tally()
+        alone = [await say(client, each, stream=False, tally=first) for each in asked]
+        streamed = [await say(client, each, stream=True, tally=again) for each in asked]
+        assert streamed == alone, "an answer alone is not the same twice"
+    together, begun = Tally(), perf_counter()
+    until = begun + seconds
+    await asyncio.gather(*(client_of(number, url, asked, alone, until, together) for number in range(clients)))
+    return again, together, perf_counter() - begun
+
+
+def gauges(url: str) -> dict[str, float]:
+    with urllib.request.urlopen(f"{url}/metrics") as reply:
+        lines = reply.read().decode().splitlines()
+    return {line.split()[0]: float(line.split()[1]) for line in lines if line.startswith("parley_") and "{" not in line}
+
+
+def milliseconds(seconds: list[float]) -> tuple[float, float]:
+    """The 50th and 99th percentile."""
+    cuts = quantiles(seconds, n=100, method="inclusive")
+    return round(cuts[49] * 1e3, 1), round(cuts[98] * 1e3, 1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", default="parley-demo")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--slots", type=int, default=32)
+    arguments = parser.parse_args()
+    process, url, ready_s = serve(arguments.source, arguments.slots)
+    try:
+        server = psutil.Process(process.pid)
+        before = server.memory_info().rss
+        alone, together, took = asyncio.run(load(url, arguments.clients, arguments.seconds))
+        left, after = gauges(url), server.memory_info().rss
+        process.send_signal(signal.SIGTERM)
+        ended = process.wait(30)
+    finally:
+        process.kill()
+    result: dict[str, Any] = {
+        "source": arguments.source,
+        "clients": arguments.clients,
+        "seconds": round(took, 1),
+        "slots": arguments.slots,
+        "answers": len(together.whole_s),
+        "lost": len(together.lost),
+        "mixed_up": len(together.mixed),
+        "tokens_per_s": round(together.tokens / took),
+        "answers_per_s": round(len(together.whole_s) / took, 1),
+        "whole_ms_p50_p99": milliseconds(together.whole_s),
+        "first_text_ms_p50_p99": milliseconds(together.first_s),
+        "alone_whole_ms_p50_p99": milliseconds(alone.whole_s),
+        "alone_first_text_ms_p50_p99": milliseconds(alone.first_s),
+        "alone_tokens_per_s": round(alone.tokens / sum(alone.whole_s)),
+        "slots_left": left["parley_active_slots"] + left["parley_waiting_requests"],
+        "server_mib_before_after": (before >> 20, after >> 20),
+        "ready_s": round(ready_s, 1),
+        "exit_code": ended,
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    table = Table("", "", show_header=False, box=None)
+    for name, value in result.items():
+        table.add_row(name.replace("_", " "), str(value))
+    Console().print(table)
+    for wrong in [*together.lost, *together.mixed][:5]:
+        print(wrong)
+    print("RESULT " + json.dumps(result))
+    sys.exit(bool(together.lost or together.mixed or result["slots_left"] or ended))
+
+
+if __name__ == "__main__":
+    main()
