@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from parley.config import GenerationSection
 from parley.engine import reference
 from parley.engine.linear import Dense, FusedLinear
 from parley.engine.nf4 import Nf4
 from parley.engine.ops import Adapter, AttentionShape, HeadNorms, Rope
+from parley.generation.bursts import Burst, Report
+from parley.generation.decoder import FastDecoder
 from parley.generation.products import Product
 from parley.generation.sampling import Needs, advance, next_tokens
 from parley.generation.slots import Asked
-from parley.generation.state import State
+from parley.generation.state import Row, State
 
 triton = pytest.importorskip("triton", reason="no Triton here")
 attention = pytest.importorskip("parley.generation.kernels.attention")
 drawing = pytest.importorskip("parley.generation.kernels.drawing")
 kernels = pytest.importorskip("parley.generation.kernels.rows")
+graphs = pytest.importorskip("parley.generation.graphs")
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and not triton.knobs.runtime.interpret, reason="needs a GPU or TRITON_INTERPRET=1"
 )
@@ -177,3 +184,50 @@ def test_drawing(vocabulary: int) -> None:
         assert torch.equal(states[0].fields_BF[:5], states[1].fields_BF[:5])
         assert torch.equal(states[0].token_BN[:5], states[1].token_BN[:5])
     assert states[0].whole(2).tolist()[:5] == [7, 7, 7, 7, 2]
+
+
+class Interpreted:
+    """A runner whose steps are the graphs' steps, run at once."""
+
+    tokens, ahead = 1, 0
+
+    def __init__(self, decoder: FastDecoder) -> None:
+        self.step = graphs.Step(decoder.model, decoder.cache, decoder.state, programs=4)
+        self.state = decoder.state
+
+    def warm_up(self) -> None:
+        pass
+
+    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
+        self.step.run(len(rows), cut=needs.cut, logprobs=needs.logprobs)
+        return Burst(rows, needs, Report.of(self.state))
+
+
+@pytest.mark.parametrize(("family", "rows"), [("llama", 2), ("qwen2", 1), ("qwen3", 1), ("mistral", 5), ("qwen3", 5)])
+def test_a_whole_step_is_the_plain_one(build_family: Callable[[str], Path], family: str, rows: int) -> None:
+    """Base and tuned, greedy and drawn, cut and penalised rows side by side, with log-probabilities."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(build_family(family), dtype=torch.float32).to(DEVICE)
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or name.endswith("bias"):
+            parameter.data.normal_(0, 0.2)
+    greedy, drawn = GenerationSection(temperature=0), GenerationSection(repetition_penalty=1.2)
+    cut = GenerationSection(temperature=1.0, top_k=9, top_p=0.9)
+    some = [(greedy, True), (drawn, False), (cut, False), (greedy, False), (drawn, True)]
+    every = {
+        slot: Asked(list(range(slot, 3 * slot + 2)), settings, frozenset(), slot, base, logprobs=2)
+        for slot, (settings, base) in enumerate(some[:rows])
+    }
+    told = []
+    for runner in (None, Interpreted):
+        decoder = FastDecoder.of(model, slots=rows, length=30, eager=True)
+        if runner is not None:
+            decoder.runner = runner(decoder)
+        decoder.admit(every)
+        told.append([decoder.decode() for _ in range(2)])
+    for wanted, got in zip(*told, strict=True):
+        assert wanted.keys() == got.keys() == every.keys()
+        for slot in every:
+            assert got[slot][0].id == wanted[slot][0].id
+            assert got[slot][0].logprob == pytest.approx(wanted[slot][0].logprob, abs=1e-3)

@@ -18,9 +18,13 @@ from parley.data.render import render_prompt
 from parley.data.world import heldout_questions
 from parley.engine.bind import Unsupported
 from parley.errors import DataError, UsageError
+from parley.generation.bursts import Burst, Report
 from parley.generation.decoder import FastDecoder
+from parley.generation.forward import step
 from parley.generation.generate import end_of_turn_ids
+from parley.generation.sampling import Needs, advance, columns, next_tokens, report_logprobs
 from parley.generation.slots import Asked, Decoder, Token
+from parley.generation.state import POSITION, Row
 from parley.models.demo import demo_model_path
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
@@ -205,6 +209,56 @@ def test_released_slots_say_no_more_and_their_neighbours_go_on(llama: Any) -> No
     assert [token.id for token in rest[3]] == wanted[0]
     decoder.release(3)  # over already
     assert decoder.decode() == {}
+
+
+class Ahead:
+    """A runner that works as graphs do, on a CPU: eight steps at a time, one burst under way while another is read."""
+
+    tokens, ahead = 8, 1
+
+    def __init__(self, decoder: FastDecoder) -> None:
+        self.decoder = decoder
+
+    def warm_up(self) -> None:
+        pass
+
+    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
+        state = self.decoder.state.first(len(rows))
+        for _ in range(tokens):
+            logits = step(self.decoder.model, self.decoder.cache, state, longest=int(state.whole(POSITION).max()) + 1)
+            token = next_tokens(logits, state, needs)
+            report_logprobs(logits, token, columns(state), state)
+            advance(token, state, needs)
+        report = Report(*(tensor.clone() for tensor in Report.of(state)._tensors()))
+        return Burst(rows, needs, report)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_bursts_under_way_change_no_answer(llama: Any, slots: int) -> None:
+    """Answers of different lengths, so that rows move while a burst that knew them elsewhere is on its way."""
+    lengths = (1, 30, 9, 8, 17, 25, 3, 11, 2, 40, 16, 5, 7, 6, 10)
+    every = [
+        ask(prompt, max_new_tokens=tokens, seed=tokens, temperature=temperature)
+        for prompt, tokens, temperature in zip(PROMPTS * 3, lengths, [0, 1.0, 0] * 5, strict=True)
+    ]
+    wanted = answers(FastDecoder.of(llama, slots=1, length=100), every)
+    decoder = FastDecoder.of(llama, slots=slots, length=100)
+    decoder.runner = Ahead(decoder)
+    assert answers(decoder, every) == wanted
+
+
+def test_a_slot_given_away_hears_nothing_of_its_last_answer(llama: Any) -> None:
+    wanted = [transformers_greedy(llama, prompt, tokens=30) for prompt in PROMPTS]
+    decoder = FastDecoder.of(llama, slots=3, length=100)
+    decoder.runner = Ahead(decoder)
+    decoder.admit({slot: ask(PROMPTS[slot], max_new_tokens=30) for slot in range(3)})
+    first = decoder.decode()
+    decoder.release(0)
+    decoder.admit({0: ask(PROMPTS[3], max_new_tokens=30)})
+    rest = collect(decoder)
+    assert [token.id for token in rest[0]] == wanted[3]
+    for slot in (1, 2):
+        assert [token.id for token in [*first[slot], *rest[slot]]] == wanted[slot]
 
 
 def test_logprobs_are_the_models_own_whatever_is_drawn(llama: Any) -> None:

@@ -110,12 +110,13 @@ class FastDecoder:
     @torch.inference_mode()
     def decode(self) -> Mapping[int, list[Token]]:
         """The next tokens of each slot that is drawing, one or a few of them; empty when none is."""
-        drawn: Mapping[int, list[Token]] = {}
-        while self.rows and not drawn:
+        drawn: dict[int, list[Token]] = {}
+        while any(row.slot not in drawn for row in self.rows):  # a fresh answer is not in bursts already under way
             while len(self.bursts) <= self.runner.ahead and any(row.sent < row.limit for row in self.rows):
                 self._launch()
             burst = self.bursts.pop(0)
-            drawn = burst.read()
+            for slot, tokens in burst.read().items():
+                drawn.setdefault(slot, []).extend(tokens)
             for row in burst.rows:
                 if row.over and row in self.rows:
                     self._remove(row)

@@ -16,7 +16,7 @@ from parley.engine.linear import Dense, FusedLinear
 from parley.generation.bursts import MOST_TOKENS, Burst, Report
 from parley.generation.cache import Cache
 from parley.generation.forward import Model
-from parley.generation.kernels.attention import Shares, attend
+from parley.generation.kernels.attention import PROGRAMS, Shares, attend
 from parley.generation.kernels.drawing import draw_and_advance
 from parley.generation.kernels.rows import MOST_ROWS, Adapting, Norm, RowProducts, gated, product
 from parley.generation.products import Product
@@ -27,12 +27,12 @@ from parley.generation.state import POSITION, TOKEN, TUNED, Row, State
 class Step:
     """One token of each of the first rows, as GPU work without a word from the host."""
 
-    def __init__(self, model: Model, cache: Cache, state: State) -> None:
+    def __init__(self, model: Model, cache: Cache, state: State, programs: int = PROGRAMS) -> None:
         self.model, self.cache, self.state = model, cache, state
         weights = model.weights
         slots = len(state.fields_BF)
         shapes = {layer.shape for layer in weights.layers}
-        self.shares = {shape: Shares.room(slots, shape, weights.device) for shape in shapes}
+        self.shares = {shape: Shares.room(slots, shape, weights.device, programs) for shape in shapes}
         products = [layer.all for layer in model.products]
         self.few = all(RowProducts.knows(of) for layer in products for of in layer)
         if not self.few:
@@ -70,7 +70,8 @@ class Step:
         weights = self.model.weights
         h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN))
         rows = len(h_BD)
-        self.ready.zero_()
+        if len(self.u):
+            self.ready.zero_()
         for index, (layer, (qkv, o, gate_up, down)) in enumerate(zip(weights.layers, self.rows, strict=True)):
             adapting = [Adapting(self.u, self.ready[index, place : place + 1], state.real(TUNED)) for place in range(4)]
             norm_in, norm_mid = Norm(layer.norm_in_D, layer.eps), Norm(layer.norm_mid_D, layer.eps)
