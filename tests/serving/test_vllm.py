@@ -49,11 +49,11 @@ def test_a_run_goes_with_adapter_template_and_defaults(tuned_run: RunFolder) -> 
 
 
 def test_a_run_of_all_weights_is_a_model(calling_run: RunFolder) -> None:
-    arguments = vllm_arguments(str(calling_run.path), **{**WHERE, "length": None})
+    arguments = vllm_arguments(str(calling_run.path), **{**WHERE, "length": None, "slots": None})
     given = options(arguments)
     assert arguments[1] == given["--tokenizer"] == str(calling_run.model.resolve())
     assert given["--served-model-name"] == "caller"
-    assert not {"--lora-modules", "--max-lora-rank", "--max-model-len"} & set(given)
+    assert not {"--lora-modules", "--max-lora-rank", "--max-model-len", "--max-num-seqs"} & set(given)
     assert "--enable-lora" not in arguments
 
 

@@ -34,7 +34,7 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="PARLEY_API_KEY", help="Clients must send it.", show_envvar=True)
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 32,
+    slots: Annotated[int | None, typer.Option(min=1, help="Answers written at a time; without: 32.")] = None,
     length: Annotated[
         int | None, typer.Option(min=8, help="Tokens of a prompt and its answer; without: the model's, up to 4096.")
     ] = None,
@@ -53,7 +53,7 @@ def serve(
         _hand_to_vllm(source, host, port, api_key, slots, length)
     bound = bind(host, port)
     _quiet()
-    _serve(source, bound, api_key, slots, length or 4096, queue, drain)
+    _serve(source, bound, api_key, slots or 32, length or 4096, queue, drain)
 
 
 def _serve(
@@ -115,7 +115,9 @@ def _greet(served: Served, bound: socket.socket, slots: int, api_key: str | None
         out.print(Text(line), soft_wrap=True)
 
 
-def _hand_to_vllm(source: str, host: str, port: int, api_key: str | None, slots: int, length: int | None) -> None:
+def _hand_to_vllm(
+    source: str, host: str, port: int, api_key: str | None, slots: int | None, length: int | None
+) -> None:
     from transformers import AutoTokenizer
 
     from parley.serving.vllm import find_vllm, run_vllm, vllm_arguments

@@ -154,8 +154,9 @@ class Scheduler:
                 f"the prompt is {len(prompt)} tokens and the context is {room}, its answer included; shorten it"
             )
         seed = secrets.randbits(63) if settings.seed is None else settings.seed % 2**63
-        asked = Asked(prompt, settings, self._ends, seed, request.base, request.logprobs)
         most = min(settings.max_new_tokens, room - len(prompt))
+        settings = settings.model_copy(update={"max_new_tokens": most})
+        asked = Asked(prompt, settings, self._ends, seed, request.base, request.logprobs)
         return Ticket(asked, deliver, Transcriber(self._tokenizer, self._ends, settings.stop, most), self._drop_waiting)
 
     def _check_open(self) -> None:

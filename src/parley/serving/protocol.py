@@ -18,6 +18,7 @@ MOST_STOPS = 4
 LONGEST_STOP = 256  # characters
 MOST_ANSWERS = 16  # prompts times n, in one request
 MOST_LOGPROBS = 20
+COLDEST = 1e-3  # temperatures below are greedy: dividing by them would only overflow
 
 
 def _as_list(value: Any) -> Any:
@@ -58,11 +59,11 @@ class Asking(Strict):
     model: str
     n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
     max_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = Field(None, ge=0, allow_inf_nan=False)
+    temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)
+    top_k: int | None = Field(None, ge=-1, lt=2**31)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stops | None = None
     stream: bool | None = None
@@ -99,7 +100,7 @@ class Asking(Strict):
         """The server's settings with what was asked for in their place."""
         asked = {
             "max_new_tokens": self.most_tokens(),
-            "temperature": self.temperature,
+            "temperature": 0.0 if self.temperature is not None and self.temperature < COLDEST else self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
             "min_p": self.min_p,

@@ -120,7 +120,7 @@ class ChatReply(Reply):
         if calls:
             numbered = [{"index": number, **call} for number, call in enumerate(calls)]
             yield self._delta(index, {"tool_calls": numbered}, tokens)
-        elif text:
+        elif text or (tokens and self._logprobs):
             yield self._delta(index, {"content": text}, tokens)
         if answer.finish:
             yield self._delta(index, {}, finish="tool_calls" if calls else answer.finish)

@@ -22,7 +22,7 @@ from parley.training.run_folder import RunFolder
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes
 
 
-def vllm_arguments(source: str, *, host: str, port: int, slots: int, length: int | None) -> list[str]:
+def vllm_arguments(source: str, *, host: str, port: int, slots: int | None, length: int | None) -> list[str]:
     """The arguments of `vllm` that serve a run's folder, or any model, as `parley serve` does.
 
     The key is not among them: other users of the machine can read arguments (see `run_vllm`).
@@ -30,7 +30,8 @@ def vllm_arguments(source: str, *, host: str, port: int, slots: int, length: int
     run = RunFolder.open(source) if RunFolder.is_run(source) else None
     config = run.config if run else RunConfig(model=ModelSection(name=source))
     arguments = ["serve", *_model(source, run, config), "--host", host, "--port", str(port)]
-    arguments += ["--max-num-seqs", str(slots)]
+    if slots is not None:
+        arguments += ["--max-num-seqs", str(slots)]
     if length is not None:
         arguments += ["--max-model-len", str(length)]
     if config.model.trust_remote_code:
