@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -91,6 +92,42 @@ def test_unknown_commands_are_told(
     assert (ended.code, ended.out) == (0, "")
     assert ended.err.startswith("/frobnicate: no such command")
     assert "/system TEXT" in ended.err
+
+
+def test_settings_are_changed_shown_and_checked(
+    parley: Callable[..., Any], tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["/set temperature=0.25", "/set stop=[arr]", "/settings", "/set temprature=1"]
+    monkeypatch.setattr(sys, "stdin", iter_stdin(lines))
+    ended = parley("chat", tiny_llama_folder, "--set", "top_k=7")
+    shown = ended.err.splitlines()[2]
+    assert ended.code == 2
+    assert "temperature=0.25" in shown
+    assert "top_k=7" in shown
+    assert "stop=['arr']" in shown
+    assert ended.err.splitlines()[3].endswith("did you mean 'temperature'?")
+
+
+def test_a_conversation_is_saved_and_undone(
+    parley: Callable[..., Any], tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    talk = tmp_path / "talk.json"
+    lines = ["/undo", "Ahoy!", "And the sea?", "/undo", f"/save {talk}", "/undo", f"/save! {talk}", f"/save {talk}"]
+    monkeypatch.setattr(sys, "stdin", iter_stdin(lines[:5]))
+    ended = parley("chat", tiny_llama_folder, "--temperature", "0", "--max-new-tokens", "4", "--system", "Be brief.")
+    assert ended.err.splitlines() == ["nothing to undo", "forgotten: And the sea?", f"3 messages are in {talk}"]
+    saved = json.loads(talk.read_text(encoding="utf-8"))
+    answer = ended.out.splitlines()[0]
+    assert saved == [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Ahoy!"},
+        {"role": "assistant", "content": answer},
+    ]
+    monkeypatch.setattr(sys, "stdin", iter_stdin(lines[6:]))
+    ended = parley("chat", tiny_llama_folder)
+    assert json.loads(talk.read_text(encoding="utf-8")) == []
+    assert ended.code == 2
+    assert "is there already; take another name, or /save! " in ended.err
 
 
 class iter_stdin:

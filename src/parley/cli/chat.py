@@ -2,29 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
+from parley.cli.opening import change_settings, open_model
 from parley.cli.terminal import complain, err, out, quiet_libraries
-from parley.errors import ParleyError
+from parley.errors import ParleyError, UsageError
 
 if TYPE_CHECKING:
     from parley.generation.chat import ChatSession
 
 UNSEEN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}  # a terminal would obey them
 HELP = """\
-/base          answers come from the model as it was before training
-/tuned         answers come from the trained model again
-/system TEXT   set the system turn; without TEXT, remove it
-/reset         forget the conversation
-/help          this list
-/quit          end, as Ctrl-D does; Ctrl-C stops an answer"""
+/base            answers come from the model as it was before training
+/tuned           answers come from the trained model again
+/system TEXT     set the system turn; without TEXT, remove it
+/set KEY=VALUE   change how answers are drawn: temperature, min_p, max_new_tokens ...
+/settings        how they are drawn now
+/undo            forget the last question and its answer
+/reset           forget the conversation
+/save FILE       write the conversation as JSON messages; /save! overwrites
+/help            this list
+/quit            end, as Ctrl-D does; Ctrl-C stops an answer"""
 
 
 def chat(
@@ -32,35 +39,28 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System turn.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0: always the likeliest token.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other generation setting. Repeatable.")
+    ] = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Through transformers, without the fast decoder.")] = False,
 ) -> None:
     """Talk to a run's tuned and base model; /base switches.
 
     Example: parley chat runs/demo
     """
     quiet_libraries()
-    session = _session(source)
-    if system is not None:
-        session.system = system
-    if temperature is not None:
-        session.settings.temperature = temperature
-    if max_new_tokens is not None:
-        session.settings.max_new_tokens = max_new_tokens
+    from parley.generation.chat import ChatSession
+
+    named = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    changes = [f"{name}={value}" for name, value in named.items() if value is not None]
+    opened = open_model(source, system, [*changes, *(settings or [])])
+    session = ChatSession(
+        opened.model, opened.tokenizer, opened.settings, opened.system, engine="plain" if plain else "auto"
+    )
     if sys.stdin.isatty():
         _converse(session)
     else:
         _answer_lines(session, sys.stdin)
-
-
-def _session(source: str | None) -> ChatSession:
-    from parley.config import DEMO_MODEL, ModelSection
-    from parley.generation.chat import ChatSession
-    from parley.models.load import load_model
-    from parley.training.run_folder import RunFolder
-
-    if source is not None and RunFolder.is_run(source):
-        run = RunFolder.open(source)
-        return ChatSession(*run.load(), settings=run.config.generation, system=run.config.data.system)
-    return ChatSession(*load_model(ModelSection(name=source or DEMO_MODEL)))
 
 
 def _answer_lines(session: ChatSession, lines: Iterator[str]) -> None:
@@ -102,20 +102,23 @@ def _converse(session: ChatSession) -> None:
 
 def _say(session: ChatSession, text: str) -> str:
     """Print the answer as it comes; how fast it came."""
-    answer, started = "", perf_counter()
+    answer, started, first = "", perf_counter(), 0.0
     with closing(session.say(text)) as pieces:
         for piece in pieces:
+            first = first or perf_counter() - started
             print(piece.translate(UNSEEN) if sys.stdout.isatty() else piece, end="", flush=True)
             answer += piece
+    seconds = perf_counter() - started
     print()
     tokens = len(session.tokenizer.encode(answer, add_special_tokens=False))
-    seconds = perf_counter() - started
-    return f"{tokens} tokens, {tokens / seconds:.0f} tokens/s{' (base)' if session.use_base else ''}"
+    told = [f"{tokens} tokens", f"{tokens / seconds:,.0f} tokens/s", f"first after {1000 * first:,.0f} ms"]
+    return " · ".join([*told, "base"] if session.use_base else told)
 
 
 def _obey(session: ChatSession, line: str) -> bool:
     """Carry out a /command; False ends the conversation."""
     command, _, rest = line.partition(" ")
+    rest = rest.strip()
     match command:
         case "/quit" | "/exit":
             return False
@@ -125,12 +128,44 @@ def _obey(session: ChatSession, line: str) -> bool:
         case "/reset":
             session.reset()
             told = "conversation forgotten"
+        case "/undo":
+            question = session.undo()
+            told = "nothing to undo" if question is None else f"forgotten: {question}"
         case "/system":
-            session.system = rest.strip() or None
+            session.system = rest or None
             told = f"system: {session.system}" if session.system else "no system turn"
+        case "/set":
+            session.settings = change_settings(session.settings, [rest])
+            told = _settings(session)
+        case "/settings":
+            told = _settings(session)
+        case "/save" | "/save!":
+            told = _save(session, rest, overwrite=command == "/save!")
         case "/help":
             told = HELP
         case _:
             told = f"{command}: no such command; /help lists them"
-    err.print(Text(told, style="dim"))
+    err.print(Text(told, style="dim"), soft_wrap=True)
     return True
+
+
+def _settings(session: ChatSession) -> str:
+    return "  ".join(
+        f"{key}={value}" for key, value in session.settings.model_dump().items() if value not in (None, [])
+    )
+
+
+def _save(session: ChatSession, name: str, *, overwrite: bool) -> str:
+    """Write the messages to the file `name`. Raises UsageError where it cannot, or may not, be written."""
+    if not name:
+        raise UsageError("/save: wanted the name of a file, for example /save talk.json")
+    path = Path(name).expanduser()
+    text = json.dumps(session.messages, ensure_ascii=False, indent=1) + "\n"
+    try:
+        with path.open("w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UsageError(f"{path}: is there already; take another name, or /save! {name} to overwrite it") from None
+    except OSError as error:
+        raise UsageError(f"{path}: {error.strerror}; take another name") from None
+    return f"{len(session.messages)} messages are in {path}"

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import parley
-from parley.cli import bench, chat, demo, doctor, evaluate, inspect, serve, train
+from parley.cli import bench, chat, demo, doctor, evaluate, generate, inspect, serve, train
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError
 
@@ -21,6 +21,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "train": train.train,
     "chat": chat.chat,
+    "generate": generate.generate,
     "serve": serve.serve,
     "inspect": inspect.inspect,
     "eval": evaluate.evaluate,

@@ -34,6 +34,7 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
     ours = logging.getLogger("parley")  # what Parley decided is said
     ours.handlers = [RichHandler(console=out, show_time=False, show_level=False, show_path=False)]
     ours.setLevel(logging.INFO)
