@@ -10,10 +10,9 @@ carried over by the tokens' character offsets. So ids are apply_chat_template's 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
-from operator import itemgetter
 from typing import Any, Literal
 
 from parley.data.conversation import Example, Message
@@ -26,7 +25,6 @@ __all__ = ["Rendered", "control_tokens_in", "pin_date", "render", "render_exampl
 
 Tools = list[dict[str, Any]]
 TrainOn = Literal["all", "last"]
-_token_end = itemgetter(1)
 
 
 @dataclass(frozen=True)
@@ -156,28 +154,31 @@ def _encode(tokenizer: Any, control: ControlTokens, scripts: list[_Script]) -> l
     batch = tokenizer(
         [script.text for script in scripts],
         add_special_tokens=False,
-        return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
     rows = []
-    for script, ids, offsets in zip(scripts, batch["input_ids"], batch["offset_mapping"], strict=True):
-        mask = _mask(ids, offsets, script.spans, control.ids)
+    for script, ids, encoding in zip(scripts, batch["input_ids"], batch.encodings, strict=True):
+        mask = _mask(ids, encoding.token_to_chars, script.spans, control.ids)
         learned = bool(script.spans)
         mask = [False] * len(script.head) + mask + [learned] * len(script.tail)
         rows.append(Rendered(script.head + ids + script.tail, mask))
     return rows
 
 
-def _mask(ids: list[int], offsets: list[Span], spans: list[Span], special: frozenset[int]) -> list[bool]:
-    """Tokens that overlap a span. A token reaches from its predecessor's end, as offsets may leave white space out."""
+def _mask(ids: list[int], chars: Callable[[int], Span], spans: list[Span], special: frozenset[int]) -> list[bool]:
+    """Tokens that overlap a span. A token reaches from its predecessor's end, as offsets may leave white space out.
+
+    `chars` gives the offsets of a token; asking for the few that matter is quicker than a list of all.
+    """
     mask = [False] * len(ids)
+    tokens = range(len(ids))
     for start, end in spans:
-        first, stop = (bisect_right(offsets, edge, key=_token_end) for edge in (start, end))
-        if stop < len(ids) and (stop == 0 or offsets[stop - 1][1] < end):
+        first, stop = (bisect_right(tokens, edge, key=lambda token: chars(token)[1]) for edge in (start, end))
+        if stop < len(ids) and (stop == 0 or chars(stop - 1)[1] < end):
             stop += 1  # a token that stands across the end
-        if first < stop and ids[first] in special and offsets[first][0] < start:
+        if first < stop and ids[first] in special and chars(first)[0] < start:
             first += 1  # a header's control token that swallows white space after it
         mask[first:stop] = [True] * (stop - first)
     return mask

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from functools import cached_property
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -38,7 +39,11 @@ class Transcript:
     ) -> None:
         self.tokenizer, self.messages, self.tools, self.control = tokenizer, messages, tools, control
         self.text = write(tokenizer, messages, tools)
-        self.probe = next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in self.text)
+
+    @cached_property
+    def probe(self) -> str:
+        """A private-use character that the conversation does not have."""
+        return next(char for char in map(chr, range(0xE000, 0xF8FF)) if char not in self.text)
 
     def span(self, index: int) -> Span | None:
         """What turn `index` teaches: its words, tool calls and thinking as written, with its end-of-turn token.
