@@ -173,16 +173,16 @@ def test_drawing(vocabulary: int) -> None:
     asked = [Asked([1, 2, 3], one, frozenset({4}), seed) for seed, one in enumerate(settings)]
     needs = Needs.of(asked)
     states = []
-    for _ in range(2):
-        state = State.empty(len(asked) + 1, vocabulary, 3, DEVICE)
+    for device in (DEVICE, torch.device("cpu")):
+        state = State.empty(len(asked) + 1, vocabulary, 3, device)
         state.admit(0, asked, 50)
         states.append(state)
     for step in range(7):
         logits = 2 * draw(len(asked) + 1, vocabulary, seed=step)
         drawing.draw_and_advance(logits, states[0])
-        advance(next_tokens(logits, states[1], needs), states[1], needs)
-        assert torch.equal(states[0].fields_BF[:5], states[1].fields_BF[:5])
-        assert torch.equal(states[0].token_BN[:5], states[1].token_BN[:5])
+        advance(next_tokens(logits.cpu(), states[1], needs), states[1], needs)
+        assert torch.equal(states[0].fields_BF[:5].cpu(), states[1].fields_BF[:5])
+        assert torch.equal(states[0].token_BN[:5].cpu(), states[1].token_BN[:5])
     assert states[0].whole(2).tolist()[:5] == [7, 7, 7, 7, 2]
 
 

@@ -18,13 +18,12 @@ from parley.data.render import render_prompt
 from parley.data.world import heldout_questions
 from parley.engine.bind import Unsupported
 from parley.errors import DataError, UsageError
-from parley.generation.bursts import Burst, Report
+from parley.generation.bursts import Burst, Eager, Report
 from parley.generation.decoder import FastDecoder
-from parley.generation.forward import step
 from parley.generation.generate import end_of_turn_ids
-from parley.generation.sampling import Needs, advance, columns, next_tokens, report_logprobs
+from parley.generation.sampling import Needs
 from parley.generation.slots import Asked, Decoder, Token
-from parley.generation.state import POSITION, Row
+from parley.generation.state import Row
 from parley.models.demo import demo_model_path
 
 KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
@@ -211,26 +210,14 @@ def test_released_slots_say_no_more_and_their_neighbours_go_on(llama: Any) -> No
     assert decoder.decode() == {}
 
 
-class Ahead:
-    """A runner that works as graphs do, on a CPU: eight steps at a time, one burst under way while another is read."""
+class Ahead(Eager):
+    """Works as graphs do, on a CPU: eight steps at a time, one burst under way while another is read."""
 
     tokens, ahead = 8, 1
 
-    def __init__(self, decoder: FastDecoder) -> None:
-        self.decoder = decoder
-
-    def warm_up(self) -> None:
-        pass
-
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
-        state = self.decoder.state.first(len(rows))
-        for _ in range(tokens):
-            logits = step(self.decoder.model, self.decoder.cache, state, longest=int(state.whole(POSITION).max()) + 1)
-            token = next_tokens(logits, state, needs)
-            report_logprobs(logits, token, columns(state), state)
-            advance(token, state, needs)
-        report = Report(*(tensor.clone() for tensor in Report.of(state)._tensors()))
-        return Burst(rows, needs, report)
+        report = super().launch(rows, needs, tokens).report
+        return Burst(rows, needs, Report(*(tensor.clone() for tensor in vars(report).values() if tensor is not None)))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -243,14 +230,14 @@ def test_bursts_under_way_change_no_answer(llama: Any, slots: int) -> None:
     ]
     wanted = answers(FastDecoder.of(llama, slots=1, length=100), every)
     decoder = FastDecoder.of(llama, slots=slots, length=100)
-    decoder.runner = Ahead(decoder)
+    decoder.runner = Ahead(decoder.model, decoder.cache, decoder.state)
     assert answers(decoder, every) == wanted
 
 
 def test_a_slot_given_away_hears_nothing_of_its_last_answer(llama: Any) -> None:
     wanted = [transformers_greedy(llama, prompt, tokens=30) for prompt in PROMPTS]
     decoder = FastDecoder.of(llama, slots=3, length=100)
-    decoder.runner = Ahead(decoder)
+    decoder.runner = Ahead(decoder.model, decoder.cache, decoder.state)
     decoder.admit({slot: ask(PROMPTS[slot], max_new_tokens=30) for slot in range(3)})
     first = decoder.decode()
     decoder.release(0)

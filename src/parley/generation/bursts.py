@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from parley.generation.cache import Cache
-from parley.generation.forward import Model, step
+from parley.generation.forward import Model, PlainStep
 from parley.generation.sampling import Needs, advance, columns, next_tokens, report_logprobs
 from parley.generation.slots import Token
 from parley.generation.state import DRAWN, LIVE, Row, State
@@ -69,8 +69,8 @@ class Burst:
         if self.report.ready is not None:
             self.report.ready.synchronize()
         rows = len(self.rows)
-        drawn_B, live_B = (self.report.fields_BF[:rows, column].tolist() for column in (DRAWN, LIVE))
-        token_BN = self.report.token_BN[:rows].tolist()
+        fields, token_BN = self.report.fields_BF.numpy()[:rows], self.report.token_BN.numpy()[:rows].tolist()
+        drawn_B, live_B = fields[:, DRAWN].tolist(), fields[:, LIVE].tolist()
         told: dict[int, list[Token]] = {}
         for index, (row, drawn, live) in enumerate(zip(self.rows, drawn_B, live_B, strict=True)):
             if row.over:
@@ -108,22 +108,26 @@ class Runner(Protocol):
 
 
 class Eager:
-    """Steps one by one, in plain PyTorch: what runs on a CPU, and what graphs are held against."""
+    """Steps one by one, in plain PyTorch: what runs on a CPU, and what graphs are held against.
+
+    Its state lies on the host.
+    """
 
     tokens = 1
     ahead = 0
 
     def __init__(self, model: Model, cache: Cache, state: State) -> None:
-        self.model, self.cache, self.state = model, cache, state
+        self.step, self.state = PlainStep(model, cache), state
 
     def warm_up(self) -> None:
         """Nothing to do."""
 
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
         state = self.state.first(len(rows))
-        logits_BV = step(self.model, self.cache, state, longest=max(row.position for row in rows) + 1)
-        token_B = next_tokens(logits_BV, state, needs)
-        if needs.logprobs:
-            report_logprobs(logits_BV, token_B, columns(state), state)
-        advance(token_B, state, needs)
+        for _ in range(tokens):
+            logits_BV = self.step(state).cpu()
+            token_B = next_tokens(logits_BV, state, needs)
+            if needs.logprobs:
+                report_logprobs(logits_BV, token_B, columns(state), state)
+            advance(token_B, state, needs)
         return Burst(rows, needs, Report.of(state))

@@ -59,15 +59,16 @@ class FastDecoder:
         length = min(length, model.config.max_position_embeddings)
         device = weights.device
         ops = operations(device)
-        answering = Model(weights, make_products(weights, ops, copies=copies), weights.rope(length), ops)
+        products, head = make_products(weights, ops, copies=copies)
+        answering = Model(weights, products, head, weights.rope(length), ops)
         cache = Cache([layer.shape for layer in weights.layers], slots, length, weights.dtype, device)
-        state = State.empty(slots, weights.head_VD.shape[0], MOST_TOKENS, device)
-        runner: Runner = Eager(answering, cache, state)
-        if device.type == "cuda" and not eager:
-            from parley.generation.graphs import Graphed  # Triton is there only where a GPU is
+        eager = eager or device.type != "cuda"
+        state = State.empty(slots, weights.head_VD.shape[0], MOST_TOKENS, torch.device("cpu") if eager else device)
+        if eager:
+            return cls(answering, Eager(answering, cache, state), cache, state, length)
+        from parley.generation.graphs import Graphed  # Triton is there only where a GPU is
 
-            runner = Graphed(answering, cache, state)
-        return cls(answering, runner, cache, state, length)
+        return cls(answering, Graphed(answering, cache, state), cache, state, length)
 
     @property
     def slots(self) -> int:

@@ -20,7 +20,7 @@ from parley.engine.documents import IGNORED, Example, Rows, Staging, pack, split
 from parley.engine.heads import normalise_heads
 from parley.engine.ops import AttentionShape, Ops, Rope
 from parley.generation.cache import Cache
-from parley.generation.products import LayerProducts
+from parley.generation.products import LayerProducts, Product
 from parley.generation.state import POSITION, TOKEN, TUNED, State
 
 PREFILL_TOKENS = 8192  # of one pass over new prompts
@@ -34,6 +34,7 @@ class Model:
 
     weights: Weights
     products: list[LayerProducts]
+    head: Product
     rope: Rope
     ops: Ops
 
@@ -45,14 +46,14 @@ class Model:
                 return
             products.o.add_to(h_TD, attended_TD, tuned_T1)
             gate_up_T2F = products.gate_up(self._norm(h_TD, layer.norm_mid_D, layer.eps), tuned_T1)
-            act_TF = gate_up_T2F.new_empty(len(gate_up_T2F), gate_up_T2F.shape[1] // 2)
+            act_TF = gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2)
             self.ops.swiglu(gate_up_T2F, act_TF)
             products.down.add_to(h_TD, act_TF, tuned_T1)
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """fp32, (T, V)."""
-        weights = self.weights
-        return functional.linear(self._norm(h_TD, weights.norm_D, weights.eps), weights.head_VD).float()
+        normed_TD = self._norm(h_TD, self.weights.norm_D, self.weights.eps)
+        return self.head(normed_TD, normed_TD[:, :1]).float()  # the head has no adapter to switch
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         if not x_TD.is_cuda:
@@ -107,49 +108,61 @@ def _attend_in_pack(model: Model, cache: Cache, rows: Rows, row_T: Tensor) -> At
     return attend
 
 
-def step(model: Model, cache: Cache, state: State, longest: int) -> Tensor:
-    """The fp32 logits (B, V) that follow each row's token, in plain PyTorch. All positions are below `longest`."""
-    position_B = state.whole(POSITION).long()
-    row_B = torch.arange(len(position_B), device=position_B.device)
-    shapes = {layer.shape for layer in model.weights.layers}
-    turns = {shape: _turns(model.rope, position_B, shape) for shape in shapes}
-    masks = {shape: _mask(position_B, longest, shape, model.weights.dtype) for shape in shapes}
+class PlainStep:
+    """The logits that follow one token of each row, in plain PyTorch.
 
-    def attend(index: int, qkv_BC: Tensor) -> Tensor:
-        shape, norms = model.weights.layers[index].shape, model.weights.layers[index].head_norms
-        if norms is not None:
-            qkv_BC = normalise_heads(qkv_BC, shape, norms)
-        cos_BHE, sin_BHE = turns[shape]
-        x_BHE = qkv_BC.unflatten(1, (-1, shape.size))
-        x_BHE = torch.addcmul(x_BHE * cos_BHE, x_BHE.roll(shape.size // 2, -1), sin_BHE)
-        cache.layers[index][row_B, :, :, position_B] = x_BHE[:, shape.heads :].unflatten(1, (2, -1))
-        keys, values = cache.layers[index][: len(row_B), :, :, :longest].unbind(1)
-        q_BKGE = x_BHE[:, : shape.heads].unflatten(1, (shape.kv_heads, -1))
-        # Heads that share keys stand as several queries of one head, so that nothing is repeated.
-        out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, masks[shape], scale=shape.scale)
-        return out_BKGE.flatten(1)
-
-    h_BD = model.weights.embedding_VD.index_select(0, state.whole(TOKEN))
-    model.layers(h_BD, state.real(TUNED)[:, None].to(h_BD.dtype), attend)
-    return model.logits(h_BD)
-
-
-def _turns(rope: Rope, position_B: Tensor, shape: AttentionShape) -> tuple[Tensor, Tensor]:
-    """Cosines and signed sines for all heads, so that x cos + roll(x) sin turns both halves of queries and keys.
-
-    Values pass unturned.
+    Cosines and signed sines are laid out for all heads, so that x cos + roll(x) sin turns both halves of queries and
+    keys; values pass unturned.
     """
-    cos_BE, sin_BE = rope.cos_PE[position_B], rope.sin_PE[position_B]
-    cos_BHE = cos_BE.new_ones(len(position_B), shape.heads + 2 * shape.kv_heads, shape.size)
-    sin_BHE = torch.zeros_like(cos_BHE)
-    cos_BHE[:, : -shape.kv_heads] = torch.cat([cos_BE, cos_BE], dim=1)[:, None]
-    sin_BHE[:, : -shape.kv_heads] = torch.cat([-sin_BE, sin_BE], dim=1)[:, None]
-    return cos_BHE, sin_BHE
+
+    def __init__(self, model: Model, cache: Cache) -> None:
+        self.model, self.cache = model, cache
+        self.turns = {shape: _turns(model.rope, shape) for shape in {layer.shape for layer in model.weights.layers}}
+
+    def __call__(self, state: State) -> Tensor:
+        """fp32 logits (B, V) after each row's token. `state` lies on the host."""
+        weights = self.model.weights
+        device, rows = weights.device, state.fields_BF.shape[0]
+        position_B = state.whole(POSITION).long().to(device)
+        longest = int(state.whole(POSITION).numpy().max()) + 1
+        row_B = torch.arange(rows, device=device)
+        turns, masks = {}, {}
+        for shape, (cos_PHE, sin_PHE) in self.turns.items():
+            turns[shape] = [table.index_select(0, position_B) for table in (cos_PHE, sin_PHE)]
+            masks[shape] = _mask(position_B, longest, shape, weights.dtype)
+
+        def attend(index: int, qkv_BC: Tensor) -> Tensor:
+            layer = weights.layers[index]
+            shape, cached = layer.shape, self.cache.layers[index]
+            if layer.head_norms is not None:
+                qkv_BC = normalise_heads(qkv_BC, shape, layer.head_norms)
+            cos_BHE, sin_BHE = turns[shape]
+            x_BHE = qkv_BC.view(cos_BHE.shape)
+            x_BHE = torch.addcmul(x_BHE * cos_BHE, x_BHE.roll(shape.size // 2, -1), sin_BHE)
+            cached[row_B, :, :, position_B] = x_BHE[:, shape.heads :].view(rows, 2, shape.kv_heads, shape.size)
+            # Heads that share keys stand as several queries of one head, so that nothing is repeated.
+            q_BKGE = x_BHE[:, : shape.heads].view(rows, shape.kv_heads, -1, shape.size)
+            keys, values = cached[:rows, 0, :, :longest], cached[:rows, 1, :, :longest]
+            out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, masks[shape], scale=shape.scale)
+            return out_BKGE.reshape(rows, -1)
+
+        h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN).to(device))
+        self.model.layers(h_BD, state.real(TUNED)[:, None].to(device, h_BD.dtype), attend)
+        return self.model.logits(h_BD)
+
+
+def _turns(rope: Rope, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines of all positions and heads, (P, H, E)."""
+    cos_PHE = rope.cos_PE.new_ones(len(rope.cos_PE), shape.heads + 2 * shape.kv_heads, shape.size)
+    sin_PHE = torch.zeros_like(cos_PHE)
+    cos_PHE[:, : -shape.kv_heads] = torch.cat([rope.cos_PE, rope.cos_PE], dim=1)[:, None]
+    sin_PHE[:, : -shape.kv_heads] = torch.cat([-rope.sin_PE, rope.sin_PE], dim=1)[:, None]
+    return cos_PHE, sin_PHE
 
 
 def _mask(position_B: Tensor, longest: int, shape: AttentionShape, dtype: torch.dtype) -> Tensor | None:
     """Minus infinity where a row's query does not see a cached position, (B, 1, 1, L); None where all see all."""
-    if len(position_B) == 1 and shape.window is None:
+    if position_B.shape[0] == 1 and shape.window is None:
         return None
     at_L = torch.arange(longest, device=position_B.device)
     hidden_BL = at_L > position_B[:, None]

@@ -12,14 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from parley.engine.linear import Dense, FusedLinear
 from parley.generation.bursts import MOST_TOKENS, Burst, Report
 from parley.generation.cache import Cache
 from parley.generation.forward import Model
 from parley.generation.kernels.attention import PROGRAMS, Shares, attend
 from parley.generation.kernels.drawing import draw_and_advance
 from parley.generation.kernels.rows import MOST_ROWS, Adapting, Norm, RowProducts, gated, product
-from parley.generation.products import Product
 from parley.generation.sampling import Needs, columns, penalise, removed, report_logprobs, temper
 from parley.generation.state import POSITION, TOKEN, TUNED, Row, State
 
@@ -38,8 +36,7 @@ class Step:
         if not self.few:
             return
         self.rows = [[RowProducts(of) for of in layer] for layer in products]
-        head = FusedLinear([Dense(weights.head_VD)], [None])
-        self.head = RowProducts(Product(head, model.ops, weights.dtype, weights.device))
+        self.head = RowProducts(model.head)
         ranks = max(of.ranks for layer in self.rows for of in layer)
         self.u = torch.empty(MOST_ROWS * ranks, dtype=torch.float32, device=weights.device)
         self.ready = torch.zeros(len(products), 4, dtype=torch.int32, device=weights.device)

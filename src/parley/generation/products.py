@@ -12,24 +12,28 @@ from collections.abc import Iterator
 import psutil
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from parley.engine.bind import Weights
 from parley.engine.linear import Dense, FusedLinear
 from parley.engine.ops import Ops
 
 SHARE_OF_FREE = 0.5  # of the free memory may go to copies of weights
+FEW = 2  # rows up to which the MKL that torch.mm calls on a CPU is quicker than oneDNN
 
 
 class Product:
     """One FusedLinear, with its adapters' weights copied in the model's type as they are now.
 
-    `matrix_NK` is W in one piece, where it is so in the model or has been copied. Where it is not, each projection is a
-    product of its own, 4-bit ones unpacked into `scratch` first.
+    `matrix_NK` is W in one piece, where it is so in the model or has been copied; `packed` is it once more, in oneDNN's
+    order, for many rows on a CPU. Where W is in pieces, each projection is a product of its own, 4-bit ones unpacked
+    into `scratch` first.
     """
 
     def __init__(self, linear: FusedLinear, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
         self.linear, self.ops, self.dtype, self.device = linear, ops, dtype, device
         self.matrix_NK: Tensor | None = None
+        self.packed: Tensor | None = None
         self.scratch: Tensor | None = None
         first = linear.bases[0]
         if len(linear.bases) == 1 and isinstance(first, Dense):
@@ -50,26 +54,35 @@ class Product:
     @property
     def copy_bytes(self) -> int:
         """What `copy` would take."""
-        values = self.linear.columns_out * self.linear.columns_in
-        return values * self.dtype.itemsize if self.matrix_NK is None else 0
+        copies = 2 if self._on_cpu else int(self.matrix_NK is None)
+        return copies * self.linear.columns_out * self.linear.columns_in * self.dtype.itemsize
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device.type == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
     def copy(self) -> None:
-        """Lay W out in one piece, unpacked."""
-        if self.matrix_NK is None:
-            matrix_NK = torch.empty(
-                self.linear.columns_out, self.linear.columns_in, dtype=self.dtype, device=self.device
-            )
-            row = 0
-            for base in self.linear.bases:
-                base.write(matrix_NK[row : row + base.shape[0]], self.ops)
-                row += base.shape[0]
-            self.matrix_NK = matrix_NK
+        """Lay W out in one piece, unpacked.
+
+        On a CPU by columns for a row or two, and in oneDNN's order for more. Between the other operations of a step, a
+        token's products of the embedded model take 0.3 ms by columns and 0.7 by rows (two Zen 5 cores), and those of 26
+        rows 1.3 ms in oneDNN's order and 2.4 through MKL.
+        """
+        if self.matrix_NK is not None and not self._on_cpu:
+            return
+        rows, columns = self.linear.columns_out, self.linear.columns_in
+        matrix_NK = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+        row = 0
+        for base in self.linear.bases:
+            base.write(matrix_NK[row : row + base.shape[0]], self.ops)
+            row += base.shape[0]
+        if self._on_cpu:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix_NK)
+            matrix_NK = matrix_NK.t().contiguous().t()
+        self.matrix_NK = matrix_NK
 
     def _pieces(self) -> Iterator[tuple[Tensor, slice]]:
         """W by pieces: each with the columns of y that it gives."""
-        if self.matrix_NK is not None:
-            yield self.matrix_NK, slice(0, self.linear.columns_out)
-            return
         column = 0
         for base in self.linear.bases:
             rows, columns_in = base.shape
@@ -85,10 +98,12 @@ class Product:
     def __call__(self, x_TK: Tensor, tuned_T1: Tensor) -> Tensor:
         """y_TN."""
         bias_N = self.linear.bias_N
-        if self.matrix_NK is not None:  # the common case in one call
-            y_TN = torch.nn.functional.linear(x_TK, self.matrix_NK, bias_N)
+        if self.packed is not None and x_TK.shape[0] > FEW:
+            y_TN = torch.ops.mkldnn._linear_pointwise(x_TK, self.packed, bias_N, "none", [], "")
+        elif self.matrix_NK is not None:
+            y_TN = functional.linear(x_TK, self.matrix_NK, bias_N)
         else:
-            y_TN = x_TK.new_empty(len(x_TK), self.linear.columns_out)
+            y_TN = x_TK.new_empty(x_TK.shape[0], self.linear.columns_out)
             for weight_NK, columns in self._pieces():
                 torch.mm(x_TK, weight_NK.t(), out=y_TN[:, columns])
             if bias_N is not None:
@@ -97,8 +112,14 @@ class Product:
 
     def add_to(self, h_TN: Tensor, x_TK: Tensor, tuned_T1: Tensor) -> None:
         """h += y, in place."""
-        for weight_NK, columns in self._pieces():
-            h_TN[:, columns].addmm_(x_TK, weight_NK.t())
+        if self.packed is not None and x_TK.shape[0] > FEW:
+            h_TN += self(x_TK, tuned_T1)
+            return
+        if self.matrix_NK is not None:
+            h_TN.addmm_(x_TK, self.matrix_NK.t())
+        else:
+            for weight_NK, columns in self._pieces():
+                h_TN[:, columns].addmm_(x_TK, weight_NK.t())
         if self.linear.bias_N is not None:
             h_TN += self.linear.bias_N
         self._adapt(x_TK, tuned_T1, h_TN)
@@ -122,8 +143,8 @@ class LayerProducts:
 
 
 @torch.no_grad()
-def make_products(weights: Weights, ops: Ops, *, copies: bool) -> list[LayerProducts]:
-    """The products of each layer.
+def make_products(weights: Weights, ops: Ops, *, copies: bool) -> tuple[list[LayerProducts], Product]:
+    """The products of each layer, and the head.
 
     `copies`: lay each out in one piece, unpacked, where half of the free memory holds them all; else 4-bit weights
     are unpacked at each use into one buffer that all share.
@@ -137,7 +158,8 @@ def make_products(weights: Weights, ops: Ops, *, copies: bool) -> list[LayerProd
         )
         for layer in weights.layers
     ]
-    products = [product for layer in layers for product in layer.all]
+    head = Product(FusedLinear([Dense(weights.head_VD)], [None]), ops, weights.dtype, weights.device)
+    products = [head, *(product for layer in layers for product in layer.all)]
     if copies and sum(product.copy_bytes for product in products) < SHARE_OF_FREE * _free_bytes(weights.device):
         for product in products:
             product.copy()
@@ -152,7 +174,7 @@ def make_products(weights: Weights, ops: Ops, *, copies: bool) -> list[LayerProd
         scratch = torch.empty(max(packed), dtype=weights.dtype, device=weights.device)
         for product in products:
             product.scratch = scratch
-    return layers
+    return layers, head
 
 
 def _free_bytes(device: torch.device) -> int:

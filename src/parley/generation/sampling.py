@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from parley.generation.slots import Asked
 from parley.generation.state import (
     DRAWN,
+    ENDS,
     LIMIT,
     LIVE,
-    MASK,
     MIN_P,
     PENALTY,
     POSITION,
@@ -92,13 +93,18 @@ def probabilities(logits_BV: Tensor, state: State, needs: Needs) -> Tensor:
 
 
 def uniform(state: State) -> Tensor:
-    """One number in [0, 1) a row, of 23 bits, from its seed and how many tokens it has drawn (see state.mix)."""
-    x_B = (state.whole(SEED).long() + state.whole(DRAWN)) & MASK
-    x_B = x_B ^ x_B >> 16
-    x_B = x_B * 0x7FEB352D & MASK
-    x_B = x_B ^ x_B >> 15
-    x_B = x_B * 0x846CA68B & MASK
-    return ((x_B ^ x_B >> 16) >> 9).float() * 2.0**-23
+    """One number in [0, 1) a row, of 23 bits, from its seed and how many tokens it has drawn (see state.mix).
+
+    `state` lies on the host.
+    """
+    fields = state.fields_BF.numpy().view(np.uint32)
+    x_B = fields[:, SEED] + fields[:, DRAWN]
+    x_B ^= x_B >> 16
+    x_B *= np.uint32(0x7FEB352D)
+    x_B ^= x_B >> 15
+    x_B *= np.uint32(0x846CA68B)
+    x_B ^= x_B >> 16
+    return torch.from_numpy((x_B >> 9).astype(np.float32) * np.float32(2**-23))
 
 
 def draw(p_BV: Tensor, u_B: Tensor) -> Tensor:
@@ -135,14 +141,16 @@ def report_logprobs(logits_BV: Tensor, token_B: Tensor, column_B: Tensor, state:
 
 
 def advance(token_B: Tensor, state: State, needs: Needs) -> None:
-    """Take in the drawn tokens of the live rows: report them, see whether they end their answers, step on."""
-    live_B, drawn_B = state.whole(LIVE), state.whole(DRAWN)
-    token_B = token_B.int()
-    state.token_BN.scatter_(1, columns(state)[:, None], token_B[:, None])
-    state.whole(TOKEN).copy_(token_B)
+    """Take in the drawn tokens of the live rows: report them, see whether they end their answers, step on.
+
+    All on the host, in NumPy, whose calls cost less on a few numbers than PyTorch's.
+    """
+    fields, token = state.fields_BF.numpy(), token_B.numpy()
+    row, live, drawn = np.arange(len(fields)), fields[:, LIVE], fields[:, DRAWN]
+    state.token_BN.numpy()[row, drawn % state.token_BN.shape[1]] = token
     if needs.penalised:
-        state.seen_BV.scatter_(1, token_B.long()[:, None], True)
-    drawn_B += live_B
-    state.whole(POSITION).add_(live_B)
-    ended_B = (state.ends_BX == token_B[:, None]).any(-1) | (drawn_B >= state.whole(LIMIT))
-    live_B.masked_fill_(ended_B, 0)
+        state.seen_BV[torch.from_numpy(row), token_B] = True
+    fields[:, TOKEN] = token
+    drawn += live
+    fields[:, POSITION] += live
+    live &= (drawn < fields[:, LIMIT]) & ~(fields[:, ENDS:] == token[:, None]).any(axis=1)

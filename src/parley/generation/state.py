@@ -1,7 +1,7 @@
 """What the device knows of each answer being written: one row of numbers, so that admitting or moving an answer is one
 copy.
 
-Shape suffixes: B rows, F fields of a row, V vocabulary, X tokens that end an answer, N tokens between host looks,
+Shape suffixes: B rows, F fields of a row, V vocabulary, N tokens between host looks,
 A alternatives.
 """
 
@@ -66,10 +66,6 @@ class State:
 
     def real(self, column: int) -> Tensor:
         return self.fields_BF.view(torch.float32)[:, column]
-
-    @property
-    def ends_BX(self) -> Tensor:
-        return self.fields_BF[:, ENDS:]
 
     def admit(self, first: int, asked: list[Asked], length: int) -> None:
         """Write fresh answers into the rows from `first` on, each with room for `length` tokens, prompt included."""
