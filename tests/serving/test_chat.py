@@ -108,6 +108,8 @@ def test_a_stream_of_several_answers_keeps_them_apart(tuned: Running) -> None:
     for chunk in tuned.client.chat.completions.create(**asked, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
     assert streamed == whole
+    assert all(whole)
+    assert len(set(whole)) == 3
 
 
 def test_extensions_change_what_is_drawn(tuned: Running) -> None:
