@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,18 @@ def test_tools_that_the_template_does_not_write_are_refused(endless: Running) ->
     name = next(iter(endless.service.served.names))
     with pytest.raises(openai.BadRequestError, match="the model's chat template writes no tools"):
         endless.client.chat.completions.create(model=name, messages=HELLO, tools=[WEATHER])  # type: ignore[arg-type]
+
+
+def test_a_base_model_without_a_template_completes_and_does_not_chat(
+    serving: Callable[..., Running], tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_llama_folder, folder)
+    (folder / "chat_template.jinja").unlink()
+    running = serving(folder, slots=1, length=64)
+    assert running.client.completions.create(model="base", prompt="Ahoy", max_tokens=3).choices[0].text
+    with pytest.raises(openai.BadRequestError, match="has no chat template"):
+        running.client.chat.completions.create(model="base", messages=HELLO)  # type: ignore[arg-type]
 
 
 def test_a_key_is_asked_for_everywhere_but_at_health(serving: Callable[..., Running], tiny_llama_folder: Path) -> None:

@@ -42,6 +42,8 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def _end_of_turn_in_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that training teaches to end a turn with: the last one supervised in a rendered turn."""
+    if not tokenizer.chat_template:
+        return None
     turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     learned = [token for token, trained in zip(turn.input_ids, turn.mask, strict=True) if trained]
     return learned[-1] if learned and learned[-1] in tokenizer.added_tokens_decoder else None
