@@ -121,9 +121,9 @@ def calling_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def serving() -> Iterator[Callable[..., Running]]:
-    """`serving(source, slots=4, ...)`: a server for it, stopped at the end of the session."""
+    """`serving(source, slots=4, ...)`: a server for it, stopped at the end of the module."""
     running: list[tuple[Running, threading.Thread]] = []
 
     def start(
@@ -162,18 +162,18 @@ def serving() -> Iterator[Callable[..., Running]]:
         assert not thread.is_alive()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tuned(serving: Callable[..., Running], tuned_run: RunFolder) -> Running:
     """The run, under the names "pirate" and "parley-demo"."""
     return serving(tuned_run.path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def caller(serving: Callable[..., Running], calling_run: RunFolder) -> Running:
     return serving(calling_run.path)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def endless(serving: Callable[..., Running], tiny_llama_folder: Path) -> Running:
     """A model of random weights, which seldom ends an answer by itself; room for long ones."""
     return serving(tiny_llama_folder, length=2048, queue=4, body_bytes=2**20, body_seconds=1, stalled_seconds=1)
