@@ -1,4 +1,4 @@
-"""Products of a few rows (batch 1 to 4), bound by reading the weights: one kernel each, with what stands around it.
+"""Products of a row or two, bound by reading the weights: one kernel each, with what stands around it.
 
     product   y = W norm(x) + bias + t s B (A norm(x)), or h += the same    (up to three W side by side)
     gated     y = silu(g) u, with g and u each such a product
@@ -25,7 +25,7 @@ from parley.generation.kernels.tiles import any_weight, dense
 from parley.generation.products import Product
 
 WARPS = 4
-MOST_ROWS = 4
+MOST_ROWS = 2  # from three on cuBLAS is quicker
 LANE_BYTES = 16  # that one lane reads at once
 
 
@@ -85,7 +85,7 @@ def _place(tile, N0, N1, N2, PIECES: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _pieces(
-    x, x_stride, norm, w0, w1, w2, absmax0, absmax1, absmax2, code, n, inside_n, column, N0, K,
+    x, x_stride, norm, w0, w1, w2, absmax0, absmax1, absmax2, table, n, inside_n, column, N0, K,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr, PIECES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -93,22 +93,22 @@ def _pieces(
     would lose its alignment."""
     if (PIECES == 1) or (column == 0):
         total, squares = any_weight(
-            x, x_stride, norm, w0, absmax0, code, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+            x, x_stride, norm, w0, absmax0, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
         )
     elif column == N0:
         total, squares = any_weight(
-            x, x_stride, norm, w1, absmax1, code, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+            x, x_stride, norm, w1, absmax1, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
         )
     else:
         total, squares = any_weight(
-            x, x_stride, norm, w2, absmax2, code, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+            x, x_stride, norm, w2, absmax2, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
         )
     return total, squares
 
 
 @triton.jit
 def _product(
-    x, norm, w0, w1, w2, absmax0, absmax1, absmax2, code, bias, a, sb, u, ready, tuned, out,
+    x, norm, w0, w1, w2, absmax0, absmax1, absmax2, table, bias, a, sb, u, ready, tuned, out,
     x_stride, tuned_stride, out_stride, eps, K, N0, N1, N2, P,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr, PIECES: tl.constexpr,
     BIAS: tl.constexpr, ADD: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -130,7 +130,7 @@ def _product(
         if BLOCK_P:
             adapter_rows = _adapter_rows(sb, n_out, inside_n, P, BLOCK_P)
         total, squares = _pieces(
-            x, x_stride, norm, w0, w1, w2, absmax0, absmax1, absmax2, code, n, inside_n, column, N0, K,
+            x, x_stride, norm, w0, w1, w2, absmax0, absmax1, absmax2, table, n, inside_n, column, N0, K,
             ROWS, B, NORM, QUANT, PIECES, BLOCK_N, BLOCK_K,
         )  # fmt: skip
         total *= _inverse_root(squares, K, eps, NORM)
@@ -148,7 +148,7 @@ def _product(
 
 @triton.jit
 def _gated(
-    x, norm, w0, w1, absmax0, absmax1, code, a, sb, u, ready, tuned, out,
+    x, norm, w0, w1, absmax0, absmax1, table, a, sb, u, ready, tuned, out,
     x_stride, tuned_stride, out_stride, eps, K, N, P,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr, BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DENSE_K: tl.constexpr,
@@ -168,9 +168,11 @@ def _gated(
             gate_rows = _adapter_rows(sb, n, inside_n, P, BLOCK_P)
             up_rows = _adapter_rows(sb, n + N, inside_n, P, BLOCK_P)
         gate, squares = any_weight(
-            x, x_stride, norm, w0, absmax0, code, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+            x, x_stride, norm, w0, absmax0, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
         )
-        up, _ = any_weight(x, x_stride, norm, w1, absmax1, code, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K)
+        up, _ = any_weight(
+            x, x_stride, norm, w1, absmax1, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+        )
         inverse = _inverse_root(squares, K, eps, NORM)
         gate *= inverse
         up *= inverse
@@ -184,11 +186,14 @@ def _gated(
 
 @dataclass(frozen=True)
 class RowWeight:
-    """One projection's weight as the kernels read it. `quant`: values to a scale, 0 for a dense weight."""
+    """One projection's weight as the kernels read it. `quant`: values to a scale, 0 for a dense weight.
+
+    `table`: the 16 values of a 4-bit weight in fp16, all low bytes before all high ones.
+    """
 
     weight: Tensor
     absmax: Tensor
-    code: Tensor
+    table: Tensor
     quant: int
     rows: int
 
@@ -196,7 +201,8 @@ class RowWeight:
     def of(cls, base: Base) -> RowWeight:
         if isinstance(base, Nf4):
             absmax, code, quant = base.scales()
-            return cls(base.weight.data, absmax, code, quant, base.shape[0])
+            table = code.half().view(torch.uint8).view(16, 2).t().contiguous()
+            return cls(base.weight.data, absmax, table, quant, base.shape[0])
         assert isinstance(base, Dense)
         weight = base.weight_NK
         assert weight.is_contiguous()
@@ -216,9 +222,10 @@ class RowProducts:
 
     @staticmethod
     def knows(product: Product) -> bool:
-        """Not projections of which only some are packed, nor a bias on gate and up."""
-        bases = product.linear.bases
-        return len({type(base) for base in bases}) == 1 and (len(bases) != 2 or product.linear.bias_N is None)
+        """Not projections of which only some are packed, packed rows of part of a word, nor a bias on gate and up."""
+        bases, columns = product.linear.bases, product.linear.columns_in
+        alike = len({type(base) for base in bases}) == 1 and (isinstance(bases[0], Dense) or columns % 8 == 0)
+        return alike and (len(bases) != 2 or product.linear.bias_N is None)
 
     @property
     def ranks(self) -> int:
@@ -241,16 +248,16 @@ class Norm:
 
 
 def _tile(weight: RowWeight, x_BK: Tensor) -> dict[str, int]:
-    """Sizes of a program's tile: a lane reads 16 bytes of each of its rows at once, or 8 of 4-bit ones."""
+    """Sizes of a program's tile: a lane reads 16 bytes of each of its rows at once, or 4 of 4-bit ones."""
     rows = x_BK.shape[0]
-    values = LANE_BYTES if weight.quant else LANE_BYTES // weight.weight.element_size()
+    values = 8 if weight.quant else LANE_BYTES // weight.weight.element_size()
     b = triton.next_power_of_2(rows)
     widest = triton.next_power_of_2(x_BK.shape[1])
     return {
         "ROWS": rows,
         "B": b,
         "QUANT": weight.quant,
-        "BLOCK_N": max(4 // b, 1) if weight.quant else 4 if b < 4 else 2,
+        "BLOCK_N": 4 if b < 4 else 2,
         "BLOCK_K": min(values * 32 * WARPS, widest),
         "DENSE_K": min(LANE_BYTES // x_BK.element_size() * 32 * WARPS, widest),
         "num_warps": WARPS,
@@ -273,7 +280,7 @@ def product(
     adapter, a, sb, ranks = _adapter(of, adapting, x_BK)
     _product[(programs + triton.cdiv(ranks, tile["BLOCK_N"]),)](
         x_BK, x_BK if norm is None else norm.weight_D,
-        first.weight, second.weight, last.weight, first.absmax, second.absmax, last.absmax, first.code,
+        first.weight, second.weight, last.weight, first.absmax, second.absmax, last.absmax, first.table,
         x_BK if of.bias_N is None else of.bias_N, a, sb, adapter.u_BP, adapter.ready_1, adapter.tuned_B, out_BN,
         x_BK.stride(0), adapter.tuned_B.stride(0), out_BN.stride(0), 0.0 if norm is None else norm.eps,
         of.columns_in, *counts, ranks,
@@ -289,7 +296,7 @@ def gated(of: RowProducts, x_BK: Tensor, out_BN: Tensor, adapting: Adapting | No
     tile = _tile(gate, x_BK)
     adapter, a, sb, ranks = _adapter(of, adapting, x_BK)
     _gated[(triton.cdiv(gate.rows, tile["BLOCK_N"]) + triton.cdiv(ranks, tile["BLOCK_N"]),)](
-        x_BK, norm.weight_D, gate.weight, up.weight, gate.absmax, up.absmax, gate.code,
+        x_BK, norm.weight_D, gate.weight, up.weight, gate.absmax, up.absmax, gate.table,
         a, sb, adapter.u_BP, adapter.ready_1, adapter.tuned_B, out_BN,
         x_BK.stride(0), adapter.tuned_B.stride(0), out_BN.stride(0), norm.eps, of.columns_in, gate.rows, ranks,
         NORM=True, BLOCK_P=_rank_block(ranks), **tile,

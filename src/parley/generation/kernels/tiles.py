@@ -1,6 +1,6 @@
 """Some rows of a weight times a few vectors: the inner loops of `rows`.
 
-Every weight is read once, 16 bytes a lane, and all vectors are multiplied while it is in registers. Sums stay apart for
+Every weight is read once, and all vectors are multiplied while it is in registers. Sums stay apart for
 each lane until the end, so that the loops hold nothing but loads and multiplications.
 
 Shape suffixes: B vectors, N rows of a tile, K columns.
@@ -11,7 +11,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-RUN = tl.constexpr(8)  # packed bytes that one lane sums before they are scaled; a scale holds for a multiple of it
+WORD = tl.constexpr(8)  # 4-bit values of a 32-bit word; a scale holds for a multiple of it
+PERMUTED = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no assembly
+
+# A word's 4-bit values as fp32. The 16 values there are stand in registers as fp16, their low bytes ($9 to $12) apart
+# from their high ones ($13 to $16); `prmt` picks four bytes at a time by three bits of each, and by the fourth bit from
+# the upper or the lower eight. A table in memory would be read once for every value, which takes four times as long.
+PICK = tl.constexpr("""{
+.reg .b32 by3, by1, upper3, upper1, a, b, low, high, pair;
+.reg .b16 first, second;
+and.b32 by3, $8, 0x77777777;
+shr.u32 by1, $8, 1;
+and.b32 by1, by1, 0x44444444;
+or.b32 by1, by1, 0x32103210;
+shr.u32 upper3, by3, 16;
+shr.u32 upper1, by1, 16;
+prmt.b32 a, $9, $10, by3;
+prmt.b32 b, $11, $12, by3;
+prmt.b32 low, a, b, by1;
+prmt.b32 a, $13, $14, by3;
+prmt.b32 b, $15, $16, by3;
+prmt.b32 high, a, b, by1;
+prmt.b32 pair, low, high, 0x5140;
+mov.b32 {second, first}, pair;
+cvt.f32.f16 $0, first;
+cvt.f32.f16 $1, second;
+prmt.b32 pair, low, high, 0x7362;
+mov.b32 {second, first}, pair;
+cvt.f32.f16 $2, first;
+cvt.f32.f16 $3, second;
+prmt.b32 a, $9, $10, upper3;
+prmt.b32 b, $11, $12, upper3;
+prmt.b32 low, a, b, upper1;
+prmt.b32 a, $13, $14, upper3;
+prmt.b32 b, $15, $16, upper3;
+prmt.b32 high, a, b, upper1;
+prmt.b32 pair, low, high, 0x5140;
+mov.b32 {second, first}, pair;
+cvt.f32.f16 $4, first;
+cvt.f32.f16 $5, second;
+prmt.b32 pair, low, high, 0x7362;
+mov.b32 {second, first}, pair;
+cvt.f32.f16 $6, first;
+cvt.f32.f16 $7, second;
+}""")
 
 
 @triton.jit
@@ -45,44 +88,76 @@ def dense(
 
 
 @triton.jit
+def _looked_up(word, table, PLACE: tl.constexpr):
+    """Value number PLACE of each word, from the table in memory."""
+    at = (word >> (8 * (PLACE // 2) + 4 - 4 * (PLACE % 2))) & 15
+    bits = tl.load(table + at).to(tl.int16) | (tl.load(table + 16 + at).to(tl.int16) << 8)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _values(word, table):
+    """The eight values of each word, in their order, in fp32."""
+    if PERMUTED:
+        t = table.to(tl.pointer_type(tl.int32))
+        values = tl.inline_asm_elementwise(
+            PICK, "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r,r,r,r,r",
+            [word, tl.load(t), tl.load(t + 1), tl.load(t + 2), tl.load(t + 3),
+             tl.load(t + 4), tl.load(t + 5), tl.load(t + 6), tl.load(t + 7)],
+            dtype=(tl.float32,) * 8, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        values = (
+            _looked_up(word, table, 0), _looked_up(word, table, 1), _looked_up(word, table, 2),
+            _looked_up(word, table, 3), _looked_up(word, table, 4), _looked_up(word, table, 5),
+            _looked_up(word, table, 6), _looked_up(word, table, 7),
+        )  # fmt: skip
+    return values
+
+
+@triton.jit
 def nf4(
-    x, x_stride, norm, packed, absmax, code, n, inside_n, K,
+    x, x_stride, norm, packed, absmax, table, n, inside_n, K,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """As `dense`, of a weight as bitsandbytes packs it: two values to a byte, the first in the high half.
 
-    `absmax` scales each run of QUANT values (fp32).
+    `absmax` scales each run of QUANT values (fp32); `table` holds the 16 values there are before that, rounded to fp16:
+    an eighth of what bf16 weights are rounded by.
     """
-    HALF: tl.constexpr = BLOCK_K // 2
-    RUNS: tl.constexpr = HALF // RUN
-    total = tl.zeros((B, BLOCK_N, RUNS), tl.float32)
-    squares = tl.zeros((B, 1, BLOCK_K), tl.float32)
-    row = n.to(tl.int64)[None, :, None] * (K // 2)
-    for start in range(0, K // 2, HALF):
-        half = start + tl.arange(0, HALF)[None, None, :]
-        run = start + tl.arange(0, RUNS)[None, None, :] * RUN
-        k = 2 * start + tl.arange(0, BLOCK_K)[None, None, :]
-        byte = tl.load(packed + row + half, mask=inside_n[None, :, None] & (half < K // 2), other=0).to(tl.int32)
-        scale = tl.load(absmax + (row + run) // (QUANT // 2), mask=inside_n[None, :, None] & (run < K // 2), other=0.0)
-        value, square = vectors(x, x_stride, norm, k, k < K, ROWS, B, NORM)
-        first, second = tl.split(tl.reshape(value, (B, 1, HALF, 2)))
-        product = tl.load(code + (byte >> 4)) * first + tl.load(code + (byte & 15)) * second
-        total += tl.sum(tl.reshape(product, (B, BLOCK_N, RUNS, RUN)), axis=3) * scale
-        squares += square
+    WORDS: tl.constexpr = BLOCK_K // WORD
+    total = tl.zeros((B, BLOCK_N, WORDS), tl.float32)
+    squares = tl.zeros((B, 1, WORDS), tl.float32)
+    words = packed.to(tl.pointer_type(tl.int32))
+    row = n.to(tl.int64)[None, :, None] * (K // WORD)
+    for start in range(0, K // WORD, WORDS):
+        # One word a lane: were they read by twos or fours, x would have to change lanes for every one of its columns.
+        at = tl.max_contiguous(start + tl.arange(0, WORDS)[None, None, :], [1, 1, 1])
+        inside = at < K // WORD
+        both = inside_n[None, :, None] & inside
+        word = tl.load(words + row + at, mask=both, other=0)
+        scale = tl.load(absmax + (row + at) // (QUANT // WORD), mask=both, other=0.0)
+        weights = _values(word, table)
+        product = tl.zeros((B, BLOCK_N, WORDS), tl.float32)
+        for place in tl.static_range(WORD):
+            value, square = vectors(x, x_stride, norm, at * WORD + place, inside, ROWS, B, NORM)
+            product += weights[place] * value
+            squares += square
+        total += product * scale
     return tl.sum(total, axis=2), tl.sum(squares, axis=2)
 
 
 @triton.jit
 def any_weight(
-    x, x_stride, norm, weight, absmax, code, n, inside_n, K,
+    x, x_stride, norm, weight, absmax, table, n, inside_n, K,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """`nf4` where QUANT says how many values share a scale, `dense` where it is zero."""
     if QUANT:
         total, squares = nf4(
-            x, x_stride, norm, weight, absmax, code, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+            x, x_stride, norm, weight, absmax, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
         )
     else:
         total, squares = dense(x, x_stride, norm, weight, n, inside_n, K, ROWS, B, NORM, BLOCK_N, BLOCK_K)
