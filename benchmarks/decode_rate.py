@@ -1,6 +1,6 @@
 """How fast the decoder answers.
 
-    python benchmarks/decode_rate.py                                     # on a CPU: the embedded model, transformers too
+    python benchmarks/decode_rate.py                                     # on a CPU: the embedded model
     python benchmarks/decode_rate.py --model DIR --quantization nf4      # on a GPU
     python benchmarks/decode_rate.py --model DIR --against transformers  # its generate in the same run
     python benchmarks/decode_rate.py --model DIR --profile               # where a token's time goes

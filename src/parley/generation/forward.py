@@ -117,7 +117,10 @@ class PlainStep:
 
     def __init__(self, model: Model, cache: Cache) -> None:
         self.model, self.cache = model, cache
-        self.turns = {shape: _turns(model.rope, shape) for shape in {layer.shape for layer in model.weights.layers}}
+        shapes = [layer.shape for layer in model.weights.layers]
+        self.shapes = list(dict.fromkeys(shapes))  # mostly one, in some families two
+        self.kinds = [self.shapes.index(shape) for shape in shapes]
+        self.turns = [_turns(model.rope, shape) for shape in self.shapes]
 
     def __call__(self, state: State) -> Tensor:
         """fp32 logits (B, V) after each row's token. `state` lies on the host."""
@@ -126,24 +129,22 @@ class PlainStep:
         position_B = state.whole(POSITION).long().to(device)
         longest = int(state.whole(POSITION).numpy().max()) + 1
         row_B = torch.arange(rows, device=device)
-        turns, masks = {}, {}
-        for shape, (cos_PHE, sin_PHE) in self.turns.items():
-            turns[shape] = [table.index_select(0, position_B) for table in (cos_PHE, sin_PHE)]
-            masks[shape] = _mask(position_B, longest, shape, weights.dtype)
+        turns = [[table.index_select(0, position_B) for table in tables] for tables in self.turns]
+        masks = [_mask(position_B, longest, shape, weights.dtype) for shape in self.shapes]
 
         def attend(index: int, qkv_BC: Tensor) -> Tensor:
             layer = weights.layers[index]
-            shape, cached = layer.shape, self.cache.layers[index]
+            kind, shape, cached = self.kinds[index], layer.shape, self.cache.layers[index]
             if layer.head_norms is not None:
                 qkv_BC = normalise_heads(qkv_BC, shape, layer.head_norms)
-            cos_BHE, sin_BHE = turns[shape]
+            cos_BHE, sin_BHE = turns[kind]
             x_BHE = qkv_BC.view(cos_BHE.shape)
             x_BHE = torch.addcmul(x_BHE * cos_BHE, x_BHE.roll(shape.size // 2, -1), sin_BHE)
             cached[row_B, :, :, position_B] = x_BHE[:, shape.heads :].view(rows, 2, shape.kv_heads, shape.size)
             # Heads that share keys stand as several queries of one head, so that nothing is repeated.
             q_BKGE = x_BHE[:, : shape.heads].view(rows, shape.kv_heads, -1, shape.size)
             keys, values = cached[:rows, 0, :, :longest], cached[:rows, 1, :, :longest]
-            out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, masks[shape], scale=shape.scale)
+            out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, masks[kind], scale=shape.scale)
             return out_BKGE.reshape(rows, -1)
 
         h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN).to(device))
