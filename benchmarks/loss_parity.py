@@ -1,6 +1,6 @@
 """Does Parley learn what stock TRL learns? Trains stock TRL on a finished run's own batches and compares each loss.
 
-    python benchmarks/loss_parity.py RUN --steps 200 --splits 8x1,4x2
+    python benchmarks/loss_parity.py RUN --splits 8x1,4x2 --steps 200,60
 
 The rows, their order, the adapter's first values and all hyperparameters are the run's; model, PEFT, collator (padded)
 and trainer are stock, once for each way of splitting a step into batches, so that it is seen what TRL itself moves by.
@@ -14,6 +14,7 @@ import argparse
 import gc
 import json
 import tempfile
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def apart(ours: Losses, theirs: Losses) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", default="50", help="of each split; the last holds for those that follow")
     parser.add_argument("--splits", default="8x1,4x2")
     options = parser.parse_args()
 
@@ -93,18 +94,20 @@ def main() -> int:
     ours = [event for line in folder.events.read_text().splitlines() if (event := json.loads(line))["event"] == "step"]
     final = json.loads((folder.path / "report.json").read_text())["after"]["heldout_loss"]
     results = {}
-    for split in options.splits.split(","):
-        results[split] = stock(folder, split, options.steps, ours[-1]["step"])
+    splits, steps = options.splits.split(","), [int(count) for count in options.steps.split(",")]
+    for split, count in zip(splits, [*steps, *steps[-1:] * len(splits)], strict=False):
+        results[split] = stock(folder, split, count, ours[-1]["step"])
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     first, *others = results.values()
 
     print("step  loss: parley, trl " + ", trl ".join(results) + "; grad norm: parley, trl")
-    for step, (mine, *all_theirs) in enumerate(zip(ours, *(seen for seen, _ in results.values()), strict=False), 1):
+    for step, (mine, *all_theirs) in enumerate(zip_longest(ours, *(seen for seen, _ in results.values())), 1):
         if step <= 3 or step % 20 == 0:
-            losses = ", ".join(f"{logs['loss']:.4f}" for logs in (mine, *all_theirs))
-            print(f"{step:4d}  {losses}; {mine['grad_norm']:.4f}, {all_theirs[0]['grad_norm']:.4f}")
+            losses = ", ".join(f"{logs['loss']:.4f}" for logs in (mine, *all_theirs) if logs)
+            norms = ", ".join(f"{logs['grad_norm']:.4f}" for logs in (mine, *all_theirs[:1]) if logs)
+            print(f"{step:4d}  {losses}; {norms}")
     whole = len(first[0]) == len(ours) and first[1] is not None
     result = {
         "steps": len(first[0]),
