@@ -82,7 +82,7 @@ def family_config(family: str, tokenizer: Any) -> Any:
     shape = {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

@@ -201,9 +201,9 @@ def test_loftq_needs_the_weights_before_rounding(tiny_llama_folder, tiny_tokeniz
 
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_summary_counts_packed_weights_whole(tiny_llama_folder, quantization):
-    # base: 2 x 384 x 64 embeddings and head, 2 layers of 64 x (64 + 32 + 32 + 64) + 3 x 64 x 96, 5 norms of 64
-    base = 2 * 384 * 64 + 2 * (64 * 192 + 3 * 64 * 96) + 5 * 64
-    added = 2 * 4 * (128 + 96 + 96 + 128 + 3 * 160)
+    # base: 2 x 384 x 64 embeddings and head, 2 layers of 64 x (64 + 32 + 32 + 64) + 3 x 64 x 128, 5 norms of 64
+    base = 2 * 384 * 64 + 2 * (64 * 192 + 3 * 64 * 128) + 5 * 64
+    added = 2 * 4 * (128 + 96 + 96 + 128 + 3 * 192)
     summary = trainable_summary(attach(tiny_llama_folder, quantization=quantization))
     assert summary == f"{added / 1e3:.3g} k of {base / 1e3:.3g} k parameters are trained ({added / base:.2%})"
 
