@@ -32,7 +32,7 @@ from parley.generation.slots import Asked
 
 GREEDY = GenerationSection(temperature=0)
 NO_ENDS: frozenset[int] = frozenset()
-TURN = 25  # questions that one of the two answers before the other does
+TURN = 50  # questions that one of the two answers before the other does
 
 
 def report(what: str, value: float, unit: str, **more: Any) -> None:
@@ -172,36 +172,29 @@ def transformers_rate(model: Any, tokens: int, static: bool) -> float:
 
 
 def on_cpu(model: Any, tokenizer: Any, count: int, name: str) -> None:
-    """The same questions one at a time, by turns of some, so that both meet the same machine; then in batches."""
+    """The same questions one at a time and in batches, by turns with transformers: both meet the same machine."""
     ends = frozenset(end_of_turn_ids(model, tokenizer))
     settings = GenerationSection(temperature=0, max_new_tokens=128)
     prompts = [render_prompt(tokenizer, question.messages) for question in heldout_questions(count)]
-    decoder = FastDecoder.of(model, slots=16, length=640)
-    seconds, got, wanted = {"parley": 0.0, "transformers": 0.0}, [], []
-    for first in range(0, count, TURN):
-        some = prompts[first : first + TURN]
-        start = time.perf_counter()
-        got += [answer(decoder, {0: Asked(prompt, settings, ends, 0)})[0][0] for prompt in some]
-        between = time.perf_counter()
-        wanted += [transformers_answers(model, [prompt], ends, settings.max_new_tokens)[0] for prompt in some]
-        seconds["parley"] += between - start
-        seconds["transformers"] += time.perf_counter() - between
-    tokens = sum(map(len, wanted))
-    same = sum(ours == theirs for ours, theirs in zip(got, wanted, strict=True))
-    ours, theirs = tokens / seconds["parley"], tokens / seconds["transformers"]
-    report(f"{name}: one at a time, parley", ours, "tokens/s", identical=f"{same} of {count}")
-    report(f"{name}: one at a time, transformers", theirs, "tokens/s", parley_is_faster=round(ours / theirs, 2))
-
-    start = time.perf_counter()
-    batched = in_batches(decoder, prompts, settings, ends)
-    ours = tokens / (time.perf_counter() - start)
-    start = time.perf_counter()
-    for first in range(0, count, 16):
-        transformers_answers(model, prompts[first : first + 16], ends, settings.max_new_tokens)
-    theirs = tokens / (time.perf_counter() - start)
-    same = sum(ours == theirs for ours, theirs in zip(batched, wanted, strict=True))
-    report(f"{name}: 16 at a time, parley", ours, "tokens/s", identical=f"{same} of {count}")
-    report(f"{name}: 16 at a time, transformers", theirs, "tokens/s", parley_is_faster=round(ours / theirs, 2))
+    truth: list[list[int]] = []  # transformers' answers one at a time
+    for batch in (1, 16):
+        decoder = FastDecoder.of(model, slots=batch, length=640)
+        ours, theirs, seconds = [], [], []
+        for first in range(0, count, TURN):
+            some = prompts[first : first + TURN]
+            start = time.perf_counter()
+            ours += in_batches(decoder, some, settings, ends)
+            between = time.perf_counter()
+            for at in range(0, len(some), batch):
+                theirs += transformers_answers(model, some[at : at + batch], ends, settings.max_new_tokens)
+            seconds.append((between - start, time.perf_counter() - between))
+        truth = truth or theirs
+        tokens = sum(map(len, truth))
+        same = sum(got == wanted for got, wanted in zip(ours, truth, strict=True))
+        faster = statistics.median(his / own for own, his in seconds)
+        mine, others = (tokens / sum(part) for part in zip(*seconds, strict=True))
+        report(f"{name}: {batch} at a time, parley", mine, "tokens/s", identical=f"{same} of {count}")
+        report(f"{name}: {batch} at a time, transformers", others, "tokens/s", parley_is_faster=round(faster, 2))
 
 
 def in_batches(

@@ -110,6 +110,7 @@ def test_greedy_is_transformers_greedy_for_every_family(family: str, build_famil
     wanted = [transformers_greedy(model, prompt) for prompt in PROMPTS]
     assert wanted != wanted_base
     decoder = FastDecoder.of(model, slots=10, length=100)
+    decoder.warm_up()
     assert answers(decoder, [ask(prompt) for prompt in PROMPTS]) == wanted
     both = [ask(prompt, base=base) for prompt in PROMPTS for base in (False, True)]
     got = answers(decoder, both)

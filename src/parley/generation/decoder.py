@@ -82,7 +82,7 @@ class FastDecoder:
     def warm_up(self) -> None:
         """Compile and capture what the first answers would otherwise wait for. No slot is drawing."""
         assert not self.rows
-        prefill(self.model, self.cache, self.staging, [[0] * 64], [0], [True])
+        prefill(self.model, self.cache, self.staging, [[0] * min(64, self._length)], [0], [True])
         self.runner.warm_up()
 
     @torch.inference_mode()
