@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ PREFILL_TOKENS = 8192  # of one pass over new prompts
 Attend = Callable[[int, Tensor], Tensor | None]  # from a layer's index and its q, k, v to the heads' outputs
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
     """Everything of the model that answering reads."""
 
@@ -37,30 +37,40 @@ class Model:
     head: Product
     rope: Rope
     ops: Ops
+    eps_11: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.eps_11 = torch.full((1, 1), self.weights.eps, dtype=torch.float32, device=self.weights.device)
+        assert all(layer.eps == self.weights.eps for layer in self.weights.layers)
 
     def layers(self, h_TD: Tensor, tuned_T1: Tensor, attend: Attend) -> None:
         """Add every layer's output to `h_TD`, in place; stops where `attend` returns None."""
         for index, (layer, products) in enumerate(zip(self.weights.layers, self.products, strict=True)):
-            attended_TD = attend(index, products.qkv(self._norm(h_TD, layer.norm_in_D, layer.eps), tuned_T1))
+            attended_TD = attend(index, products.qkv(self._norm(h_TD, layer.norm_in_D), tuned_T1))
             if attended_TD is None:
                 return
             products.o.add_to(h_TD, attended_TD, tuned_T1)
-            gate_up_T2F = products.gate_up(self._norm(h_TD, layer.norm_mid_D, layer.eps), tuned_T1)
+            gate_up_T2F = products.gate_up(self._norm(h_TD, layer.norm_mid_D), tuned_T1)
             act_TF = gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2)
             self.ops.swiglu(gate_up_T2F, act_TF)
             products.down.add_to(h_TD, act_TF, tuned_T1)
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """fp32, (T, V)."""
-        normed_TD = self._norm(h_TD, self.weights.norm_D, self.weights.eps)
+        normed_TD = self._norm(h_TD, self.weights.norm_D)
         return self.head(normed_TD, normed_TD[:, :1]).float()  # the head has no adapter to switch
 
-    def _norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        if not x_TD.is_cuda:
-            return functional.rms_norm(x_TD, weight_D.shape, weight_D, eps)  # the quickest there
-        out_TD = torch.empty_like(x_TD)
-        self.ops.rms_norm(x_TD, None, weight_D, eps, out_TD)
-        return out_TD
+    def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
+        if x_TD.is_cuda:
+            out_TD = torch.empty_like(x_TD)
+            self.ops.rms_norm(x_TD, None, weight_D, self.weights.eps, out_TD)
+            return out_TD
+        if x_TD.dtype != torch.float32:
+            return functional.rms_norm(x_TD, weight_D.shape, weight_D, self.weights.eps)
+        # The same in five calls, which take 5 microseconds where PyTorch's function takes 8.
+        length_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+        square_T1 = torch.addcmul(self.eps_11, length_T1, length_T1, value=1 / x_TD.shape[1])
+        return square_T1.rsqrt_().mul(x_TD).mul_(weight_D)
 
 
 def prefill(
