@@ -130,6 +130,7 @@ def serving() -> Iterator[Callable[..., Running]]:
         source: str | Path,
         *,
         drain: float = 5,
+        ends: list[int] | None = None,
         slots: int = 4,
         length: int = 512,
         queue: int = 64,
@@ -138,9 +139,8 @@ def serving() -> Iterator[Callable[..., Running]]:
     ) -> Running:
         opened = open_source(str(source))
         decoder = decoder_for(opened.model, slots=slots, length=length)
-        scheduler = Scheduler(
-            decoder, opened.tokenizer, end_of_turn_ids(opened.model, opened.tokenizer), queue_limit=queue
-        )
+        ends = end_of_turn_ids(opened.model, opened.tokenizer) if ends is None else ends
+        scheduler = Scheduler(decoder, opened.tokenizer, ends, queue_limit=queue)
         vocabulary = opened.model.get_input_embeddings().num_embeddings
         served = Served(opened.tokenizer, opened.names, opened.settings, opened.system, decoder.length, vocabulary)
         service = Service(served, scheduler)
@@ -175,8 +175,10 @@ def caller(serving: Callable[..., Running], calling_run: RunFolder) -> Running:
 
 @pytest.fixture(scope="module")
 def endless(serving: Callable[..., Running], tiny_llama_folder: Path) -> Running:
-    """A model of random weights, which seldom ends an answer by itself; room for long ones."""
-    return serving(tiny_llama_folder, length=2048, queue=4, body_bytes=2**20, body_seconds=1, stalled_seconds=1)
+    """A model that never ends an answer by itself, and room for long ones."""
+    return serving(
+        tiny_llama_folder, length=2048, ends=[], queue=4, body_bytes=2**20, body_seconds=1, stalled_seconds=1
+    )
 
 
 @pytest.fixture(scope="session")

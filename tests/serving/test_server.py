@@ -56,7 +56,7 @@ def test_a_run_named_as_its_base_does_not_hide_it(tmp_path: Path) -> None:
 def test_answers_that_time_runs_out_for_are_ended_and_their_clients_told(
     serving: Callable[..., Running], tiny_llama_folder: Path, hurried: bool
 ) -> None:
-    running = serving(tiny_llama_folder, slots=1, length=2048, drain=60 if hurried else 0.5)
+    running = serving(tiny_llama_folder, slots=1, length=2048, ends=[], drain=60 if hurried else 0.5)
     name = next(iter(running.service.served.names))
     asked: Any = {
         "model": name,

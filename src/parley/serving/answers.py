@@ -11,7 +11,9 @@ from parley.serving.errors import api_error
 
 
 class Answers:
-    """Several answers under way, to be iterated once: (which, piece) as they are written. ApiError ends them all.
+    """Several answers under way, to be iterated once: what was written since the last look, as (which, piece).
+
+    A reader that looks seldom gets more at a time and so keeps up. ApiError ends all answers.
 
     What waits here for a slow reader is at most the answers themselves, whose length the decoder's slots bound.
     `submit` raises what Scheduler.submit raises, after having cancelled those already taken.
@@ -41,13 +43,18 @@ class Answers:
 
         return deliver
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Piece]]]:
         while self._open:
-            index, piece = await self._inbox.get()
-            if isinstance(piece, Exception):
-                raise api_error(piece) from piece
-            self._open -= piece.finish is not None
-            yield index, piece
+            told = [await self._inbox.get()]
+            while not self._inbox.empty():
+                told.append(self._inbox.get_nowait())
+            pieces = []
+            for index, piece in told:
+                if isinstance(piece, Exception):
+                    raise api_error(piece) from piece
+                self._open -= piece.finish is not None
+                pieces.append((index, piece))
+            yield pieces
 
     def cancel(self) -> None:
         """Give back the slots of answers that are not finished."""

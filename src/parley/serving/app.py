@@ -113,14 +113,15 @@ class _Run:
         self._metrics, self._started = metrics, started
         self._begun = False
 
-    async def read(self) -> AsyncIterator[int]:
-        """Add pieces to the reply; to which of its answers."""
-        async for index, piece in self.answers:
+    async def read(self) -> AsyncIterator[list[int]]:
+        """Add what was written to the reply; to which of its answers."""
+        async for pieces in self.answers:
             if not self._begun:
                 self._metrics.first_token.observe(perf_counter() - self._started)
                 self._begun = True
-            self.reply.add(index, piece)
-            yield index
+            for index, piece in pieces:
+                self.reply.add(index, piece)
+            yield list(dict.fromkeys(index for index, _ in pieces))
 
     async def read_all(self) -> None:
         async for _ in self.read():
@@ -130,9 +131,10 @@ class _Run:
         for chunk in self.reply.opening():
             yield _event(chunk)
         try:
-            async for index in self.read():
-                for chunk in self.reply.chunks(index):
-                    yield _event(chunk)
+            async for indices in self.read():
+                for index in indices:
+                    for chunk in self.reply.chunks(index):
+                        yield _event(chunk)
         except ApiError as error:  # the status was told long ago
             yield _event(error.body())
             return
