@@ -182,15 +182,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values or {}
 
 
-def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
-    """The error for a key nobody knows, naming the nearest one that somebody does, by spelling or initials (lr)."""
-    wrong = key.rsplit(".", 1)[-1]
+def nearest(wrong: str, known: Iterable[str]) -> str:
+    """Which of `known` was meant, by spelling or by initials (lr)."""
 
     def likeness(name: str) -> float:
         initials = "".join(word[:1] for word in name.split("_"))
         return max(difflib.SequenceMatcher(None, wrong, other).ratio() for other in (name, initials))
 
-    return UsageError(f"unknown key {key!r} in {where}; did you mean {max(sorted(known), key=likeness)!r}?")
+    return max(sorted(known), key=likeness)
+
+
+def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
+    """The error for a key nobody knows, naming the nearest one that somebody does."""
+    return UsageError(f"unknown key {key!r} in {where}; did you mean {nearest(key.rsplit('.', 1)[-1], known)!r}?")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:

@@ -67,19 +67,21 @@ def _on_ids(who: str, config: RunConfig, folder: Path) -> Any:
 
 def _unsloth(job: Job, config: RunConfig, folder: Path) -> Any:
     """Unsloth as its notebooks go: its own loader, adapters and checkpointing, on the same conversations as text."""
+    from transformers import DataCollatorForSeq2Seq
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel
-    from unsloth.chat_templates import train_on_responses_only
+    from unsloth.chat_templates import get_chat_template, train_on_responses_only
 
     assert config.lora is not None
     training, lora, longest = config.training, config.lora, config.model.max_seq_length
     model, tokenizer = FastLanguageModel.from_pretrained(
         config.model.name, max_seq_length=longest, dtype=None, load_in_4bit=job.quantization == "nf4"
     )
+    tokenizer = get_chat_template(tokenizer, chat_template="llama-3.1")
     model = FastLanguageModel.get_peft_model(
         model,
         r=lora.r,
-        lora_alpha=lora.lora_alpha,
+        lora_alpha=int(lora.lora_alpha),
         lora_dropout=lora.lora_dropout,
         bias=lora.bias,
         target_modules=lora.target_modules,
@@ -107,7 +109,11 @@ def _unsloth(job: Job, config: RunConfig, folder: Path) -> Any:
         save_strategy="no",
     )
     trainer = SFTTrainer(
-        model=model, processing_class=tokenizer, train_dataset=as_text(read_rows(folder), tokenizer), args=args
+        model=model,
+        processing_class=tokenizer,
+        train_dataset=as_text(read_rows(folder), tokenizer),
+        data_collator=DataCollatorForSeq2Seq(tokenizer=tokenizer),
+        args=args,
     )
     return train_on_responses_only(
         trainer,

@@ -63,7 +63,7 @@ def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         "first_losses": losses[:3],
         "last_losses": losses[-2:],
         "losses": losses,
-        "grad_norms": [round(float(logs["grad_norm"]), 5) for logs in clock.logs],
+        "grad_norms": [round(float(logs["grad_norm"]), 5) for logs in clock.logs if "grad_norm" in logs],
         "plain_because": vars(trainer).get("plain_because"),
         "machine": machine(),
         "versions": {name: found for name in PACKAGES if (found := installed(name)) is not None},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
 from typing import Any
@@ -13,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from parley.compat.unsloth.families import FAMILIES, NAMES, Family
 from parley.compat.unsloth.options import check_options
 from parley.compat.unsloth.responses import train_on_responses_only
+from parley.config import nearest
 from parley.data.messages import conversation
 from parley.data.render import pin_date
 from parley.errors import DataError, ModelError, UsageError
@@ -104,11 +104,9 @@ standardize_data_formats = standardize_sharegpt
 
 def _family_name(chat_template: str) -> str:
     if chat_template not in NAMES:
-        near = difflib.get_close_matches(str(chat_template), NAMES, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NAMES)}"
         raise UsageError(
-            f"get_chat_template() got an unknown chat_template {chat_template!r}; {advice} "
-            "A template of your own goes into tokenizer.chat_template"
+            f"get_chat_template() got an unknown chat_template {chat_template!r}; did you mean "
+            f"{nearest(str(chat_template), NAMES)!r}? A template of your own goes into tokenizer.chat_template"
         )
     return NAMES[chat_template]
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from parley.config import nearest
 from parley.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -30,9 +30,7 @@ def check_options(
     known |= no_meaning | set(not_offered)
     for option, value in options.items():
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
-            raise UsageError(f"{name}() got an unknown option {option!r}; {advice}")
+            raise UsageError(f"{name}() got an unknown option {option!r}; did you mean {nearest(option, known)!r}?")
         if option in not_offered and value:
             raise UsageError(f"{name}({option}={value!r}) is not offered here; {not_offered[option]}")
     unused = sorted(option for option in options if option in no_meaning)
