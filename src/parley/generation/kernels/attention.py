@@ -23,7 +23,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e6)  # finite: a share without a position must not turn into NaN
 TILE = 16  # rows that the matrix units take at least
 POSITIONS = 64  # of a tile
-PROGRAMS = 512  # that fill a large GPU some times over
+PROGRAMS = 128  # that keep a large GPU busy; more have more to add up
 MOST_SHARES = 32
 
 

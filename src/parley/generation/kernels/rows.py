@@ -21,7 +21,7 @@ from torch import Tensor
 
 from parley.engine.linear import Base, Dense
 from parley.engine.nf4 import Nf4
-from parley.generation.kernels.tiles import any_weight, dense
+from parley.generation.kernels.tiles import any_weight, dense, nf4
 from parley.generation.products import Product
 
 WARPS = 4
@@ -147,6 +147,24 @@ def _product(
 
 
 @triton.jit
+def _two_packed(
+    x, x_stride, norm, w0, w1, absmax0, absmax1, table, n, N, K,
+    ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Products (B, N) of the rows `n` of two 4-bit weights, taken by turns in one tile, and the sums of squares."""
+    turn = tl.arange(0, 2 * BLOCK_N)
+    row, first = tl.min(n, axis=0) + turn // 2, (turn % 2 == 0)[None, :, None]
+    words = tl.where(first, w0.to(tl.pointer_type(tl.int32)), w1.to(tl.pointer_type(tl.int32)))
+    absmax = tl.where(first, absmax0, absmax1)
+    both, squares = nf4(
+        x, x_stride, norm, words, absmax, table, row, row < N, K, ROWS, B, NORM, QUANT, 2 * BLOCK_N, BLOCK_K
+    )
+    one, other = tl.split(tl.reshape(both, (B, BLOCK_N, 2)))
+    return one, other, squares
+
+
+@triton.jit
 def _gated(
     x, norm, w0, w1, absmax0, absmax1, table, a, sb, u, ready, tuned, out,
     x_stride, tuned_stride, out_stride, eps, K, N, P,
@@ -167,12 +185,13 @@ def _gated(
         if BLOCK_P:
             gate_rows = _adapter_rows(sb, n, inside_n, P, BLOCK_P)
             up_rows = _adapter_rows(sb, n + N, inside_n, P, BLOCK_P)
-        gate, squares = any_weight(
-            x, x_stride, norm, w0, absmax0, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
-        )
-        up, _ = any_weight(
-            x, x_stride, norm, w1, absmax1, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
-        )
+        if QUANT:
+            gate, up, squares = _two_packed(
+                x, x_stride, norm, w0, w1, absmax0, absmax1, table, n, N, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+            )
+        else:
+            gate, squares = dense(x, x_stride, norm, w0, n, inside_n, K, ROWS, B, NORM, BLOCK_N, BLOCK_K)
+            up, _ = dense(x, x_stride, norm, w1, n, inside_n, K, ROWS, B, NORM, BLOCK_N, BLOCK_K)
         inverse = _inverse_root(squares, K, eps, NORM)
         gate *= inverse
         up *= inverse
@@ -215,7 +234,7 @@ class RowProducts:
     def __init__(self, product: Product) -> None:
         assert self.knows(product)
         linear = product.linear
-        self.weights = [RowWeight.of(base) for base in linear.bases]
+        self.weights = [RowWeight.of(base) for base in self._bases(product)]
         self.bias_N = linear.bias_N
         self.a_PK, self.sb_NP = product.a_PK, product.sb_NP
         self.columns_in = linear.columns_in
@@ -226,6 +245,14 @@ class RowProducts:
         bases, columns = product.linear.bases, product.linear.columns_in
         alike = len({type(base) for base in bases}) == 1 and (isinstance(bases[0], Dense) or columns % 8 == 0)
         return alike and (len(bases) != 2 or product.linear.bias_N is None)
+
+    @staticmethod
+    def _bases(product: Product) -> list[Base]:
+        """Where there is a copy in 16 bits it is read: 4-bit weights take a quarter of the memory and more time."""
+        if product.matrix_NK is None or not product.matrix_NK.is_contiguous():
+            return product.linear.bases
+        counts = [base.shape[0] for base in product.linear.bases]
+        return [Dense(weight_NK) for weight_NK in product.matrix_NK.split(counts)]
 
     @property
     def ranks(self) -> int:
@@ -257,7 +284,7 @@ def _tile(weight: RowWeight, x_BK: Tensor) -> dict[str, int]:
         "ROWS": rows,
         "B": b,
         "QUANT": weight.quant,
-        "BLOCK_N": 4 if b < 4 else 2,
+        "BLOCK_N": {1: 4 if weight.quant else 8, 2: 4}.get(b, 2),
         "BLOCK_K": min(values * 32 * WARPS, widest),
         "DENSE_K": min(LANE_BYTES // x_BK.element_size() * 32 * WARPS, widest),
         "num_warps": WARPS,

@@ -116,34 +116,48 @@ def _values(word, table):
 
 
 @triton.jit
+def _by_place(t, B: tl.constexpr, WORDS: tl.constexpr):
+    """The columns of `t` (B, 1, 8 WORDS) by place in a word: eight tensors (B, 1, WORDS). Nothing changes lanes."""
+    even, odd = tl.split(tl.reshape(t, (B, 1, WORDS, 2, 2, 2)))
+    by_04, by_26 = tl.split(even)
+    by_15, by_37 = tl.split(odd)
+    t0, t4 = tl.split(by_04)
+    t2, t6 = tl.split(by_26)
+    t1, t5 = tl.split(by_15)
+    t3, t7 = tl.split(by_37)
+    return t0, t1, t2, t3, t4, t5, t6, t7
+
+
+@triton.jit
 def nf4(
-    x, x_stride, norm, packed, absmax, table, n, inside_n, K,
+    x, x_stride, norm, words, absmax, table, n, inside_n, K,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """As `dense`, of a weight as bitsandbytes packs it: two values to a byte, the first in the high half.
 
-    `absmax` scales each run of QUANT values (fp32); `table` holds the 16 values there are before that, rounded to fp16:
-    an eighth of what bf16 weights are rounded by.
+    `words` are its bytes by fours; `absmax` scales each run of QUANT values (fp32); either may be a pointer for each of
+    the rows, (1, N, 1). `table` holds the 16 values there are before scaling, rounded to fp16: an eighth of what bf16
+    weights are rounded by.
     """
     WORDS: tl.constexpr = BLOCK_K // WORD
     total = tl.zeros((B, BLOCK_N, WORDS), tl.float32)
-    squares = tl.zeros((B, 1, WORDS), tl.float32)
-    words = packed.to(tl.pointer_type(tl.int32))
-    row = n.to(tl.int64)[None, :, None] * (K // WORD)
+    squares = tl.zeros((B, 1, BLOCK_K), tl.float32)
+    row = n[None, :, None] * (K // WORD)  # of words: 32 bits count those of any projection
     for start in range(0, K // WORD, WORDS):
-        # One word a lane: were they read by twos or fours, x would have to change lanes for every one of its columns.
+        # One word a lane, which multiplies the eight columns of x that the lane has loaded; were words read by twos or
+        # fours, x would have to change lanes.
         at = tl.max_contiguous(start + tl.arange(0, WORDS)[None, None, :], [1, 1, 1])
-        inside = at < K // WORD
-        both = inside_n[None, :, None] & inside
-        word = tl.load(words + row + at, mask=both, other=0)
+        both = inside_n[None, :, None] & (at < K // WORD)
+        word = tl.load(words + (row + at), mask=both, other=0)
         scale = tl.load(absmax + (row + at) // (QUANT // WORD), mask=both, other=0.0)
-        weights = _values(word, table)
+        k = WORD * start + tl.arange(0, BLOCK_K)[None, None, :]
+        value, square = vectors(x, x_stride, norm, k, k < K, ROWS, B, NORM)
+        squares += square
+        values, weights = _by_place(value, B, WORDS), _values(word, table)
         product = tl.zeros((B, BLOCK_N, WORDS), tl.float32)
         for place in tl.static_range(WORD):
-            value, square = vectors(x, x_stride, norm, at * WORD + place, inside, ROWS, B, NORM)
-            product += weights[place] * value
-            squares += square
+            product += weights[place] * values[place]
         total += product * scale
     return tl.sum(total, axis=2), tl.sum(squares, axis=2)
 
@@ -156,8 +170,9 @@ def any_weight(
 ):  # fmt: skip
     """`nf4` where QUANT says how many values share a scale, `dense` where it is zero."""
     if QUANT:
+        words = weight.to(tl.pointer_type(tl.int32))
         total, squares = nf4(
-            x, x_stride, norm, weight, absmax, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
+            x, x_stride, norm, words, absmax, table, n, inside_n, K, ROWS, B, NORM, QUANT, BLOCK_N, BLOCK_K
         )
     else:
         total, squares = dense(x, x_stride, norm, weight, n, inside_n, K, ROWS, B, NORM, BLOCK_N, BLOCK_K)
