@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from parley.cli.terminal import err, out, quiet_libraries
+from parley.cli.terminal import err, quiet_libraries
+from parley.errors import UsageError
 
 
 def bench(
@@ -29,6 +30,8 @@ def bench(
     from parley.bench.compare import compare, table
     from parley.bench.jobs import find_job
 
+    if output is not None and not output.parent.is_dir():
+        raise UsageError(f"{output.parent}: no such folder; make it, or choose another --output")
     found = find_job(job)
     names = [name.strip() for name in f"{who},{against}".split(",") if name.strip()]
     reports = []
@@ -36,7 +39,7 @@ def bench(
         for report in compare(found, found.config(model, data, steps), names, repeat):
             reports.append(report)
             line = json.dumps(report)
-            out.print(line, soft_wrap=True, markup=False)
+            print(line, flush=True)
             if output is not None:
                 with output.open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
