@@ -134,10 +134,12 @@ class Graphed:
     def _capture(self, key: Key) -> torch.cuda.CUDAGraph:
         rows, cut, logprobs = key
         # Kernels compile and libraries set themselves up outside the capture. What that step draws, the first replay
-        # draws again: with the fields put back, nothing else differs.
-        before = self.state.fields_BF.clone()
+        # draws again: the fields are put back, and the tokens seen, which a repetition penalty reads.
+        touched = self.state.fields_BF, self.state.seen_BV
+        before = [tensor.clone() for tensor in touched]
         self.step.run(rows, cut=cut, logprobs=logprobs)
-        self.state.fields_BF.copy_(before)
+        for tensor, value in zip(touched, before, strict=True):
+            tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             self.step.run(rows, cut=cut, logprobs=logprobs)

@@ -161,7 +161,7 @@ def _constants(shape: AttentionShape) -> dict[str, int | bool]:
 
 
 def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Any:
-    if flash.takes(rows):
+    if flash.takes(x_TC, rows):
         return flash.attention(x_TC, rows, shape, out_TD)
     tokens = x_TC.shape[0]
     q, k, v = shape.parts(x_TC)
@@ -176,7 +176,7 @@ def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -
 def attention_backward(
     dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, rows: Rows, shape: AttentionShape, dx_TC: Tensor
 ) -> None:
-    if flash.takes(rows):
+    if flash.takes(x_TC, rows):
         flash.attention_backward(dout_TD, x_TC, out_TD, saved, rows, shape, dx_TC)
         return
     tokens = x_TC.shape[0]

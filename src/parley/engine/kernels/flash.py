@@ -23,9 +23,10 @@ from parley.engine.ops import AttentionShape
 aten = torch.ops.aten
 
 
-def takes(rows: Rows) -> bool:
-    """Whether the documents are known on the host and the longest is long."""
-    return rows.lengths is not None and max(rows.lengths) >= LONG
+def takes(x_TC: Tensor, rows: Rows) -> bool:
+    """Whether the documents are known on the host and the longest is long; the libraries know 16-bit types alone."""
+    long = rows.lengths is not None and max(rows.lengths) >= LONG
+    return long and x_TC.dtype in (torch.bfloat16, torch.float16)
 
 
 def _runs(rows: Rows, shape: AttentionShape) -> Iterator[tuple[slice, Tensor | None, int]]:
