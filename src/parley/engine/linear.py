@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from parley.engine.ops import Adapter, Ops, Slot
+from parley.engine.product import product
 
 
 class Base(Protocol):
@@ -101,10 +102,7 @@ class FusedLinear:
 
     def forward(self, matrix: Tensor, x_TKP: Tensor, out_TN: Tensor) -> Tensor:
         """Write y of rows whose spare columns `project` has filled into `out_TN`."""
-        weight_NKP = matrix[: self.columns_out]
-        if self.bias_N is None:
-            return torch.mm(x_TKP, weight_NKP.t(), out=out_TN)
-        return torch.addmm(self.bias_N, x_TKP, weight_NKP.t(), out=out_TN)
+        return product(x_TKP, matrix[: self.columns_out], out_TN, self.bias_N)
 
     def backward(self, matrix: Tensor, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, out_TK: Tensor | None) -> None:
         """Add to the adapters' gradients and write dx into `out_TK`, which may be x itself; None leaves it out.
@@ -117,7 +115,7 @@ class FusedLinear:
         if self.slots:
             ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
         if out_TK is not None:
-            torch.mm(dy_TNP, matrix[:, : self.columns_in], out=out_TK)
+            product(dy_TNP, matrix[:, : self.columns_in].t(), out_TK)
 
 
 class Matrices:
