@@ -69,10 +69,12 @@ def test_answer_follows_the_prompt(notebook: dict[str, Any]) -> None:
 def test_saved_adapter_loads_again_and_says_the_same(notebook: dict[str, Any]) -> None:
     model, inputs = notebook["model"], notebook["inputs"]
     assert isinstance(model, PeftModel)
-    trained = notebook["trainer"].model.eval()
+    trained = notebook["trainer"].model
     saved, loaded = get_peft_model_state_dict(trained), get_peft_model_state_dict(model)
     assert saved.keys() == loaded.keys()
     for name, weight in saved.items():
         torch.testing.assert_close(loaded[name], weight, rtol=0, atol=0)
-    with torch.no_grad():  # bitsandbytes multiplies in bf16 on some CPUs, and only once a model is in evaluation mode
-        torch.testing.assert_close(model(input_ids=inputs).logits, trained(input_ids=inputs).logits, rtol=0, atol=1e-2)
+    model.eval()
+    trained.eval()  # bitsandbytes multiplies in bf16 on some CPUs, and only once a model is in evaluation mode
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=inputs).logits, trained(input_ids=inputs).logits)

@@ -1,4 +1,4 @@
-"""The plain path on a GPU, with each decoder layer compiled: for families and options that the fast step does not know."""
+"""The plain path on a GPU with its decoder layers compiled: for families and options the fast step does not know."""
 
 from __future__ import annotations
 
