@@ -48,8 +48,13 @@ class Watch(TrainerCallback):
         control.should_training_stop = state.global_step >= self.steps
 
 
-def stock(folder: RunFolder, split: str, steps: int, total_steps: int) -> tuple[Losses, float | None]:
-    """What stock TRL logs on the run's batches, split as "8x1" says, and its held-out loss at the end."""
+def stock(
+    folder: RunFolder, split: str, steps: int, total_steps: int, *, unrounded: bool = False
+) -> tuple[Losses, float | None]:
+    """What stock TRL logs on the run's batches, split as "8x1" says, and its held-out loss at the end.
+
+    `unrounded`: the adapters go back to float32, after TRL has made them bfloat16, which it does on quantised models.
+    """
     config = folder.config
     batch, accumulate = map(int, split.split("x"))
     held = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
@@ -61,9 +66,12 @@ def stock(folder: RunFolder, split: str, steps: int, total_steps: int) -> tuple[
         args.save_strategy, args.max_steps = "no", total_steps
         args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulate
         args.gradient_checkpointing = False  # changes no loss
+        adapters = [(p, p.data) for p in ready.model.parameters() if p.requires_grad]
         trainer = trl.SFTTrainer(
             ready.model, args, train_dataset=ready.data.train, processing_class=ready.tokenizer, callbacks=[watch]
         )
+        for parameter, value in adapters if unrounded else ():
+            parameter.data = value
         trainer.train()
         args, _ = sft_config(config, Path(scratch), pick_device(config.model.device))
         judge = SFTTrainer(
@@ -88,6 +96,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--steps", default="50", help="of each split; the last holds for those that follow")
     parser.add_argument("--splits", default="8x1,4x2")
+    parser.add_argument("--unrounded", action="store_true", help="keep TRL's adapters in float32 on a quantised model")
     options = parser.parse_args()
 
     folder = RunFolder.open(options.run)
@@ -96,7 +105,7 @@ def main() -> int:
     results = {}
     splits, steps = options.splits.split(","), [int(count) for count in options.steps.split(",")]
     for split, count in zip(splits, [*steps, *steps[-1:] * len(splits)], strict=False):
-        results[split] = stock(folder, split, count, ours[-1]["step"])
+        results[split] = stock(folder, split, count, ours[-1]["step"], unrounded=options.unrounded)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
