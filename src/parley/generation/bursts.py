@@ -76,7 +76,8 @@ class Burst:
             if row.over:
                 continue
             places = [place % len(token_BN[index]) for place in range(row.drawn, drawn)]
-            told[row.slot] = [self._token(token_BN[index][place], index, place) for place in places]
+            if places:
+                told[row.slot] = [self._token(token_BN[index][place], index, place) for place in places]
             row.drawn, row.over = drawn, not live
         return told
 
@@ -125,9 +126,13 @@ class Eager:
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
         state = self.state.first(len(rows))
         for _ in range(tokens):
-            logits_BV = self.step(state).cpu()
-            token_B = next_tokens(logits_BV, state, needs)
-            if needs.logprobs:
-                report_logprobs(logits_BV, token_B, columns(state), state)
-            advance(token_B, state, needs)
+            take(self.step(state).cpu(), state, needs)
         return Burst(rows, needs, Report.of(state))
+
+
+def take(logits_BV: Tensor, state: State, needs: Needs) -> None:
+    """Draw each row's next token and step on. `state` lies on the host."""
+    token_B = next_tokens(logits_BV, state, needs)
+    if needs.logprobs:
+        report_logprobs(logits_BV, token_B, columns(state), state)
+    advance(token_B, state, needs)

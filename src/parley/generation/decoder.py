@@ -16,10 +16,11 @@ from parley.engine.bind import read
 from parley.engine.documents import Staging
 from parley.engine.step import operations
 from parley.errors import DataError
-from parley.generation.bursts import MOST_TOKENS, Burst, Eager, Runner
+from parley.generation.bursts import MOST_TOKENS, Burst, Eager, Runner, take
 from parley.generation.cache import Cache
 from parley.generation.forward import Model, prefill
 from parley.generation.products import make_products
+from parley.generation.reading import Reader
 from parley.generation.sampling import Needs
 from parley.generation.slots import Asked, Token
 from parley.generation.state import LIVE, Row, State, room
@@ -34,6 +35,8 @@ class FastDecoder:
     def __init__(self, model: Model, runner: Runner, cache: Cache, state: State, length: int) -> None:
         self.model, self.runner, self.cache, self.state = model, runner, cache, state
         self._length = length
+        # On a CPU prompts give the first tokens at once; on a GPU they come from a graph, as all others.
+        self.reader = Reader(model, cache) if model.weights.device.type == "cpu" else None
         self.staging = Staging(model.weights.device, 256)
         self.rows: list[Row] = []
         self.bursts: list[Burst] = []
@@ -82,7 +85,8 @@ class FastDecoder:
     def warm_up(self) -> None:
         """Compile and capture what the first answers would otherwise wait for. No slot is drawing."""
         assert not self.rows
-        prefill(self.model, self.cache, self.staging, [[0] * min(64, self._length)], [0], [True])
+        if self.reader is None:
+            prefill(self.model, self.cache, self.staging, [[0] * min(64, self._length)], [0], [True])
         self.runner.warm_up()
 
     @torch.inference_mode()
@@ -104,8 +108,14 @@ class FastDecoder:
         first, every = len(self.rows), list(asked.values())
         self.state.admit(first, every, self._length)
         prompts, rows = [one.prompt_ids for one in every], range(first, first + len(every))
-        prefill(self.model, self.cache, self.staging, prompts, rows, [not one.base for one in every])
-        self.rows += [Row(slot, one, room(one, self._length)) for slot, one in asked.items()]
+        tuned = [not one.base for one in every]
+        if self.reader is None:
+            prefill(self.model, self.cache, self.staging, prompts, rows, tuned)
+        else:
+            logits_BV = self.reader(prompts, rows, tuned)
+            take(logits_BV, self.state.part(first, first + len(every)), Needs.of(every))
+        sent = 0 if self.reader is None else 1
+        self.rows += [Row(slot, one, room(one, self._length), sent=sent) for slot, one in asked.items()]
         self.fresh = True
 
     @torch.inference_mode()
@@ -113,7 +123,9 @@ class FastDecoder:
         """The next tokens of each slot that is drawing, one or a few of them; empty when none is."""
         drawn: dict[int, list[Token]] = {}
         while any(row.slot not in drawn for row in self.rows):  # a fresh answer is not in bursts already under way
-            while len(self.bursts) <= self.runner.ahead and any(row.sent < row.limit for row in self.rows):
+            while len(self.bursts) <= self.runner.ahead and (
+                self.fresh or any(row.sent < row.limit for row in self.rows)
+            ):
                 self._launch()
             burst = self.bursts.pop(0)
             for slot, tokens in burst.read().items():
@@ -126,7 +138,9 @@ class FastDecoder:
         return drawn
 
     def _launch(self) -> None:
-        tokens = 1 if self.fresh else self.runner.tokens  # a first token is not kept waiting
+        tokens = self.runner.tokens
+        if self.fresh:  # a first token is not kept waiting, here or where it was drawn with its prompt
+            tokens = 1 if self.reader is None else 0
         self.fresh = False
         self.bursts.append(self.runner.launch(list(self.rows), Needs.of(row.asked for row in self.rows), tokens))
         for row in self.rows:

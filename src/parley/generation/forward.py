@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -43,17 +44,30 @@ class Model:
         self.eps_11 = torch.full((1, 1), self.weights.eps, dtype=torch.float32, device=self.weights.device)
         assert all(layer.eps == self.weights.eps for layer in self.weights.layers)
 
-    def layers(self, h_TD: Tensor, tuned_T1: Tensor, attend: Attend) -> None:
-        """Add every layer's output to `h_TD`, in place; stops where `attend` returns None."""
-        for index, (layer, products) in enumerate(zip(self.weights.layers, self.products, strict=True)):
-            attended_TD = attend(index, products.qkv(self._norm(h_TD, layer.norm_in_D), tuned_T1))
+    @cached_property
+    def turns(self) -> Turns:
+        return Turns(self.rope, [layer.shape for layer in self.weights.layers])
+
+    def layers(self, h_TD: Tensor, tuned_T1: Tensor, attend: Attend, until: int | None = None) -> None:
+        """Add the output of the layers before `until` to `h_TD`, in place; stops where `attend` returns None."""
+        for index in range(len(self.products) if until is None else until):
+            attended_TD = attend(index, self.queries(index, h_TD, tuned_T1))
             if attended_TD is None:
                 return
-            products.o.add_to(h_TD, attended_TD, tuned_T1)
-            gate_up_T2F = products.gate_up(self._norm(h_TD, layer.norm_mid_D), tuned_T1)
-            act_TF = gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2)
-            self.ops.swiglu(gate_up_T2F, act_TF)
-            products.down.add_to(h_TD, act_TF, tuned_T1)
+            self.finish(index, h_TD, attended_TD, tuned_T1)
+
+    def queries(self, index: int, h_TD: Tensor, tuned_T1: Tensor) -> Tensor:
+        """Queries, keys and values of a layer, (T, C)."""
+        return self.products[index].qkv(self._norm(h_TD, self.weights.layers[index].norm_in_D), tuned_T1)
+
+    def finish(self, index: int, h_TD: Tensor, attended_TD: Tensor, tuned_T1: Tensor) -> None:
+        """Add to `h_TD` what a layer makes of its heads' outputs, in place."""
+        products = self.products[index]
+        products.o.add_to(h_TD, attended_TD, tuned_T1)
+        gate_up_T2F = products.gate_up(self._norm(h_TD, self.weights.layers[index].norm_mid_D), tuned_T1)
+        act_TF = gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2)
+        self.ops.swiglu(gate_up_T2F, act_TF)
+        products.down.add_to(h_TD, act_TF, tuned_T1)
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """fp32, (T, V)."""
@@ -118,43 +132,63 @@ def _attend_in_pack(model: Model, cache: Cache, rows: Rows, row_T: Tensor) -> At
     return attend
 
 
-class PlainStep:
-    """The logits that follow one token of each row, in plain PyTorch.
+class Turns:
+    """Rotary embeddings of whole rows of queries, keys and values.
 
     Cosines and signed sines are laid out for all heads, so that x cos + roll(x) sin turns both halves of queries and
     keys; values pass unturned.
     """
 
-    def __init__(self, model: Model, cache: Cache) -> None:
-        self.model, self.cache = model, cache
-        shapes = [layer.shape for layer in model.weights.layers]
+    def __init__(self, rope: Rope, shapes: list[AttentionShape]) -> None:
         self.shapes = list(dict.fromkeys(shapes))  # mostly one, in some families two
         self.kinds = [self.shapes.index(shape) for shape in shapes]
-        self.turns = [_turns(model.rope, shape) for shape in self.shapes]
+        self.tables = [_turns(rope, shape) for shape in self.shapes]
+
+    def at(self, position_T: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Cosines and sines (T, H, E) of each of `shapes`."""
+        if len(position_T) == 1:  # a view costs less than a gather
+            place = int(position_T)
+            return [(cos_PHE[place : place + 1], sin_PHE[place : place + 1]) for cos_PHE, sin_PHE in self.tables]
+        return [(cos.index_select(0, position_T), sin.index_select(0, position_T)) for cos, sin in self.tables]
+
+    def turn(self, index: int, qkv_TC: Tensor, turns: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Layer `index`'s heads, turned: (T, H, E) with queries, keys and values in this order."""
+        cos_THE, sin_THE = turns[self.kinds[index]]
+        x_THE = qkv_TC.view(cos_THE.shape)
+        return torch.addcmul(x_THE * cos_THE, x_THE.roll(cos_THE.shape[2] // 2, -1), sin_THE)
+
+
+class PlainStep:
+    """The logits that follow one token of each row, in plain PyTorch."""
+
+    def __init__(self, model: Model, cache: Cache) -> None:
+        self.model, self.cache, self.turns = model, cache, model.turns
 
     def __call__(self, state: State) -> Tensor:
         """fp32 logits (B, V) after each row's token. `state` lies on the host."""
-        weights = self.model.weights
+        weights, kinds = self.model.weights, self.turns.kinds
         device, rows = weights.device, state.fields_BF.shape[0]
-        position_B = state.whole(POSITION).long().to(device)
+        position_B = state.whole(POSITION).long()
+        turns = self.turns.at(position_B.to(device))
         longest = int(state.whole(POSITION).numpy().max()) + 1
-        row_B = torch.arange(rows, device=device)
-        turns = [[table.index_select(0, position_B) for table in tables] for tables in self.turns]
-        masks = [_mask(position_B, longest, shape, weights.dtype) for shape in self.shapes]
+        masks = [_mask(position_B.to(device), longest, shape, weights.dtype) for shape in self.turns.shapes]
+        row_B, at_B = torch.arange(rows, device=device), position_B.to(device)
 
         def attend(index: int, qkv_BC: Tensor) -> Tensor:
-            layer = weights.layers[index]
-            kind, shape, cached = self.kinds[index], layer.shape, self.cache.layers[index]
+            layer, shape, cached = weights.layers[index], weights.layers[index].shape, self.cache.layers[index]
             if layer.head_norms is not None:
                 qkv_BC = normalise_heads(qkv_BC, shape, layer.head_norms)
-            cos_BHE, sin_BHE = turns[kind]
-            x_BHE = qkv_BC.view(cos_BHE.shape)
-            x_BHE = torch.addcmul(x_BHE * cos_BHE, x_BHE.roll(shape.size // 2, -1), sin_BHE)
-            cached[row_B, :, :, position_B] = x_BHE[:, shape.heads :].view(rows, 2, shape.kv_heads, shape.size)
+            x_BHE = self.turns.turn(index, qkv_BC, turns)
+            kv_B2KE = x_BHE[:, shape.heads :].view(rows, 2, shape.kv_heads, shape.size)
+            if rows == 1:
+                cached[0, :, :, longest - 1].copy_(kv_B2KE[0])
+            else:
+                cached[row_B, :, :, at_B] = kv_B2KE
             # Heads that share keys stand as several queries of one head, so that nothing is repeated.
             q_BKGE = x_BHE[:, : shape.heads].view(rows, shape.kv_heads, -1, shape.size)
             keys, values = cached[:rows, 0, :, :longest], cached[:rows, 1, :, :longest]
-            out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, masks[kind], scale=shape.scale)
+            mask = masks[kinds[index]]
+            out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, mask, scale=shape.scale)
             return out_BKGE.reshape(rows, -1)
 
         h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN).to(device))

@@ -59,7 +59,11 @@ class State:
 
     def first(self, rows: int) -> State:
         """A view of the first rows."""
-        return State(*(tensor[:rows] for tensor in vars(self).values()))
+        return self.part(0, rows)
+
+    def part(self, start: int, end: int) -> State:
+        """A view of the rows from `start` up to `end`."""
+        return State(*(tensor[start:end] for tensor in vars(self).values()))
 
     def whole(self, column: int) -> Tensor:
         return self.fields_BF[:, column]

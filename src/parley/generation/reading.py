@@ -1,0 +1,99 @@
+"""New prompts on a CPU: one pass that fills the cache and gives the logits after each prompt.
+
+A token's small operations cost as much as its products there, so this pass does what `forward.prefill` does in fewer of
+them: documents attend one by one on views of the pack, and the last layer goes on with the last token of each alone.
+
+Shape suffixes: T tokens of the pack, N documents, L tokens of one, D hidden, C query, key and value columns, H heads,
+K key-value heads, E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parley.engine.heads import normalise_heads
+from parley.engine.ops import AttentionShape
+from parley.generation.cache import Cache
+from parley.generation.forward import PREFILL_TOKENS, Model
+
+
+class Reader:
+    """Reads whole prompts, their last tokens included."""
+
+    def __init__(self, model: Model, cache: Cache) -> None:
+        self.model, self.cache, self.turns = model, cache, model.turns
+
+    def __call__(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool]) -> Tensor:
+        """fp32 logits (N, V) after each prompt, whose keys and values are then in its row of the cache."""
+        logits = [
+            self._pass(prompts[first:last], rows[first:last], tuned[first:last])
+            for first, last in pairwise(_cuts([len(prompt) for prompt in prompts]))
+        ]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _pass(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool]) -> Tensor:
+        model, weights = self.model, self.model.weights
+        lengths = [len(prompt) for prompt in prompts]
+        bounds = [0, *accumulate(lengths)]
+        position_T = torch.cat([torch.arange(length) for length in lengths])
+        last_N = torch.tensor(bounds[1:]) - 1
+        tuned_N1 = torch.tensor([[float(one)] for one in tuned], dtype=weights.dtype)
+        tuned_T1 = tuned_N1.repeat_interleave(torch.tensor(lengths), 0)
+        ids_T = torch.tensor([token for prompt in prompts for token in prompt])
+        turned = self.turns.at(position_T)
+
+        def attend(index: int, qkv_TC: Tensor) -> Tensor:
+            layer, shape = weights.layers[index], weights.layers[index].shape
+            if layer.head_norms is not None:
+                qkv_TC = normalise_heads(qkv_TC, shape, layer.head_norms)
+            x_THE = self.turns.turn(index, qkv_TC, turned)
+            is_last = index == len(weights.layers) - 1
+            out_TD = qkv_TC.new_empty(len(lengths) if is_last else len(qkv_TC), shape.heads * shape.size)
+            for place, (row, (start, end)) in enumerate(zip(rows, pairwise(bounds), strict=True)):
+                x_HLE = x_THE[start:end].transpose(0, 1)
+                kv_2KLE = x_HLE[shape.heads :].unflatten(0, (2, shape.kv_heads))
+                self.cache.layers[index][row, :, :, : end - start].copy_(kv_2KLE)
+                asked = slice(place, place + 1) if is_last else slice(start, end)
+                out_LHE = out_TD[asked].view(-1, shape.heads, shape.size)
+                out_LHE.copy_(_attention(x_HLE, shape, last_only=is_last).transpose(0, 1))
+            return out_TD
+
+        h_TD = weights.embedding_VD.index_select(0, ids_T)
+        last = len(weights.layers) - 1
+        model.layers(h_TD, tuned_T1, attend, until=last)
+        attended_ND = attend(last, model.queries(last, h_TD, tuned_T1))
+        h_ND = h_TD.index_select(0, last_N)
+        model.finish(last, h_ND, attended_ND, tuned_N1)
+        return model.logits(h_ND)
+
+
+def _cuts(lengths: list[int]) -> list[int]:
+    """Where to cut the prompts into passes of at most PREFILL_TOKENS; a longer prompt is a pass of its own."""
+    cuts, room = [0], PREFILL_TOKENS
+    for index, length in enumerate(lengths):
+        if length > room and index > cuts[-1]:
+            cuts.append(index)
+            room = PREFILL_TOKENS
+        room -= length
+    return [*cuts, len(lengths)]
+
+
+def _attention(x_HLE: Tensor, shape: AttentionShape, *, last_only: bool) -> Tensor:
+    """What the queries of one document, or its last one alone, see of it: (H, L, E)."""
+    length = x_HLE.shape[1]
+    q_HLE, k_KLE, v_KLE = x_HLE.split([shape.heads, shape.kv_heads, shape.kv_heads])
+    mask_LL = None
+    if shape.window is not None and shape.window < length:
+        seen_LL = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - shape.window)
+        mask_LL = seen_LL[-1:] if last_only else seen_LL
+    if last_only:
+        q_HLE = q_HLE[:, -1:]
+    return functional.scaled_dot_product_attention(
+        q_HLE[None], k_KLE[None], v_KLE[None], mask_LL, is_causal=mask_LL is None and not last_only,
+        scale=shape.scale, enable_gqa=True,
+    )[0]  # fmt: skip
