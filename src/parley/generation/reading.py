@@ -21,6 +21,8 @@ from parley.engine.ops import AttentionShape
 from parley.generation.cache import Cache
 from parley.generation.forward import PREFILL_TOKENS, Model
 
+WHOLE = 16  # rows of a pass come in multiples: oneDNN makes a program for each number of rows, and keeps it
+
 
 class Reader:
     """Reads whole prompts, their last tokens included."""
@@ -40,11 +42,12 @@ class Reader:
         model, weights = self.model, self.model.weights
         lengths = [len(prompt) for prompt in prompts]
         bounds = [0, *accumulate(lengths)]
-        position_T = torch.cat([torch.arange(length) for length in lengths])
+        more = -bounds[-1] % WHOLE  # rows that nobody reads
+        position_T = torch.cat([torch.arange(length) for length in (*lengths, more)])
         last_N = torch.tensor(bounds[1:]) - 1
         tuned_N1 = torch.tensor([[float(one)] for one in tuned], dtype=weights.dtype)
-        tuned_T1 = tuned_N1.repeat_interleave(torch.tensor(lengths), 0)
-        ids_T = torch.tensor([token for prompt in prompts for token in prompt])
+        tuned_T1 = torch.cat([tuned_N1, tuned_N1[:1]]).repeat_interleave(torch.tensor([*lengths, more]), 0)
+        ids_T = torch.tensor([token for prompt in (*prompts, [0] * more) for token in prompt])
         turned = self.turns.at(position_T)
 
         def attend(index: int, qkv_TC: Tensor) -> Tensor:
@@ -53,7 +56,7 @@ class Reader:
                 qkv_TC = normalise_heads(qkv_TC, shape, layer.head_norms)
             x_THE = self.turns.turn(index, qkv_TC, turned)
             is_last = index == len(weights.layers) - 1
-            out_TD = qkv_TC.new_empty(len(lengths) if is_last else len(qkv_TC), shape.heads * shape.size)
+            out_TD = qkv_TC.new_zeros(len(lengths) if is_last else len(qkv_TC), shape.heads * shape.size)
             for place, (row, (start, end)) in enumerate(zip(rows, pairwise(bounds), strict=True)):
                 x_HLE = x_THE[start:end].transpose(0, 1)
                 kv_2KLE = x_HLE[shape.heads :].unflatten(0, (2, shape.kv_heads))
