@@ -1,30 +1,11 @@
 from typing import Any
 
 import numpy as np
-import pytest
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from parley.engine.bind import bind
 from parley.engine.plan import GIB, KINDS, make_plan, step_tokens
 from parley.engine.workspace import Workspace, workspace_bytes
 
 LENGTHS = np.array([100])
-
-
-@pytest.fixture(scope="module")
-def bound() -> Any:
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=64,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    lora = LoraConfig(target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
-    return bind(get_peft_model(LlamaForCausalLM(config).to(torch.float32), lora))
 
 
 def test_with_room_a_step_is_one_pass_and_everything_is_kept(bound: Any) -> None:

@@ -1,25 +1,9 @@
 from typing import Any
 
 import pytest
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from parley.engine.bind import bind
 from parley.engine.plan import Plan
 from parley.engine.workspace import KEEP, Workspace
-
-
-@pytest.fixture(scope="module")
-def bound() -> Any:
-    config = LlamaConfig(
-        vocab_size=100,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return bind(get_peft_model(LlamaForCausalLM(config).float(), LoraConfig(task_type="CAUSAL_LM")))
 
 
 @pytest.mark.parametrize(("keep", "places"), [("everything", 4), ("attention", 4), ("offloaded", 2), ("inputs", 1)])
