@@ -73,4 +73,5 @@ def test_a_short_training_leaves_a_complete_folder(tool, work, tmp_path, monkeyp
     assert sum(path.stat().st_size for path in output.iterdir()) <= 8_000_000
     assert "2 steps of 4 conversations" in (output / "README.md").read_text()
     settings = json.loads((output / "generation_config.json").read_text())
-    assert len(settings["eos_token_id"]) == 3
+    assert set(settings["eos_token_id"]) == set(untrained.config.eos_token_id)  # some versions repeat one
+    assert len(set(settings["eos_token_id"])) == 3
