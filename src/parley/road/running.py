@@ -26,7 +26,14 @@ from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.figures import duration, gib, percent, share
 from parley.training.report import Answer, MaskExample, Report, Resources, StepFigures, write_report
-from parley.training.resources import Meter, Stages, device_name, memory_peak, memory_total
+from parley.training.resources import (
+    Meter,
+    Stages,
+    device_name,
+    give_back_memory,
+    memory_peak,
+    memory_total,
+)
 from parley.training.run_folder import RunFolder, is_disk_full
 from parley.training.trainer import SFTTrainer
 
@@ -111,6 +118,7 @@ def _teach(
     """Examine, train, save, examine again, report."""
     stages.end("trainer")
     before = examine(ready, trainer, console)
+    give_back_memory(ready.device)  # the decoder's cache, mostly
     stages.end("questions before")
     training = Meter(ready.device)
     interrupted = _train(trainer, bar, ready)

@@ -32,6 +32,12 @@ def memory_now(device: torch.device) -> float:
     return psutil.Process().memory_info().rss / GIB
 
 
+def give_back_memory(device: torch.device) -> None:
+    """Return to a GPU what PyTorch holds for nobody, so that it does not count for what comes next."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def memory_peak(device: torch.device) -> float:
     """The largest `memory_now` since the start of the process, or on a GPU since `Meter` began."""
     if device.type == "cuda":
