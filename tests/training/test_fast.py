@@ -114,6 +114,17 @@ def test_held_out_loss_is_the_plain_path_s_also_of_longer_rows_and_of_the_base(
     assert measured[0] == pytest.approx(measured[1], rel=1e-3)
 
 
+def test_an_optimizer_handed_in_keeps_the_plain_path_also_when_asked_for_held_out_loss(
+    tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    trained = trainer(tiny_tokenizer, tmp_path, steps=1, eval_dataset=rows(4))
+    trained.optimizer = torch.optim.SGD([p for p in trained.model.parameters() if p.requires_grad], lr=0.1)
+    trained.evaluate()
+    trained.train()
+    assert trained.fast is None
+    assert isinstance(trained.optimizer.optimizer, torch.optim.SGD)
+
+
 def test_what_it_does_not_know_takes_the_plain_path_and_says_so(
     tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -72,15 +72,16 @@ class FastTrainer(trl.SFTTrainer):
     def bind_fast(self) -> None:
         """Take the fast step where it knows the model and all options; asked again, nothing changes.
 
-        A model whose adapters are switched off for a while is not judged by that.
+        A model whose adapters are switched off for a while is not judged by that, and an optimizer that was handed in
+        keeps the plain path.
         """
-        if self.fast is None and self.plain_because is None and adapters_on(self.model):
+        undecided = self.fast is None and self.plain_because is None
+        if undecided and self.optimizer is None and adapters_on(self.model):
             self.fast = self._bind()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """One parameter, the flat one, on the fast step; the same classes and settings as TRL's."""
-        if self.optimizer is None:
-            self.bind_fast()
+        self.bind_fast()
         if self.fast is None or self.optimizer is not None:
             return super().create_optimizer(model)
         weight_G = self.fast.bound.flat.weight_G
