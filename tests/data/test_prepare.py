@@ -13,6 +13,7 @@ from datasets import Dataset, IterableDataset
 
 from parley.config import DataSection
 from parley.data.packing import IGNORED
+from parley.data.policy import BATCH
 from parley.data.prepare import FEATURES, Prepared, prepare, read_examples, render_rows
 from parley.data.render import render, render_example
 from parley.errors import DataError
@@ -271,3 +272,23 @@ def test_hundreds_of_real_rows(tiny_tokenizer: Any) -> None:
     assert time.process_time() - start < 20
     assert (data.summary.rows, data.summary.kept, data.summary.heldout) == (600, 540, 60)
     assert data.summary.dropped == {}
+
+
+def test_rows_of_many_batches_keep_their_order(prepared: Any, tiny_tokenizer: Any) -> None:
+    data = prepared([dolly(n) for n in range(3 * BATCH + 1)])
+    ids = [row["input_ids"] for row in data.train]
+    alone = [
+        render(tiny_tokenizer, [turn("user", f"question {n}?"), turn("assistant", f"answer {n}.")])
+        for n in range(3 * BATCH + 1)
+    ]
+    assert ids == [rendered.input_ids for rendered in alone]
+
+
+def test_the_first_of_several_wrong_rows_is_the_one_named(prepared: Any) -> None:
+    """The second one is met while the batch of the first is still being encoded."""
+    rows: list[Any] = [dolly(n) for n in range(2 * BATCH)]
+    rows[2]["response"] = "<|begin_of_text|>Ahoy."
+    rows[BATCH + 2] = {"text": "of another format"}
+    assert "line 3:" in refused(prepared, rows)
+    rows[2] = dolly(2)
+    assert f"line {BATCH + 3}:" in refused(prepared, rows)

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-IGNORED = -100
+from parley.data.tokens import IGNORED
+
+__all__ = ["IGNORED", "PackedCollator", "split_documents"]
 
 
 class PackedCollator:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
 from typing import Any
 
 from parley.config import DataSection
 from parley.data.conversation import Example, Message
-from parley.data.render import Rendered, control_tokens_in, render_many
+from parley.data.render import Rendered, control_tokens_in, encode, render_many, write_scripts
 from parley.data.summary import DataSummary
 from parley.errors import DataError
 
 BATCH = 256
-"""Rows tokenised at once, by all cores."""
+"""Rows tokenised at once."""
+AHEAD = 4
+"""Batches that threads tokenise while the template writes the next: also where tokenizers' own threads are off."""
 
 NO_ANSWER = "without an assistant turn"
 NOTHING_TO_LEARN = "with nothing to learn"
@@ -27,22 +31,46 @@ def render_examples(
     max_length: int,
     summary: DataSummary,
     batch: int = BATCH,
+    ahead: int = AHEAD,
 ) -> Iterator[tuple[Example, Rendered] | None]:
     """For each example itself and its rendering, or None where it is dropped, which `summary` then says.
 
-    An example cut by `data.overlong` comes as cut. Reads `batch` examples ahead. Raises DataError naming the row: one
+    An example cut by `data.overlong` comes as cut. Reads `batch` examples at once, and
+    `ahead` more batches before the first is given. Raises DataError naming the row: one
     the template refuses, or with `overlong: error` one that is too long.
     """
-    examples = iter(examples)
-    while taken := list(islice(examples, batch)):
-        answered = [example for example in taken if _has_answer(example)]
-        rendered = iter(render_many(tokenizer, answered, data.train_on))
+    for taken, outcomes in _batches(examples, tokenizer, data, batch, ahead):
+        rendered = iter(outcomes)
         for example in taken:
             if not _has_answer(example):
                 summary.drop(NO_ANSWER, example.origin)
                 yield None
                 continue
             yield _fitting(example, _checked(next(rendered), example), tokenizer, data, max_length, summary)
+
+
+def _batches(
+    examples: Iterable[Example], tokenizer: Any, data: DataSection, batch: int, ahead: int
+) -> Iterator[tuple[list[Example], list[Rendered | DataError]]]:
+    """Examples by the batch, with the renderings of those that have an answer. What is wrong is raised in its turn."""
+    examples = iter(examples)
+    broken: DataError | None = None
+    waiting: deque[tuple[list[Example], Future[list[Rendered | DataError]]]] = deque()
+    tokenizer([""], add_special_tokens=False)  # sets its padding aside, which no thread can while others use it
+    with ThreadPoolExecutor(ahead or 1) as threads:
+        try:
+            while taken := list(islice(examples, batch)):
+                scripts = write_scripts(tokenizer, filter(_has_answer, taken), data.train_on)
+                waiting.append((taken, threads.submit(encode, tokenizer, scripts)))
+                if len(waiting) > ahead:
+                    taken, outcomes = waiting.popleft()
+                    yield taken, outcomes.result()
+        except DataError as error:  # of a row that could not be read; those before it come first
+            broken = error
+        for taken, outcomes in waiting:
+            yield taken, outcomes.result()
+    if broken is not None:
+        raise broken
 
 
 def _fitting(

@@ -20,11 +20,11 @@ from rich.progress import track
 from parley.config import DataSection
 from parley.data.conversation import Example
 from parley.data.formats import Format, recognise
-from parley.data.packing import IGNORED
-from parley.data.policy import BATCH, render_examples
+from parley.data.policy import AHEAD, BATCH, render_examples
 from parley.data.render import Rendered, pin_date
 from parley.data.sources import Rows, located, read_rows
 from parley.data.summary import DataSummary
+from parley.data.tokens import IGNORED
 from parley.errors import DataError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
@@ -136,10 +136,11 @@ class _RowRenderer:
             source=where, format=self.format.name, reason=self.format.reason, streaming=streaming
         )
 
-    def outcomes(self, batch: int = BATCH) -> Iterator[tuple[Example, Rendered] | None]:
+    def outcomes(self, batch: int = BATCH, ahead: int = AHEAD) -> Iterator[tuple[Example, Rendered] | None]:
         """For each row in turn what is learned of it, or None where it is dropped."""
         examples = (self.format.example(row, origin) for origin, row in located(self.rows, self.prefix))
-        for outcome in render_examples(examples, self.tokenizer, self.data, self.max_length, self.summary, batch):
+        fitting = render_examples(examples, self.tokenizer, self.data, self.max_length, self.summary, batch, ahead)
+        for outcome in fitting:
             self.summary.rows += 1
             yield outcome
 
@@ -176,7 +177,7 @@ class _RowRenderer:
     def stream(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
         """A stream that renders as it is read, after its first rows are held out. The summary counts its last pass."""
         heldout, examples = _Pile(), []
-        kept = (outcome for outcome in self.outcomes(STREAM_BATCH) if outcome is not None)
+        kept = (outcome for outcome in self.outcomes(STREAM_BATCH, ahead=0) if outcome is not None)
         for example, rendered in islice(kept, heldout_rows):
             heldout.add(rendered)
             examples.append(example)
@@ -184,7 +185,7 @@ class _RowRenderer:
 
         def learned() -> Iterator[tuple[Example, Rendered]]:
             self.summary.restart()
-            for outcome in islice(self.outcomes(STREAM_BATCH), used, None):
+            for outcome in islice(self.outcomes(STREAM_BATCH, ahead=0), used, None):
                 if outcome is not None:
                     self._count(outcome[1])
                     yield outcome

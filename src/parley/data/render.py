@@ -36,7 +36,7 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class _Script:
+class Script:
     """A text to encode with its learned spans; `head` is put before it unlearned, `tail` after it learned."""
 
     text: str
@@ -74,19 +74,29 @@ def render_example(tokenizer: Any, example: Example, train_on: TrainOn = "all") 
 
 def render_many(tokenizer: Any, examples: Iterable[Example], train_on: TrainOn = "all") -> list[Rendered | DataError]:
     """`render_example` for many rows at once, encoded as one batch; a row's DataError stands in its place."""
+    return encode(tokenizer, write_scripts(tokenizer, examples, train_on))
+
+
+def write_scripts(tokenizer: Any, examples: Iterable[Example], train_on: TrainOn) -> list[Script | DataError]:
+    """The first half of `render_many`: what the template writes. All of it is Python."""
     if not tokenizer.is_fast:
         raise ModelError(
             f"{type(tokenizer).__name__} gives no character offsets; use the model's fast tokenizer (tokenizer.json)"
         )
     control = control_tokens(tokenizer)
-    outcomes: list[_Script | DataError] = []
+    outcomes: list[Script | DataError] = []
     for example in examples:
         try:
             outcomes.append(_script(tokenizer, control, example, train_on))
         except DataError as error:
             outcomes.append(error)
-    rendered = iter(_encode(tokenizer, control, [each for each in outcomes if isinstance(each, _Script)]))
-    return [next(rendered) if isinstance(each, _Script) else each for each in outcomes]
+    return outcomes
+
+
+def encode(tokenizer: Any, scripts: list[Script | DataError]) -> list[Rendered | DataError]:
+    """The second half: ids and masks. Most of it is the tokenizer's, which lets other threads run meanwhile."""
+    rendered = iter(_encode(tokenizer, [each for each in scripts if isinstance(each, Script)]))
+    return [next(rendered) if isinstance(each, Script) else each for each in scripts]
 
 
 def render_prompt(tokenizer: Any, messages: list[Message], tools: Tools | None = None) -> list[int]:
@@ -99,7 +109,7 @@ def render_prompt(tokenizer: Any, messages: list[Message], tools: Tools | None =
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _script(tokenizer: Any, control: ControlTokens, example: Example, train_on: TrainOn) -> _Script:
+def _script(tokenizer: Any, control: ControlTokens, example: Example, train_on: TrainOn) -> Script:
     prompt, completion = example.prompt, example.completion
     if example.messages is not None:
         return _conversation(tokenizer, control, example.messages, example.tools, train_on)
@@ -120,7 +130,7 @@ def _conversation(
     tools: Tools | None,
     train_on: TrainOn,
     first: int = 0,
-) -> _Script:
+) -> Script:
     """The script of a conversation whose assistant turns are learned from message `first` on."""
     _check_template(tokenizer, tools)
     transcript = Transcript(tokenizer, messages, tools, control.pattern)
@@ -131,10 +141,10 @@ def _conversation(
     spans = [span for span in map(transcript.span, turns) if span is not None]
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
         raise DataError("the chat template writes the assistant's turns out of order; set model.chat_template")
-    return _Script(transcript.text, spans)
+    return Script(transcript.text, spans)
 
 
-def _plain_text(tokenizer: Any, text: str, learned_from: int = 0) -> _Script:
+def _plain_text(tokenizer: Any, text: str, learned_from: int = 0) -> Script:
     """The script of a text learned from one character on, with the tokens for its beginning and end."""
     beginning, end = tokenizer.bos_token, tokenizer.eos_token
     begins = beginning is not None and text.startswith(beginning)
@@ -145,12 +155,13 @@ def _plain_text(tokenizer: Any, text: str, learned_from: int = 0) -> _Script:
         start = len(text)
     head = [] if begins or beginning is None else [tokenizer.bos_token_id]
     tail = [] if end is None or text.endswith(end) else [tokenizer.eos_token_id]
-    return _Script(text, [(start, len(text))] if start < len(text) else [], head, tail)
+    return Script(text, [(start, len(text))] if start < len(text) else [], head, tail)
 
 
-def _encode(tokenizer: Any, control: ControlTokens, scripts: list[_Script]) -> list[Rendered]:
+def _encode(tokenizer: Any, scripts: list[Script]) -> list[Rendered]:
     if not scripts:
         return []
+    control = control_tokens(tokenizer)
     batch = tokenizer(
         [script.text for script in scripts],
         add_special_tokens=False,

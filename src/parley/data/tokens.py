@@ -1,4 +1,4 @@
-"""The tokenizer's control tokens, as text and as ids."""
+"""The tokenizer's control tokens, as text and as ids, and the label of a token that is not learned."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from functools import lru_cache
 from typing import Any
 
 from parley.data.conversation import Message
+
+IGNORED = -100
 
 
 @dataclass(frozen=True)
