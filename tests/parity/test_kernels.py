@@ -102,7 +102,10 @@ def test_adapters(sizes: tuple[int, ...], rank: int, scales: tuple[float, ...]) 
         ops.add_adapter_gradients(dy, x, slots, columns_out, columns_in)
         copied = torch.zeros(columns_out, rank + 7, device=DEVICE)
         ops.copy_scaled(w[-1], copied[: sizes[-1], 2 : 2 + rank], 0.3)
-        results.append(torch.cat([gradients, copied.flatten()]))
+        matrix = torch.zeros(columns_out + rank, columns_in + rank, device=DEVICE)
+        table = ops.copy_table([(w[0], matrix[-rank:, :columns_in], 1.0), (w[-1], matrix[: sizes[-1], -rank:], 0.7)])
+        ops.copy_all(table)
+        results.append(torch.cat([gradients, copied.flatten(), matrix.flatten()]))
     assert off(results[1], results[0]) < 1e-5
 
 

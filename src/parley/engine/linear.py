@@ -17,13 +17,14 @@ Shape suffixes: T tokens, K columns in, N columns out, P columns set aside for a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from parley.engine.ops import Adapter, Ops, Slot
+from parley.engine.ops import Adapter, Copy, Ops, Slot
 from parley.engine.product import product
 
 
@@ -85,14 +86,18 @@ class FusedLinear:
         matrix[: self.columns_out, self.columns_in :].zero_()
         matrix[self.columns_out :].zero_()
 
-    def fill_adapters(self, matrix: Tensor, ops: Ops) -> None:
-        """Write A and s B, which change each step, into `matrix`."""
+    def copies(self, matrix: Tensor) -> Iterator[Copy]:
+        """A and s B, which change each step, and their places in `matrix`."""
         for slot in self.slots:
             top = self.columns_out + slot.columns.start
             left = self.columns_in + slot.columns.start
             r = slot.adapter.a_RK.shape[0]
-            ops.copy_scaled(slot.adapter.a_RK, matrix[top : top + r, : self.columns_in], 1.0)
-            ops.copy_scaled(slot.adapter.b_NR, matrix[slot.rows, left : left + r], slot.adapter.scale)
+            yield slot.adapter.a_RK, matrix[top : top + r, : self.columns_in], 1.0
+            yield slot.adapter.b_NR, matrix[slot.rows, left : left + r], slot.adapter.scale
+
+    def fill_adapters(self, matrix: Tensor, ops: Ops) -> None:
+        for copy in self.copies(matrix):
+            ops.copy_scaled(*copy)
 
     def project(self, matrix: Tensor, x_TKP: Tensor) -> None:
         """Fill the spare columns of `x_TKP` with u, which the forward and the backward pass read."""
@@ -130,6 +135,7 @@ class Matrices:
         self.linears, self.per_layer, self.ops = linears, per_layer, ops
         self.dtype, self.device = dtype, device
         self.shared: list[Tensor] = []
+        self.table: Any = None  # all copies into the kept matrices
         self.holds: list[FusedLinear | None] = [None] * per_layer
         self.place = {id(linear): i % per_layer for i, linear in enumerate(linears)}
 
@@ -138,6 +144,8 @@ class Matrices:
         for linear in self.linears:
             linear.matrix = self._empty(linear)
             linear.fill_base(linear.matrix, self.ops)
+        copies = [copy for linear in self.linears if linear.matrix is not None for copy in linear.copies(linear.matrix)]
+        self.table = self.ops.copy_table(copies)
 
     def share(self) -> None:
         """Keep none: one matrix for each product of a layer."""
@@ -146,9 +154,8 @@ class Matrices:
     def refresh(self) -> None:
         """Bring the kept matrices up to date with the adapters."""
         self.holds = [None] * self.per_layer
-        for linear in self.linears:
-            if linear.matrix is not None:
-                linear.fill_adapters(linear.matrix, self.ops)
+        if self.table is not None:
+            self.ops.copy_all(self.table)
 
     def __getitem__(self, linear: FusedLinear) -> Tensor:
         if linear.matrix is not None:

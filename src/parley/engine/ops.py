@@ -76,9 +76,18 @@ class Slot:
     columns: slice
 
 
+Copy = tuple[Tensor, Tensor, float]  # source, out, scale
+
+
 class Ops(Protocol):
     def copy_scaled(self, source: Tensor, out: Tensor, scale: float) -> None:
         """out = scale * source, in out's dtype; both strided matrices of one shape."""
+
+    def copy_table(self, copies: list[Copy]) -> Any:
+        """Prepare `copies` (one or more, sources contiguous) for `copy_all`; the tensors may change, not move."""
+
+    def copy_all(self, table: Any) -> None:
+        """`copy_scaled` for every copy of the table."""
 
     def add_adapter_gradients(
         self, dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], columns_out: int, columns_in: int

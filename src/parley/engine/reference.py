@@ -7,12 +7,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from parley.engine.documents import IGNORED, Rows
-from parley.engine.ops import AttentionShape, Rope, Slot
+from parley.engine.ops import AttentionShape, Copy, Rope, Slot
 from parley.engine.reference_attention import attention, attention_backward
 
 __all__ = [
-    "add_adapter_gradients", "attention", "attention_backward", "copy_scaled", "cross_entropy", "rms_norm",
-    "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "write_nf4",
+    "add_adapter_gradients", "attention", "attention_backward", "copy_all", "copy_scaled", "copy_table",
+    "cross_entropy", "rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "write_nf4",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -23,6 +23,15 @@ def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
         out.copy_(source)
     else:
         torch.mul(source, scale, out=out)
+
+
+def copy_table(copies: list[Copy]) -> list[Copy]:
+    return copies
+
+
+def copy_all(table: list[Copy]) -> None:
+    for source, out, scale in table:
+        copy_scaled(source, out, scale)
 
 
 def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], columns_out: int, columns_in: int) -> None:

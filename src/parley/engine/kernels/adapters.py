@@ -6,12 +6,16 @@ Shape suffixes: T tokens, M and N rows and columns of a matrix, K columns in, P 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from parley.engine.ops import Slot
+from parley.engine.ops import Copy, Slot
+
+COPY_BLOCK = 4096
 
 
 @triton.jit
@@ -21,6 +25,23 @@ def _copy_scaled(source, out, source_stride, out_stride, scale, M, N, BLOCK_M: t
     inside = (m < M) & (n < N)
     value = tl.load(source + m * source_stride + n, mask=inside, other=0.0).to(tl.float32) * scale
     tl.store(out + m * out_stride + n, value.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _copy_all(table, scales, tiles, first_source, first_out, BLOCK: tl.constexpr):
+    """One tile of one copy: `tiles` says which, `table` where from and to; the firsts only lend their types."""
+    which = tl.load(tiles + 2 * tl.program_id(0))
+    begin = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    entry = table + 5 * which
+    source = tl.load(entry).to(first_source.dtype)
+    out = tl.load(entry + 1).to(first_out.dtype)
+    out_stride = tl.load(entry + 2)
+    columns = tl.load(entry + 3).to(tl.int32)
+    size = tl.load(entry + 4)
+    i = begin + tl.arange(0, BLOCK)
+    value = tl.load(source + i, mask=i < size, other=0.0).to(tl.float32) * tl.load(scales + which)
+    at = (i // columns).to(tl.int64) * out_stride + i % columns
+    tl.store(out + at, value.to(first_out.dtype.element_ty), mask=i < size)
 
 
 @triton.jit
@@ -77,6 +98,41 @@ def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
     grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))
     _copy_scaled[grid](
         source, out, source.stride(0), out.stride(0), scale, rows, columns, BLOCK_M=block_m, BLOCK_N=block_n
+    )
+
+
+@dataclass(frozen=True)
+class CopyTable:
+    """Many copies as one launch. The tensors stay where they are as long as the table is used."""
+
+    copies: list[Copy]
+    table_C5: Tensor  # addresses of source and out, out's stride, columns, elements
+    scale_C: Tensor
+    tile_2: Tensor  # (tiles, 2): which copy, and the first element of it
+
+
+def copy_table(copies: list[Copy]) -> CopyTable:
+    entries, tiles = [], []
+    for index, (source, out, _) in enumerate(copies):
+        assert source.is_contiguous()
+        assert out.stride(1) == 1
+        assert source.shape == out.shape
+        assert (source.dtype, out.dtype) == (copies[0][0].dtype, copies[0][1].dtype)
+        entries.append((source.data_ptr(), out.data_ptr(), out.stride(0), source.shape[1], source.numel()))
+        tiles += [(index, begin) for begin in range(0, source.numel(), COPY_BLOCK)]
+    device = copies[0][0].device
+    return CopyTable(
+        copies,
+        torch.tensor(entries, dtype=torch.int64, device=device),
+        torch.tensor([scale for _, _, scale in copies], dtype=torch.float32, device=device),
+        torch.tensor(tiles, dtype=torch.int32, device=device),
+    )
+
+
+def copy_all(table: CopyTable) -> None:
+    source, out, _ = table.copies[0]
+    _copy_all[(len(table.tile_2),)](
+        table.table_C5, table.scale_C, table.tile_2, source, out, BLOCK=COPY_BLOCK, num_warps=8
     )
 
 
