@@ -118,6 +118,7 @@ def test_greedy_is_transformers_greedy_for_every_family(family: str, build_famil
     assert got[1::2] == wanted_base
     alone = FastDecoder.of(model, slots=1, length=100)
     assert answers(alone, [ask(prompt) for prompt in PROMPTS]) == wanted
+    assert answers(alone, [ask(prompt, base=True) for prompt in PROMPTS]) == wanted_base
 
 
 def test_greedy_over_the_embedded_model_s_questions() -> None:
@@ -231,14 +232,14 @@ def test_bursts_under_way_change_no_answer(llama: Any, slots: int) -> None:
     ]
     wanted = answers(FastDecoder.of(llama, slots=1, length=100), every)
     decoder = FastDecoder.of(llama, slots=slots, length=100)
-    decoder.runner = Ahead(decoder.model, decoder.cache, decoder.state)
+    decoder.runner = Ahead(decoder.runner.step, decoder.state)
     assert answers(decoder, every) == wanted
 
 
 def test_a_slot_given_away_hears_nothing_of_its_last_answer(llama: Any) -> None:
     wanted = [transformers_greedy(llama, prompt, tokens=30) for prompt in PROMPTS]
     decoder = FastDecoder.of(llama, slots=3, length=100)
-    decoder.runner = Ahead(decoder.model, decoder.cache, decoder.state)
+    decoder.runner = Ahead(decoder.runner.step, decoder.state)
     decoder.admit({slot: ask(PROMPTS[slot], max_new_tokens=30) for slot in range(3)})
     first = decoder.decode()
     decoder.release(0)

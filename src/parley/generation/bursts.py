@@ -5,15 +5,13 @@ Shape suffixes: B rows, N tokens between host looks, A alternatives, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from parley.generation.cache import Cache
-from parley.generation.forward import Model, PlainStep
 from parley.generation.sampling import Needs, advance, columns, next_tokens, report_logprobs
 from parley.generation.slots import Token
 from parley.generation.state import DRAWN, LIVE, Row, State
@@ -109,22 +107,25 @@ class Runner(Protocol):
 
 
 class Eager:
-    """Steps one by one, in plain PyTorch: what runs on a CPU, and what graphs are held against.
+    """Steps one by one: what runs on a CPU, and what graphs are held against.
 
-    Its state lies on the host.
+    `step` gives the fp32 logits (B, V) that follow one token of each row. The state lies on the host.
     """
 
     tokens = 1
     ahead = 0
 
-    def __init__(self, model: Model, cache: Cache, state: State) -> None:
-        self.step, self.state = PlainStep(model, cache), state
+    def __init__(self, step: Callable[[State], Tensor], state: State) -> None:
+        self.step = step
+        self.states = [state.first(rows) for rows in range(1, len(state.fields_BF) + 1)]
 
     def warm_up(self) -> None:
         """Nothing to do."""
 
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
-        state = self.state.first(len(rows))
+        if not rows:
+            return Burst(rows, needs, Report.of(self.states[0]))
+        state = self.states[len(rows) - 1]
         for _ in range(tokens):
             take(self.step(state).cpu(), state, needs)
         return Burst(rows, needs, Report.of(state))

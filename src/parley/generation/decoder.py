@@ -16,9 +16,10 @@ from parley.engine.bind import read
 from parley.engine.documents import Staging
 from parley.engine.step import operations
 from parley.errors import DataError
+from parley.generation.alone import CpuStep
 from parley.generation.bursts import MOST_TOKENS, Burst, Eager, Runner, take
 from parley.generation.cache import Cache
-from parley.generation.forward import Model, prefill
+from parley.generation.forward import Model, PlainStep, Voices, prefill
 from parley.generation.products import make_products
 from parley.generation.reading import Reader
 from parley.generation.sampling import Needs
@@ -32,11 +33,12 @@ class FastDecoder:
     Dropping the decoder frees all that it took. It is for one thread at a time.
     """
 
-    def __init__(self, model: Model, runner: Runner, cache: Cache, state: State, length: int) -> None:
+    def __init__(
+        self, model: Model, runner: Runner, cache: Cache, state: State, length: int, reader: Reader | None = None
+    ) -> None:
         self.model, self.runner, self.cache, self.state = model, runner, cache, state
         self._length = length
-        # On a CPU prompts give the first tokens at once; on a GPU they come from a graph, as all others.
-        self.reader = Reader(model, cache) if model.weights.device.type == "cpu" else None
+        self.reader = reader  # gives first tokens with their prompts; without it they come from a step, as all others
         self.staging = Staging(model.weights.device, 256)
         self.rows: list[Row] = []
         self.bursts: list[Burst] = []
@@ -68,7 +70,10 @@ class FastDecoder:
         eager = eager or device.type != "cuda"
         state = State.empty(slots, weights.head_VD.shape[0], MOST_TOKENS, torch.device("cpu") if eager else device)
         if eager:
-            return cls(answering, Eager(answering, cache, state), cache, state, length)
+            voices = Voices.of(answering)
+            on_cpu = device.type == "cpu"
+            step, reader = (CpuStep if on_cpu else PlainStep)(voices, cache), Reader(voices, cache) if on_cpu else None
+            return cls(answering, Eager(step, state), cache, state, length, reader)
         from parley.generation.graphs import Graphed  # Triton is there only where a GPU is
 
         return cls(answering, Graphed(answering, cache, state), cache, state, length)

@@ -8,7 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -132,6 +132,31 @@ def _attend_in_pack(model: Model, cache: Cache, rows: Rows, row_T: Tensor) -> At
     return attend
 
 
+@dataclass(frozen=True)
+class Voices:
+    """A model for rows of both voices, and for rows that are all of one: without or with its adapter."""
+
+    both: Model
+    base: Model
+    tuned: Model
+
+    @classmethod
+    def of(cls, model: Model) -> Voices:
+        """With the adapter merged into copies where a CPU keeps such; else one model is all three."""
+        if model.head.packed is None:
+            return cls(model, model, model)
+        base, tuned = (
+            replace(model, products=[layer.in_voice(tuned=tuned) for layer in model.products])
+            for tuned in (False, True)
+        )
+        return cls(model, base, tuned)
+
+    def for_rows(self, tuned: Sequence[bool]) -> Model:
+        if all(tuned):
+            return self.tuned
+        return self.both if any(tuned) else self.base
+
+
 class Turns:
     """Rotary embeddings of whole rows of queries, keys and values.
 
@@ -161,12 +186,13 @@ class Turns:
 class PlainStep:
     """The logits that follow one token of each row, in plain PyTorch."""
 
-    def __init__(self, model: Model, cache: Cache) -> None:
-        self.model, self.cache, self.turns = model, cache, model.turns
+    def __init__(self, voices: Voices, cache: Cache) -> None:
+        self.voices, self.cache, self.turns = voices, cache, voices.both.turns
 
     def __call__(self, state: State) -> Tensor:
         """fp32 logits (B, V) after each row's token. `state` lies on the host."""
-        weights, kinds = self.model.weights, self.turns.kinds
+        model = self.voices.for_rows(state.real(TUNED).tolist())
+        weights, kinds = model.weights, self.turns.kinds
         device, rows = weights.device, state.fields_BF.shape[0]
         position_B = state.whole(POSITION).long()
         turns = self.turns.at(position_B.to(device))
@@ -192,8 +218,8 @@ class PlainStep:
             return out_BKGE.reshape(rows, -1)
 
         h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN).to(device))
-        self.model.layers(h_BD, state.real(TUNED)[:, None].to(device, h_BD.dtype), attend)
-        return self.model.logits(h_BD)
+        model.layers(h_BD, state.real(TUNED)[:, None].to(device, h_BD.dtype), attend)
+        return model.logits(h_BD)
 
 
 def _turns(rope: Rope, shape: AttentionShape) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Projections that read the same rows, for answering: y = x W^T + t (x A^T) (s B)^T, with t one or zero for each row.
 
-The adapter is never merged, so that rows of the base model and of the tuned one stand side by side.
+The adapter stays beside the weights, so that rows of the base model and of the tuned one stand side by side. Where all
+rows speak in one voice, a CPU takes W or W + s B A alone (`in_voice`).
 
 Shape suffixes: T rows, K columns in, N columns out, P all ranks side by side.
 """
@@ -19,7 +20,6 @@ from parley.engine.linear import Dense, FusedLinear
 from parley.engine.ops import Ops
 
 SHARE_OF_FREE = 0.5  # of the free memory may go to copies of weights
-FEW = 2  # rows up to which the MKL that torch.mm calls on a CPU is quicker than oneDNN
 
 
 class Product:
@@ -54,32 +54,44 @@ class Product:
     @property
     def copy_bytes(self) -> int:
         """What `copy` would take."""
-        copies = 2 if self._on_cpu else int(self.matrix_NK is None)
+        copies = int(self.matrix_NK is None)
+        if self.on_cpu:  # W and its packed form, and both once more with the adapter merged in
+            copies += 1 if self.a_PK is None else 3
         return copies * self.linear.columns_out * self.linear.columns_in * self.dtype.itemsize
 
     @property
-    def _on_cpu(self) -> bool:
+    def on_cpu(self) -> bool:
+        """Whether rows take the products of a CPU in float32."""
         return self.device.type == "cpu" and self.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
     def copy(self) -> None:
-        """Lay W out in one piece, unpacked.
+        """Lay W out in one piece, unpacked; on a CPU in oneDNN's order too.
 
-        On a CPU by columns for a row or two, and in oneDNN's order for more. Between the other operations of a step, a
-        token's products of the embedded model take 0.3 ms by columns and 0.7 by rows (two Zen 5 cores), and those of 26
-        rows 1.3 ms in oneDNN's order and 2.4 through MKL.
+        Between the other operations of a pass, 26 rows take 1.3 ms in oneDNN's order through all products of the
+        embedded model and 2.4 through MKL (two Zen 5 cores).
         """
-        if self.matrix_NK is not None and not self._on_cpu:
-            return
-        rows, columns = self.linear.columns_out, self.linear.columns_in
-        matrix_NK = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
-        row = 0
-        for base in self.linear.bases:
-            base.write(matrix_NK[row : row + base.shape[0]], self.ops)
-            row += base.shape[0]
-        if self._on_cpu:
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(matrix_NK)
-            matrix_NK = matrix_NK.t().contiguous().t()
-        self.matrix_NK = matrix_NK
+        if self.matrix_NK is None:
+            rows, columns = self.linear.columns_out, self.linear.columns_in
+            self.matrix_NK = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
+            row = 0
+            for base in self.linear.bases:
+                base.write(self.matrix_NK[row : row + base.shape[0]], self.ops)
+                row += base.shape[0]
+        if self.on_cpu:
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.matrix_NK.detach())
+
+    def in_voice(self, *, tuned: bool) -> Product:
+        """The same for rows of one voice, without an adapter beside it. Copied before."""
+        assert self.matrix_NK is not None
+        if self.a_PK is None or self.sb_NP is None:
+            return self
+        matrix_NK = torch.addmm(self.matrix_NK, self.sb_NP, self.a_PK) if tuned else self.matrix_NK
+        one = Product(FusedLinear([Dense(matrix_NK)], [None], self.linear.bias_N), self.ops, self.dtype, self.device)
+        if tuned:
+            one.copy()
+        else:
+            one.packed = self.packed
+        return one
 
     def _pieces(self) -> Iterator[tuple[Tensor, slice]]:
         """W by pieces: each with the columns of y that it gives."""
@@ -98,7 +110,7 @@ class Product:
     def __call__(self, x_TK: Tensor, tuned_T1: Tensor) -> Tensor:
         """y_TN."""
         bias_N = self.linear.bias_N
-        if self.packed is not None and x_TK.shape[0] > FEW:
+        if self.packed is not None and x_TK.shape[0] > 1:
             y_TN = torch.ops.mkldnn._linear_pointwise(x_TK, self.packed, bias_N, "none", [], "")
         elif self.matrix_NK is not None:
             y_TN = functional.linear(x_TK, self.matrix_NK, bias_N)
@@ -112,7 +124,7 @@ class Product:
 
     def add_to(self, h_TN: Tensor, x_TK: Tensor, tuned_T1: Tensor) -> None:
         """h += y, in place."""
-        if self.packed is not None and x_TK.shape[0] > FEW:
+        if self.packed is not None and x_TK.shape[0] > 1:
             h_TN += self(x_TK, tuned_T1)
             return
         if self.matrix_NK is not None:
@@ -140,6 +152,9 @@ class LayerProducts:
     @property
     def all(self) -> tuple[Product, Product, Product, Product]:
         return self.qkv, self.o, self.gate_up, self.down
+
+    def in_voice(self, *, tuned: bool) -> LayerProducts:
+        return LayerProducts(*(product.in_voice(tuned=tuned) for product in self.all))
 
 
 @torch.no_grad()

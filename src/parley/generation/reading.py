@@ -19,16 +19,16 @@ from torch.nn import functional
 from parley.engine.heads import normalise_heads
 from parley.engine.ops import AttentionShape
 from parley.generation.cache import Cache
-from parley.generation.forward import PREFILL_TOKENS, Model
+from parley.generation.forward import PREFILL_TOKENS, Voices
 
-WHOLE = 16  # rows of a pass come in multiples: oneDNN makes a program for each number of rows, and keeps it
+WHOLE = 8  # rows of a pass come in multiples: oneDNN makes a program for each number of rows, and keeps it
 
 
 class Reader:
     """Reads whole prompts, their last tokens included."""
 
-    def __init__(self, model: Model, cache: Cache) -> None:
-        self.model, self.cache, self.turns = model, cache, model.turns
+    def __init__(self, voices: Voices, cache: Cache) -> None:
+        self.voices, self.cache, self.turns = voices, cache, voices.both.turns
 
     def __call__(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool]) -> Tensor:
         """fp32 logits (N, V) after each prompt, whose keys and values are then in its row of the cache."""
@@ -39,7 +39,8 @@ class Reader:
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     def _pass(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool]) -> Tensor:
-        model, weights = self.model, self.model.weights
+        model = self.voices.for_rows(tuned)
+        weights = model.weights
         lengths = [len(prompt) for prompt in prompts]
         bounds = [0, *accumulate(lengths)]
         more = -bounds[-1] % WHOLE  # rows that nobody reads
