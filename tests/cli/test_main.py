@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import resource
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from parley.cli import main as main_module
 from parley.cli import train as train_module
+from parley.cli.terminal import importing
 
 COMMANDS = ["demo", "train", "chat", "inspect", "eval", "doctor"]
 
@@ -112,3 +114,12 @@ def test_ctrl_c_is_one_line_and_exit_code_130(parley: Callable[..., Any], monkey
     monkeypatch.setattr(train_module, "_run_config", interrupt)
     ended = parley("train", "--data", "d")
     assert (ended.code, ended.err) == (130, "parley: stopped\n")
+
+
+def test_the_collector_runs_again_after_imports_that_fail() -> None:
+    """Off, memory would grow for as long as the command runs."""
+    with importing():
+        assert not gc.isenabled()
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()

@@ -14,7 +14,7 @@ import typer
 from rich.text import Text
 
 from parley.cli.opening import change_settings, open_model
-from parley.cli.terminal import complain, err, out, quiet_libraries
+from parley.cli.terminal import complain, err, importing, out, quiet_libraries
 from parley.errors import ParleyError, UsageError
 
 if TYPE_CHECKING:
@@ -48,8 +48,9 @@ def chat(
 
     Example: parley chat runs/demo
     """
-    quiet_libraries()
-    from parley.generation.chat import ChatSession
+    with importing():
+        quiet_libraries()
+        from parley.generation.chat import ChatSession
 
     named = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     changes = [f"{name}={value}" for name, value in named.items() if value is not None]

@@ -7,15 +7,16 @@ from typing import Annotated
 
 import typer
 
-from parley.cli.terminal import Stopped, out, quiet_libraries
+from parley.cli.terminal import Stopped, importing, out, quiet_libraries
 
 
 def demo(
     output: Annotated[Path | None, typer.Option(help="Folder for the run; runs/demo, or the next one free.")] = None,
 ) -> None:
     """Teach the embedded model to talk like a pirate."""
-    quiet_libraries()
-    from parley import road
+    with importing():
+        quiet_libraries()
+        from parley import road
 
     folder = output or _next_free(Path("runs/demo"))
     if road.demo(folder, console=out).interrupted:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from parley.cli.terminal import out, quiet_libraries
+from parley.cli.terminal import importing, out, quiet_libraries
 
 
 def evaluate(
@@ -22,8 +22,9 @@ def evaluate(
 
     Example: parley eval runs/demo
     """
-    quiet_libraries()
-    from parley import road
+    with importing():
+        quiet_libraries()
+        from parley import road
 
     scores = {
         name: score.model_dump(exclude_none=True)

@@ -12,7 +12,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parley.cli.opening import open_model
-from parley.cli.terminal import Stopped, err, quiet_libraries
+from parley.cli.terminal import Stopped, err, importing, quiet_libraries
 from parley.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ def generate(
 
     Example: parley generate questions.txt --model runs/demo --output answers.jsonl
     """
-    quiet_libraries()
-    from parley.generation.generate import Answerer
-    from parley.generation.prompt_file import read_prompts
+    with importing():
+        quiet_libraries()
+        from parley.generation.generate import Answerer
+        from parley.generation.prompt_file import read_prompts
 
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: is there already; choose another --output, or say --overwrite")

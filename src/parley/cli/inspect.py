@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.text import Text
 
-from parley.cli.terminal import out, quiet_libraries
+from parley.cli.terminal import importing, out, quiet_libraries
 from parley.errors import DataError, RunError
 
 if TYPE_CHECKING:
@@ -29,11 +29,12 @@ def inspect(
 
     Example: parley inspect rows.jsonl --model meta-llama/Llama-3.2-1B-Instruct --row 3
     """
-    quiet_libraries()
-    from parley.config import DataSection, ModelSection
-    from parley.data.preview import pieces, to_html, to_terminal
-    from parley.data.render import pin_date, render_example
-    from parley.models.load import load_tokenizer
+    with importing():
+        quiet_libraries()
+        from parley.config import DataSection, ModelSection
+        from parley.data.preview import pieces, to_html, to_terminal
+        from parley.data.render import pin_date, render_example
+        from parley.models.tokenizer import load_tokenizer
 
     section = DataSection(source=data, train_on=train_on, system=system)
     example = _example(section, row)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from parley.cli.terminal import err, out
+from parley.cli.terminal import err, importing, out
 from parley.errors import ModelError
 
 if TYPE_CHECKING:
@@ -59,14 +59,15 @@ def serve(
 def _serve(
     source: str, bound: socket.socket, api_key: str | None, slots: int, length: int, queue: int, drain: float
 ) -> None:
-    from parley.generation.fallback import decoder_for
-    from parley.generation.prompts import end_of_turn_ids
-    from parley.generation.scheduler import Scheduler
-    from parley.serving.app import create_app
-    from parley.serving.guard import Limits
-    from parley.serving.server import Server
-    from parley.serving.service import Served, Service
-    from parley.serving.source import open_source
+    with importing():
+        from parley.generation.fallback import decoder_for
+        from parley.generation.prompts import end_of_turn_ids
+        from parley.generation.scheduler import Scheduler
+        from parley.serving.app import create_app
+        from parley.serving.guard import Limits
+        from parley.serving.server import Server
+        from parley.serving.service import Served, Service
+        from parley.serving.source import open_source
 
     opened = open_source(source)
     if opened.golden is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parley.cli.terminal import Stopped, out, quiet_libraries
+from parley.cli.terminal import Stopped, importing, out, quiet_libraries
 from parley.errors import UsageError
 
 if TYPE_CHECKING:
@@ -33,8 +33,9 @@ def train(
     Example: parley train --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl --output runs/mine
     """
     run = _run_config(config, settings or [], model, data, output)
-    quiet_libraries()
-    from parley import road
+    with importing():
+        quiet_libraries()
+        from parley import road
 
     if dry_run:
         road.plan(run, console=out)
