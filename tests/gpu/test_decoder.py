@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from tests.gpu import models
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from parley.config import LLAMA_PROJECTIONS, GenerationSection
+from parley.config import GenerationSection
 from parley.generation.decoder import FastDecoder
 from parley.generation.slots import Asked
 
@@ -21,31 +21,14 @@ LENGTHS = (1, 40, 7, 150, 300, 2, 33, 90, 64)
 
 
 def llama(dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).to("cuda", dtype)
+    model = models.llama(VOCABULARY, dtype)
     for parameter in model.parameters():
         parameter.data.mul_(2)  # logits further apart than rounding
     return model.eval()
 
 
-def adapted(model: Any) -> PeftModel:
-    torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(target_modules=LLAMA_PROJECTIONS, r=8, task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.1)
-    return model.eval()
+def adapted(model: Any) -> Any:
+    return models.adapted(model, 0.1).eval()
 
 
 def questions(settings: GenerationSection, lengths: Sequence[int] = LENGTHS, **more: Any) -> list[Asked]:

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
+from tests.gpu import models
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from parley.config import LLAMA_PROJECTIONS
 from parley.engine.bind import bind
 from parley.engine.documents import Example
 from parley.engine.plan import Plan
@@ -18,23 +17,7 @@ VOCABULARY = 1000
 
 
 def llama() -> PeftModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=3,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-    )
-    model = LlamaForCausalLM(config).to("cuda", torch.bfloat16)
-    model = get_peft_model(model, LoraConfig(target_modules=LLAMA_PROJECTIONS, r=8, task_type="CAUSAL_LM"))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(0, 0.02)
-    return model
+    return models.adapted(models.llama(VOCABULARY, torch.bfloat16), 0.02)
 
 
 def documents(lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
