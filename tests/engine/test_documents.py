@@ -30,6 +30,18 @@ def test_padding_is_documents_of_their_own_that_teach_nothing() -> None:
     assert padded.row_S.tolist() == [1]
 
 
+def test_what_stands_behind_the_last_supervised_token_of_a_document_is_not_needed() -> None:
+    packed = pack([example(3, []), example(5, [1, 3]), example(2, []), example(3, [2])])
+    needed = packed.needed()
+    assert needed.lengths == (3, 2)  # rows that predict the tokens 1 to 3, and 1 to 2
+    assert needed.ids_T.tolist() == [10, 11, 12, 10, 11]
+    assert needed.position_T.tolist() == [0, 1, 2, 0, 1]
+    assert needed.start_T.tolist() == [0, 0, 0, 3, 3]
+    assert needed.end_T.tolist() == [3, 3, 3, 5, 5]
+    assert needed.row_S.tolist() == [0, 2, 4]
+    assert needed.target_S.tolist() == packed.target_S.tolist() == [11, 13, 12]
+
+
 @pytest.mark.parametrize(
     ("room", "runs"), [(100, [[3, 4, 9]]), (7, [[3, 4], [9]]), (5, [[3], [4], [9]]), (1, [[3], [4], [9]])]
 )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -67,25 +66,47 @@ class Pack:
             self.lengths + (1,) * more,
         )
 
+    def needed(self) -> Pack:
+        """Without each document's rows behind its last supervised one: nothing that is learned looks at them."""
+        ends_N = np.cumsum(self.lengths)
+        starts_N = ends_N - self.lengths
+        last_N = np.concatenate([[-1], self.row_S])[np.searchsorted(self.row_S, ends_N)]
+        kept_N = np.maximum(last_N + 1 - starts_N, 0)
+        kept_T = self.position_T < np.repeat(kept_N, self.lengths)
+        row_T = np.cumsum(kept_T, dtype=np.int32) - 1
+        lengths_N = kept_N[kept_N > 0]
+        return Pack(
+            self.ids_T[kept_T],
+            self.position_T[kept_T],
+            *_borders(lengths_N),
+            row_T[self.row_S],
+            self.target_S,
+            tuple(lengths_N.tolist()),
+        )
+
 
 def pack(examples: Iterable[Example]) -> Pack:
     """Lay `examples` end to end."""
     examples = list(examples)
-    lengths = np.array([len(e.ids_L) for e in examples], dtype=np.int32)
-    ends = np.cumsum(lengths, dtype=np.int32)
-    starts = ends - lengths
-    start_T = np.repeat(starts, lengths)
+    lengths_N = np.array([len(e.ids_L) for e in examples], dtype=np.int32)
+    start_T, end_T = _borders(lengths_N)
     target_T = np.concatenate([np.append(e.label_L[1:], np.int32(IGNORED)) for e in examples])
     (row_S,) = np.nonzero(target_T != IGNORED)
     return Pack(
         np.concatenate([e.ids_L for e in examples]),
         np.arange(len(start_T), dtype=np.int32) - start_T,
         start_T,
-        np.repeat(ends, lengths),
+        end_T,
         row_S.astype(np.int32),
         target_T[row_S],
-        tuple(lengths.tolist()),
+        tuple(lengths_N.tolist()),
     )
+
+
+def _borders(lengths_N: NDArray[np.integer]) -> tuple[Ints, Ints]:
+    """For each token the first row of its document and the row after its last."""
+    ends_N = np.cumsum(lengths_N, dtype=np.int32)
+    return np.repeat(ends_N - lengths_N.astype(np.int32), lengths_N), np.repeat(ends_N, lengths_N)
 
 
 def split(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
@@ -102,21 +123,8 @@ def split(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Documents as rows of a grid as wide as the longest: `token_I` says which token stands in each of its places
-
-    (behind a short document, its last token over again) and `place_T` where each token of the pack stands.
-    """
-
-    documents: int
-    longest: int
-    token_I: Tensor
-    place_T: Tensor
-
-
-@dataclass(frozen=True)
 class Rows:
-    """A pack on the device, as the step reads it."""
+    """A pack on the device, as the step reads it. Rows behind the documents of `lengths` are there for their number."""
 
     ids_T: Tensor
     position_T: Tensor
@@ -130,19 +138,6 @@ class Rows:
     @property
     def tokens(self) -> int:
         return self.ids_T.shape[0]
-
-    @cached_property
-    def grid(self) -> Grid:
-        """Worked out once, for all layers of a pass."""
-        assert self.lengths is not None, "only the host's operations ask for it"
-        longest = max(self.lengths)
-        lengths_N = torch.tensor(self.lengths)
-        starts_N = lengths_N.cumsum(0) - lengths_N
-        column_L = torch.arange(longest)
-        token_NL = starts_N[:, None] + column_L.minimum(lengths_N[:, None] - 1)
-        (place_T,) = (column_L < lengths_N[:, None]).flatten().nonzero(as_tuple=True)
-        device = self.ids_T.device
-        return Grid(len(self.lengths), longest, token_NL.flatten().to(device), place_T.to(device))
 
 
 class Staging:

@@ -10,7 +10,7 @@ from torch import Tensor
 from parley.engine.bind import Bound
 from parley.engine.documents import Rows
 from parley.engine.ops import Ops
-from parley.engine.product import product
+from parley.engine.product import WHOLE, product
 
 
 def head(
@@ -30,12 +30,13 @@ def head(
     """
     dh_TD, chunk = dh_TDP[:, : h_TD.shape[1]], len(room_V)
     for row_S, target_S in zip(rows.row_S.split(chunk), rows.target_S.split(chunk), strict=True):
-        normed_SD = h_TD.new_empty(len(row_S), h_TD.shape[1])
+        real, whole = len(row_S), min(-(-len(row_S) // WHOLE) * WHOLE, chunk)  # rows behind the real ones: nobody's
+        normed_SD = h_TD.new_zeros(whole, h_TD.shape[1])
         x_SD, delta_SD = h_TD.index_select(0, row_S), delta_TD.index_select(0, row_S)
-        x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD)
-        logits_SV = product(normed_SD, bound.head_VD, room_V[: len(row_S)])
-        ops.cross_entropy(logits_SV, target_S, rows.scale, figures_3)
-        dnormed_SD = product(logits_SV, bound.head_VD.t(), normed_SD)
+        x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD[:real])
+        logits_SV = product(normed_SD, bound.head_VD, room_V[:whole])
+        ops.cross_entropy(logits_SV[:real], target_S, rows.scale, figures_3)
+        dnormed_SD = product(logits_SV, bound.head_VD.t(), normed_SD)[:real]
         dx_SD = h_TD.new_zeros(x_SD.shape)
         ops.rms_norm_backward(dnormed_SD, x_SD, bound.norm_D, bound.eps, dx_SD)
         dh_TD.index_copy_(0, row_S.long(), dx_SD)

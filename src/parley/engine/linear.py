@@ -13,6 +13,7 @@ turns each direction into one small and one large product over rows that carry P
 Projections side by side stack their rows of W and A; their B stay in columns of their own.
 
 Shape suffixes: T tokens, K columns in, N columns out, P columns set aside for all ranks, R one rank.
+Two letters at the end of a matrix are its rows and columns: NKP has N rows and K + P columns, NPK N + P rows and K.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from parley.engine.ops import Adapter, Copy, Ops, Slot
-from parley.engine.product import product
+from parley.engine.product import product, takes_whole_weights
 
 
 class Base(Protocol):
@@ -50,6 +51,18 @@ class Dense:
         out_NK.copy_(self.weight_NK)
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """[W | s B] and [W ; A]: views of one M, or two copies where products take a weight only in one piece."""
+
+    across_NKP: Tensor
+    down_NPK: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.down_NPK.shape[0], self.across_NKP.shape[1]
+
+
 @dataclass
 class FusedLinear:
     """One matrix for the projections `bases`, with `adapters` (None: not adapted) on them."""
@@ -58,7 +71,7 @@ class FusedLinear:
     adapters: list[Adapter | None]
     bias_N: Tensor | None = None
     granule: int = 1  # the ranks are padded to a multiple of this
-    matrix: Tensor | None = None  # M, kept across passes where memory allows
+    matrix: Matrix | None = None  # M, kept across passes where memory allows
     slots: list[Slot] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -77,50 +90,66 @@ class FusedLinear:
     def matrix_shape(self) -> tuple[int, int]:
         return self.columns_out + self.spare, self.columns_in + self.spare
 
-    def fill_base(self, matrix: Tensor, ops: Ops) -> None:
+    def matrix_elements(self, *, apart: bool) -> int:
+        rows, columns = self.matrix_shape
+        return self.columns_out * columns + rows * self.columns_in if apart else rows * columns
+
+    def empty_matrix(self, dtype: torch.dtype, device: torch.device, *, apart: bool) -> Matrix:
+        """Room for M; `apart`, for its two halves."""
+        rows, columns = self.matrix_shape
+        if apart:
+            across_NKP = torch.empty(self.columns_out, columns, dtype=dtype, device=device)
+            return Matrix(across_NKP, torch.empty(rows, self.columns_in, dtype=dtype, device=device))
+        whole = torch.empty(rows, columns, dtype=dtype, device=device)
+        return Matrix(whole[: self.columns_out], whole[:, : self.columns_in])
+
+    def fill_base(self, matrix: Matrix, ops: Ops) -> None:
         """Write W into `matrix` and clear the columns and rows that the adapters share."""
+        across_NK, down_NK = matrix.across_NKP[:, : self.columns_in], matrix.down_NPK[: self.columns_out]
         row = 0
         for base in self.bases:
-            base.write(matrix[row : row + base.shape[0], : self.columns_in], ops)
+            base.write(across_NK[row : row + base.shape[0]], ops)
             row += base.shape[0]
-        matrix[: self.columns_out, self.columns_in :].zero_()
-        matrix[self.columns_out :].zero_()
+        if down_NK.data_ptr() != across_NK.data_ptr():
+            down_NK.copy_(across_NK)
+        matrix.across_NKP[:, self.columns_in :].zero_()
+        matrix.down_NPK[self.columns_out :].zero_()
 
-    def copies(self, matrix: Tensor) -> Iterator[Copy]:
+    def copies(self, matrix: Matrix) -> Iterator[Copy]:
         """A and s B, which change each step, and their places in `matrix`."""
         for slot in self.slots:
             top = self.columns_out + slot.columns.start
             left = self.columns_in + slot.columns.start
             r = slot.adapter.a_RK.shape[0]
-            yield slot.adapter.a_RK, matrix[top : top + r, : self.columns_in], 1.0
-            yield slot.adapter.b_NR, matrix[slot.rows, left : left + r], slot.adapter.scale
+            yield slot.adapter.a_RK, matrix.down_NPK[top : top + r], 1.0
+            yield slot.adapter.b_NR, matrix.across_NKP[slot.rows, left : left + r], slot.adapter.scale
 
-    def fill_adapters(self, matrix: Tensor, ops: Ops) -> None:
+    def fill_adapters(self, matrix: Matrix, ops: Ops) -> None:
         for copy in self.copies(matrix):
             ops.copy_scaled(*copy)
 
-    def project(self, matrix: Tensor, x_TKP: Tensor) -> None:
+    def project(self, matrix: Matrix, x_TKP: Tensor) -> None:
         """Fill the spare columns of `x_TKP` with u, which the forward and the backward pass read."""
         if self.spare:
             x_TK, u_TP = x_TKP[:, : self.columns_in], x_TKP[:, self.columns_in :]
-            torch.mm(x_TK, matrix[self.columns_out :, : self.columns_in].t(), out=u_TP)
+            torch.mm(x_TK, matrix.down_NPK[self.columns_out :].t(), out=u_TP)
 
-    def forward(self, matrix: Tensor, x_TKP: Tensor, out_TN: Tensor) -> Tensor:
+    def forward(self, matrix: Matrix, x_TKP: Tensor, out_TN: Tensor) -> Tensor:
         """Write y of rows whose spare columns `project` has filled into `out_TN`."""
-        return product(x_TKP, matrix[: self.columns_out], out_TN, self.bias_N)
+        return product(x_TKP, matrix.across_NKP, out_TN, self.bias_N)
 
-    def backward(self, matrix: Tensor, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, out_TK: Tensor | None) -> None:
+    def backward(self, matrix: Matrix, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, out_TK: Tensor | None) -> None:
         """Add to the adapters' gradients and write dx into `out_TK`, which may be x itself; None leaves it out.
 
         The spare columns of `dy_TNP` are filled with v.
         """
         if self.spare:
             v_TP = dy_TNP[:, self.columns_out :]
-            torch.mm(dy_TNP[:, : self.columns_out], matrix[: self.columns_out, self.columns_in :], out=v_TP)
+            torch.mm(dy_TNP[:, : self.columns_out], matrix.across_NKP[:, self.columns_in :], out=v_TP)
         if self.slots:
             ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
         if out_TK is not None:
-            product(dy_TNP, matrix[:, : self.columns_in].t(), out_TK)
+            product(dy_TNP, matrix.down_NPK.t(), out_TK)
 
 
 class Matrices:
@@ -134,7 +163,8 @@ class Matrices:
     ) -> None:
         self.linears, self.per_layer, self.ops = linears, per_layer, ops
         self.dtype, self.device = dtype, device
-        self.shared: list[Tensor] = []
+        self.apart = takes_whole_weights(dtype, device)
+        self.shared: list[Matrix] = []
         self.table: Any = None  # all copies into the kept matrices
         self.holds: list[FusedLinear | None] = [None] * per_layer
         self.place = {id(linear): i % per_layer for i, linear in enumerate(linears)}
@@ -157,18 +187,18 @@ class Matrices:
         if self.table is not None:
             self.ops.copy_all(self.table)
 
-    def __getitem__(self, linear: FusedLinear) -> Tensor:
+    def __getitem__(self, linear: FusedLinear) -> Matrix:
         if linear.matrix is not None:
             return linear.matrix
         place = self.place[id(linear)]
         matrix = self.shared[place]
         if self.holds[place] is not linear:
-            if linear.matrix_shape != tuple(matrix.shape):  # a layer whose adapters differ from the first one's
+            if linear.matrix_shape != matrix.shape:  # a layer whose adapters differ from the first one's
                 matrix = self.shared[place] = self._empty(linear)
             linear.fill_base(matrix, self.ops)
             linear.fill_adapters(matrix, self.ops)
             self.holds[place] = linear
         return matrix
 
-    def _empty(self, linear: FusedLinear) -> Tensor:
-        return torch.empty(linear.matrix_shape, dtype=self.dtype, device=self.device)
+    def _empty(self, linear: FusedLinear) -> Matrix:
+        return linear.empty_matrix(self.dtype, self.device, apart=self.apart)

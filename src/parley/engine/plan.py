@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from parley.engine.documents import LONG
+from parley.engine.product import takes_whole_weights
 from parley.engine.workspace import KEEP, ON_THE_WAY, columns, copies, workspace_bytes
 
 if TYPE_CHECKING:
@@ -141,8 +142,8 @@ def _count(plan: Plan, bound: Bound, allowed: int, moment_bytes: int) -> Plan:
     """`plan` with its predicted peak: the weights, the workspace, and what the libraries take."""
     cuda = bound.device.type == "cuda"
     width = bound.dtype.itemsize
-    shapes = [linear.matrix_shape for linear in bound.linears]
-    matrices = [rows * columns * width for rows, columns in shapes]
+    apart = takes_whole_weights(bound.dtype, bound.device)
+    matrices = [linear.matrix_elements(apart=apart) * width for linear in bound.linears]
     weights = torch.cuda.memory_allocated(bound.device) if cuda else 0  # the adapters' gradients among them
     unpacked = sum(matrices) if plan.keep_matrices else sum(matrices[:4])
     if not plan.keep_matrices:  # the scales of the largest weight, unpacked

@@ -8,15 +8,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+WHOLE = 16  # oneDNN writes a program for each number of rows, 0.2 to 0.6 ms each: whole multiples keep them few
+
+
+def takes_whole_weights(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `product` goes through oneDNN, which has no kernel for a weight that is a slice of a wider one.
+
+    In float32 on a CPU, as in torch.compile: on AMD's processors it takes half the time of the MKL that torch.mm calls
+    there (430 and 200 GFLOP/s on two Zen 5 cores).
+    """
+    return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
+
 
 def product(x_TK: Tensor, weight_NK: Tensor, out_TN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Write x W^T + bias into `out_TN`, which may be strided, and return it.
-
-    In float32 on a CPU through oneDNN, as torch.compile does it: on AMD's processors it takes half the time of the MKL
-    that torch.mm calls there (430 and 200 GFLOP/s on two Zen 5 cores). It has no kernel for a weight that is a slice
-    of a wider one, so such a weight is copied first.
-    """
-    if weight_NK.device.type == "cpu" and weight_NK.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    """Write x W^T + bias into `out_TN`, which may be strided, and return it. oneDNN gets a copy of a sliced weight."""
+    if takes_whole_weights(weight_NK.dtype, weight_NK.device):
         if not (weight_NK.is_contiguous() or weight_NK.t().is_contiguous()):
             weight_NK = weight_NK.contiguous()
         return out_TN.copy_(torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], ""))

@@ -21,6 +21,7 @@ from parley.engine.linear import Matrices
 from parley.engine.offload import Offload
 from parley.engine.ops import Ops
 from parley.engine.plan import Plan
+from parley.engine.product import WHOLE
 from parley.engine.workspace import Workspace
 
 
@@ -52,6 +53,7 @@ class FastStep:
         self.figures_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
         self.matrices = Matrices(bound.linears, 4, self.ops, bound.dtype, bound.device)
         self.graphs = Graphs(self) if plan.graph_tokens else None
+        self.whole = WHOLE if bound.device.type == "cpu" else 1  # rows of a pass without a graph, in multiples
         with torch.no_grad():
             if plan.keep_matrices:
                 self.matrices.keep()
@@ -66,7 +68,7 @@ class FastStep:
         for documents in split(examples, self.plan.tokens):
             packed = pack(documents)
             if len(packed.row_S):
-                self._pass(packed, 1.0 / supervised)
+                self._pass(packed.needed(), 1.0 / supervised)
 
     @torch.no_grad()
     def measure(self, examples: Sequence[Example]) -> Tensor:
@@ -75,13 +77,13 @@ class FastStep:
         for documents in split(examples, self.plan.tokens):
             packed = pack(documents)
             if len(packed.row_S):
-                self._reserve(packed, len(packed.ids_T))
-                rows = self.staging.send(packed, 1.0, packed.lengths)
+                rows = self._send(packed.needed(), 1.0, self.whole)
                 self.head(rows, self.forward(rows))
         return self.figures_3.clone()
 
-    def _reserve(self, packed: Pack, tokens: int) -> None:
-        """Make room for `packed` in a row of `tokens`; graphs that read what had to move are dropped."""
+    def _send(self, packed: Pack, scale: float, whole: int, *, graphed: bool = False) -> Rows:
+        """`packed` on the device, in a whole multiple of rows; graphs that read what had to move for it are dropped."""
+        tokens = -(-len(packed.ids_T) // whole) * whole
         moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
         longest = max(packed.lengths)
         if longest > len(self.rope.cos_PE):
@@ -89,20 +91,16 @@ class FastStep:
             moved.append(True)
         if any(moved) and self.graphs is not None:
             self.graphs.clear()
+        return self.staging.send(packed.padded(tokens), scale, None if graphed else packed.lengths)
 
     def _pass(self, packed: Pack, scale: float) -> None:
-        tokens = len(packed.ids_T)
-        graphs = self.graphs if tokens <= self.plan.graph_tokens else None
-        if graphs is not None:
-            tokens = -(-tokens // self.plan.granule) * self.plan.granule
-        self._reserve(packed, tokens)
-        if graphs is not None:
-            graphs.run(self.staging.send(packed.padded(tokens), scale, None))
-        else:
-            rows = self.staging.send(packed, scale, packed.lengths)
-            middle = self.forward(rows)
-            self.head(rows, middle)
-            self.backward(rows, middle)
+        if self.graphs is not None and len(packed.ids_T) <= self.plan.graph_tokens:
+            self.graphs.run(self._send(packed, scale, self.plan.granule, graphed=True))
+            return
+        rows = self._send(packed, scale, self.whole)
+        middle = self.forward(rows)
+        self.head(rows, middle)
+        self.backward(rows, middle)
 
     def forward(self, rows: Rows) -> Middle:
         context = self._context(rows)
