@@ -75,18 +75,19 @@ def test_cross_entropy() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "rank", "scales"),
+    ("sizes", "rank", "scales", "tokens"),
     [
-        ((128, 64, 64), 16, (0.5, 0.5, 0.5)),
-        ((192,), 16, (0.7,)),
-        ((128, 64), 5, (0.5, 0.5)),
-        ((100, 60), 8, (0.5, 2.0)),
+        ((128, 64, 64), 16, (0.5, 0.5, 0.5), T),
+        ((128, 64, 64), 16, (0.5, 0.5, 0.5), 2100),  # shared by two programs
+        ((192,), 16, (0.7,), T),
+        ((128, 64), 5, (0.5, 0.5), T),
+        ((100, 60), 8, (0.5, 2.0), T),
     ],
 )
-def test_adapters(sizes: tuple[int, ...], rank: int, scales: tuple[float, ...]) -> None:
+def test_adapters(sizes: tuple[int, ...], rank: int, scales: tuple[float, ...], tokens: int) -> None:
     columns_in, columns_out = 96, sum(sizes)
     spare = rank * len(sizes) + 3
-    dy, x = draw(T, columns_out + spare, seed=0), draw(T, columns_in + spare, seed=1)
+    dy, x = draw(tokens, columns_out + spare, seed=0), draw(tokens, columns_in + spare, seed=1)
     results = []
     for ops in BOTH:
         weights = draw(rank * (columns_in * len(sizes) + columns_out), seed=2)

@@ -46,37 +46,64 @@ def _copy_all(table, scales, tiles, first_source, first_out, BLOCK: tl.constexpr
 
 @triton.jit
 def _add(
-    wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    wide, thin, out, sums, arrived, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """out[m, r] += scale * sum over t of wide[t, m] thin[t, r], for BLOCK_M columns m from `begin` on and all r."""
-    m = begin + tl.arange(0, BLOCK_M)
+    """out[m, r] += scale * sum over t of wide[t, m] thin[t, r], for BLOCK_M columns m from `begin` on and all r.
+
+    Where the rows t are shared among PARTS programs, each leaves its sum in `sums`, and the one that arrives last adds
+    them up, always in the same order, so that equal inputs give equal bits.
+    """
+    i = tl.arange(0, BLOCK_M)
+    m = begin + i
     r = tl.arange(0, BLOCK_R)
+    part = tl.program_id(1)
+    rows = tl.cdiv(tl.cdiv(T, PARTS), BLOCK_T) * BLOCK_T
+    until = tl.minimum((part + 1) * rows, T)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, T, BLOCK_T):
+    for start in range(part * rows, until, BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
-        p = tl.load(wide + t * wide_stride + m[None, :], mask=(t < T) & (m[None, :] < M), other=0.0)
-        q = tl.load(thin + t * thin_stride + r[None, :], mask=(t < T) & (r[None, :] < R), other=0.0)
+        p = tl.load(wide + t * wide_stride + m[None, :], mask=(t < until) & (m[None, :] < M), other=0.0)
+        q = tl.load(thin + t * thin_stride + r[None, :], mask=(t < until) & (r[None, :] < R), other=0.0)
         total = tl.dot(tl.trans(p), q, total, input_precision="ieee")
-    at = out + m[:, None] * out_wide_stride + r[None, :] * out_thin_stride
     inside = (m[:, None] < M) & (r[None, :] < R)
-    tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
+    last = True
+    if PARTS > 1:
+        at = sums + r[None, :] * BLOCK_M + i[:, None]
+        tl.store(at + part * BLOCK_M * BLOCK_R, total, mask=inside)
+        tl.debug_barrier()  # all of this program's stores, before it says that it has arrived
+        last = tl.atomic_add(arrived, 1) == PARTS - 1
+        if last:
+            total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for other in tl.static_range(PARTS):
+                total += tl.load(at + other * BLOCK_M * BLOCK_R, mask=inside, other=0.0, cache_modifier=".cg")
+    if last:
+        at = out + m[:, None] * out_wide_stride + r[None, :] * out_thin_stride
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
 
 
 @triton.jit
 def _gradients(
-    dy, x, da, db, dy_stride, x_stride, scale, T, N, K, A_PROGRAMS, first_end, second_end,
-    R: tl.constexpr, ALL_R: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_ALL: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+    dy, x, da, db, sums, arrived, dy_stride, x_stride, scale, T, N, K, A_PROGRAMS, first_end, second_end,
+    R: tl.constexpr, ALL_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """da (ALL_R, K) += v^T x in the first programs; db (N, R) += scale dy^T u, u by slot, in the others."""
     program = tl.program_id(0)
+    sums += program * (PARTS * BLOCK * BLOCK_ALL)
+    arrived += program
     if program < A_PROGRAMS:
-        _add(x, dy + N, da, x_stride, dy_stride, 1, K, 1.0, program * BLOCK_A, T, K, ALL_R, BLOCK_A, BLOCK_ALL, BLOCK_T)
+        _add(
+            x, dy + N, da, sums, arrived, x_stride, dy_stride, 1, K, 1.0, program * BLOCK, T, K, ALL_R,
+            BLOCK, BLOCK_ALL, BLOCK_T, PARTS,
+        )  # fmt: skip
     else:
-        begin = (program - A_PROGRAMS) * BLOCK_B
+        begin = (program - A_PROGRAMS) * BLOCK
         slot = (begin >= first_end).to(tl.int32) + (begin >= second_end).to(tl.int32)
-        _add(dy, x + K + slot * R, db, dy_stride, x_stride, R, 1, scale, begin, T, N, R, BLOCK_B, BLOCK_R, BLOCK_T)
+        _add(
+            dy, x + K + slot * R, db, sums, arrived, dy_stride, x_stride, R, 1, scale, begin, T, N, R,
+            BLOCK, BLOCK_R, BLOCK_T, PARTS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -86,8 +113,8 @@ def _one_gradient(
 ):  # fmt: skip
     begin = tl.program_id(0) * BLOCK_M
     _add(
-        wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
-        BLOCK_M, BLOCK_R, BLOCK_T,
+        wide, thin, out, out, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
+        BLOCK_M, BLOCK_R, BLOCK_T, 1,
     )  # fmt: skip
 
 
@@ -136,7 +163,9 @@ def copy_all(table: CopyTable) -> None:
     )
 
 
-BLOCK_B = 64
+BLOCK = 64  # columns of a program; on an H200 four stages of 64 rows were quicker than any wider or longer tile
+PROGRAMS = 400  # three for each of its multiprocessors: more parts than that cost more to add up than they win
+ROWS = 1024  # of a part at the least
 
 
 def _neighbours(parts: list[Tensor]) -> bool:
@@ -152,7 +181,7 @@ def _regular(slots: list[Slot], columns_out: int) -> bool:
         and sum(slot.rows.stop - slot.rows.start for slot in slots) == columns_out
         and len({(a.a_RK.shape[0], a.scale) for a in adapters}) == 1
         and slots[-1].columns.stop <= 128
-        and all(slot.rows.start % BLOCK_B == 0 for slot in slots)
+        and all(slot.rows.start % BLOCK == 0 for slot in slots)
         and _neighbours([a.da_RK for a in adapters])
         and _neighbours([a.db_NR for a in adapters])
     )
@@ -169,15 +198,26 @@ def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], colu
     first = slots[0].adapter
     rank, all_ranks = first.a_RK.shape[0], slots[-1].columns.stop
     ends = [slot.rows.stop for slot in slots] + [columns_out] * 2
-    block_a = 32 if columns_in <= 4096 else 64
-    a_programs = triton.cdiv(columns_in, block_a)
-    _gradients[(a_programs + triton.cdiv(columns_out, BLOCK_B),)](
-        dy_TNP, x_TKP, first.da_RK, first.db_NR, dy_TNP.stride(0), x_TKP.stride(0), first.scale,
+    block_all = max(16, triton.next_power_of_2(all_ranks))
+    a_programs = triton.cdiv(columns_in, BLOCK)
+    programs = a_programs + triton.cdiv(columns_out, BLOCK)
+    parts = _parts(dy_TNP.shape[0], programs)
+    sums, arrived = first.da_RK, first.da_RK  # neither is read where there is one part
+    if parts > 1:
+        sums = first.da_RK.new_empty(programs * parts * BLOCK * block_all)
+        arrived = torch.zeros(programs, dtype=torch.int32, device=sums.device)
+    _gradients[(programs, parts)](
+        dy_TNP, x_TKP, first.da_RK, first.db_NR, sums, arrived, dy_TNP.stride(0), x_TKP.stride(0), first.scale,
         dy_TNP.shape[0], columns_out, columns_in, a_programs, ends[0], ends[1],
-        R=rank, ALL_R=all_ranks, BLOCK_A=block_a, BLOCK_B=BLOCK_B,
-        BLOCK_ALL=max(16, triton.next_power_of_2(all_ranks)), BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        BLOCK_T=128, num_stages=3,
+        R=rank, ALL_R=all_ranks, BLOCK=BLOCK, BLOCK_ALL=block_all, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_T=64, PARTS=parts, num_stages=4,
     )  # fmt: skip
+
+
+def _parts(tokens: int, programs: int) -> int:
+    """How many programs share the rows of each: a power of two, as each number is compiled anew."""
+    parts = max(min(PROGRAMS // programs, tokens // ROWS), 1)
+    return 1 << (parts.bit_length() - 1)
 
 
 def _launch(wide_TM: Tensor, thin_TR: Tensor, out_MR: Tensor, scale: float) -> None:

@@ -23,6 +23,7 @@ from parley.engine.ops import AttentionShape
 LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e6)  # finite: a tile that a query sees nothing of must not turn into NaN
 ROWS = 64  # a pack's rows are padded to tiles of so many
+PROGRAMS = 400  # three for each multiprocessor of an H200: fewer leave it idle
 
 
 @triton.jit
@@ -111,10 +112,16 @@ def _backward_queries(
 
 @triton.jit
 def _backward_keys(
-    q, k, v, dout, dk, dv, lse, delta, start, end, x_stride, dout_stride, dx_stride, scale, window, T,
+    q, k, v, dout, dk, dv, lse, delta, start, end, sums, arrived, x_stride, dout_stride, dx_stride, scale, window, T,
     GROUP: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHARES: tl.constexpr,
 ):  # fmt: skip
-    tile, kv_head = tl.program_id(0), tl.program_id(1)
+    """The gradients of a tile of keys and values.
+
+    With two SHARES the query heads of a group are shared by two programs, and the one that arrives last adds up both
+    sums: a + b is b + a, so that equal inputs give equal bits.
+    """
+    tile, kv_head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e = tl.arange(0, E)
     col = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     col_at = col.to(tl.int64)[:, None]
@@ -126,7 +133,7 @@ def _backward_keys(
         until = tl.minimum(until, (tile + 1) * BLOCK_K - 1 + window)
     dkey = tl.zeros((BLOCK_K, E), tl.float32)
     dvalue = tl.zeros((BLOCK_K, E), tl.float32)
-    for member in range(0, GROUP):
+    for member in range(share * (GROUP // SHARES), (share + 1) * (GROUP // SHARES)):
         head = kv_head * GROUP + member
         for begin in range(tile * BLOCK_K // BLOCK_Q * BLOCK_Q, until, BLOCK_Q):
             row = begin + tl.arange(0, BLOCK_Q)
@@ -144,11 +151,25 @@ def _backward_keys(
             dp = tl.dot(value, tl.trans(dsummed), input_precision="ieee")
             ds = p * (dp - along[None, :]) * scale
             dkey = tl.dot(ds.to(query.dtype), query, dkey, input_precision="ieee")
-    tl.store(dk + col_at * dx_stride + kv_head * E + e[None, :], dkey.to(dk.dtype.element_ty), mask=whole)
-    tl.store(dv + col_at * dx_stride + kv_head * E + e[None, :], dvalue.to(dv.dtype.element_ty), mask=whole)
+    last = True
+    if SHARES == 2:
+        place = kv_head * tl.num_programs(0) + tile
+        at = sums + place * (4 * BLOCK_K * E) + tl.arange(0, BLOCK_K)[:, None] * E + e[None, :]
+        mine, other = at + share * (2 * BLOCK_K * E), at + (1 - share) * (2 * BLOCK_K * E)
+        tl.store(mine, dkey)
+        tl.store(mine + BLOCK_K * E, dvalue)
+        tl.debug_barrier()  # all of this program's stores, before it says that it has arrived
+        last = tl.atomic_add(arrived + place, 1) == 1
+        if last:
+            dkey += tl.load(other, cache_modifier=".cg")
+            dvalue += tl.load(other + BLOCK_K * E, cache_modifier=".cg")
+    if last:
+        tl.store(dk + col_at * dx_stride + kv_head * E + e[None, :], dkey.to(dk.dtype.element_ty), mask=whole)
+        tl.store(dv + col_at * dx_stride + kv_head * E + e[None, :], dvalue.to(dv.dtype.element_ty), mask=whole)
 
 
-def _constants(shape: AttentionShape) -> dict[str, int | bool]:
+def _constants(shape: AttentionShape, stages: int) -> dict[str, int | bool]:
+    """The stages are measured, with heads of 64 and of 128: a kernel that holds more sums has registers for fewer."""
     assert shape.size == triton.next_power_of_2(shape.size), "bind lets no other head size through"
     return {
         "GROUP": shape.heads // shape.kv_heads,
@@ -157,6 +178,7 @@ def _constants(shape: AttentionShape) -> dict[str, int | bool]:
         "BLOCK_Q": ROWS,
         "BLOCK_K": ROWS,
         "num_warps": 4,
+        "num_stages": stages,
     }
 
 
@@ -168,7 +190,7 @@ def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -
     lse_HT = torch.empty(shape.heads, tokens, dtype=torch.float32, device=x_TC.device)
     _forward[(triton.cdiv(tokens, ROWS), shape.heads)](
         q, k, v, out_TD, lse_HT, rows.start_T, x_TC.stride(0), out_TD.stride(0), shape.scale, shape.window or 0,
-        tokens, **_constants(shape),
+        tokens, **_constants(shape, 3),
     )  # fmt: skip
     return lse_HT
 
@@ -187,9 +209,15 @@ def attention_backward(
     fixed = (shape.scale, shape.window or 0, tokens)
     _backward_queries[(tiles, shape.heads)](
         q, k, v, out_TD, dout_TD, dq, saved, delta_HT, rows.start_T, x_stride, out_TD.stride(0), dout_stride,
-        dx_stride, *fixed, **_constants(shape),
+        dx_stride, *fixed, **_constants(shape, 2),
     )  # fmt: skip
-    _backward_keys[(tiles, shape.kv_heads)](
-        q, k, v, dout_TD, dk, dv, saved, delta_HT, rows.start_T, rows.end_T, x_stride, dout_stride, dx_stride,
-        *fixed, **_constants(shape),
+    programs = tiles * shape.kv_heads
+    shares = 2 if programs <= PROGRAMS and shape.heads // shape.kv_heads % 2 == 0 else 1
+    sums, arrived = delta_HT, rows.start_T  # neither is read where nothing is shared
+    if shares == 2:
+        sums = delta_HT.new_empty(programs * 4 * ROWS * shape.size)
+        arrived = torch.zeros(programs, dtype=torch.int32, device=x_TC.device)
+    _backward_keys[(tiles, shape.kv_heads, shares)](
+        q, k, v, dout_TD, dk, dv, saved, delta_HT, rows.start_T, rows.end_T, sums, arrived, x_stride, dout_stride,
+        dx_stride, *fixed, **_constants(shape, 1), SHARES=shares,
     )  # fmt: skip
