@@ -65,10 +65,10 @@ class Step:
     def _few(self, state: State) -> Tensor:
         """The fp32 logits (B, V) of up to MOST_ROWS rows: five kernels a layer."""
         weights = self.model.weights
-        h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN))
-        rows = len(h_BD)
         if len(self.u):
             self.ready.zero_()
+        h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN))  # ends before a kernel after it starts
+        rows = len(h_BD)
         for index, (layer, (qkv, o, gate_up, down)) in enumerate(zip(weights.layers, self.rows, strict=True)):
             adapting = [Adapting(self.u, self.ready[index, place : place + 1], state.real(TUNED)) for place in range(4)]
             norm_in, norm_mid = Norm(layer.norm_in_D, layer.eps), Norm(layer.norm_mid_D, layer.eps)

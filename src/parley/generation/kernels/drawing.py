@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parley.generation import state as fields
+from parley.generation.kernels.early import ahead_done, early, next_may_come
 from parley.generation.state import State
 
 BLOCK = 1024
@@ -41,6 +42,8 @@ def _scores(logits, seen, reals, row, v, V):
 
 @triton.jit
 def _tops(logits, seen, reals, top, best, V, BLOCK: tl.constexpr):
+    next_may_come()
+    ahead_done()
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     v = block * BLOCK + tl.arange(0, BLOCK)
     score = _scores(logits, seen, reals, row, v, V)
@@ -58,6 +61,8 @@ def _kept(score, highest, least):
 
 @triton.jit
 def _masses(logits, seen, reals, top, mass, V, C, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
+    next_may_come()
+    ahead_done()
     block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if tl.load(reals + row * FIELDS + TEMPERATURE) > 0:
         c = tl.arange(0, BLOCK_C)
@@ -83,6 +88,8 @@ def _uniform(seed, place):
 def _pick(
     logits, seen, wholes, reals, top, best, mass, told, V, C, N, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
+    next_may_come()
+    ahead_done()
     row = tl.program_id(0).to(tl.int64)
     at = wholes + row * FIELDS
     drawn = tl.load(at + DRAWN)
@@ -126,9 +133,12 @@ def draw_and_advance(logits_BV: Tensor, state: State) -> None:
     wholes, reals = state.fields_BF, state.fields_BF.view(torch.float32)
     seen = state.seen_BV.view(torch.uint8)
     block_c = triton.next_power_of_2(blocks)
-    _tops[(blocks, rows)](logits_BV, seen, reals, top_BC, best_BC, vocabulary, BLOCK=BLOCK)
-    _masses[(blocks, rows)](logits_BV, seen, reals, top_BC, mass_BC, vocabulary, blocks, BLOCK=BLOCK, BLOCK_C=block_c)
+    launch = early(logits_BV.device)
+    _tops[(blocks, rows)](logits_BV, seen, reals, top_BC, best_BC, vocabulary, BLOCK=BLOCK, **launch)
+    _masses[(blocks, rows)](
+        logits_BV, seen, reals, top_BC, mass_BC, vocabulary, blocks, BLOCK=BLOCK, BLOCK_C=block_c, **launch
+    )
     _pick[(rows,)](
         logits_BV, seen, wholes, reals, top_BC, best_BC, mass_BC, state.token_BN, vocabulary, blocks,
-        state.token_BN.shape[1], BLOCK=BLOCK, BLOCK_C=block_c,
+        state.token_BN.shape[1], BLOCK=BLOCK, BLOCK_C=block_c, **launch,
     )  # fmt: skip

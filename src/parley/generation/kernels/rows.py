@@ -21,6 +21,7 @@ from torch import Tensor
 
 from parley.engine.linear import Base, Dense
 from parley.engine.nf4 import Nf4
+from parley.generation.kernels.early import early, next_may_come
 from parley.generation.kernels.tiles import any_weight, dense, nf4
 from parley.generation.products import Product
 
@@ -46,6 +47,7 @@ def _adapter_in(
     p = pid * BLOCK_N + tl.arange(0, BLOCK_N)
     b = tl.arange(0, B)[:, None]
     total, squares = dense(x, x_stride, norm, a, p, p < P, K, ROWS, B, NORM, BLOCK_N, BLOCK_K)
+    next_may_come()
     total *= _inverse_root(squares, K, eps, NORM) * tl.load(tuned + b * tuned_stride, mask=b < ROWS, other=0.0)
     tl.store(u + b * P + p[None, :], total, mask=(b < ROWS) & (p[None, :] < P))
     tl.debug_barrier()
@@ -133,6 +135,7 @@ def _product(
             x, x_stride, norm, w0, w1, w2, absmax0, absmax1, absmax2, table, n, inside_n, column, N0, K,
             ROWS, B, NORM, QUANT, PIECES, BLOCK_N, BLOCK_K,
         )  # fmt: skip
+        next_may_come()
         total *= _inverse_root(squares, K, eps, NORM)
         b = tl.arange(0, B)[:, None]
         mask = (b < ROWS) & inside_n[None, :]
@@ -192,6 +195,7 @@ def _gated(
         else:
             gate, squares = dense(x, x_stride, norm, w0, n, inside_n, K, ROWS, B, NORM, BLOCK_N, BLOCK_K)
             up, _ = dense(x, x_stride, norm, w1, n, inside_n, K, ROWS, B, NORM, BLOCK_N, BLOCK_K)
+        next_may_come()
         inverse = _inverse_root(squares, K, eps, NORM)
         gate *= inverse
         up *= inverse
@@ -284,7 +288,7 @@ def _tile(weight: RowWeight, x_BK: Tensor) -> dict[str, int]:
         "ROWS": rows,
         "B": b,
         "QUANT": weight.quant,
-        "BLOCK_N": {1: 4 if weight.quant else 8, 2: 4}.get(b, 2),
+        "BLOCK_N": {1: 2 if weight.quant else 8, 2: 4}.get(b, 2),
         "BLOCK_K": min(values * 32 * WARPS, widest),
         "DENSE_K": min(LANE_BYTES // x_BK.element_size() * 32 * WARPS, widest),
         "num_warps": WARPS,
@@ -312,7 +316,7 @@ def product(
         x_BK.stride(0), adapter.tuned_B.stride(0), out_BN.stride(0), 0.0 if norm is None else norm.eps,
         of.columns_in, *counts, ranks,
         NORM=norm is not None, PIECES=len(of.weights), BIAS=of.bias_N is not None, ADD=add,
-        BLOCK_P=_rank_block(ranks), **tile,
+        BLOCK_P=_rank_block(ranks), **tile, **early(x_BK.device),
     )  # fmt: skip
 
 
@@ -326,7 +330,7 @@ def gated(of: RowProducts, x_BK: Tensor, out_BN: Tensor, adapting: Adapting | No
         x_BK, norm.weight_D, gate.weight, up.weight, gate.absmax, up.absmax, gate.table,
         a, sb, adapter.u_BP, adapter.ready_1, adapter.tuned_B, out_BN,
         x_BK.stride(0), adapter.tuned_B.stride(0), out_BN.stride(0), norm.eps, of.columns_in, gate.rows, ranks,
-        NORM=True, BLOCK_P=_rank_block(ranks), **tile,
+        NORM=True, BLOCK_P=_rank_block(ranks), **tile, **early(x_BK.device),
     )  # fmt: skip
 
 

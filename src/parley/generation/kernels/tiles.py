@@ -1,7 +1,8 @@
 """Some rows of a weight times a few vectors: the inner loops of `rows`.
 
 Every weight is read once, and all vectors are multiplied while it is in registers. Sums stay apart for
-each lane until the end, so that the loops hold nothing but loads and multiplications.
+each lane until the end, so that the loops hold nothing but loads and multiplications. The first weights are read before
+the kernels ahead have ended, which x has to wait for.
 
 Shape suffixes: B vectors, N rows of a tile, K columns.
 """
@@ -11,8 +12,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from parley.generation.kernels.early import COMPILED, ahead_done
+
 WORD = tl.constexpr(8)  # 4-bit values of a 32-bit word; a scale holds for a multiple of it
-PERMUTED = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no assembly
 
 # A word's 4-bit values as fp32. The 16 values there are stand in registers as fp16, their low bytes ($9 to $12) apart
 # from their high ones ($13 to $16); `prmt` picks four bytes at a time by three bits of each, and by the fourth bit from
@@ -74,15 +76,18 @@ def dense(
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Products (B, N) of the rows `n` of `weight` (N, K), and the vectors' sums of squares (B, 1)."""
-    total = tl.zeros((B, BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((B, 1, BLOCK_K), tl.float32)
     row = weight + n.to(tl.int64)[None, :, None] * K
-    for start in range(0, K, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)[None, None, :]
-        inside = k < K
-        w = tl.load(row + k, mask=inside_n[None, :, None] & inside, other=0.0).to(tl.float32)
-        value, square = vectors(x, x_stride, norm, k, inside, ROWS, B, NORM)
-        total += w * value
+    here = inside_n[None, :, None]
+    first = tl.arange(0, BLOCK_K)[None, None, :]
+    w = tl.load(row + first, mask=here & (first < K), other=0.0)
+    ahead_done()
+    value, squares = vectors(x, x_stride, norm, first, first < K, ROWS, B, NORM)
+    total = w.to(tl.float32) * value
+    for start in range(BLOCK_K, K, BLOCK_K):
+        k = start + first
+        w = tl.load(row + k, mask=here & (k < K), other=0.0)
+        value, square = vectors(x, x_stride, norm, k, k < K, ROWS, B, NORM)
+        total += w.to(tl.float32) * value
         squares += square
     return tl.sum(total, axis=2), tl.sum(squares, axis=2)
 
@@ -98,7 +103,7 @@ def _looked_up(word, table, PLACE: tl.constexpr):
 @triton.jit
 def _values(word, table):
     """The eight values of each word, in their order, in fp32."""
-    if PERMUTED:
+    if COMPILED:
         t = table.to(tl.pointer_type(tl.int32))
         values = tl.inline_asm_elementwise(
             PICK, "=f,=f,=f,=f,=f,=f,=f,=f,r,r,r,r,r,r,r,r,r",
@@ -129,6 +134,13 @@ def _by_place(t, B: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
+def _packed(words, absmax, row, at, inside, QUANT: tl.constexpr):
+    """The words number `at` of each `row`, and their scales."""
+    word = tl.load(words + (row + at), mask=inside, other=0)
+    return word, tl.load(absmax + (row + at) // (QUANT // WORD), mask=inside, other=0.0)
+
+
+@triton.jit
 def nf4(
     x, x_stride, norm, words, absmax, table, n, inside_n, K,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, QUANT: tl.constexpr,
@@ -144,13 +156,16 @@ def nf4(
     total = tl.zeros((B, BLOCK_N, WORDS), tl.float32)
     squares = tl.zeros((B, 1, BLOCK_K), tl.float32)
     row = n[None, :, None] * (K // WORD)  # of words: 32 bits count those of any projection
+    here = inside_n[None, :, None]
+    # One word a lane, which multiplies the eight columns of x that the lane has loaded; were words read by twos or
+    # fours, x would have to change lanes.
+    at = tl.max_contiguous(tl.arange(0, WORDS)[None, None, :], [1, 1, 1])
+    word, scale = _packed(words, absmax, row, at, here & (at < K // WORD), QUANT)
+    ahead_done()
+    # The next tile is on its way while one is unpacked; `dense` has no registers to spare for that.
     for start in range(0, K // WORD, WORDS):
-        # One word a lane, which multiplies the eight columns of x that the lane has loaded; were words read by twos or
-        # fours, x would have to change lanes.
-        at = tl.max_contiguous(start + tl.arange(0, WORDS)[None, None, :], [1, 1, 1])
-        both = inside_n[None, :, None] & (at < K // WORD)
-        word = tl.load(words + (row + at), mask=both, other=0)
-        scale = tl.load(absmax + (row + at) // (QUANT // WORD), mask=both, other=0.0)
+        after = tl.max_contiguous(start + WORDS + tl.arange(0, WORDS)[None, None, :], [1, 1, 1])
+        next_word, next_scale = _packed(words, absmax, row, after, here & (after < K // WORD), QUANT)
         k = WORD * start + tl.arange(0, BLOCK_K)[None, None, :]
         value, square = vectors(x, x_stride, norm, k, k < K, ROWS, B, NORM)
         squares += square
@@ -159,6 +174,7 @@ def nf4(
         for place in tl.static_range(WORD):
             product += weights[place] * values[place]
         total += product * scale
+        word, scale = next_word, next_scale
     return tl.sum(total, axis=2), tl.sum(squares, axis=2)
 
 
