@@ -144,12 +144,21 @@ class FusedLinear:
         The spare columns of `dy_TNP` are filled with v.
         """
         if self.spare:
-            v_TP = dy_TNP[:, self.columns_out :]
-            torch.mm(dy_TNP[:, : self.columns_out], matrix.across_NKP[:, self.columns_in :], out=v_TP)
+            self._project_back(matrix.across_NKP[:, self.columns_in :], dy_TNP)
         if self.slots:
             ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
         if out_TK is not None:
             product(dy_TNP, matrix.down_NPK.t(), out_TK)
+
+
+    def _project_back(self, sb_NP: Tensor, dy_TNP: Tensor) -> None:
+        """Fill the spare columns of `dy_TNP` with v."""
+        dy_TN, v_TP = dy_TNP[:, : self.columns_out], dy_TNP[:, self.columns_out :]
+        if sb_NP.is_cuda:  # one launch costs less than what it multiplies by the zeros between the B
+            torch.mm(dy_TN, sb_NP, out=v_TP)
+            return
+        for slot in self.slots:
+            torch.mm(dy_TN[:, slot.rows], sb_NP[slot.rows, slot.columns], out=v_TP[:, slot.columns])
 
 
 class Matrices:

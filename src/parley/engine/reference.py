@@ -67,17 +67,22 @@ def rms_norm(
 ) -> Tensor:
     total_TD = x_TD if delta_TD is None else torch.add(x_TD, delta_TD, out=total_TD)
     f_TD = total_TD.float()
-    inverse_T1 = torch.rsqrt(f_TD.square().mean(-1, keepdim=True) + eps)
-    torch.mul((f_TD * inverse_T1).to(x_TD.dtype), weight_D, out=out_TD)
+    torch.mul((f_TD * _inverse(f_TD, eps)).to(x_TD.dtype), weight_D, out=out_TD)
     return total_TD
 
 
 def rms_norm_backward(dout_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, dx_TD: Tensor) -> None:
     f_TD = x_TD.float()
-    inverse_T1 = torch.rsqrt(f_TD.square().mean(-1, keepdim=True) + eps)
+    inverse_T1 = _inverse(f_TD, eps)
     g_TD = dout_TD.float() * weight_D
     along_T1 = (g_TD * f_TD).mean(-1, keepdim=True) * inverse_T1.square()
-    dx_TD += ((g_TD - f_TD * along_T1) * inverse_T1).to(dx_TD.dtype)
+    dx_TD.addcmul_(g_TD.addcmul_(f_TD, along_T1, value=-1), inverse_T1)
+
+
+def _inverse(f_TD: Tensor, eps: float) -> Tensor:
+    """(T, 1): one over the root of the mean square, read in one go."""
+    length_T1 = torch.linalg.vector_norm(f_TD, dim=-1, keepdim=True)
+    return (length_T1.square() / f_TD.shape[1] + eps).rsqrt_()
 
 
 def rope(x_TC: Tensor, rows: Rows, rope: Rope, shape: AttentionShape, *, inverse: bool = False) -> None:
@@ -99,9 +104,9 @@ def swiglu(x_T2F: Tensor, out_TF: Tensor) -> None:
 def swiglu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
     gate_TF, up_TF = x_T2F.chunk(2, dim=1)
     dgate_TF, dup_TF = dx_T2F.chunk(2, dim=1)
-    dgate = aten.silu_backward(dout_TF * up_TF, gate_TF)
-    torch.mul(dout_TF, functional.silu(gate_TF), out=dup_TF)
-    dgate_TF.copy_(dgate)
+    silu_TF = functional.silu(gate_TF)
+    aten.silu_backward(dout_TF * up_TF, gate_TF, grad_input=dgate_TF)
+    torch.mul(dout_TF, silu_TF, out=dup_TF)
 
 
 def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, figures_3: Tensor) -> None:
