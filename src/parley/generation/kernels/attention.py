@@ -90,7 +90,8 @@ def _attend(
     qkv += row * qkv_stride
     keys = cache + row * row_stride + kv_head * head_stride
     values = keys + value_stride
-    key, value = _cached(keys, values, begin, until, e, E, BLOCK_L)
+    if SHARES > 1:  # with many rows there are enough programs for one to read while another waits
+        key, value = _cached(keys, values, begin, until, e, E, BLOCK_L)
     turn = position * (E // 2) + e % (E // 2)
     cosine = tl.load(cos + turn).to(tl.float32)
     sine = tl.load(sin + turn).to(tl.float32)
@@ -111,12 +112,14 @@ def _attend(
         top = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * (scale * LOG2_E)
         total += 1.0
         summed += new_value.to(tl.float32)
-    top, total, summed = _seen(query, key, value, begin, until, top, total, summed, scale, BLOCK_L)
-    for start in range(begin + BLOCK_L, until, BLOCK_L):
+    if SHARES > 1:
+        top, total, summed = _seen(query, key, value, begin, until, top, total, summed, scale, BLOCK_L)
+        begin += BLOCK_L
+    for start in range(begin, until, BLOCK_L):
         key, value = _cached(keys, values, start, until, e, E, BLOCK_L)
         top, total, summed = _seen(query, key, value, start, until, top, total, summed, scale, BLOCK_L)
     out += row * out_stride + kv_head * GROUP * E
-    if busy == 1:
+    if (SHARES == 1) or (busy == 1):
         result = summed / total[:, None]
         tl.store(out + g[:, None] * E + e, result.to(out.dtype.element_ty), mask=in_group)
     else:

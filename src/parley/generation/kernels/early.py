@@ -1,9 +1,9 @@
 """Kernels that start before the one ahead of them has ended, and read their weights while they wait for it.
 
 Hopper's programmatic dependent launch: once every program of a kernel has ended or said that the next may come, that
-one's programs start, up to `ahead_done`, which holds them until all kernels ahead have ended and what those wrote can be
-read. Some program of every such kernel passes there, so that the end of the last is the end of all. Ahead of it may be
-read what no kernel writes between the last ordinary launch and this one.
+one's programs start, up to `ahead_done`, which holds them until all kernels ahead have ended and what those wrote can
+be read. Some program of every such kernel passes there, so that the end of the last is the end of all. Ahead of it may
+be read what no kernel writes between the last ordinary launch and this one.
 
 Products say so when their weights are in: said at once, the next one's programs would crowd on those processors that
 happen to have room, and leave others without work.
