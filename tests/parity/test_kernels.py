@@ -135,7 +135,7 @@ def test_rope(inverse: bool) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (4, 4, 32)])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (8, 2, 16), (4, 4, 32)])
 def test_attention(heads: int, kv_heads: int, size: int, window: int | None) -> None:
     shape = AttentionShape(heads, kv_heads, size, size**-0.5, window)
     lengths = (3, 70, 1, 64, 33)
