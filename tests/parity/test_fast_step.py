@@ -1,11 +1,15 @@
 """The fast step against transformers, PEFT and autograd, in float32."""
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+import parley.engine.step as step_module
 from parley.engine.bind import Unsupported, bind
+from parley.engine.head import head
 from parley.engine.plan import KINDS, Plan
 from parley.engine.reference_attention import SHORT
 from parley.engine.step import FastStep
@@ -126,3 +130,23 @@ def test_options_it_does_not_know_are_refused_by_name(build_adapted: Any, lora: 
 def test_a_model_without_adapters_is_refused(build_adapted: Any) -> None:
     with pytest.raises(Unsupported, match="no PEFT adapters"):
         bind(build_adapted("llama").get_base_model())
+
+
+@pytest.mark.parametrize("lengths", [(1, 17, 5, 29), (3, SHORT + 22, 40)])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_all_rows_may_go_on_from_the_last_attention_or_the_supervised_ones_alone(
+    build_adapted: Any, make_examples: Any, monkeypatch: pytest.MonkeyPatch, name: str, lengths: tuple[int, ...]
+) -> None:
+    documents = [replace(e, label_L=np.where(e.ids_L % 3, -100, e.label_L)) for e in make_examples(lengths)]
+    documents[1].label_L[-1] = documents[1].ids_L[-1]  # so that few rows are supervised, and many needed
+    gone_on: list[int] = []
+    monkeypatch.setattr(step_module, "head", lambda *given: (gone_on.append(len(given[4])), head(*given)))
+    gradients = []
+    for narrow in (False, True):
+        step = FastStep(bind(build_adapted(name)), Plan())
+        step.narrow = step.narrow and narrow
+        step.run(documents, sum(document.supervised for document in documents))
+        gradients.append((float(step.figures_3[0]), step.bound.flat.grad_G))
+    assert gone_on[1] < gone_on[0]
+    assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-6)
+    torch.testing.assert_close(gradients[1][1], gradients[0][1], rtol=1e-4, atol=1e-7)

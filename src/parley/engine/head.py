@@ -17,6 +17,7 @@ def head(
     ops: Ops,
     bound: Bound,
     rows: Rows,
+    row_S: Tensor,
     h_TD: Tensor,
     delta_TD: Tensor,
     dh_TDP: Tensor,
@@ -25,18 +26,18 @@ def head(
 ) -> None:
     """Add the gradient of the loss with respect to h + delta to `dh_TDP`, which arrives as zeros.
 
-    Adds the loss, hits and entropy to `figures_3` (see Ops.cross_entropy). `room_V` holds the logits of so many rows
-    as are computed at a time.
+    `row_S`: the supervised rows among them. Adds the loss, hits and entropy to `figures_3` (see Ops.cross_entropy).
+    `room_V` holds the logits of so many rows as are computed at a time.
     """
     dh_TD, chunk = dh_TDP[:, : h_TD.shape[1]], len(room_V)
-    for row_S, target_S in zip(rows.row_S.split(chunk), rows.target_S.split(chunk), strict=True):
-        real, whole = len(row_S), min(-(-len(row_S) // WHOLE) * WHOLE, chunk)  # rows behind the real ones: nobody's
+    for part_S, target_S in zip(row_S.split(chunk), rows.target_S.split(chunk), strict=True):
+        real, whole = len(part_S), min(-(-len(part_S) // WHOLE) * WHOLE, chunk)  # rows behind the real ones: nobody's
         normed_SD = h_TD.new_zeros(whole, h_TD.shape[1])
-        x_SD, delta_SD = h_TD.index_select(0, row_S), delta_TD.index_select(0, row_S)
+        x_SD, delta_SD = h_TD.index_select(0, part_S), delta_TD.index_select(0, part_S)
         x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD[:real])
         logits_SV = product(normed_SD, bound.head_VD, room_V[:whole])
         ops.cross_entropy(logits_SV[:real], target_S, rows.scale, figures_3)
         dnormed_SD = product(logits_SV, bound.head_VD.t(), normed_SD)[:real]
         dx_SD = h_TD.new_zeros(x_SD.shape)
         ops.rms_norm_backward(dnormed_SD, x_SD, bound.norm_D, bound.eps, dx_SD)
-        dh_TD.index_copy_(0, row_S.long(), dx_SD)
+        dh_TD.index_copy_(0, part_S.long(), dx_SD)

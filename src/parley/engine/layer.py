@@ -8,13 +8,16 @@ Forward, with h the running sum of the residual stream:
 The sum mid + y is left to the next layer's norm, which reads both anyway. Every input of a product lives in a
 buffer with spare columns for the adapters (see linear.py); all buffers are the workspace's.
 
-Shape suffixes: T tokens, D hidden, F feed-forward, C query, key and value columns, P spare columns for the ranks.
+In the last layer only supervised rows need go on from attention to o and the feed-forward.
+
+Shape suffixes: T tokens, S rows that go on, D hidden, F feed-forward, C query, key and value columns, P spare columns
+for the ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -36,14 +39,27 @@ class Context:
     rope: Rope
     rows: Rows
     workspace: Workspace
+    tokens: int  # in a buffer: the pass's, or those that go on
 
     def take(self, name: str, index: int, wide: int | None = None) -> Tensor:
-        return self.workspace.take(name, index, self.rows.tokens, wide)
+        return self.workspace.take(name, index, self.tokens, wide)
 
     def slices(self) -> Iterator[slice]:
         """The rows that go through the feed-forward at a time."""
-        step = self.workspace.plan.feed_rows or self.rows.tokens
-        return (slice(begin, min(begin + step, self.rows.tokens)) for begin in range(0, self.rows.tokens, step))
+        step = self.workspace.plan.feed_rows or self.tokens
+        return (slice(begin, min(begin + step, self.tokens)) for begin in range(0, self.tokens, step))
+
+
+@dataclass(frozen=True)
+class Onward:
+    """The rows `row_S` that alone go on from attention; those from `real` on are there for their number."""
+
+    row_S: Tensor
+    real: int
+
+    def spread(self, x_SD: Tensor, out_TD: Tensor) -> Tensor:
+        """`x_SD` in its places of `out_TD`, and nothing elsewhere."""
+        return out_TD.zero_().index_copy_(0, self.row_S[: self.real], x_SD[: self.real])
 
 
 @dataclass
@@ -61,6 +77,7 @@ class Saved:
     mid_normed: Tensor | None = None
     gate_up: Tensor | None = None
     act: Tensor | None = None
+    fewer: Saved | None = None  # from attention on, where fewer rows go on
 
     def forget(self, keep: frozenset[str]) -> None:
         """Drop what is not kept; `lse` goes with the attention it belongs to."""
@@ -75,29 +92,42 @@ class Saved:
 
 
 def forward(
-    context: Context, layer: Layer, index: int, h_TD: Tensor, delta_TD: Tensor | None
+    context: Context, layer: Layer, index: int, h_TD: Tensor, delta_TD: Tensor | None, onward: Onward | None = None
 ) -> tuple[Saved, Tensor, Tensor]:
-    """What to save, mid and y, whose sum is the layer's output. Its input is h + delta; h is x in the first layer."""
+    """What to save, mid and y, whose sum is the layer's output. Its input is h + delta; h is x in the first layer.
+
+    With `onward` mid and y have its rows alone; the plan has to keep everything.
+    """
     normed = context.take("normed", index, layer.qkv.columns_in + layer.qkv.spare)
     x_TD = h_TD if delta_TD is None else context.take("x", index)
     _norm(context, h_TD, delta_TD, layer.norm_in_D, layer.eps, normed, x_TD)
     layer.qkv.project(context.matrices[layer.qkv], normed)
     saved = Saved(index, x_TD, normed)
-    complete(context, layer, saved)
+    _attend(context, layer, saved)
+    if onward is None:
+        return saved, *_go_on(context, layer, saved)
+    assert saved.attended is not None
+    x_SD, attended = (tensor.index_select(0, onward.row_S) for tensor in (saved.x, saved.attended))
+    saved.fewer = Saved(index, x_SD, attended=attended)
+    return saved, *_go_on(replace(context, tokens=len(x_SD)), layer, saved.fewer)
+
+
+def _go_on(context: Context, layer: Layer, saved: Saved) -> tuple[Tensor, Tensor]:
+    """mid and y, from attention on."""
+    _rejoin(context, layer, saved)
     assert saved.mid is not None
-    y_TD = context.take("branch", index)
+    mid_TD, y_TD = saved.mid, context.take("branch", saved.index)
     for part in context.slices():
         gate_up, act = _feed(context, layer, saved, part)
         layer.down.forward(context.matrices[layer.down], act, y_TD[part])
         if "gate_up" in KEEP[context.workspace.plan.keep]:
             saved.gate_up, saved.act = gate_up, act
-    mid_TD = saved.mid
     saved.forget(KEEP[context.workspace.plan.keep])
-    return saved, mid_TD, y_TD
+    return mid_TD, y_TD
 
 
-def complete(context: Context, layer: Layer, saved: Saved) -> None:
-    """Compute what `saved` lacks before the feed-forward, from what it has."""
+def _attend(context: Context, layer: Layer, saved: Saved) -> None:
+    """Compute what `saved` lacks up to attention, from what it has."""
     ops, matrices = context.ops, context.matrices
     index = saved.index
     if saved.normed is None:
@@ -116,6 +146,12 @@ def complete(context: Context, layer: Layer, saved: Saved) -> None:
         attended_TD = saved.attended[:, : layer.o.columns_in]
         saved.lse = ops.attention(saved.qkv, context.rows, layer.shape, attended_TD)
         layer.o.project(matrices[layer.o], saved.attended)
+
+
+def _rejoin(context: Context, layer: Layer, saved: Saved) -> None:
+    """Compute what `saved` lacks from attention to the feed-forward."""
+    matrices, index = context.matrices, saved.index
+    assert saved.attended is not None
     if saved.mid_normed is None:
         saved.mid_normed = context.take("mid_normed", index, layer.gate_up.columns_in + layer.gate_up.spare)
         before_TD, delta_TD = saved.mid, None
@@ -142,21 +178,37 @@ def _feed(context: Context, layer: Layer, saved: Saved, part: slice) -> tuple[Te
     return gate_up, act
 
 
-def backward(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, *, want_dx: bool = True) -> None:
-    """Turn the gradient of the layer's output in `dh_TDP` into that of its input, in place.
+def backward(
+    context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, *, want_dx: bool = True, onward: Onward | None = None
+) -> Tensor:
+    """Turn the gradient of the layer's output in `dh_TDP` into that of its input, in place, and return it.
 
     Adds to the adapters' gradients. Without `want_dx` (the first layer, whose input nobody trains) the last
-    product is left out and `dh_TDP` is of no further use.
+    product is left out and the result is of no further use. With the `onward` of the forward pass, `dh_TDP` has its
+    rows alone and the result is the workspace's "dh".
     """
-    complete(context, layer, saved)
-    assert saved.qkv is not None
+    dattended_TD = context.take("dattended", saved.index, layer.o.columns_in)
+    if onward is None:
+        _attend(context, layer, saved)
+        _go_back(context, layer, saved, dh_TDP, dattended_TD)
+    else:
+        assert saved.fewer is not None
+        rows = len(onward.row_S)
+        dattended_SD = dattended_TD.new_empty(rows, layer.o.columns_in)
+        _go_back(replace(context, tokens=rows), layer, saved.fewer, dh_TDP, dattended_SD)
+        onward.spread(dattended_SD, dattended_TD)
+        dh_TDP = onward.spread(dh_TDP, context.take("dh", saved.index))
+    _attend_back(context, layer, saved, dattended_TD, dh_TDP, want_dx=want_dx)
+    return dh_TDP
+
+
+def _go_back(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, dattended_TD: Tensor) -> None:
+    """From the layer's output to attention's: `dh_TDP` becomes the gradient of the residual stream there."""
+    _rejoin(context, layer, saved)
     assert saved.mid is not None
-    assert saved.normed is not None
     assert saved.mid_normed is not None
     assert saved.attended is not None
-    ops, index = context.ops, saved.index
-    dh_TD = dh_TDP[:, : saved.x.shape[1]]
-
+    ops = context.ops
     for part in context.slices():  # gradients take the place of what they are the gradients of
         gate_up, act = _feed(context, layer, saved, part)
         products = gate_up[:, : layer.gate_up.columns_out]
@@ -164,11 +216,20 @@ def backward(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, *, wa
         ops.swiglu_backward(dact_TF, products, products)
         _through(context, layer.gate_up, gate_up, saved.mid_normed[part], saved.mid_normed[part])
     dnormed_TD = saved.mid_normed[:, : layer.gate_up.columns_in]
+    dh_TD = dh_TDP[:, : saved.x.shape[1]]
     ops.rms_norm_backward(dnormed_TD, saved.mid, layer.norm_mid_D, layer.eps, dh_TD)
-
-    dattended_TD = context.take("dattended", index, layer.o.columns_in)
     _through(context, layer.o, dh_TDP, saved.attended, dattended_TD)
-    dqkv = context.take("dqkv", index, layer.qkv.columns_out + layer.qkv.spare)
+
+
+def _attend_back(
+    context: Context, layer: Layer, saved: Saved, dattended_TD: Tensor, dh_TDP: Tensor, *, want_dx: bool
+) -> None:
+    """From attention's output to the layer's input."""
+    assert saved.qkv is not None
+    assert saved.normed is not None
+    assert saved.attended is not None
+    ops = context.ops
+    dqkv = context.take("dqkv", saved.index, layer.qkv.columns_out + layer.qkv.spare)
     dqkv_TC = dqkv[:, : layer.qkv.columns_out]
     attended_TD = saved.attended[:, : layer.o.columns_in]
     ops.attention_backward(dattended_TD, saved.qkv, attended_TD, saved.lse, context.rows, layer.shape, dqkv_TC)
@@ -178,6 +239,7 @@ def backward(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, *, wa
         normalise_heads_backward(dqkv_TC, saved.unturned, layer.shape, layer.head_norms)
     dnormed_TD = _through(context, layer.qkv, dqkv, saved.normed, saved.normed if want_dx else None)
     if dnormed_TD is not None:
+        dh_TD = dh_TDP[:, : saved.x.shape[1]]
         ops.rms_norm_backward(dnormed_TD, saved.x, layer.norm_in_D, layer.eps, dh_TD)
 
 

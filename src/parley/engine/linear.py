@@ -150,7 +150,6 @@ class FusedLinear:
         if out_TK is not None:
             product(dy_TNP, matrix.down_NPK.t(), out_TK)
 
-
     def _project_back(self, sb_NP: Tensor, dy_TNP: Tensor) -> None:
         """Fill the spare columns of `dy_TNP` with v."""
         dy_TN, v_TP = dy_TNP[:, : self.columns_out], dy_TNP[:, self.columns_out :]

@@ -10,19 +10,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from parley.engine import reference
 from parley.engine.bind import Bound
 from parley.engine.documents import Example, Pack, Rows, Staging, pack, split
 from parley.engine.graph import Graphs
 from parley.engine.head import head
-from parley.engine.layer import Context, Saved, backward, forward
+from parley.engine.layer import Context, Onward, Saved, backward, forward
 from parley.engine.linear import Matrices
 from parley.engine.offload import Offload
 from parley.engine.ops import Ops
 from parley.engine.plan import Plan
 from parley.engine.product import WHOLE
-from parley.engine.workspace import Workspace
+from parley.engine.workspace import Workspace, keep_what_is_freed
 
 
 @dataclass
@@ -33,6 +34,7 @@ class Middle:
     delta_TD: Tensor
     dh_TDP: Tensor
     saved: list[Saved]
+    onward: Onward | None = None  # where the last layer's output has only these rows
 
 
 class FastStep:
@@ -53,7 +55,11 @@ class FastStep:
         self.figures_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
         self.matrices = Matrices(bound.linears, 4, self.ops, bound.dtype, bound.device)
         self.graphs = Graphs(self) if plan.graph_tokens else None
-        self.whole = WHOLE if bound.device.type == "cpu" else 1  # rows of a pass without a graph, in multiples
+        on_cpu = bound.device.type == "cpu"
+        self.whole = WHOLE if on_cpu else 1  # rows of a pass without a graph, in multiples
+        self.narrow = on_cpu and plan.keep == "everything"  # a graph knows no number of supervised rows
+        if on_cpu:
+            keep_what_is_freed()
         with torch.no_grad():
             if plan.keep_matrices:
                 self.matrices.keep()
@@ -106,30 +112,49 @@ class FastStep:
         context = self._context(rows)
         self.matrices.refresh()
         h_TD = torch.index_select(self.bound.embedding_VD, 0, rows.ids_T, out=context.take("x", 0))
-        delta_TD, passed = None, []
+        delta_TD, passed, onward = None, [], None
         for index, layer in enumerate(self.bound.layers):
             if self.offload is not None:
                 self.offload.make_place(index)
-            saved, h_TD, delta_TD = forward(context, layer, index, h_TD, delta_TD)
+            if index == len(self.bound.layers) - 1:
+                onward = self._onward(rows)
+            saved, h_TD, delta_TD = forward(context, layer, index, h_TD, delta_TD, onward)
             passed.append(saved)
             if self.offload is not None:
                 self.offload.send(index, saved.kept())
         assert delta_TD is not None
-        return Middle(h_TD, delta_TD, context.take("dh", 0).zero_(), passed)
+        dh_TDP = context.take("dh", 0)
+        dh_TDP = dh_TDP.zero_() if onward is None else dh_TDP.new_zeros(len(onward.row_S), dh_TDP.shape[1])
+        return Middle(h_TD, delta_TD, dh_TDP, passed, onward)
+
+    def _onward(self, rows: Rows) -> Onward | None:
+        """The supervised rows, in a whole multiple, where nothing past the last attention is asked of the others."""
+        real = len(rows.row_S)
+        more = -real % self.whole
+        if not self.narrow or real + more >= rows.tokens:
+            return None
+        return Onward(functional.pad(rows.row_S.long(), (0, more)), real)
 
     def head(self, rows: Rows, middle: Middle) -> None:
-        head(self.ops, self.bound, rows, middle.h_TD, middle.delta_TD, middle.dh_TDP, self.logits_SV, self.figures_3)
+        onward = middle.onward
+        row_S = rows.row_S if onward is None else torch.arange(onward.real, device=rows.row_S.device)
+        head(
+            self.ops, self.bound, rows, row_S, middle.h_TD, middle.delta_TD, middle.dh_TDP, self.logits_SV,
+            self.figures_3,
+        )  # fmt: skip
 
     def backward(self, rows: Rows, middle: Middle) -> None:
-        context = self._context(rows)
+        context, dh_TDP, onward = self._context(rows), middle.dh_TDP, middle.onward
         for index in reversed(range(len(middle.saved))):
             if self.offload is not None:
                 self.offload.fetch(index - 1)
                 self.offload.need(index)
-            backward(context, self.bound.layers[index], middle.saved.pop(), middle.dh_TDP, want_dx=index > 0)
+            layer, saved = self.bound.layers[index], middle.saved.pop()
+            dh_TDP = backward(context, layer, saved, dh_TDP, want_dx=index > 0, onward=onward)
+            onward = None
 
     def _context(self, rows: Rows) -> Context:
-        return Context(self.ops, self.matrices, self.rope, rows, self.workspace)
+        return Context(self.ops, self.matrices, self.rope, rows, self.workspace, rows.tokens)
 
 
 def operations(device: torch.device) -> Ops:
