@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from parley.config import LoraSection, ModelSection
 from parley.errors import ModelError, ParleyError, UsageError
-from parley.models.adapters import attach_lora, load_adapter, prepare_full, trainable_summary
+from parley.models.adapters import attach_lora, is_still_base, load_adapter, prepare_full, trainable_summary
 from parley.models.load import load_model
 
 IDS = torch.arange(10, 42).view(2, 16)
@@ -59,6 +59,18 @@ def test_sixteen_bit_bases_stay_sixteen_bit_under_an_fp32_adapter(tiny_llama_fol
 
 def test_a_new_adapter_changes_nothing(tiny_llama_folder):
     assert torch.equal(logits(attach(tiny_llama_folder)), logits(load(tiny_llama_folder)))
+
+
+def test_an_adapter_is_still_base_until_it_says_something(tiny_llama_folder, build_family):
+    model = attach(tiny_llama_folder)
+    assert is_still_base(model)
+    give_the_adapter_something_to_say(model)
+    assert not is_still_base(model)
+    assert not is_still_base(attach(build_family("qwen2"), lora={"bias": "all"}))  # PEFT cannot switch biases off
+    assert not is_still_base(
+        attach(tiny_llama_folder, lora={"init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]})
+    )
+    assert not is_still_base(load(tiny_llama_folder))
 
 
 def test_the_seed_alone_decides_the_start(tiny_llama_folder):

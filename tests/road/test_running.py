@@ -14,8 +14,9 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parley.config import RunConfig
+from parley.config import GenerationSection, RunConfig
 from parley.errors import RunError
+from parley.generation.generate import generate
 from parley.road import RunResult, evaluate, plan, train
 
 
@@ -77,6 +78,17 @@ def test_the_adapter_loads_in_plain_peft_with_the_same_logits(result: RunResult,
         torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-6, rtol=1e-5)
         with plain.disable_adapter():
             assert (plain(input_ids=ids).logits - expected).abs().max() > 1e-3
+
+
+def test_answers_before_training_are_the_models_own(result: RunResult, tiny_llama_folder: Path) -> None:
+    """They are asked for after training, with the adapter switched off."""
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
+    greedy = GenerationSection(temperature=0, min_p=0, max_new_tokens=4)
+    answers = result.report.answers
+    asked = [[turn.model_dump(exclude_none=True) for turn in answer.question] for answer in answers]
+    assert [answer.before for answer in answers] == generate(fresh, result.tokenizer, asked, greedy)
+    assert [answer.after for answer in answers] == generate(result.model, result.tokenizer, asked, greedy)
+    assert all(answer.before != answer.after for answer in answers)
 
 
 def test_every_step_is_in_the_events_and_the_report(result: RunResult) -> None:

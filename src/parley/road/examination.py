@@ -1,4 +1,8 @@
-"""What a model says and how well: asked before training and again after it, so that the two can be compared."""
+"""What a model says and how well, before training and after it, so that the two can be compared.
+
+An adapter that starts at nothing is switched off for the answers before training, which can then be asked for
+afterwards: training begins sooner.
+"""
 
 from __future__ import annotations
 
@@ -43,26 +47,35 @@ def run_questions(ready: Ready) -> list[Question]:
 
 
 def examine(ready: Ready, trainer: SFTTrainer, console: Console) -> Examination:
-    """Ask the run's questions greedily and measure held-out loss; on the demo's data, style and accuracy as well."""
-    settings = GenerationSection(temperature=0, min_p=0, max_new_tokens=ready.config.report.max_new_tokens)
+    """Measure held-out loss and ask questions."""
+    examination = measure(ready, trainer, console)
+    ask(examination, ready, trainer, console)
+    return examination
+
+
+def measure(ready: Ready, trainer: SFTTrainer, console: Console) -> Examination:
+    """Held-out loss, without answers."""
     scores = Scores()
-    with console.status("asking held-out questions"):
-        answers = _answer(ready, trainer, [question.messages for question in run_questions(ready)], settings)
-        if ready.data.heldout is not None:
+    if ready.data.heldout is not None:
+        with console.status("measuring held-out loss"):
             metrics = trainer.evaluate()
-            scores.heldout_loss = metrics["eval_loss"]
-            scores.heldout_tokens = metrics["eval_supervised_tokens"]
+        scores.heldout_loss = metrics["eval_loss"]
+        scores.heldout_tokens = metrics["eval_supervised_tokens"]
+    return Examination([], scores)
+
+
+def ask(examination: Examination, ready: Ready, trainer: SFTTrainer, console: Console, *, base: bool = False) -> None:
+    """Ask the run's questions greedily, of the `base` or with the adapter; on the demo's data, rate the answers too."""
+    settings = GenerationSection(temperature=0, min_p=0, max_new_tokens=ready.config.report.max_new_tokens)
+    if not ready.tokenizer.chat_template:  # a text-only data set: there is nobody to ask
+        return
+    questions = [question.messages for question in run_questions(ready)]
+    with console.status("asking held-out questions"):
+        examination.answers = generate(trainer.model, ready.tokenizer, questions, settings, base=base)
         if ready.config.data.source == DEMO_DATA:
             asked = heldout_questions()
-            replies = _answer(ready, trainer, [question.messages for question in asked], settings)
-            scores.style_rate, scores.accuracy = rate(asked, replies)
-    return Examination(answers, scores)
-
-
-def _answer(ready: Ready, trainer: SFTTrainer, asked: list[list[Message]], settings: GenerationSection) -> list[str]:
-    if not ready.tokenizer.chat_template:  # a text-only data set: there is nobody to ask
-        return []
-    return generate(trainer.model, ready.tokenizer, asked, settings)
+            replies = generate(trainer.model, ready.tokenizer, [one.messages for one in asked], settings, base=base)
+            examination.scores.style_rate, examination.scores.accuracy = rate(asked, replies)
 
 
 def _ask(example: Example) -> Question | None:

@@ -19,8 +19,9 @@ from transformers import PrinterCallback
 from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
 from parley.data.preview import pieces
 from parley.errors import DeviceError, RunError
+from parley.models.adapters import is_still_base
 from parley.models.device import pick_device
-from parley.road.examination import Examination, examine, run_questions
+from parley.road.examination import Examination, ask, examine, measure, run_questions
 from parley.road.loading import Ready, load, show_mask
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
@@ -117,17 +118,22 @@ def _teach(
 ) -> RunResult:
     """Examine, train, save, examine again, report."""
     stages.end("trainer")
-    before = examine(ready, trainer, console)
+    before = measure(ready, trainer, console)
+    asked_later = is_still_base(trainer.model)
+    if not asked_later:
+        ask(before, ready, trainer, console)
     give_back_memory(ready.device)  # the decoder's cache, mostly
-    stages.end("questions before")
+    stages.end("examined before")
     training = Meter(ready.device)
     interrupted = _train(trainer, bar, ready)
     stages.end("training")
     resources = _resources(ready.device, start.before, training.seconds(), trainer, log)
     weights = folder.save_weights(trainer.model, ready.tokenizer, full=ready.config.lora is None)
     stages.end("saving")
+    if asked_later:
+        ask(before, ready, trainer, console, base=True)
     after = examine(ready, trainer, console)
-    stages.end("questions after")
+    stages.end("examined after")
     resources.stages, resources.total_seconds = stages.seconds, sum(stages.seconds.values())
 
     report = _report(ready, before, after, log)
