@@ -55,10 +55,10 @@ class Pack:
         """The same documents in a row of `tokens`, each further token a document of its own that teaches nothing."""
         more = tokens - len(self.ids_T)
         assert more >= 0, "a bucket holds its packs"
-        own = np.arange(len(self.ids_T), tokens, dtype=np.int32)
+        own, nothing = np.arange(len(self.ids_T), tokens, dtype=np.int32), np.zeros(more, dtype=np.int32)
         return Pack(
-            np.pad(self.ids_T, (0, more)),
-            np.pad(self.position_T, (0, more)),
+            np.concatenate([self.ids_T, nothing]),
+            np.concatenate([self.position_T, nothing]),
             np.concatenate([self.start_T, own]),
             np.concatenate([self.end_T, own + 1]),
             self.row_S,
@@ -90,7 +90,8 @@ def pack(examples: Iterable[Example]) -> Pack:
     examples = list(examples)
     lengths_N = np.array([len(e.ids_L) for e in examples], dtype=np.int32)
     start_T, end_T = _borders(lengths_N)
-    target_T = np.concatenate([np.append(e.label_L[1:], np.int32(IGNORED)) for e in examples])
+    target_T = np.roll(np.concatenate([e.label_L for e in examples]), -1)
+    target_T[np.cumsum(lengths_N) - 1] = IGNORED  # what begins the next document follows from nothing
     (row_S,) = np.nonzero(target_T != IGNORED)
     return Pack(
         np.concatenate([e.ids_L for e in examples]),

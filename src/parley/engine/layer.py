@@ -27,6 +27,7 @@ from parley.engine.documents import Rows
 from parley.engine.heads import normalise_heads, normalise_heads_backward
 from parley.engine.linear import FusedLinear, Matrices
 from parley.engine.ops import Ops, Rope
+from parley.engine.product import put
 from parley.engine.workspace import KEEP, Workspace
 
 
@@ -119,7 +120,7 @@ def _go_on(context: Context, layer: Layer, saved: Saved) -> tuple[Tensor, Tensor
     mid_TD, y_TD = saved.mid, context.take("branch", saved.index)
     for part in context.slices():
         gate_up, act = _feed(context, layer, saved, part)
-        layer.down.forward(context.matrices[layer.down], act, y_TD[part])
+        put(layer.down.forward(context.matrices[layer.down], act, y_TD[part]), y_TD[part])
         if "gate_up" in KEEP[context.workspace.plan.keep]:
             saved.gate_up, saved.act = gate_up, act
     saved.forget(KEEP[context.workspace.plan.keep])
@@ -136,7 +137,7 @@ def _attend(context: Context, layer: Layer, saved: Saved) -> None:
         layer.qkv.project(matrices[layer.qkv], saved.normed)
     if saved.qkv is None:
         saved.qkv = context.take("qkv", index, layer.qkv.columns_out)
-        layer.qkv.forward(matrices[layer.qkv], saved.normed, saved.qkv)
+        put(layer.qkv.forward(matrices[layer.qkv], saved.normed, saved.qkv), saved.qkv)
         if layer.head_norms is not None:
             saved.unturned = context.take("unturned", index, layer.qkv.columns_out).copy_(saved.qkv)
             normalise_heads(saved.qkv, layer.shape, layer.head_norms)
@@ -170,7 +171,7 @@ def _feed(context: Context, layer: Layer, saved: Saved, part: slice) -> tuple[Te
     if gate_up is None:
         gate_up = take("gate_up", saved.index, rows, layer.gate_up.columns_out + layer.gate_up.spare)
         products = gate_up[:, : layer.gate_up.columns_out]
-        layer.gate_up.forward(context.matrices[layer.gate_up], saved.mid_normed[part], products)
+        put(layer.gate_up.forward(context.matrices[layer.gate_up], saved.mid_normed[part], products), products)
     if act is None:
         act = take("act", saved.index, rows, layer.down.columns_in + layer.down.spare)
         context.ops.swiglu(gate_up[:, : layer.gate_up.columns_out], act[:, : layer.down.columns_in])
@@ -190,35 +191,35 @@ def backward(
     dattended_TD = context.take("dattended", saved.index, layer.o.columns_in)
     if onward is None:
         _attend(context, layer, saved)
-        _go_back(context, layer, saved, dh_TDP, dattended_TD)
+        dattended_TD = _go_back(context, layer, saved, dh_TDP, dattended_TD)
     else:
         assert saved.fewer is not None
         rows = len(onward.row_S)
-        dattended_SD = dattended_TD.new_empty(rows, layer.o.columns_in)
-        _go_back(replace(context, tokens=rows), layer, saved.fewer, dh_TDP, dattended_SD)
+        room_SD = dattended_TD.new_empty(rows, layer.o.columns_in)
+        dattended_SD = _go_back(replace(context, tokens=rows), layer, saved.fewer, dh_TDP, room_SD)
         onward.spread(dattended_SD, dattended_TD)
         dh_TDP = onward.spread(dh_TDP, context.take("dh", saved.index))
     _attend_back(context, layer, saved, dattended_TD, dh_TDP, want_dx=want_dx)
     return dh_TDP
 
 
-def _go_back(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, dattended_TD: Tensor) -> None:
-    """From the layer's output to attention's: `dh_TDP` becomes the gradient of the residual stream there."""
+def _go_back(context: Context, layer: Layer, saved: Saved, dh_TDP: Tensor, room_TD: Tensor) -> Tensor:
+    """The gradient of attention's output, with `room_TD` for it; `dh_TDP` becomes that of the residual stream there."""
     _rejoin(context, layer, saved)
     assert saved.mid is not None
     assert saved.mid_normed is not None
     assert saved.attended is not None
-    ops = context.ops
+    ops, dnormed_TD = context.ops, saved.mid_normed[:, : layer.gate_up.columns_in]
     for part in context.slices():  # gradients take the place of what they are the gradients of
         gate_up, act = _feed(context, layer, saved, part)
         products = gate_up[:, : layer.gate_up.columns_out]
         dact_TF = _through(context, layer.down, dh_TDP[part], act, act)
         ops.swiglu_backward(dact_TF, products, products)
-        _through(context, layer.gate_up, gate_up, saved.mid_normed[part], saved.mid_normed[part])
-    dnormed_TD = saved.mid_normed[:, : layer.gate_up.columns_in]
+        normed = saved.mid_normed[part]
+        put(_through(context, layer.gate_up, gate_up, normed, normed), dnormed_TD[part])
     dh_TD = dh_TDP[:, : saved.x.shape[1]]
     ops.rms_norm_backward(dnormed_TD, saved.mid, layer.norm_mid_D, layer.eps, dh_TD)
-    _through(context, layer.o, dh_TDP, saved.attended, dattended_TD)
+    return _through(context, layer.o, dh_TDP, saved.attended, room_TD)
 
 
 def _attend_back(
@@ -237,8 +238,8 @@ def _attend_back(
     if layer.head_norms is not None:
         assert saved.unturned is not None
         normalise_heads_backward(dqkv_TC, saved.unturned, layer.shape, layer.head_norms)
-    dnormed_TD = _through(context, layer.qkv, dqkv, saved.normed, saved.normed if want_dx else None)
-    if dnormed_TD is not None:
+    dnormed_TD = _through(context, layer.qkv, dqkv, saved.normed, saved.normed, want_dx=want_dx)
+    if want_dx:
         dh_TD = dh_TDP[:, : saved.x.shape[1]]
         ops.rms_norm_backward(dnormed_TD, saved.x, layer.norm_in_D, layer.eps, dh_TD)
 
@@ -249,9 +250,14 @@ def _norm(
     context.ops.rms_norm(x_TD, delta_TD, weight_D, eps, out[:, : x_TD.shape[1]], total_TD)
 
 
-def _through(context: Context, linear: FusedLinear, dy: Tensor, x: Tensor, out: Tensor | None) -> Tensor | None:
-    """The gradient of `linear`'s input, in the first columns of `out`; `dy` may have more spare columns than needed."""
+def _through(
+    context: Context, linear: FusedLinear, dy: Tensor, x: Tensor, room: Tensor, *, want_dx: bool = True
+) -> Tensor:
+    """The gradient of `linear`'s input, with the first columns of `room` for it; unwritten without `want_dx`.
+
+    `dy` may have more spare columns than needed.
+    """
     dy = dy[:, : linear.columns_out + linear.spare]
-    dx_TK = None if out is None else out[:, : linear.columns_in]
-    linear.backward(context.matrices[linear], dy, x, context.ops, dx_TK)
-    return dx_TK
+    room_TK = room[:, : linear.columns_in]
+    dx_TK = linear.backward(context.matrices[linear], dy, x, context.ops, room_TK if want_dx else None)
+    return room_TK if dx_TK is None else dx_TK

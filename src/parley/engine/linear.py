@@ -134,21 +134,22 @@ class FusedLinear:
             x_TK, u_TP = x_TKP[:, : self.columns_in], x_TKP[:, self.columns_in :]
             torch.mm(x_TK, matrix.down_NPK[self.columns_out :].t(), out=u_TP)
 
-    def forward(self, matrix: Matrix, x_TKP: Tensor, out_TN: Tensor) -> Tensor:
-        """Write y of rows whose spare columns `project` has filled into `out_TN`."""
-        return product(x_TKP, matrix.across_NKP, out_TN, self.bias_N)
+    def forward(self, matrix: Matrix, x_TKP: Tensor, room_TN: Tensor) -> Tensor:
+        """y of rows whose spare columns `project` has filled, in `room_TN` or in memory of the library's own."""
+        return product(x_TKP, matrix.across_NKP, room_TN, self.bias_N)
 
-    def backward(self, matrix: Matrix, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, out_TK: Tensor | None) -> None:
-        """Add to the adapters' gradients and write dx into `out_TK`, which may be x itself; None leaves it out.
+    def backward(
+        self, matrix: Matrix, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, room_TK: Tensor | None
+    ) -> Tensor | None:
+        """Add to the adapters' gradients and return dx, in `room_TK` or elsewhere as in `forward`.
 
-        The spare columns of `dy_TNP` are filled with v.
+        The room may be x itself; None leaves dx out. The spare columns of `dy_TNP` are filled with v.
         """
         if self.spare:
             self._project_back(matrix.across_NKP[:, self.columns_in :], dy_TNP)
         if self.slots:
             ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
-        if out_TK is not None:
-            product(dy_TNP, matrix.down_NPK.t(), out_TK)
+        return None if room_TK is None else product(dy_TNP, matrix.down_NPK.t(), room_TK)
 
     def _project_back(self, sb_NP: Tensor, dy_TNP: Tensor) -> None:
         """Fill the spare columns of `dy_TNP` with v."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-WHOLE = 16  # oneDNN writes a program for each number of rows, 0.2 to 0.6 ms each: whole multiples keep them few
+WHOLE = 8  # oneDNN writes a program for each number of rows, 0.2 to 0.6 ms each: whole multiples keep them few
 
 
 def takes_whole_weights(dtype: torch.dtype, device: torch.device) -> bool:
@@ -20,12 +20,20 @@ def takes_whole_weights(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
-def product(x_TK: Tensor, weight_NK: Tensor, out_TN: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """Write x W^T + bias into `out_TN`, which may be strided, and return it. oneDNN gets a copy of a sliced weight."""
+def product(x_TK: Tensor, weight_NK: Tensor, room_TN: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x W^T + bias, in `room_TN`, which may be strided, or in memory of oneDNN's own.
+
+    oneDNN gets a copy of a sliced weight.
+    """
     if takes_whole_weights(weight_NK.dtype, weight_NK.device):
         if not (weight_NK.is_contiguous() or weight_NK.t().is_contiguous()):
             weight_NK = weight_NK.contiguous()
-        return out_TN.copy_(torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], ""))
+        return torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")
     if bias_N is None:
-        return torch.mm(x_TK, weight_NK.t(), out=out_TN)
-    return torch.addmm(bias_N, x_TK, weight_NK.t(), out=out_TN)
+        return torch.mm(x_TK, weight_NK.t(), out=room_TN)
+    return torch.addmm(bias_N, x_TK, weight_NK.t(), out=room_TN)
+
+
+def put(result_TN: Tensor, out_TN: Tensor) -> Tensor:
+    """A product's result in `out_TN`, where it may be already."""
+    return out_TN if result_TN.data_ptr() == out_TN.data_ptr() else out_TN.copy_(result_TN)
