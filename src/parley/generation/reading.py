@@ -18,10 +18,9 @@ from torch.nn import functional
 
 from parley.engine.heads import normalise_heads
 from parley.engine.ops import AttentionShape
+from parley.engine.product import WHOLE
 from parley.generation.cache import Cache
 from parley.generation.forward import PREFILL_TOKENS, Voices
-
-WHOLE = 8  # rows of a pass come in multiples: oneDNN makes a program for each number of rows, and keeps it
 
 
 class Reader:
