@@ -26,6 +26,7 @@ import parley
 from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, GenerationSection, RunConfig
 from parley.data.render import render_prompt
 from parley.data.world import heldout_questions
+from parley.generation.chat import ChatSession
 from parley.generation.decoder import FastDecoder
 from parley.generation.generate import end_of_turn_ids
 from parley.generation.slots import Asked
@@ -209,6 +210,22 @@ def on_cpu(model: Any, tokenizer: Any, count: int, name: str) -> None:
         report(f"{name}: {batch} at a time, transformers", others, "tokens/s", parley_is_faster=round(faster, 2))
 
 
+def turns_on_cpu(model: Any, tokenizer: Any, name: str, turns: int = 40) -> None:
+    """How long the first text takes as a chat grows: what was said before is not read again."""
+    chat, firsts = ChatSession(model, tokenizer, GREEDY.model_copy(update={"max_new_tokens": 32})), []
+    for question in heldout_questions(turns):
+        start = time.perf_counter()
+        pieces = chat.say(question.messages[-1]["content"])
+        next(pieces)
+        firsts.append(1000 * (time.perf_counter() - start))
+        for _ in pieces:
+            pass
+    chat.close()
+    for turn in (2, turns // 2, turns):
+        median = statistics.median(firsts[max(turn - 5, 1) : turn + 5])
+        report(f"{name}: first text of a chat, around turn {turn}", median, "ms")
+
+
 def in_batches(
     decoder: FastDecoder, prompts: Sequence[list[int]], settings: GenerationSection, ends: frozenset[int]
 ) -> list[list[int]]:
@@ -273,6 +290,7 @@ def main() -> None:
             adapter_on_gpu(model, args.quantization)
         return
     on_cpu(model, tokenizer, args.questions, args.model)
+    turns_on_cpu(model, tokenizer, args.model)
     if args.adapter:
         on_cpu(with_adapter(model), tokenizer, args.questions, f"{args.model} with LoRA")
 

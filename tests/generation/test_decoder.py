@@ -212,6 +212,28 @@ def test_released_slots_say_no_more_and_their_neighbours_go_on(llama: Any) -> No
     assert decoder.decode() == {}
 
 
+@pytest.mark.parametrize("family", KNOWN)
+def test_what_stands_in_the_cache_is_not_read_again(
+    family: str, build_family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next turn of a chat, another chat that begins alike, and the other voice, which shares nothing."""
+    model = adapted(load(build_family(family), family))
+    decoder = FastDecoder.of(model, slots=3, length=200)
+    known: list[list[int]] = []
+    read: Any = decoder.reader
+    monkeypatch.setattr(decoder, "reader", lambda *asked: known.append(asked[-1]) or read(*asked))
+    turn = list(range(10, 60))
+    decoder.admit({0: ask(turn)})
+    said = [token.id for token in collect(decoder)[0]]
+    later = [ask([*turn, *said, 3, 4, 5]), ask([*turn, 99]), ask([*turn, *said, 3, 4, 5], base=True)]
+    for slot, asked in enumerate(later):
+        decoder.admit({slot: asked})
+    assert known == [[0], [len(turn) + len(said) - 1], [len(turn)], [0]]
+    wanted = [answers(FastDecoder.of(model, slots=1, length=200), [asked])[0] for asked in later]
+    told = collect(decoder)
+    assert [[token.id for token in told[slot]] for slot in range(3)] == wanted
+
+
 class Ahead(Eager):
     """Works as graphs do, on a CPU: eight steps at a time, one burst under way while another is read."""
 

@@ -2,6 +2,7 @@
 
 A token's small operations cost as much as its products there, so this pass does what `forward.prefill` does in fewer of
 them: documents attend one by one on views of the pack, and the last layer goes on with the last token of each alone.
+What stands in the cache already is not read again.
 
 Shape suffixes: T tokens of the pack, N documents, L tokens of one, D hidden, C query, key and value columns, H heads,
 K key-value heads, E head size, V vocabulary.
@@ -29,21 +30,31 @@ class Reader:
     def __init__(self, voices: Voices, cache: Cache) -> None:
         self.voices, self.cache, self.turns = voices, cache, voices.both.turns
 
-    def __call__(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool]) -> Tensor:
-        """fp32 logits (N, V) after each prompt, whose keys and values are then in its row of the cache."""
+    def __call__(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool], known: Sequence[int]
+    ) -> Tensor:
+        """fp32 logits (N, V) after each prompt, whose keys and values are then in its row of the cache.
+
+        Those of the first `known` tokens of each are there before.
+        """
+        lengths = [len(prompt) - count for prompt, count in zip(prompts, known, strict=True)]
         logits = [
-            self._pass(prompts[first:last], rows[first:last], tuned[first:last])
-            for first, last in pairwise(_cuts([len(prompt) for prompt in prompts]))
+            self._pass(prompts[first:last], rows[first:last], tuned[first:last], known[first:last])
+            for first, last in pairwise(_cuts(lengths))
         ]
         return logits[0] if len(logits) == 1 else torch.cat(logits)
 
-    def _pass(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool]) -> Tensor:
+    def _pass(
+        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool], known: Sequence[int]
+    ) -> Tensor:
         model = self.voices.for_rows(tuned)
         weights = model.weights
+        prompts = [prompt[count:] for prompt, count in zip(prompts, known, strict=True)]
         lengths = [len(prompt) for prompt in prompts]
         bounds = [0, *accumulate(lengths)]
         more = -bounds[-1] % WHOLE  # rows that nobody reads
-        position_T = torch.cat([torch.arange(length) for length in (*lengths, more)])
+        spans = [(count, count + length) for count, length in zip((*known, 0), (*lengths, more), strict=True)]
+        position_T = torch.cat([torch.arange(*span) for span in spans])
         last_N = torch.tensor(bounds[1:]) - 1
         tuned_N1 = torch.tensor([[float(one)] for one in tuned], dtype=weights.dtype)
         tuned_T1 = torch.cat([tuned_N1, tuned_N1[:1]]).repeat_interleave(torch.tensor([*lengths, more]), 0)
@@ -58,12 +69,13 @@ class Reader:
             is_last = index == len(weights.layers) - 1
             out_TD = qkv_TC.new_zeros(len(lengths) if is_last else len(qkv_TC), shape.heads * shape.size)
             for place, (row, (start, end)) in enumerate(zip(rows, pairwise(bounds), strict=True)):
-                x_HLE = x_THE[start:end].transpose(0, 1)
-                kv_2KLE = x_HLE[shape.heads :].unflatten(0, (2, shape.kv_heads))
-                self.cache.layers[index][row, :, :, : end - start].copy_(kv_2KLE)
+                x_HLE, (before, until) = x_THE[start:end].transpose(0, 1), spans[place]
+                cached_2KLE = self.cache.layers[index][row, :, :, :until]
+                cached_2KLE[:, :, before:].copy_(x_HLE[shape.heads :].unflatten(0, (2, shape.kv_heads)))
                 asked = slice(place, place + 1) if is_last else slice(start, end)
+                q_HLE = x_HLE[: shape.heads, -1:] if is_last else x_HLE[: shape.heads]
                 out_LHE = out_TD[asked].view(-1, shape.heads, shape.size)
-                out_LHE.copy_(_attention(x_HLE, shape, last_only=is_last).transpose(0, 1))
+                out_LHE.copy_(_attention(q_HLE, cached_2KLE, shape).transpose(0, 1))
             return out_TD
 
         h_TD = weights.embedding_VD.index_select(0, ids_T)
@@ -86,17 +98,18 @@ def _cuts(lengths: list[int]) -> list[int]:
     return [*cuts, len(lengths)]
 
 
-def _attention(x_HLE: Tensor, shape: AttentionShape, *, last_only: bool) -> Tensor:
-    """What the queries of one document, or its last one alone, see of it: (H, L, E)."""
-    length = x_HLE.shape[1]
-    q_HLE, k_KLE, v_KLE = x_HLE.split([shape.heads, shape.kv_heads, shape.kv_heads])
+def _attention(q_HLE: Tensor, cached_2KLE: Tensor, shape: AttentionShape) -> Tensor:
+    """What the queries of the last positions of one document see of it, (H, L, E)."""
+    asked, length = q_HLE.shape[1], cached_2KLE.shape[2]
+    windowed = shape.window is not None and shape.window < length
     mask_LL = None
-    if shape.window is not None and shape.window < length:
-        seen_LL = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - shape.window)
-        mask_LL = seen_LL[-1:] if last_only else seen_LL
-    if last_only:
-        q_HLE = q_HLE[:, -1:]
+    if windowed or 1 < asked < length:
+        at_L1, seen_L = torch.arange(length - asked, length)[:, None], torch.arange(length)
+        mask_LL = seen_L <= at_L1
+        if shape.window is not None:
+            mask_LL &= seen_L > at_L1 - shape.window
+    keys_KLE, values_KLE = cached_2KLE.unbind()
     return functional.scaled_dot_product_attention(
-        q_HLE[None], k_KLE[None], v_KLE[None], mask_LL, is_causal=mask_LL is None and not last_only,
+        q_HLE[None], keys_KLE[None], values_KLE[None], mask_LL, is_causal=mask_LL is None and asked > 1,
         scale=shape.scale, enable_gqa=True,
     )[0]  # fmt: skip
