@@ -6,7 +6,7 @@ that a step's cost follows how many there are: when one ends, the last row moves
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from peft import PeftModel
@@ -20,7 +20,6 @@ from parley.generation.alone import CpuStep
 from parley.generation.bursts import MOST_TOKENS, Burst, Eager, Runner, take
 from parley.generation.cache import Cache
 from parley.generation.forward import Model, PlainStep, Voices, prefill
-from parley.generation.kept import Kept
 from parley.generation.products import make_products
 from parley.generation.reading import Reader
 from parley.generation.sampling import Needs
@@ -40,7 +39,6 @@ class FastDecoder:
         self.model, self.runner, self.cache, self.state = model, runner, cache, state
         self._length = length
         self.reader = reader  # gives first tokens with their prompts; without it they come from a step, as all others
-        self.kept = Kept(len(state.fields_BF))
         self.staging = Staging(model.weights.device, 256)
         self.rows: list[Row] = []
         self.bursts: list[Burst] = []
@@ -119,22 +117,11 @@ class FastDecoder:
         if self.reader is None:
             prefill(self.model, self.cache, self.staging, prompts, rows, tuned)
         else:
-            known = [self._recall(*place) for place in zip(rows, prompts, tuned, strict=True)]
-            logits_BV = self.reader(prompts, rows, tuned, known)
-            for place in zip(rows, prompts, tuned, strict=True):
-                self.kept.read(*place)
+            logits_BV = self.reader(prompts, rows, tuned)
             take(logits_BV, self.state.part(first, first + len(every)), Needs.of(every))
         sent = 0 if self.reader is None else 1
         self.rows += [Row(slot, one, room(one, self._length), sent=sent) for slot, one in asked.items()]
         self.fresh = True
-
-    def _recall(self, row: int, prompt: Sequence[int], tuned: bool) -> int:
-        """How many of the prompt's tokens stand in `row` of the cache, once copied from where most of them stand."""
-        source, count = self.kept.most_alike(prompt, tuned)
-        if source != row:
-            self.cache.move(source, row, count)
-        self.kept.read(row, prompt[:count], tuned)
-        return count
 
     @torch.inference_mode()
     def decode(self) -> Mapping[int, list[Token]]:
@@ -149,7 +136,8 @@ class FastDecoder:
             places = {row.slot: place for place, row in enumerate(self.rows)}
             for slot, tokens in burst.read().items():
                 drawn.setdefault(slot, []).extend(tokens)
-                self.kept.draw(places[slot], [token.id for token in tokens])
+                if self.reader is not None:
+                    self.reader.kept.draw(places[slot], [token.id for token in tokens])
             for row in burst.rows:
                 if row.over and row in self.rows:
                     self._remove(row)
@@ -182,6 +170,7 @@ class FastDecoder:
             source = len(self.rows)
             self.state.move(source, place)
             self.cache.move(source, place, min(len(last.asked.prompt_ids) + last.sent, self._length))
-            self.kept.move(source, place)
+            if self.reader is not None:
+                self.reader.kept.move(source, place)
             self.rows[place] = last
         self.state.whole(LIVE)[len(self.rows)] = 0

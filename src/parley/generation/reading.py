@@ -22,31 +22,43 @@ from parley.engine.ops import AttentionShape
 from parley.engine.product import WHOLE
 from parley.generation.cache import Cache
 from parley.generation.forward import PREFILL_TOKENS, Voices
+from parley.generation.kept import Kept
 
 
 class Reader:
-    """Reads whole prompts, their last tokens included."""
+    """Reads whole prompts, their last tokens included.
+
+    `kept` is told what is drawn after them and which rows are moved.
+    """
 
     def __init__(self, voices: Voices, cache: Cache) -> None:
         self.voices, self.cache, self.turns = voices, cache, voices.both.turns
+        self.kept = Kept(len(cache.layers[0]))
 
-    def __call__(
-        self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool], known: Sequence[int]
-    ) -> Tensor:
-        """fp32 logits (N, V) after each prompt, whose keys and values are then in its row of the cache.
-
-        Those of the first `known` tokens of each are there before.
-        """
+    def __call__(self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool]) -> Tensor:
+        """fp32 logits (N, V) after each prompt, whose keys and values are then in its row of the cache."""
+        known = [self._recall(*place) for place in zip(rows, prompts, tuned, strict=True)]
         lengths = [len(prompt) - count for prompt, count in zip(prompts, known, strict=True)]
         logits = [
             self._pass(prompts[first:last], rows[first:last], tuned[first:last], known[first:last])
             for first, last in pairwise(_cuts(lengths))
         ]
+        for place in zip(rows, prompts, tuned, strict=True):
+            self.kept.read(*place)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
+
+    def _recall(self, row: int, prompt: Sequence[int], tuned: bool) -> int:
+        """How many of the prompt's tokens stand in `row` of the cache, once copied from where most of them stand."""
+        source, count = self.kept.most_alike(prompt, tuned)
+        if source != row:
+            self.cache.move(source, row, count)
+        self.kept.read(row, prompt[:count], tuned)
+        return count
 
     def _pass(
         self, prompts: Sequence[Sequence[int]], rows: Sequence[int], tuned: Sequence[bool], known: Sequence[int]
     ) -> Tensor:
+        """The first `known` tokens of each prompt are in its row."""
         model = self.voices.for_rows(tuned)
         weights = model.weights
         prompts = [prompt[count:] for prompt, count in zip(prompts, known, strict=True)]
