@@ -133,11 +133,13 @@ class FastDecoder:
             ):
                 self._launch()
             burst = self.bursts.pop(0)
-            places = {row.slot: place for place, row in enumerate(self.rows)}
-            for slot, tokens in burst.read().items():
+            told = burst.read()
+            for slot, tokens in told.items():
                 drawn.setdefault(slot, []).extend(tokens)
-                if self.reader is not None:
-                    self.reader.kept.draw(places[slot], [token.id for token in tokens])
+            if self.reader is not None:
+                for place, row in enumerate(self.rows):
+                    if row.slot in told:
+                        self.reader.kept.draw(place, [token.id for token in told[row.slot]])
             for row in burst.rows:
                 if row.over and row in self.rows:
                     self._remove(row)

@@ -67,7 +67,7 @@ class Step:
         weights = self.model.weights
         if len(self.u):
             self.ready.zero_()
-        h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN))  # ends before a kernel after it starts
+        h_BD = weights.embedding_VD.index_select(0, state.whole(TOKEN))  # an ordinary launch: see kernels/early
         rows = len(h_BD)
         for index, (layer, (qkv, o, gate_up, down)) in enumerate(zip(weights.layers, self.rows, strict=True)):
             adapting = [Adapting(self.u, self.ready[index, place : place + 1], state.real(TUNED)) for place in range(4)]

@@ -21,9 +21,10 @@ class Kept:
 
     def most_alike(self, prompt: Sequence[int], tuned: bool) -> tuple[int, int]:
         """The row that begins as `prompt` does for longest, and for how many tokens: never its last, which is read."""
+        rows = zip(self.ids, self.tuned, self.drawn, strict=True)
         shared = [
-            _shared(self.ids[row][: -1 if self.drawn[row] else None], prompt[:-1]) if self.tuned[row] == tuned else 0
-            for row in range(len(self.ids))
+            min(_shared(ids, prompt), len(ids) - drawn, len(prompt) - 1) if its_tuned == tuned else 0
+            for ids, its_tuned, drawn in rows
         ]
         most = max(shared)
         return shared.index(most), most

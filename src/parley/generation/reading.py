@@ -50,7 +50,7 @@ class Reader:
     def _recall(self, row: int, prompt: Sequence[int], tuned: bool) -> int:
         """How many of the prompt's tokens stand in `row` of the cache, once copied from where most of them stand."""
         source, count = self.kept.most_alike(prompt, tuned)
-        if source != row:
+        if count and source != row:
             self.cache.move(source, row, count)
         self.kept.read(row, prompt[:count], tuned)
         return count

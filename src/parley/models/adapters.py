@@ -62,11 +62,14 @@ def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> P
 
 
 def is_still_base(model: torch.nn.Module) -> bool:
-    """Whether `model` is a base with an adapter that changes nothing yet, and that can be switched off again later:
-    only LoRA matrices are trained, and each B is zero."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    """Whether `model` has an adapter that changes nothing yet and can be switched off when it does.
+
+    That is where only LoRA matrices are trained, and each B is zero.
+    """
     return isinstance(model, PeftModel) and all(
-        "lora_A" in name or ("lora_B" in name and not parameter.any()) for name, parameter in trained.items()
+        "lora_A" in name or ("lora_B" in name and not parameter.any())
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     )
 
 

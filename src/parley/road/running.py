@@ -122,7 +122,7 @@ def _teach(
     asked_later = is_still_base(trainer.model)
     if not asked_later:
         ask(before, ready, trainer, console)
-    give_back_memory(ready.device)  # the decoder's cache, mostly
+    give_back_memory(ready.device)  # what measuring took, and a decoder's cache
     stages.end("examined before")
     training = Meter(ready.device)
     interrupted = _train(trainer, bar, ready)
