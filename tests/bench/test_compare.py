@@ -16,7 +16,7 @@ from parley.errors import DataError, DeviceError, RunError, UsageError
 KEYS = {
     *("who", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s"),
     *("train_wall_s", "steps", "peak_allocated_gib", "peak_reserved_gib", "first_losses", "last_losses"),
-    *("losses", "grad_norms", "machine", "versions", "commit"),
+    *("step_ms", "tokens", "losses", "grad_norms", "machine", "versions", "commit"),
 }
 
 

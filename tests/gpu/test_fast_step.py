@@ -81,3 +81,42 @@ def test_a_replayed_graph_reads_new_documents_weights_and_counts() -> None:
                 step.bound.flat.weight_G.add_(eager.bound.flat.grad_G, alpha=-0.1)
     assert graphed.graphs is not None
     assert list(graphed.graphs.pairs) == [256]
+
+
+def test_compiling_ahead_launches_nothing_and_leaves_the_gradient_as_it_is() -> None:
+    """The dry passes share the buffers, matrices and graphs of the real ones."""
+    examples = documents((100, 20, 130))
+    for plan in (Plan(graph_tokens=1024, tokens=250), Plan(keep="inputs", keep_matrices=False, feed_rows=64)):
+        results = []
+        for ahead in (False, True):
+            model = llama()
+            step = FastStep(bind(model), plan)
+            if ahead:
+                step.compile()
+                assert not step.bound.flat.grad_G.any()
+                assert not step.figures_3.any()
+            results.append([fast_gradient(step, model, examples) for _ in range(2)][-1])
+        assert results[0][0] == results[1][0]
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_all_that_a_pass_launches_is_compiled_ahead() -> None:
+    triton = pytest.importorskip("triton")
+    from parley.engine.kernels import adapters, attention, compiling, loss, nf4, norm, pointwise
+
+    for module in (adapters, attention, loss, nf4, norm, pointwise):
+        for kernel in vars(module).values():
+            if isinstance(kernel, compiling.Kernel):
+                kernel.function.device_caches.clear()
+    step = FastStep(bind(llama()), Plan(graph_tokens=1024, tokens=1000))
+    step.compile()
+    compiled: list[str] = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **said: compiled.append(said["fn"].name)
+    try:
+        for lengths in ((100, 20, 130), (3, 7), (999,)):
+            examples = documents(lengths)
+            step.run(examples, 100)
+            step.measure(examples)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert compiled == []

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         "who": who,
         "job": job.name,
         **step_times(clock.stamps, job.skip),
+        "step_ms": [round(1000 * (b - a), 2) for a, b in pairwise(clock.stamps)],
         "first_step_s": round(clock.stamps[0] - begun, 1),
         "first_step_after_start_s": round(clock.stamps[0] - psutil.Process(os.getpid()).create_time(), 1),
         "train_wall_s": round(wall, 1),
@@ -63,6 +65,7 @@ def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         "first_losses": losses[:3],
         "last_losses": losses[-2:],
         "losses": losses,
+        "tokens": int(clock.logs[-1]["num_tokens"]) if clock.logs and "num_tokens" in clock.logs[-1] else None,
         "grad_norms": [round(float(logs["grad_norm"]), 5) for logs in clock.logs if "grad_norm" in logs],
         "plain_because": vars(trainer).get("plain_because"),
         "machine": machine(),

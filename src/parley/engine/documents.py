@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 IGNORED = -100
 LONG = 2048  # tokens of a document from which on attention's arithmetic outweighs the launches of a library
+ALIGNED = 4  # kernels are compiled for pointers to 16 bytes and once more for others
 Ints = NDArray[np.int32]
 
 
@@ -123,6 +125,11 @@ def split(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
     return runs
 
 
+def whole(count: int, multiple: int) -> int:
+    """`count` rounded up to a multiple."""
+    return -(-count // multiple) * multiple
+
+
 @dataclass(frozen=True)
 class Rows:
     """A pack on the device, as the step reads it. Rows behind the documents of `lengths` are there for their number."""
@@ -154,30 +161,33 @@ class Staging:
         self.host, self.static = self._buffers(tokens)
 
     def _buffers(self, tokens: int) -> tuple[Tensor, Tensor]:
-        size = 6 * tokens + 1
+        size = ALIGNED + 6 * whole(tokens, ALIGNED)
         host = torch.empty(size, dtype=torch.int32, pin_memory=self.pinned)
         return host, torch.empty(size, dtype=torch.int32, device=self.device)
 
     def reserve(self, tokens: int) -> bool:
         """Make room for a pack of `tokens`. True when the device copy moved: graphs that read it must be dropped."""
-        if 6 * tokens + 1 <= self.host.numel():
+        if ALIGNED + 6 * whole(tokens, ALIGNED) <= self.host.numel():
             return False
         self.host, self.static = self._buffers(tokens)
         return True
 
     def send(self, pack: Pack, scale: float, lengths: tuple[int, ...] | None) -> Rows:
         """Copy `pack` to the device; the rows are views of the static copy."""
-        parts = [pack.ids_T, pack.position_T, pack.start_T, pack.end_T, pack.row_S, pack.target_S]
-        flat = np.concatenate([np.array([scale], dtype=np.float32).view(np.int32), *parts])
-        assert len(flat) <= self.host.numel(), "reserve comes before send"
+        parts = [
+            np.array([scale], dtype=np.float32).view(np.int32),
+            *(pack.ids_T, pack.position_T, pack.start_T, pack.end_T, pack.row_S, pack.target_S),
+        ]
+        ends = list(accumulate(whole(len(part), ALIGNED) for part in parts))
+        assert ends[-1] <= self.host.numel(), "reserve comes before send"
         if self.sent is not None:
             self.sent.synchronize()  # the copy before has left the host buffer
-        self.host.numpy()[: len(flat)] = flat
-        self.static[: len(flat)].copy_(self.host[: len(flat)], non_blocking=True)
+        places = [slice(begin, begin + len(part)) for begin, part in zip([0, *ends], parts, strict=False)]
+        for place, part in zip(places, parts, strict=True):
+            self.host.numpy()[place] = part
+        self.static[: ends[-1]].copy_(self.host[: ends[-1]], non_blocking=True)
         if self.sent is not None:
             self.sent.record()
-        scale_1, ids_T, position_T, start_T, end_T, row_S, target_S = self.static[: len(flat)].split(
-            [1, *(len(part) for part in parts)]
-        )
+        scale_1, ids_T, position_T, start_T, end_T, row_S, target_S = (self.static[place] for place in places)
         scale = scale_1.view(torch.float32)[0]
         return Rows(ids_T, position_T, start_T, end_T, row_S, target_S, scale, lengths)

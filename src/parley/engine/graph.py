@@ -1,5 +1,8 @@
 """The forward and backward halves of a pass as CUDA graphs, one pair for each size of row.
 
+A capture takes the host as long as a few passes take the device. So a size that comes seldom goes through the graph of
+the next larger one, until the rows it wasted there have cost about as much as a graph of its own.
+
 Only the number of rows is baked into a graph: documents, tokens and positions are read from the static buffer. The
 head stays outside, so that the count of supervised tokens needs no buckets; its few launches are issued while the
 forward half still runs.
@@ -7,12 +10,14 @@ forward half still runs.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from parley.engine.documents import Rows
+from parley.engine.documents import Rows, whole
 
 if TYPE_CHECKING:
     from parley.engine.step import FastStep, Middle
@@ -25,14 +30,41 @@ class Pair:
     middle: Middle
 
 
+FIRST = 4  # granules: a size larger than all before it is rounded up to a multiple of these
+WASTE = 2048  # rows that a size may waste in larger graphs; on an H200 a third of a capture's time
+
+
+class Sizes:
+    """Which size of graph a pass goes through: a multiple of `granule`, beyond `most` only where it has to be."""
+
+    def __init__(self, granule: int, most: int) -> None:
+        self.granule, self.most = granule, whole(most, granule)
+        self.wasted: Counter[int] = Counter()  # rows, by the size that they were added to
+
+    def choose(self, tokens: int, captured: Iterable[int]) -> int:
+        own = whole(tokens, self.granule)
+        larger = min((size for size in captured if size >= own), default=None)
+        if larger is None:
+            return max(own, min(whole(own, FIRST * self.granule), self.most))
+        if self.wasted[own] + larger - own > WASTE:
+            return own
+        self.wasted[own] += larger - own
+        return larger
+
+
 class Graphs:
-    """Captures on the first visit of a size and replays from then on. All graphs share one pool of memory."""
+    """Captures a size when it is worth it and replays from then on. All graphs share one pool of memory."""
 
     def __init__(self, step: FastStep) -> None:
         self.step = step
         self.pairs: dict[int, Pair] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.warm = False
+        self.sizes = Sizes(step.plan.granule, step.plan.tokens)
+
+    def rows_for(self, tokens: int) -> int:
+        """The size of graph that a pass of `tokens` goes through."""
+        return self.sizes.choose(tokens, self.pairs)
 
     def clear(self) -> None:
         """Forget all graphs: what they read has moved. The pool goes with the last of them."""

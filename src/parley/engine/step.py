@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from parley.engine import reference
 from parley.engine.bind import Bound
-from parley.engine.documents import Example, Pack, Rows, Staging, pack, split
+from parley.engine.documents import LONG, Example, Pack, Rows, Staging, pack, split, whole
 from parley.engine.graph import Graphs
 from parley.engine.head import head
 from parley.engine.layer import Context, Onward, Saved, backward, forward
@@ -24,6 +24,8 @@ from parley.engine.ops import Ops
 from parley.engine.plan import Plan
 from parley.engine.product import WHOLE
 from parley.engine.workspace import Workspace, keep_what_is_freed
+
+DRY = (1024, 2048, 4096)  # rows of passes that between them launch all kernels: see kernels/adapters
 
 
 @dataclass
@@ -81,15 +83,32 @@ class FastStep:
         """`figures_3` of `examples`; no gradient is touched."""
         self.figures_3.zero_()
         for documents in split(examples, self.plan.tokens):
-            packed = pack(documents)
-            if len(packed.row_S):
-                rows = self._send(packed.needed(), 1.0, self.whole)
+            needed = pack(documents).needed()
+            if len(needed.row_S):
+                rows = self._send(needed, 1.0, whole(len(needed.ids_T), self.whole))
                 self.head(rows, self.forward(rows))
         return self.figures_3.clone()
 
-    def _send(self, packed: Pack, scale: float, whole: int, *, graphed: bool = False) -> Rows:
-        """`packed` on the device, in a whole multiple of rows; graphs that read what had to move for it are dropped."""
-        tokens = -(-len(packed.ids_T) // whole) * whole
+    @torch.no_grad()
+    def compile(self) -> None:
+        """Compile what passes like the plan's launch now, side by side; a CPU has nothing to compile."""
+        if self.bound.device.type != "cuda":
+            return
+        from parley.engine.kernels.compiling import compiling  # Triton is there only where a GPU is
+
+        plan = self.plan
+        with compiling(self.bound.device):
+            for tokens in sorted({min(tokens, plan.tokens) for tokens in DRY}):
+                rows = self._send(_made_up(tokens, plan.positions), 1.0, whole(tokens, plan.granule))
+                middle = self.forward(rows)
+                self.head(rows, middle)
+                self.backward(rows, middle)
+            odd = min(DRY[0], plan.tokens) - 1  # no multiple of what alignment is compiled for, as in `measure`
+            rows = self._send(_made_up(odd, plan.positions), 1.0, odd)
+            self.head(rows, self.forward(rows))
+
+    def _send(self, packed: Pack, scale: float, tokens: int, *, graphed: bool = False) -> Rows:
+        """`packed` on the device, in a row of `tokens`; graphs that read what had to move for it are dropped."""
         moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
         longest = max(packed.lengths)
         if longest > len(self.rope.cos_PE):
@@ -101,9 +120,9 @@ class FastStep:
 
     def _pass(self, packed: Pack, scale: float) -> None:
         if self.graphs is not None and len(packed.ids_T) <= self.plan.graph_tokens:
-            self.graphs.run(self._send(packed, scale, self.plan.granule, graphed=True))
+            self.graphs.run(self._send(packed, scale, self.graphs.rows_for(len(packed.ids_T)), graphed=True))
             return
-        rows = self._send(packed, scale, self.whole)
+        rows = self._send(packed, scale, whole(len(packed.ids_T), self.whole))
         middle = self.forward(rows)
         self.head(rows, middle)
         self.backward(rows, middle)
@@ -155,6 +174,13 @@ class FastStep:
 
     def _context(self, rows: Rows) -> Context:
         return Context(self.ops, self.matrices, self.rope, rows, self.workspace, rows.tokens)
+
+
+def _made_up(tokens: int, longest: int) -> Pack:
+    """A pack of this size, of documents that go through the kernels."""
+    longest = min(longest, LONG - 1)
+    lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+    return pack(Example.of([0] * length, [0] * length) for length in lengths)
 
 
 def operations(device: torch.device) -> Ops:

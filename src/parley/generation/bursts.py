@@ -99,8 +99,8 @@ class Runner(Protocol):
     def ahead(self) -> int:
         """How many bursts to have under way while one is read."""
 
-    def warm_up(self) -> None:
-        """Compile and capture what common steps need. No answer is running."""
+    def warm_up(self, read: Callable[[], None]) -> None:
+        """Compile and capture what common steps need, and `read`, which reads a prompt. No answer is running."""
 
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
         """Start up to `tokens` steps of `rows`, which are the state's first rows in order."""
@@ -119,8 +119,8 @@ class Eager:
         self.step = step
         self.states = [state.first(rows) for rows in range(1, len(state.fields_BF) + 1)]
 
-    def warm_up(self) -> None:
-        """Nothing to do."""
+    def warm_up(self, read: Callable[[], None]) -> None:
+        read()
 
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
         if not rows:

@@ -7,6 +7,7 @@ that a step's cost follows how many there are: when one ends, the last row moves
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -91,8 +92,8 @@ class FastDecoder:
         """Compile and capture what the first answers would otherwise wait for. No slot is drawing."""
         assert not self.rows
         if self.reader is None:
-            prefill(self.model, self.cache, self.staging, [[0] * min(64, self._length)], [0], [True])
-        self.runner.warm_up()
+            prompts = [[0] * min(64, self._length)]
+            self.runner.warm_up(partial(prefill, self.model, self.cache, self.staging, prompts, [0], [True]))
 
     @torch.inference_mode()
     def admit(self, asked: Mapping[int, Asked]) -> None:

@@ -9,9 +9,12 @@ Shape suffixes: B rows, D hidden, C query, key and value columns, F feed-forward
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from parley.engine.kernels.compiling import compiling
 from parley.generation.bursts import MOST_TOKENS, Burst, Report
 from parley.generation.cache import Cache
 from parley.generation.forward import Model
@@ -112,7 +115,12 @@ class Graphed:
         slots = len(self.state.fields_BF)
         return [*(2**power for power in range(slots.bit_length()) if 2**power < slots), slots]
 
-    def warm_up(self) -> None:
+    def warm_up(self, read: Callable[[], None]) -> None:
+        with compiling(self.state.fields_BF.device):
+            read()
+            for rows in self.buckets:
+                self.step.run(rows, cut=False, logprobs=False)
+        read()
         for rows in self.buckets:
             self._graph((rows, False, False))
 

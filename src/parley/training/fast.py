@@ -113,7 +113,9 @@ class FastTrainer(trl.SFTTrainer):
         plan = self._plan(bound)
         for line in plan.lines():
             logger.info("%s", line)
-        return FastStep(bound, plan)
+        step = FastStep(bound, plan)
+        step.compile()
+        return step
 
     def _plan(self, bound: Bound) -> Plan:
         documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps

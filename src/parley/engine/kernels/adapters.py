@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parley.engine.kernels.compiling import kernel
 from parley.engine.ops import Copy, Slot
 
 COPY_BLOCK = 4096
 
 
-@triton.jit
+@kernel()
 def _copy_scaled(source, out, source_stride, out_stride, scale, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
@@ -27,7 +28,7 @@ def _copy_scaled(source, out, source_stride, out_stride, scale, M, N, BLOCK_M: t
     tl.store(out + m * out_stride + n, value.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _copy_all(table, scales, tiles, first_source, first_out, BLOCK: tl.constexpr):
     """One tile of one copy: `tiles` says which, `table` where from and to; the firsts only lend their types."""
     which = tl.load(tiles + 2 * tl.program_id(0))
@@ -82,7 +83,7 @@ def _add(
         tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
 
 
-@triton.jit
+@kernel()
 def _gradients(
     dy, x, da, db, sums, arrived, dy_stride, x_stride, scale, T, N, K, A_PROGRAMS, first_end, second_end,
     R: tl.constexpr, ALL_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -106,7 +107,7 @@ def _gradients(
         )  # fmt: skip
 
 
-@triton.jit
+@kernel()
 def _one_gradient(
     wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, T, M, R,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from parley.engine.documents import Rows
 from parley.engine.kernels import flash
+from parley.engine.kernels.compiling import kernel
 from parley.engine.ops import AttentionShape
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -34,7 +35,7 @@ def _visible(query, key, first, window, WINDOW: tl.constexpr):
     return seen
 
 
-@triton.jit
+@kernel("T")
 def _forward(
     q, k, v, out, lse, start, x_stride, out_stride, scale, window, T,
     GROUP: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -72,7 +73,7 @@ def _forward(
     tl.store(lse + head * T + row, top + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _backward_queries(
     q, k, v, out, dout, dq, lse, delta, start, x_stride, out_stride, dout_stride, dx_stride, scale, window, T,
     GROUP: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -110,7 +111,7 @@ def _backward_queries(
     tl.store(dq + row_at * dx_stride + head * E + e[None, :], dquery.to(dq.dtype.element_ty), mask=whole)
 
 
-@triton.jit
+@kernel()
 def _backward_keys(
     q, k, v, dout, dk, dv, lse, delta, start, end, sums, arrived, x_stride, dout_stride, dx_stride, scale, window, T,
     GROUP: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,

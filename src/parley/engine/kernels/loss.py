@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from parley.engine.documents import IGNORED
+from parley.engine.kernels.compiling import kernel
 
 
-@triton.jit
+@kernel("S")
 def _cross_entropy(logits, target, scale, figure_3S, S, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * V

@@ -6,8 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parley.engine.kernels.compiling import kernel
 
-@triton.jit
+
+@kernel()
 def _write(packed, absmax, code, out, out_stride, K, QUANT_BLOCK: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     half = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)  # a byte holds columns 2 * half and 2 * half + 1

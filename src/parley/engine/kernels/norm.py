@@ -10,8 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parley.engine.kernels.compiling import kernel
 
-@triton.jit
+
+@kernel()
 def _forward(x, delta, total, out, weight, out_stride, eps, D, SUM: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
@@ -29,7 +31,7 @@ def _forward(x, delta, total, out, weight, out_stride, eps, D, SUM: tl.constexpr
     tl.store(out + row * out_stride + d, normed.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _backward(dout, x, weight, dx, dout_stride, dx_stride, eps, D, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)

@@ -7,10 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from parley.engine.documents import Rows
+from parley.engine.kernels.compiling import kernel
 from parley.engine.ops import AttentionShape, Rope
 
 
-@triton.jit
+@kernel()
 def _rope(
     x, cos, sin, position, x_stride, sign, HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -29,7 +30,7 @@ def _rope(
     tl.store(first + HALF, (b * c + a * s).to(x.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _swiglu(x, out, x_stride, out_stride, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -40,7 +41,7 @@ def _swiglu(x, out, x_stride, out_stride, F, BLOCK: tl.constexpr):
     tl.store(out + row * out_stride + f, (silu * up.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel()
 def _swiglu_backward(dout, x, dx, dout_stride, x_stride, dx_stride, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parley.engine.kernels.compiling import kernel
 from parley.engine.ops import AttentionShape, HeadNorms, Rope
 from parley.generation.kernels.early import ahead_done, early, next_may_come
 
@@ -64,7 +65,7 @@ def _seen(query, key, value, begin, until, top, total, summed, scale, BLOCK_L: t
     return higher, total, summed
 
 
-@triton.jit
+@kernel()
 def _attend(
     qkv, cache, out, position_at, cos, sin, q_norm, k_norm, shares, tops, arrived,
     qkv_stride, row_stride, value_stride, head_stride, out_stride, position_stride, eps, scale, window,

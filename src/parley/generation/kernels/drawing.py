@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parley.engine.kernels.compiling import kernel
 from parley.generation import state as fields
 from parley.generation.kernels.early import ahead_done, early, next_may_come
 from parley.generation.state import State
@@ -40,7 +41,7 @@ def _scores(logits, seen, reals, row, v, V):
     return score / tl.where(temperature > 0, temperature, 1.0)
 
 
-@triton.jit
+@kernel()
 def _tops(logits, seen, reals, top, best, V, BLOCK: tl.constexpr):
     next_may_come()
     ahead_done()
@@ -59,7 +60,7 @@ def _kept(score, highest, least):
     return tl.where(p < least, 0.0, p)
 
 
-@triton.jit
+@kernel()
 def _masses(logits, seen, reals, top, mass, V, C, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr):
     next_may_come()
     ahead_done()
@@ -84,7 +85,7 @@ def _uniform(seed, place):
     return (x >> 9).to(tl.float32) * (1.0 / 8388608.0)
 
 
-@triton.jit
+@kernel()
 def _pick(
     logits, seen, wholes, reals, top, best, mass, told, V, C, N, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip

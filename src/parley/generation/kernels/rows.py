@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parley.engine.kernels.compiling import kernel
 from parley.engine.linear import Base, Dense
 from parley.engine.nf4 import Nf4
 from parley.generation.kernels.early import early, next_may_come
@@ -108,7 +109,7 @@ def _pieces(
     return total, squares
 
 
-@triton.jit
+@kernel()
 def _product(
     x, norm, w0, w1, w2, absmax0, absmax1, absmax2, table, bias, a, sb, u, ready, tuned, out,
     x_stride, tuned_stride, out_stride, eps, K, N0, N1, N2, P,
@@ -167,7 +168,7 @@ def _two_packed(
     return one, other, squares
 
 
-@triton.jit
+@kernel()
 def _gated(
     x, norm, w0, w1, absmax0, absmax1, table, a, sb, u, ready, tuned, out,
     x_stride, tuned_stride, out_stride, eps, K, N, P,
