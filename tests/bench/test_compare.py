@@ -15,7 +15,8 @@ from parley.errors import DataError, DeviceError, RunError, UsageError
 
 KEYS = {
     *("who", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s"),
-    *("train_wall_s", "steps", "peak_allocated_gib", "peak_reserved_gib", "first_losses", "last_losses"),
+    *("train_wall_s", "steps", "peak_allocated_gib", "peak_reserved_gib", "predicted_gib"),
+    *("first_losses", "last_losses"),
     *("step_ms", "tokens", "losses", "grad_norms", "machine", "versions", "commit"),
 }
 

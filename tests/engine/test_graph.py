@@ -5,15 +5,13 @@ from __future__ import annotations
 from parley.engine.graph import WASTE, Sizes
 
 
-def test_the_first_size_is_rounded_up_but_not_beyond_the_plan() -> None:
-    sizes = Sizes(granule=128, most=3000)
-    assert sizes.choose(1300, []) == 1536
-    assert sizes.choose(2900, []) == 3072  # the plan's 3,000 in whole granules
-    assert sizes.choose(3200, []) == 3200
+def test_a_size_larger_than_all_before_it_gets_a_graph_of_its_own() -> None:
+    assert Sizes(128).choose(1300, []) == 1408
+    assert Sizes(128).choose(1300, [1024, 1280]) == 1408
 
 
 def test_a_size_goes_through_the_next_larger_graph_until_that_has_wasted_enough() -> None:
-    sizes, captured = Sizes(granule=128, most=4096), [1024, 1536, 3072]
+    sizes, captured = Sizes(128), [1024, 1536, 3072]
     chosen = [sizes.choose(1300, captured) for _ in range(WASTE // 128 + 1)]
     assert chosen[:-1] == [1536] * (WASTE // 128)
     assert chosen[-1] == 1408
@@ -21,4 +19,4 @@ def test_a_size_goes_through_the_next_larger_graph_until_that_has_wasted_enough(
 
 
 def test_a_graph_that_is_far_too_large_is_not_taken() -> None:
-    assert Sizes(granule=128, most=8192).choose(1000, [4096]) == 1024
+    assert Sizes(128).choose(1000, [4096]) == 1024

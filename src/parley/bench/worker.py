@@ -51,6 +51,7 @@ def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
     begun = time.time()
     trainer.train()
     wall = time.time() - begun
+    fast = vars(trainer).get("fast")  # Parley's alone
     losses = [round(float(logs["loss"]), 5) for logs in clock.logs]
     return {
         "who": who,
@@ -62,6 +63,7 @@ def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         "train_wall_s": round(wall, 1),
         "steps": len(clock.stamps),
         **peak_memory(),
+        "predicted_gib": None if fast is None else round(fast.plan.predicted / GIB, 2),
         "first_losses": losses[:3],
         "last_losses": losses[-2:],
         "losses": losses,

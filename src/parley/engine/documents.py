@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parley.engine.product import whole
+
 IGNORED = -100
 LONG = 2048  # tokens of a document from which on attention's arithmetic outweighs the launches of a library
 ALIGNED = 4  # kernels are compiled for pointers to 16 bytes and once more for others
@@ -123,11 +125,6 @@ def split(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
         runs[-1].append(example)
         room -= len(example.ids_L)
     return runs
-
-
-def whole(count: int, multiple: int) -> int:
-    """`count` rounded up to a multiple."""
-    return -(-count // multiple) * multiple
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from parley.engine.ops import Adapter
+from parley.engine.product import whole
 
 BLOCK = 256  # 8-bit AdamW shares one scale among so many weights: no block may span two parameters
 
@@ -28,7 +29,7 @@ class FlatAdapters:
         size = 0
         for parameter in self.parameters:
             self.offsets.append(size)
-            size += -(-parameter.numel() // BLOCK) * BLOCK
+            size += whole(parameter.numel(), BLOCK)
         self.weight_G = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
         self.grad_G = torch.zeros_like(self.weight_G.data)
         self.weight_G.grad = self.grad_G

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from parley.engine.documents import Rows, whole
+from parley.engine.documents import Rows
+from parley.engine.product import whole
 
 if TYPE_CHECKING:
     from parley.engine.step import FastStep, Middle
@@ -30,22 +31,19 @@ class Pair:
     middle: Middle
 
 
-FIRST = 4  # granules: a size larger than all before it is rounded up to a multiple of these
-WASTE = 2048  # rows that a size may waste in larger graphs; on an H200 a third of a capture's time
+WASTE = 2048  # rows that a size may waste in larger graphs; an H200 takes 5,000 in the time of a capture
 
 
 class Sizes:
-    """Which size of graph a pass goes through: a multiple of `granule`, beyond `most` only where it has to be."""
+    """Which size of graph a pass goes through, a multiple of `granule`."""
 
-    def __init__(self, granule: int, most: int) -> None:
-        self.granule, self.most = granule, whole(most, granule)
+    def __init__(self, granule: int) -> None:
+        self.granule = granule
         self.wasted: Counter[int] = Counter()  # rows, by the size that they were added to
 
     def choose(self, tokens: int, captured: Iterable[int]) -> int:
         own = whole(tokens, self.granule)
-        larger = min((size for size in captured if size >= own), default=None)
-        if larger is None:
-            return max(own, min(whole(own, FIRST * self.granule), self.most))
+        larger = min((size for size in captured if size >= own), default=own)
         if self.wasted[own] + larger - own > WASTE:
             return own
         self.wasted[own] += larger - own
@@ -60,7 +58,7 @@ class Graphs:
         self.pairs: dict[int, Pair] = {}
         self.pool = torch.cuda.graph_pool_handle()
         self.warm = False
-        self.sizes = Sizes(step.plan.granule, step.plan.tokens)
+        self.sizes = Sizes(step.plan.granule)
 
     def rows_for(self, tokens: int) -> int:
         """The size of graph that a pass of `tokens` goes through."""
@@ -74,7 +72,7 @@ class Graphs:
 
     def run(self, rows: Rows) -> None:
         """Forward, head and backward of `rows`, which are views of the static buffer."""
-        if not self.warm:  # libraries set themselves up and kernels compile, which no capture allows
+        if not self.warm:  # libraries set themselves up, which no capture allows
             middle = self.step.forward(rows)
             self.step.head(rows, middle)
             self.step.backward(rows, middle)

@@ -10,7 +10,7 @@ from torch import Tensor
 from parley.engine.bind import Bound
 from parley.engine.documents import Rows
 from parley.engine.ops import Ops
-from parley.engine.product import WHOLE, product
+from parley.engine.product import WHOLE, product, whole
 
 
 def head(
@@ -31,11 +31,12 @@ def head(
     """
     dh_TD, chunk = dh_TDP[:, : h_TD.shape[1]], len(room_V)
     for part_S, target_S in zip(row_S.split(chunk), rows.target_S.split(chunk), strict=True):
-        real, whole = len(part_S), min(-(-len(part_S) // WHOLE) * WHOLE, chunk)  # rows behind the real ones: nobody's
-        normed_SD = h_TD.new_empty(whole, h_TD.shape[1])
+        real = len(part_S)
+        padded = min(whole(real, WHOLE), chunk)  # rows behind the real ones: nobody's
+        normed_SD = h_TD.new_empty(padded, h_TD.shape[1])
         x_SD, delta_SD = h_TD.index_select(0, part_S), delta_TD.index_select(0, part_S)
         x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD[:real])
-        logits_SV = product(normed_SD, bound.head_VD, room_V[:whole])
+        logits_SV = product(normed_SD, bound.head_VD, room_V[:padded])
         ops.cross_entropy(logits_SV[:real], target_S, rows.scale, figures_3)
         dnormed_SD = product(logits_SV, bound.head_VD.t(), normed_SD)[:real]
         dx_SD = h_TD.new_zeros(x_SD.shape)

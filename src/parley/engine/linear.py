@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from parley.engine.ops import Adapter, Copy, Ops, Slot
-from parley.engine.product import product, takes_whole_weights
+from parley.engine.product import product, takes_whole_weights, whole
 
 
 class Base(Protocol):
@@ -84,7 +84,7 @@ class FusedLinear:
                 self.slots.append(Slot(adapter, slice(row, row + base.shape[0]), slice(rank, rank + r)))
                 rank += r
             row += base.shape[0]
-        self.spare = -(-rank // self.granule) * self.granule
+        self.spare = whole(rank, self.granule)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:

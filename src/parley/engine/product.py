@@ -11,6 +11,11 @@ from torch import Tensor
 WHOLE = 8  # oneDNN writes a program for each number of rows, 0.2 to 0.6 ms each: whole multiples keep them few
 
 
+def whole(count: int, multiple: int) -> int:
+    """`count` rounded up to a multiple."""
+    return -(-count // multiple) * multiple
+
+
 def takes_whole_weights(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `product` goes through oneDNN, which has no kernel for a weight that is a slice of a wider one.
 

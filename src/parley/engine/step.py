@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from parley.engine import reference
 from parley.engine.bind import Bound
-from parley.engine.documents import LONG, Example, Pack, Rows, Staging, pack, split, whole
+from parley.engine.documents import LONG, Example, Pack, Rows, Staging, pack, split
 from parley.engine.graph import Graphs
 from parley.engine.head import head
 from parley.engine.layer import Context, Onward, Saved, backward, forward
@@ -22,7 +22,7 @@ from parley.engine.linear import Matrices
 from parley.engine.offload import Offload
 from parley.engine.ops import Ops
 from parley.engine.plan import Plan
-from parley.engine.product import WHOLE
+from parley.engine.product import WHOLE, whole
 from parley.engine.workspace import Workspace, keep_what_is_freed
 
 DRY = (1024, 2048, 4096)  # rows of passes that between them launch all kernels: see kernels/adapters
@@ -103,7 +103,7 @@ class FastStep:
                 middle = self.forward(rows)
                 self.head(rows, middle)
                 self.backward(rows, middle)
-            odd = min(DRY[0], plan.tokens) - 1  # no multiple of what alignment is compiled for, as in `measure`
+            odd = max(min(DRY[0], plan.tokens) - 1, 1)  # no multiple of what alignment is compiled for, as in `measure`
             rows = self._send(_made_up(odd, plan.positions), 1.0, odd)
             self.head(rows, self.forward(rows))
 

@@ -9,11 +9,12 @@ Shape suffixes: T tokens of a pass.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from parley.engine.product import whole
 
 if TYPE_CHECKING:
     from parley.engine.bind import Bound
@@ -90,7 +91,7 @@ class Workspace:
         if tokens <= self.tokens:
             return False
         self.buffers.clear()
-        self.tokens = _whole(max(tokens, self.plan.tokens), self.plan)
+        self.tokens = whole(max(tokens, self.plan.tokens), self.plan.granule)
         for name, count in self.copies.items():
             size = _rows(name, self.plan, self.tokens) * self.columns[name]
             for place in range(count):
@@ -116,8 +117,4 @@ def keep_what_is_freed() -> None:
 def _rows(name: str, plan: Plan, tokens: int) -> int:
     if name in FEED and plan.feed_rows:
         tokens = min(tokens, plan.feed_rows)
-    return _whole(tokens, plan)
-
-
-def _whole(tokens: int, plan: Plan) -> int:
-    return math.ceil(tokens / plan.granule) * plan.granule
+    return whole(tokens, plan.granule)
