@@ -205,8 +205,8 @@ class Interpreted:
         self.step = graphs.Step(decoder.model, decoder.cache, decoder.state, programs=4)
         self.state = decoder.state
 
-    def warm_up(self) -> None:
-        pass
+    def warm_up(self, read: Callable[[], None]) -> None:
+        read()
 
     def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
         for _ in range(tokens):

@@ -77,7 +77,7 @@ def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def step_times(stamps: list[float], skip: int) -> dict[str, float | None]:
     """Median and mean time between the ends of steps, in ms, the first `skip` steps left out."""
-    steps = sorted(b - a for a, b in zip(stamps[skip:], stamps[skip + 1 :], strict=False))
+    steps = sorted(b - a for a, b in pairwise(stamps[skip:]))
     if not steps:
         return {"median_step_ms": None, "mean_step_ms": None}
     return {

@@ -158,13 +158,13 @@ class Staging:
         self.host, self.static = self._buffers(tokens)
 
     def _buffers(self, tokens: int) -> tuple[Tensor, Tensor]:
-        size = ALIGNED + 6 * whole(tokens, ALIGNED)
-        host = torch.empty(size, dtype=torch.int32, pin_memory=self.pinned)
-        return host, torch.empty(size, dtype=torch.int32, device=self.device)
+        room = _room(tokens)
+        host = torch.empty(room, dtype=torch.int32, pin_memory=self.pinned)
+        return host, torch.empty(room, dtype=torch.int32, device=self.device)
 
     def reserve(self, tokens: int) -> bool:
         """Make room for a pack of `tokens`. True when the device copy moved: graphs that read it must be dropped."""
-        if ALIGNED + 6 * whole(tokens, ALIGNED) <= self.host.numel():
+        if _room(tokens) <= self.host.numel():
             return False
         self.host, self.static = self._buffers(tokens)
         return True
@@ -188,3 +188,8 @@ class Staging:
         scale_1, ids_T, position_T, start_T, end_T, row_S, target_S = (self.static[place] for place in places)
         scale = scale_1.view(torch.float32)[0]
         return Rows(ids_T, position_T, start_T, end_T, row_S, target_S, scale, lengths)
+
+
+def _room(tokens: int) -> int:
+    """What a pack of `tokens` takes at most: the scale and six parts, each from an aligned place on."""
+    return ALIGNED + 6 * whole(tokens, ALIGNED)

@@ -73,9 +73,7 @@ class Graphs:
     def run(self, rows: Rows) -> None:
         """Forward, head and backward of `rows`, which are views of the static buffer."""
         if not self.warm:  # libraries set themselves up, which no capture allows
-            middle = self.step.forward(rows)
-            self.step.head(rows, middle)
-            self.step.backward(rows, middle)
+            self.step.eager(rows)
             self.warm = True
             return
         pair = self.pairs.get(rows.tokens)

@@ -99,10 +99,7 @@ class FastStep:
         plan = self.plan
         with compiling(self.bound.device):
             for tokens in sorted({min(tokens, plan.tokens) for tokens in DRY}):
-                rows = self._send(_made_up(tokens, plan.positions), 1.0, whole(tokens, plan.granule))
-                middle = self.forward(rows)
-                self.head(rows, middle)
-                self.backward(rows, middle)
+                self.eager(self._send(_made_up(tokens, plan.positions), 1.0, whole(tokens, plan.granule)))
             odd = max(min(DRY[0], plan.tokens) - 1, 1)  # no multiple of what alignment is compiled for, as in `measure`
             rows = self._send(_made_up(odd, plan.positions), 1.0, odd)
             self.head(rows, self.forward(rows))
@@ -122,7 +119,10 @@ class FastStep:
         if self.graphs is not None and len(packed.ids_T) <= self.plan.graph_tokens:
             self.graphs.run(self._send(packed, scale, self.graphs.rows_for(len(packed.ids_T)), graphed=True))
             return
-        rows = self._send(packed, scale, whole(len(packed.ids_T), self.whole))
+        self.eager(self._send(packed, scale, whole(len(packed.ids_T), self.whole)))
+
+    def eager(self, rows: Rows) -> None:
+        """A whole pass, launch by launch."""
         middle = self.forward(rows)
         self.head(rows, middle)
         self.backward(rows, middle)

@@ -1,8 +1,8 @@
 """Kernels that are compiled many at a time, ahead of their first launch.
 
-Triton compiles a kernel where it is launched first, and that launch waits. Ten seconds of such waits stand in a
-row before a first step or a first answer. Inside `compiling()` a launch is only noted and its kernel compiled by a
-thread, so that a pass through the code that launches them compiles them side by side; what it writes is garbage.
+Triton compiles a kernel where it is launched first, and that launch waits. Ten seconds of such waits stand in a row
+before a first step or a first answer. Inside `compiling()` a launch is only noted and its kernel compiled by a thread,
+so that a pass through the code that launches them compiles them side by side; what it writes is garbage.
 
 Source: triton.AsyncCompileMode.
 """
@@ -29,7 +29,7 @@ class Kernel:
     as Triton compiles anew for multiples of 16 and for one.
     """
 
-    def __init__(self, function: Callable[..., None], any_number: Sequence[str] = ()) -> None:
+    def __init__(self, function: Callable[..., None], any_number: Sequence[str]) -> None:
         self.function = triton.jit(function, do_not_specialize=list(any_number))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
@@ -63,7 +63,7 @@ def compiling(device: torch.device) -> Iterator[None]:
         list(threads.map(partial(_load, device), [again() for again in noted.values()]))
 
 
-def _load(device: torch.device, kernel: Any) -> None:
+def _load(device: torch.device, compiled: Any) -> None:
     """Build the kernel's launcher and bring it to the device, as its first launch would."""
     with torch.cuda.device(device):
-        _ = kernel.run
+        _ = compiled.run
