@@ -26,10 +26,10 @@ import parley
 from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, GenerationSection, RunConfig
 from parley.data.render import render_prompt
 from parley.data.world import heldout_questions
-from parley.generation.chat import ChatSession
-from parley.generation.decoder import FastDecoder
-from parley.generation.generate import end_of_turn_ids
-from parley.generation.slots import Asked
+from parley.inference.chat import ChatSession
+from parley.inference.decoder import FastDecoder
+from parley.inference.generate import end_of_turn_ids
+from parley.inference.interface import Asked
 
 GREEDY = GenerationSection(temperature=0)
 NO_ENDS: frozenset[int] = frozenset()

@@ -25,10 +25,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parley.config import LLAMA_PROJECTIONS
-from parley.engine.bind import bind
-from parley.engine.documents import Example
-from parley.engine.plan import Plan, make_plan
-from parley.engine.step import FastStep
+from parley.train_step.bind import bind
+from parley.train_step.fused_step import FusedStep
+from parley.train_step.memory_plan import Plan, make_plan
+from parley.train_step.packed_batch import Example
 
 GIB = 2**30
 SHAPES: dict[str, dict[str, Any]] = {
@@ -133,7 +133,7 @@ def plain_gradient(model: PeftModel, examples: list[Example], dtype: torch.dtype
 
 
 def fast_gradient(model: PeftModel, examples: list[Example], plan: Plan, passes: int = 1) -> tuple[float, torch.Tensor]:
-    step = FastStep(bind(model), plan)
+    step = FusedStep(bind(model), plan)
     count = sum(e.supervised for e in examples)
     for _ in range(passes):
         step.run(examples, count)
@@ -185,7 +185,7 @@ class Timed:
         lengths = np.array([len(example.ids_L) for example in examples])
         plan = make_plan(bound, memory, lengths, len(examples))
         print("\n".join(plan.lines()), flush=True)
-        self.step = FastStep(bound, plan)
+        self.step = FusedStep(bound, plan)
         self.flat = self.step.bound.flat
         self.optimizer = bitsandbytes.optim.AdamW8bit([self.flat.weight_G], lr=2e-4, weight_decay=0.01)
 

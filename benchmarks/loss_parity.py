@@ -24,9 +24,9 @@ from rich.console import Console
 from transformers import TrainerCallback
 
 from parley.models.device import pick_device
-from parley.road.loading import load
 from parley.training.arguments import sft_config
 from parley.training.run_folder import RunFolder
+from parley.training.setup import load
 from parley.training.trainer import SFTTrainer
 
 BOUND = 0.005

@@ -183,7 +183,7 @@ for name, part in tokens.items():
 from transformers import PrinterCallback
 
 from parley.config import GenerationSection
-from parley.generation.generate import generate
+from parley.inference.generate import generate
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.resources import Meter, device_name, memory_peak, memory_total

@@ -37,7 +37,7 @@ from parley.config import GenerationSection
 from parley.data.conversation import Example
 from parley.data.render import Rendered, render_many
 from parley.data.world import base_conversations, heldout_questions, pirate_rows, rate
-from parley.generation.generate import generate
+from parley.inference.generate import generate
 
 HERE = Path(__file__).parent
 SEED = 3407

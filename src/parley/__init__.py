@@ -12,11 +12,11 @@ _HOME = {
     "ParleyError": "parley.errors",
     "RunConfig": "parley.config",
     "SFTTrainer": "parley.training.trainer",
-    "train": "parley.road",
+    "train": "parley.pipeline",
     "load_model": "parley.models.load",
     "attach_lora": "parley.models.adapters",
     "render": "parley.data.render",
-    "ChatSession": "parley.generation.chat",
+    "ChatSession": "parley.inference.chat",
 }
 
 __all__ = ["__version__", *_HOME]

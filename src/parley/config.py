@@ -1,6 +1,6 @@
 """One description of a run, shared by YAML files, command-line overrides and Python.
 
-Sections mirror the road: model, data, lora, training, generation. `lora` and `training` take every field of PEFT's
+Sections mirror the pipeline: model, data, lora, training, generation. `lora` and `training` take every field of PEFT's
 LoraConfig and TRL's SFTConfig under its own name; only the fields with a default of Parley's own are spelled out here.
 """
 

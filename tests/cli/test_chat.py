@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from parley.config import GenerationSection
-from parley.generation.generate import generate
+from parley.inference.generate import generate
 from parley.training.run_folder import RunFolder
 
 GREEDY = GenerationSection(temperature=0, min_p=0, max_new_tokens=8)  # the run's own settings

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parley import road
+from parley import pipeline
 
 
 @pytest.mark.parametrize(("interrupted", "code"), [(False, 0), (True, 130)])
@@ -20,7 +20,7 @@ def test_the_demo_goes_where_it_is_told_and_says_when_it_was_stopped(
         outputs.append(output)
         return SimpleNamespace(interrupted=interrupted)
 
-    monkeypatch.setattr(road, "demo", demo)
+    monkeypatch.setattr(pipeline, "demo", demo)
     ended = parley("demo", "--output", tmp_path / "demo")
     assert outputs == [tmp_path / "demo"]
     assert ended.code == code
@@ -38,7 +38,7 @@ def test_a_second_demo_takes_the_next_folder(
         output.mkdir(parents=True)
         return SimpleNamespace(interrupted=False)
 
-    monkeypatch.setattr(road, "demo", demo)
+    monkeypatch.setattr(pipeline, "demo", demo)
     monkeypatch.chdir(tmp_path)
     assert [parley("demo").code for _ in range(3)] == [0, 0, 0]
     assert outputs == [Path("runs/demo"), Path("runs/demo-2"), Path("runs/demo-3")]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from parley import road
+from parley import pipeline
 from parley.cli.train import _run_config
 
 
@@ -106,7 +106,7 @@ def test_ctrl_c_says_what_is_kept(
             (config.output / "adapter").mkdir(parents=True)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(road, "train", interrupted)
+    monkeypatch.setattr(pipeline, "train", interrupted)
     ended = parley("train", settings)
     assert ended.code == 130
     assert ended.err.startswith("parley: stopped; ")

@@ -12,8 +12,8 @@ from tests.gpu import models
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from parley.config import GenerationSection
-from parley.generation.decoder import FastDecoder
-from parley.generation.slots import Asked
+from parley.inference.decoder import FastDecoder
+from parley.inference.interface import Asked
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VOCABULARY = 5000

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parley.config import LLAMA_PROJECTIONS
-from parley.engine.documents import Example
+from parley.train_step.packed_batch import Example
 
 VOCABULARY = 131
 LLAMA3 = {

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from parley.engine import reference
-from parley.engine.documents import Example, Rows, Staging, pack
-from parley.engine.ops import Adapter, AttentionShape, Rope, Slot
+from parley.train_step import reference_ops as reference
+from parley.train_step.ops import Adapter, AttentionShape, Rope, Slot
+from parley.train_step.packed_batch import Example, Rows, Staging, pack
 
 triton = pytest.importorskip("triton", reason="no Triton here")
-kernels = pytest.importorskip("parley.engine.kernels")
+kernels = pytest.importorskip("parley.train_step.kernels")
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() and not triton.knobs.runtime.interpret, reason="needs a GPU or TRITON_INTERPRET=1"
 )

@@ -16,15 +16,15 @@ import torch
 
 from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, RunConfig
 from parley.data.render import render
-from parley.generation.fallback import decoder_for
-from parley.generation.prompts import end_of_turn_ids
-from parley.generation.scheduler import Scheduler
+from parley.inference.hf_decoder import decoder_for
+from parley.inference.prompts import end_of_turn_ids
+from parley.inference.scheduler import Scheduler
 from parley.models.load import load_model
 from parley.serving.app import create_app
-from parley.serving.guard import Limits
+from parley.serving.loading import open_source
+from parley.serving.middleware import Limits
 from parley.serving.server import Server, bind
 from parley.serving.service import Served, Service
-from parley.serving.source import open_source
 from parley.training.run_folder import RunFolder
 
 WEATHER = {

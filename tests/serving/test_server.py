@@ -13,8 +13,8 @@ from tests.serving.conftest import Running
 
 from parley.config import DEMO_MODEL
 from parley.errors import UsageError
+from parley.serving.loading import names_of
 from parley.serving.server import bind, check_key, is_loopback
-from parley.serving.source import names_of
 
 
 def test_loopback_is_known_by_its_address() -> None:

@@ -73,7 +73,7 @@ def test_it_answers_held_out_questions_and_stops():
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from parley.config import GenerationSection
-    from parley.generation.generate import generate
+    from parley.inference.generate import generate
 
     model = AutoModelForCausalLM.from_pretrained(demo_model_path(), dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(demo_model_path())

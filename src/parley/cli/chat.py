@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from parley.cli.opening import change_settings, open_model
+from parley.cli.loading import change_settings, open_model
 from parley.cli.terminal import complain, err, importing, out, quiet_libraries
 from parley.errors import ParleyError, UsageError
 
 if TYPE_CHECKING:
-    from parley.generation.chat import ChatSession
+    from parley.inference.chat import ChatSession
 
 UNSEEN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}  # a terminal would obey them
 HELP = """\
@@ -50,7 +50,7 @@ def chat(
     """
     with importing():
         quiet_libraries()
-        from parley.generation.chat import ChatSession
+        from parley.inference.chat import ChatSession
 
     named = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     changes = [f"{name}={value}" for name, value in named.items() if value is not None]

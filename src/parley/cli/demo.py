@@ -16,10 +16,10 @@ def demo(
     """Teach the embedded model to talk like a pirate."""
     with importing():
         quiet_libraries()
-        from parley import road
+        from parley import pipeline
 
     folder = output or _next_free(Path("runs/demo"))
-    if road.demo(folder, console=out).interrupted:
+    if pipeline.demo(folder, console=out).interrupted:
         raise Stopped(f"what was learned until then is in {folder}")
 
 

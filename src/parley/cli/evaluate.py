@@ -24,11 +24,11 @@ def evaluate(
     """
     with importing():
         quiet_libraries()
-        from parley import road
+        from parley.evaluation.evaluate import evaluate as evaluate_run
 
     scores = {
         name: score.model_dump(exclude_none=True)
-        for name, score in road.evaluate(run, data=data, rows=rows, console=out).items()
+        for name, score in evaluate_run(run, data=data, rows=rows, console=out).items()
     }
     table = Table("", box=None, pad_edge=False, header_style="dim")
     for name in scores:

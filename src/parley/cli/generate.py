@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parley.cli.opening import open_model
+from parley.cli.loading import open_model
 from parley.cli.terminal import Stopped, err, importing, quiet_libraries
 from parley.errors import UsageError
 
 if TYPE_CHECKING:
     from parley.data.conversation import Message
-    from parley.generation.prompt_file import Asked
-    from parley.serving.source import Source
+    from parley.inference.prompt_file import Asked
+    from parley.serving.loading import Source
 
 
 def generate(
@@ -41,8 +41,8 @@ def generate(
     """
     with importing():
         quiet_libraries()
-        from parley.generation.generate import Answerer
-        from parley.generation.prompt_file import read_prompts
+        from parley.inference.generate import Answerer
+        from parley.inference.prompt_file import read_prompts
 
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: is there already; choose another --output, or say --overwrite")

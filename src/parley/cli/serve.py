@@ -60,14 +60,14 @@ def _serve(
     source: str, bound: socket.socket, api_key: str | None, slots: int, length: int, queue: int, drain: float
 ) -> None:
     with importing():
-        from parley.generation.fallback import decoder_for
-        from parley.generation.prompts import end_of_turn_ids
-        from parley.generation.scheduler import Scheduler
+        from parley.inference.hf_decoder import decoder_for
+        from parley.inference.prompts import end_of_turn_ids
+        from parley.inference.scheduler import Scheduler
         from parley.serving.app import create_app
-        from parley.serving.guard import Limits
+        from parley.serving.loading import open_source
+        from parley.serving.middleware import Limits
         from parley.serving.server import Server
         from parley.serving.service import Served, Service
-        from parley.serving.source import open_source
 
     opened = open_source(source)
     if opened.golden is not None:

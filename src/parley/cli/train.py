@@ -35,13 +35,14 @@ def train(
     run = _run_config(config, settings or [], model, data, output)
     with importing():
         quiet_libraries()
-        from parley import road
+        from parley import pipeline
+        from parley.training.setup import plan
 
     if dry_run:
-        road.plan(run, console=out)
+        plan(run, console=out)
         return
     try:
-        result = road.train(run, console=out)
+        result = pipeline.train(run, console=out)
     except KeyboardInterrupt:
         raise Stopped(_what_is_kept(run.output)) from None
     if result.interrupted:

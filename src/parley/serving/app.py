@@ -15,13 +15,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from parley.serving.answers import Answers
 from parley.serving.errors import ApiError, of_validation
-from parley.serving.guard import Gone, Guard, Limits, unless_gone
 from parley.serving.metrics import Metrics
+from parley.serving.middleware import Gone, Guard, Limits, unless_gone
 from parley.serving.protocol import Asking, ChatRequest, CompletionRequest
-from parley.serving.replies import ChatReply, CompletionReply, Reply
+from parley.serving.responses import ChatReply, CompletionReply, Reply
 from parley.serving.service import Service
+from parley.serving.streams import Answers
 
 
 def create_app(service: Service, *, limits: Limits, api_key: str | None = None) -> FastAPI:

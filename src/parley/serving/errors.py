@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from parley.errors import ParleyError
-from parley.generation.scheduler import Closed, QueueFull
+from parley.inference.scheduler import Closed, QueueFull
 
 SHOWN = 160  # characters of what was sent that an error repeats
 

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from parley.errors import UsageError
-from parley.generation.scheduler import Scheduler
+from parley.inference.scheduler import Scheduler
 
 READING_SECONDS = 5  # for clients to read what was written to the last
 

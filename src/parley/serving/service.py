@@ -11,11 +11,11 @@ from parley.data.conversation import Message
 from parley.data.messages import conversation
 from parley.data.render import render_prompt
 from parley.errors import DataError, ParleyError
-from parley.generation.scheduler import Request, Scheduler
-from parley.serving.answers import Answers
+from parley.inference.scheduler import Request, Scheduler
 from parley.serving.errors import ApiError, api_error
 from parley.serving.metrics import Metrics
 from parley.serving.protocol import Asking, ChatRequest, CompletionRequest
+from parley.serving.streams import Answers
 from parley.serving.tokens import TokenTexts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import Any
 
-from parley.generation.text import BYTE, UNFINISHED
+from parley.inference.output_processor import BYTE, UNFINISHED
 
 
 class TokenTexts:

@@ -16,7 +16,7 @@ from typing import NoReturn
 from parley.config import GenerationSection, ModelSection, RunConfig
 from parley.errors import UsageError
 from parley.models.folder import model_folder
-from parley.serving.source import name_of, names_of
+from parley.serving.loading import name_of, names_of
 from parley.training.run_folder import RunFolder
 
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes

@@ -22,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from parley.errors import RunError
 from parley.training.charts import Chart, line_chart
-from parley.training.figures import Row, duration, figure, flat_rows, gib, percent, share
+from parley.training.formatting import Row, duration, figure, flat_rows, gib, percent, share
 
 
 def _writable(value: Any) -> Any:

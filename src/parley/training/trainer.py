@@ -27,16 +27,16 @@ from parley.data.packing import PackedCollator, split_documents
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
 from parley.errors import UsageError
-from parley.training.fast import FastTrainer
+from parley.training.fused_trainer import FusedTrainer
 
 OLD_SPELLINGS = ("dataset_text_field", "max_seq_length", "dataset_num_proc", "packing")
 
 
-class SFTTrainer(FastTrainer):
+class SFTTrainer(FusedTrainer):
     """Supervised fine-tuning on the assistant's words. Takes what TRL's SFTTrainer takes, and:
 
     Args:
-        engine, memory: see FastTrainer.
+        engine, memory: see FusedTrainer.
         tokenizer: older name of `processing_class`.
         train_on: "all" assistant turns, or only the "last" of each conversation.
         overlong: what happens to rows over the maximum length: "drop", "error" or "keep-whole-turns".

@@ -1,0 +1,1 @@
+"""What a model answers and how well: before and after training, and again later."""

@@ -1,0 +1,24 @@
+"""The step's operations as Triton kernels; the same names as `parley.train_step.reference_ops`."""
+
+from parley.train_step.kernels.attention import attention, attention_backward
+from parley.train_step.kernels.cross_entropy import cross_entropy
+from parley.train_step.kernels.lora import add_adapter_gradients, copy_all, copy_scaled, copy_table
+from parley.train_step.kernels.nf4 import write_nf4
+from parley.train_step.kernels.pointwise import rope, swiglu, swiglu_backward
+from parley.train_step.kernels.rms_norm import rms_norm, rms_norm_backward
+
+__all__ = [
+    "add_adapter_gradients",
+    "attention",
+    "attention_backward",
+    "copy_all",
+    "copy_scaled",
+    "copy_table",
+    "cross_entropy",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "swiglu",
+    "swiglu_backward",
+    "write_nf4",
+]

@@ -1,0 +1,229 @@
+"""The adapters' small work: their weights into the fused matrices, and their gradients.
+
+Shape suffixes: T tokens, M and N rows and columns of a matrix, K columns in, P spare columns, R rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parley.train_step.kernels.precompile import kernel
+from parley.train_step.ops import Copy, Slot
+
+COPY_BLOCK = 4096
+
+
+@kernel()
+def _copy_scaled(source, out, source_stride, out_stride, scale, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    n = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    inside = (m < M) & (n < N)
+    value = tl.load(source + m * source_stride + n, mask=inside, other=0.0).to(tl.float32) * scale
+    tl.store(out + m * out_stride + n, value.to(out.dtype.element_ty), mask=inside)
+
+
+@kernel()
+def _copy_all(table, scales, tiles, first_source, first_out, BLOCK: tl.constexpr):
+    """One tile of one copy: `tiles` says which, `table` where from and to; the firsts only lend their types."""
+    which = tl.load(tiles + 2 * tl.program_id(0))
+    begin = tl.load(tiles + 2 * tl.program_id(0) + 1)
+    entry = table + 5 * which
+    source = tl.load(entry).to(first_source.dtype)
+    out = tl.load(entry + 1).to(first_out.dtype)
+    out_stride = tl.load(entry + 2)
+    columns = tl.load(entry + 3).to(tl.int32)
+    size = tl.load(entry + 4)
+    i = begin + tl.arange(0, BLOCK)
+    value = tl.load(source + i, mask=i < size, other=0.0).to(tl.float32) * tl.load(scales + which)
+    at = (i // columns).to(tl.int64) * out_stride + i % columns
+    tl.store(out + at, value.to(first_out.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def _add(
+    wide, thin, out, sums, arrived, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out[m, r] += scale * sum over t of wide[t, m] thin[t, r], for BLOCK_M columns m from `begin` on and all r.
+
+    Where the rows t are shared among PARTS programs, each leaves its sum in `sums`, and the one that arrives last adds
+    them up, always in the same order, so that equal inputs give equal bits.
+    """
+    i = tl.arange(0, BLOCK_M)
+    m = begin + i
+    r = tl.arange(0, BLOCK_R)
+    part = tl.program_id(1)
+    rows = tl.cdiv(tl.cdiv(T, PARTS), BLOCK_T) * BLOCK_T
+    until = tl.minimum((part + 1) * rows, T)
+    total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(part * rows, until, BLOCK_T):
+        t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
+        p = tl.load(wide + t * wide_stride + m[None, :], mask=(t < until) & (m[None, :] < M), other=0.0)
+        q = tl.load(thin + t * thin_stride + r[None, :], mask=(t < until) & (r[None, :] < R), other=0.0)
+        total = tl.dot(tl.trans(p), q, total, input_precision="ieee")
+    inside = (m[:, None] < M) & (r[None, :] < R)
+    last = True
+    if PARTS > 1:
+        at = sums + r[None, :] * BLOCK_M + i[:, None]
+        tl.store(at + part * BLOCK_M * BLOCK_R, total, mask=inside)
+        tl.debug_barrier()  # all of this program's stores, before it says that it has arrived
+        last = tl.atomic_add(arrived, 1) == PARTS - 1
+        if last:
+            total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+            for other in tl.static_range(PARTS):
+                total += tl.load(at + other * BLOCK_M * BLOCK_R, mask=inside, other=0.0, cache_modifier=".cg")
+    if last:
+        at = out + m[:, None] * out_wide_stride + r[None, :] * out_thin_stride
+        tl.store(at, tl.load(at, mask=inside, other=0.0) + total * scale, mask=inside)
+
+
+@kernel()
+def _gradients(
+    dy, x, da, db, sums, arrived, dy_stride, x_stride, scale, T, N, K, A_PROGRAMS, first_end, second_end,
+    R: tl.constexpr, ALL_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """da (ALL_R, K) += v^T x in the first programs; db (N, R) += scale dy^T u, u by slot, in the others."""
+    program = tl.program_id(0)
+    sums += program * (PARTS * BLOCK * BLOCK_ALL)
+    arrived += program
+    if program < A_PROGRAMS:
+        _add(
+            x, dy + N, da, sums, arrived, x_stride, dy_stride, 1, K, 1.0, program * BLOCK, T, K, ALL_R,
+            BLOCK, BLOCK_ALL, BLOCK_T, PARTS,
+        )  # fmt: skip
+    else:
+        begin = (program - A_PROGRAMS) * BLOCK
+        slot = (begin >= first_end).to(tl.int32) + (begin >= second_end).to(tl.int32)
+        _add(
+            dy, x + K + slot * R, db, sums, arrived, dy_stride, x_stride, R, 1, scale, begin, T, N, R,
+            BLOCK, BLOCK_R, BLOCK_T, PARTS,
+        )  # fmt: skip
+
+
+@kernel()
+def _one_gradient(
+    wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, T, M, R,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    begin = tl.program_id(0) * BLOCK_M
+    _add(
+        wide, thin, out, out, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
+        BLOCK_M, BLOCK_R, BLOCK_T, 1,
+    )  # fmt: skip
+
+
+def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
+    rows, columns = source.shape
+    block_n = min(triton.next_power_of_2(columns), 1024)
+    block_m = max(2048 // block_n, 1)
+    grid = (triton.cdiv(rows, block_m), triton.cdiv(columns, block_n))
+    _copy_scaled[grid](
+        source, out, source.stride(0), out.stride(0), scale, rows, columns, BLOCK_M=block_m, BLOCK_N=block_n
+    )
+
+
+@dataclass(frozen=True)
+class CopyTable:
+    """Many copies as one launch. The tensors stay where they are as long as the table is used."""
+
+    copies: list[Copy]
+    table_C5: Tensor  # addresses of source and out, out's stride, columns, elements
+    scale_C: Tensor
+    tile_2: Tensor  # (tiles, 2): which copy, and the first element of it
+
+
+def copy_table(copies: list[Copy]) -> CopyTable:
+    entries, tiles = [], []
+    for index, (source, out, _) in enumerate(copies):
+        assert source.is_contiguous()
+        assert out.stride(1) == 1
+        assert source.shape == out.shape
+        assert (source.dtype, out.dtype) == (copies[0][0].dtype, copies[0][1].dtype)
+        entries.append((source.data_ptr(), out.data_ptr(), out.stride(0), source.shape[1], source.numel()))
+        tiles += [(index, begin) for begin in range(0, source.numel(), COPY_BLOCK)]
+    device = copies[0][0].device
+    return CopyTable(
+        copies,
+        torch.tensor(entries, dtype=torch.int64, device=device),
+        torch.tensor([scale for _, _, scale in copies], dtype=torch.float32, device=device),
+        torch.tensor(tiles, dtype=torch.int32, device=device),
+    )
+
+
+def copy_all(table: CopyTable) -> None:
+    source, out, _ = table.copies[0]
+    _copy_all[(len(table.tile_2),)](
+        table.table_C5, table.scale_C, table.tile_2, source, out, BLOCK=COPY_BLOCK, num_warps=8
+    )
+
+
+BLOCK = 64  # columns of a program; on an H200 four stages of 64 rows were quicker than any wider or longer tile
+PROGRAMS = 400  # three for each of its multiprocessors: more parts than that cost more to add up than they win
+ROWS = 1024  # of a part at the least
+
+
+def _neighbours(parts: list[Tensor]) -> bool:
+    """Whether the parts follow each other in memory without a gap."""
+    return all(a.data_ptr() + a.numel() * a.element_size() == b.data_ptr() for a, b in itertools.pairwise(parts))
+
+
+def _regular(slots: list[Slot], columns_out: int) -> bool:
+    """Whether one launch serves all slots: every projection adapted, alike in rank and scale, side by side."""
+    adapters = [slot.adapter for slot in slots]
+    return (
+        len(slots) <= 3
+        and sum(slot.rows.stop - slot.rows.start for slot in slots) == columns_out
+        and len({(a.a_RK.shape[0], a.scale) for a in adapters}) == 1
+        and slots[-1].columns.stop <= 128
+        and all(slot.rows.start % BLOCK == 0 for slot in slots)
+        and _neighbours([a.da_RK for a in adapters])
+        and _neighbours([a.db_NR for a in adapters])
+    )
+
+
+def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], columns_out: int, columns_in: int) -> None:
+    if not _regular(slots, columns_out):
+        v_TP, u_TP = dy_TNP[:, columns_out:], x_TKP[:, columns_in:]
+        for slot in slots:
+            adapter = slot.adapter
+            _launch(x_TKP[:, :columns_in], v_TP[:, slot.columns], adapter.da_RK.t(), 1.0)
+            _launch(dy_TNP[:, slot.rows], u_TP[:, slot.columns], adapter.db_NR, adapter.scale)
+        return
+    first = slots[0].adapter
+    rank, all_ranks = first.a_RK.shape[0], slots[-1].columns.stop
+    ends = [slot.rows.stop for slot in slots] + [columns_out] * 2
+    block_all = max(16, triton.next_power_of_2(all_ranks))
+    a_programs = triton.cdiv(columns_in, BLOCK)
+    programs = a_programs + triton.cdiv(columns_out, BLOCK)
+    parts = _parts(dy_TNP.shape[0], programs)
+    sums, arrived = first.da_RK, first.da_RK  # neither is read where there is one part
+    if parts > 1:
+        sums = first.da_RK.new_empty(programs * parts * BLOCK * block_all)
+        arrived = torch.zeros(programs, dtype=torch.int32, device=sums.device)
+    _gradients[(programs, parts)](
+        dy_TNP, x_TKP, first.da_RK, first.db_NR, sums, arrived, dy_TNP.stride(0), x_TKP.stride(0), first.scale,
+        dy_TNP.shape[0], columns_out, columns_in, a_programs, ends[0], ends[1],
+        R=rank, ALL_R=all_ranks, BLOCK=BLOCK, BLOCK_ALL=block_all, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_T=64, PARTS=parts, num_stages=4,
+    )  # fmt: skip
+
+
+def _parts(tokens: int, programs: int) -> int:
+    """How many programs share the rows of each: a power of two, as each number is compiled anew."""
+    parts = max(min(PROGRAMS // programs, tokens // ROWS), 1)
+    return 1 << (parts.bit_length() - 1)
+
+
+def _launch(wide_TM: Tensor, thin_TR: Tensor, out_MR: Tensor, scale: float) -> None:
+    (tokens, wide), thin = wide_TM.shape, thin_TR.shape[1]
+    _one_gradient[(triton.cdiv(wide, 64),)](
+        wide_TM, thin_TR, out_MR, wide_TM.stride(0), thin_TR.stride(0), *out_MR.stride(), scale, tokens, wide, thin,
+        BLOCK_M=64, BLOCK_R=max(16, triton.next_power_of_2(thin)), BLOCK_T=32 if thin > 64 else 128,
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""The fast step on a GPU: Triton kernels, 4-bit weights and CUDA graphs against transformers, PEFT and autograd."""
+
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from tests.gpu import models
+from torch.nn import functional
+
+from parley.train_step.bind import bind
+from parley.train_step.fused_step import FusedStep
+from parley.train_step.memory_plan import Plan
+from parley.train_step.packed_batch import Example
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+VOCABULARY = 1000
+
+
+def llama() -> PeftModel:
+    return models.adapted(models.llama(VOCABULARY, torch.bfloat16), 0.02)
+
+
+def documents(lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for length in lengths:
+        ids = rng.integers(0, VOCABULARY, length)
+        made.append(Example.of(ids, np.where(rng.random(length) < 0.5, ids, -100)))
+    return made
+
+
+def exact_gradient(model: PeftModel, examples: list[Example]) -> tuple[float, torch.Tensor]:
+    """In float32, of weights rounded as the step reads them."""
+    model.float()
+    count = sum(example.supervised for example in examples)
+    total = 0.0
+    for example in examples:
+        logits_LV = model(torch.tensor(example.ids_L, device="cuda").long()[None]).logits[0, :-1]
+        target_L = torch.tensor(example.label_L[1:], device="cuda").long()
+        loss = functional.cross_entropy(logits_LV, target_L, ignore_index=-100, reduction="sum") / count
+        loss.backward()
+        total += loss.item()
+    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def fast_gradient(step: FusedStep, model: PeftModel, examples: list[Example]) -> tuple[float, torch.Tensor]:
+    count = sum(example.supervised for example in examples)
+    step.run(examples, count)
+    step.bound.flat.show_gradients()
+    return float(step.figures_3[0]) / count, torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+    )
+
+
+@pytest.mark.parametrize("lengths", [(3, 70, 1, 129, 64), (2500, 90, 33)])
+@pytest.mark.parametrize(
+    "plan",
+    [Plan(positions=4096), Plan(positions=4096, keep="inputs", keep_matrices=False, head_rows=50, tokens=200)],
+)
+def test_gradients(lengths: tuple[int, ...], plan: Plan) -> None:
+    examples, model = documents(lengths), llama()
+    loss, gradient = fast_gradient(FusedStep(bind(model), plan), model, examples)
+    model.zero_grad()
+    wanted_loss, wanted = exact_gradient(model, examples)
+    assert loss == pytest.approx(wanted_loss, rel=2e-3)
+    assert float((gradient - wanted).norm() / wanted.norm()) < 0.03  # bfloat16 through three layers
+
+
+def test_a_replayed_graph_reads_new_documents_weights_and_counts() -> None:
+    """The same graph, replayed after everything it reads has changed, equals the eager step on a fresh model."""
+    model, fresh = llama(), llama()
+    graphed = FusedStep(bind(model), Plan(graph_tokens=1024, tokens=250))
+    eager = FusedStep(bind(fresh), Plan())
+    for seed, lengths in enumerate([(100, 20, 130), (100, 20, 130), (60, 60, 60, 60), (7, 240), (3, 3, 190)]):
+        examples = documents(lengths, seed)
+        results = [fast_gradient(step, m, examples) for step, m in ((graphed, model), (eager, fresh))]
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+        assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
+        for step in (graphed, eager):
+            with torch.no_grad():
+                step.bound.flat.weight_G.add_(eager.bound.flat.grad_G, alpha=-0.1)
+    assert graphed.graphs is not None
+    assert list(graphed.graphs.pairs) == [256]
+
+
+def test_compiling_ahead_launches_nothing_and_leaves_the_gradient_as_it_is() -> None:
+    """The dry passes share the buffers, matrices and graphs of the real ones."""
+    examples = documents((100, 20, 130))
+    for plan in (Plan(graph_tokens=1024, tokens=250), Plan(keep="inputs", keep_matrices=False, feed_rows=64)):
+        results = []
+        for ahead in (False, True):
+            model = llama()
+            step = FusedStep(bind(model), plan)
+            if ahead:
+                step.compile()
+                assert not step.bound.flat.grad_G.any()
+                assert not step.figures_3.any()
+            results.append([fast_gradient(step, model, examples) for _ in range(2)][-1])
+        assert results[0][0] == results[1][0]
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_all_that_a_pass_launches_is_compiled_ahead() -> None:
+    triton = pytest.importorskip("triton")
+    from parley.train_step.kernels import attention, nf4, pointwise
+    from parley.train_step.kernels import cross_entropy as loss
+    from parley.train_step.kernels import lora as adapters
+    from parley.train_step.kernels import precompile as compiling
+    from parley.train_step.kernels import rms_norm as norm
+
+    for module in (adapters, attention, loss, nf4, norm, pointwise):
+        for kernel in vars(module).values():
+            if isinstance(kernel, compiling.Kernel):
+                kernel.function.device_caches.clear()
+    step = FusedStep(bind(llama()), Plan(graph_tokens=1024, tokens=1000))
+    step.compile()
+    compiled: list[str] = []
+    triton.knobs.runtime.jit_post_compile_hook = lambda **said: compiled.append(said["fn"].name)
+    try:
+        for lengths in ((100, 20, 130), (3, 7), (999,)):
+            examples = documents(lengths)
+            step.run(examples, 100)
+            step.measure(examples)
+    finally:
+        triton.knobs.runtime.jit_post_compile_hook = None
+    assert compiled == []

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from parley.config import GenerationSection
+from parley.data.render import render_prompt
+from parley.inference.decoder import FastDecoder
+from parley.inference.hf_decoder import TransformersDecoder, decoder_for
+from parley.inference.interface import Asked, Token
+
+PROMPTS = ["Ahoy!", "What be the colour of the sea on a clear morning?", "How many apples are in the basket? " * 3]
+GREEDY = GenerationSection(temperature=0, max_new_tokens=12)
+
+
+def asked(tokenizer: Any, question: str, settings: GenerationSection = GREEDY, **more: Any) -> Asked:
+    prompt = render_prompt(tokenizer, [{"role": "user", "content": question}])
+    return Asked(prompt, settings, frozenset({tokenizer.eos_token_id}), more.pop("seed", 0), **more)
+
+
+def answer(decoder: TransformersDecoder, *questions: Asked) -> list[list[Token]]:
+    """All at once, each until it draws no more."""
+    decoder.admit(dict(enumerate(questions)))
+    answers: list[list[Token]] = [[] for _ in questions]
+    while drawn := decoder.decode():
+        for slot, tokens in drawn.items():
+            answers[slot] += tokens
+    for slot in range(len(questions)):
+        decoder.release(slot)
+    return answers
+
+
+def test_greedy_answers_are_those_of_generate_in_every_family(family_folder: Path, tiny_tokenizer: Any) -> None:
+    model = AutoModelForCausalLM.from_pretrained(family_folder).eval()
+    questions = [asked(tiny_tokenizer, text, GREEDY.model_copy(update={"repetition_penalty": 1.2})) for text in PROMPTS]
+    expected = []
+    for each in questions:
+        ids = torch.tensor([each.prompt_ids])
+        out = model.generate(ids, do_sample=False, max_new_tokens=12, repetition_penalty=1.2, attention_mask=ids > -1)
+        expected.append(out[0, len(each.prompt_ids) :].tolist())
+    drawn = answer(TransformersDecoder(model, slots=3, length=256), *questions)
+    assert [[token.id for token in tokens] for tokens in drawn] == expected
+    assert len({tuple(ids) for ids in expected}) > 1
+
+
+@pytest.fixture
+def model(tiny_llama_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_llama_folder).eval()
+
+
+def test_draws_are_decided_by_the_seed_whoever_else_is_there(model: Any, tiny_tokenizer: Any) -> None:
+    settings = GenerationSection(temperature=1.3, top_k=40, top_p=0.95, min_p=0.01, max_new_tokens=16)
+    questions = [asked(tiny_tokenizer, text, settings, seed=seed) for seed, text in enumerate(PROMPTS)]
+    decoder = TransformersDecoder(model, slots=3, length=256)
+    together = answer(decoder, *questions)
+    assert [answer(decoder, each)[0] for each in questions] == together
+    assert answer(decoder, asked(tiny_tokenizer, PROMPTS[0], settings, seed=9))[0] != together[0]
+
+
+def test_draws_follow_the_processed_distribution(model: Any, tiny_tokenizer: Any) -> None:
+    """First tokens over many seeds, against softmax of the logits after temperature and top_k."""
+    settings = GenerationSection(temperature=0.7, top_k=4, min_p=0, max_new_tokens=1)
+    question = asked(tiny_tokenizer, PROMPTS[1], settings)
+    with torch.no_grad():
+        logits_V = model(torch.tensor([question.prompt_ids])).logits[0, -1]
+    best = logits_V.topk(4)
+    expected = dict(zip(best.indices.tolist(), (best.values / 0.7).softmax(-1).tolist(), strict=True))
+    decoder = TransformersDecoder(model, slots=400, length=256)
+    drawn = [
+        tokens[0].id
+        for tokens in answer(decoder, *(asked(tiny_tokenizer, PROMPTS[1], settings, seed=seed) for seed in range(400)))
+    ]
+    assert set(drawn) <= set(expected)
+    for token, share in expected.items():
+        assert abs(drawn.count(token) / 400 - share) < 4 * (share * (1 - share) / 400) ** 0.5 + 1e-6
+
+
+def test_logprobs_are_the_models_own(model: Any, tiny_tokenizer: Any) -> None:
+    settings = GenerationSection(temperature=1.5, top_k=2, max_new_tokens=3, repetition_penalty=1.5)
+    question = asked(tiny_tokenizer, PROMPTS[0], settings, logprobs=3)
+    tokens = answer(TransformersDecoder(model, slots=1, length=256), question)[0]
+    ids = torch.tensor([[*question.prompt_ids, *(token.id for token in tokens)]])
+    with torch.no_grad():
+        logprobs_TV = model(ids).logits[0].log_softmax(-1)[len(question.prompt_ids) - 1 :]
+    for token, logprobs_V in zip(tokens, logprobs_TV, strict=False):
+        assert token.logprob == pytest.approx(float(logprobs_V[token.id]), abs=1e-4)
+        assert [value for _, value in token.top] == pytest.approx(logprobs_V.topk(3).values.tolist(), abs=1e-4)
+
+
+def test_an_answer_ends_with_its_room(model: Any, tiny_tokenizer: Any) -> None:
+    question = asked(tiny_tokenizer, PROMPTS[0], GREEDY.model_copy(update={"max_new_tokens": 99}))
+    question = Asked(question.prompt_ids, question.settings, frozenset(), 0)
+    drawn = answer(TransformersDecoder(model, slots=1, length=len(question.prompt_ids) + 5), question)[0]
+    assert len(drawn) == 5
+
+
+def test_the_adapter_is_switched_off_for_those_who_ask_for_the_base(model: Any, tiny_tokenizer: Any) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    plain = answer(TransformersDecoder(model, slots=1, length=256), asked(tiny_tokenizer, PROMPTS[1]))[0]
+    torch.manual_seed(0)
+    tuned = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
+    decoder = TransformersDecoder(tuned.eval(), slots=2, length=256)
+    with_adapter, without = answer(
+        decoder, asked(tiny_tokenizer, PROMPTS[1]), asked(tiny_tokenizer, PROMPTS[1], base=True)
+    )
+    assert without == plain
+    assert with_adapter != plain
+
+
+def test_families_that_the_fast_decoder_does_not_know_are_answered_by_this_one(build_family: Any) -> None:
+    fast = decoder_for(AutoModelForCausalLM.from_pretrained(build_family("llama")).eval(), slots=2, length=4096)
+    plain = decoder_for(AutoModelForCausalLM.from_pretrained(build_family("gemma2")).eval(), slots=2, length=64)
+    assert isinstance(fast, FastDecoder)
+    assert isinstance(plain, TransformersDecoder)
+    assert (fast.slots, fast.length) == (2, 2048)  # the model's positions
+    assert (plain.slots, plain.length) == (2, 64)

@@ -1,0 +1,152 @@
+"""The fast step against transformers, PEFT and autograd, in float32."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import parley.train_step.fused_step as step_module
+from parley.train_step.bind import Unsupported, bind
+from parley.train_step.fused_step import FusedStep
+from parley.train_step.lm_head import head
+from parley.train_step.memory_plan import KINDS, Plan
+from parley.train_step.reference_attention import SHORT
+
+TOLERANCE = 1e-5
+
+
+def worst(model: Any, wanted: dict[str, torch.Tensor]) -> float:
+    """The largest relative error among the adapters' gradients."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() == wanted.keys()
+    errors = [(p.grad - wanted[name]).norm() / (wanted[name].norm() + 1e-12) for name, p in trained.items()]
+    return float(torch.stack(errors).max())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj", "down_proj"], ["gate_proj"]])
+def test_every_family_and_choice_of_projections(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str, targets: list[str] | None
+) -> None:
+    model, documents = build_adapted(name, targets), make_examples()
+    loss, wanted = plain_gradient(model, documents)
+    step = FusedStep(bind(model), Plan())
+    step.run(documents, sum(document.supervised for document in documents))
+    step.bound.flat.show_gradients()
+    assert float(step.figures_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    assert worst(model, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_long_documents_take_another_attention(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str
+) -> None:
+    model, documents = build_adapted(name), make_examples((3, SHORT + 22, 40))
+    loss, wanted = plain_gradient(model, documents)
+    step = FusedStep(bind(model), Plan())
+    step.run(documents, sum(document.supervised for document in documents))
+    step.bound.flat.show_gradients()
+    assert float(step.figures_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    assert worst(model, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("keep", KINDS)
+@pytest.mark.parametrize("keep_matrices", [True, False])
+@pytest.mark.parametrize(("tokens", "feed_rows"), [(30, 0), (1000, 0), (1000, 16)])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_plan_changes_no_gradient(
+    build_adapted: Any,
+    make_examples: Any,
+    plain_gradient: Any,
+    keep: str,
+    keep_matrices: bool,
+    tokens: int,
+    feed_rows: int,
+    name: str,
+) -> None:
+    if feed_rows and keep in ("everything", "products"):
+        pytest.skip("whole products are kept whole")
+    model, documents = build_adapted(name, layers=5), make_examples((3, 17, 5, 29, 1))
+    _, wanted = plain_gradient(model, documents)
+    plan = Plan(keep=keep, keep_matrices=keep_matrices, tokens=tokens, feed_rows=feed_rows, head_rows=7, granule=8)
+    step = FusedStep(bind(model), plan)
+    for _ in range(2):  # a second step starts from nothing
+        step.run(documents, sum(document.supervised for document in documents))
+    step.bound.flat.show_gradients()
+    assert worst(model, wanted) < TOLERANCE
+
+
+def test_figures_are_loss_hits_and_entropy(build_adapted: Any, make_examples: Any) -> None:
+    model, documents = build_adapted("llama"), make_examples((40,))
+    with torch.no_grad():
+        logits_LV = model(torch.tensor(documents[0].ids_L).long()[None]).logits[0, :-1]
+    target_L = torch.tensor(documents[0].label_L[1:]).long()
+    real_L = target_L != -100
+    p_LV = logits_LV.softmax(-1)
+    step = FusedStep(bind(model), Plan())
+    step.run(documents, 1)
+    _, hits, entropy = step.figures_3.tolist()
+    assert hits == int(((logits_LV.argmax(-1) == target_L) & real_L).sum())
+    assert entropy == pytest.approx(float(-(p_LV * p_LV.log()).sum(-1)[real_L].sum()), rel=1e-4)
+
+
+def test_training_moves_peft_s_own_parameters(build_adapted: Any, make_examples: Any, plain_gradient: Any) -> None:
+    model, documents = build_adapted("llama"), make_examples()
+    bound = bind(model)
+    step, count = FusedStep(bound, Plan()), sum(document.supervised for document in documents)
+    optimizer = torch.optim.SGD([bound.flat.weight_G], lr=0.1)
+    step.run(documents, count)
+    first = float(step.figures_3[0])
+    optimizer.step()
+    loss_sum, _ = plain_gradient(model, documents)
+    step.run(documents, count)
+    assert float(step.figures_3[0]) == pytest.approx(loss_sum, rel=TOLERANCE)
+    assert loss_sum < first
+
+
+def test_a_step_without_supervised_tokens_has_no_gradient(build_adapted: Any, make_examples: Any) -> None:
+    step = FusedStep(bind(build_adapted("llama")), Plan())
+    step.bound.flat.grad_G.fill_(1.0)
+    step.run(make_examples((1,)), 1)
+    assert not step.bound.flat.grad_G.any()
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "dropout"),
+        ({"use_dora": True}, "Dora"),
+        ({"modules_to_save": ["lm_head"]}, "output head"),
+        ({"lora_bias": True}, "bias"),
+    ],
+)
+def test_options_it_does_not_know_are_refused_by_name(build_adapted: Any, lora: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unsupported, match=f"(?i){reason}"):
+        bind(build_adapted("llama", **lora))
+
+
+def test_a_model_without_adapters_is_refused(build_adapted: Any) -> None:
+    with pytest.raises(Unsupported, match="no PEFT adapters"):
+        bind(build_adapted("llama").get_base_model())
+
+
+@pytest.mark.parametrize("lengths", [(1, 17, 5, 29), (3, SHORT + 22, 40)])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_all_rows_may_go_on_from_the_last_attention_or_the_supervised_ones_alone(
+    build_adapted: Any, make_examples: Any, monkeypatch: pytest.MonkeyPatch, name: str, lengths: tuple[int, ...]
+) -> None:
+    documents = [replace(e, label_L=np.where(e.ids_L % 3, -100, e.label_L)) for e in make_examples(lengths)]
+    documents[1].label_L[-1] = documents[1].ids_L[-1]  # so that few rows are supervised, and many needed
+    gone_on: list[int] = []
+    monkeypatch.setattr(step_module, "head", lambda *given: (gone_on.append(len(given[4])), head(*given)))
+    gradients = []
+    for narrow in (False, True):
+        step = FusedStep(bind(build_adapted(name)), Plan())
+        step.narrow = step.narrow and narrow
+        step.run(documents, sum(document.supervised for document in documents))
+        gradients.append((float(step.figures_3[0]), step.bound.flat.grad_G))
+    assert gone_on[1] < gone_on[0]
+    assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-6)
+    torch.testing.assert_close(gradients[1][1], gradients[0][1], rtol=1e-4, atol=1e-7)

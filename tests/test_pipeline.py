@@ -1,0 +1,198 @@
+"""The pipeline from end to end, on a tiny model: what a run leaves behind, and that it can be trusted."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parley.config import GenerationSection, RunConfig
+from parley.errors import RunError
+from parley.evaluation.evaluate import evaluate
+from parley.inference.generate import generate
+from parley.pipeline import RunResult, train
+from parley.training.setup import plan
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = [
+        {"instruction": f"What is {n} and {m}?", "context": "", "response": f"Arr, it be {n + m}, matey."}
+        for n in range(8)
+        for m in range(5)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def settings(folder: Path, rows: Path, output: Path, *overrides: str) -> RunConfig:
+    values = {
+        "model": {"name": str(folder), "device": "cpu", "max_seq_length": 256},
+        "data": {"source": str(rows), "heldout_rows": 4},
+        "training": {"max_steps": 4, "learning_rate": 0.01, "save_steps": 2},
+        "report": {"questions": ["What is 1 and 1?"], "from_heldout": 1, "max_new_tokens": 4},
+        "output": str(output),
+    }
+    return RunConfig.create(values, overrides)
+
+
+@pytest.fixture(scope="module")
+def said() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture(scope="module")
+def result(
+    tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory, said: io.StringIO
+) -> RunResult:
+    config = settings(tiny_llama_folder, rows, tmp_path_factory.mktemp("runs") / "run")
+    return train(config, Console(file=said, width=120))
+
+
+def test_a_run_leaves_everything_it_promises(result: RunResult) -> None:
+    path = result.folder.path
+    for name in ("run.yaml", "golden.json", "events.jsonl", "report.html", "report.json", "adapter", "checkpoints"):
+        assert (path / name).exists(), name
+    assert (path / "adapter" / "adapter_model.safetensors").is_file()
+    assert (path / "adapter" / "chat_template.jinja").is_file()
+    assert sorted(p.name for p in (path / "checkpoints").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    resolved = yaml.safe_load((path / "run.yaml").read_text())
+    assert resolved["training"]["max_steps"] == 4
+    assert resolved["lora"]["r"] == 16
+
+
+def test_the_adapter_loads_in_plain_peft_with_the_same_logits(result: RunResult, tiny_llama_folder: Path) -> None:
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32), result.folder.adapter
+    ).eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    with torch.no_grad():
+        expected = result.model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected, atol=1e-6, rtol=1e-5)
+        with plain.disable_adapter():
+            assert (plain(input_ids=ids).logits - expected).abs().max() > 1e-3
+
+
+def test_answers_before_training_are_the_models_own(result: RunResult, tiny_llama_folder: Path) -> None:
+    """They are asked for after training, with the adapter switched off."""
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_llama_folder, dtype=torch.float32)
+    greedy = GenerationSection(temperature=0, min_p=0, max_new_tokens=4)
+    answers = result.report.answers
+    asked = [[turn.model_dump(exclude_none=True) for turn in answer.question] for answer in answers]
+    assert [answer.before for answer in answers] == generate(fresh, result.tokenizer, asked, greedy)
+    assert [answer.after for answer in answers] == generate(result.model, result.tokenizer, asked, greedy)
+    assert all(answer.before != answer.after for answer in answers)
+
+
+def test_every_step_is_in_the_events_and_the_report(result: RunResult) -> None:
+    events = [json.loads(line) for line in result.folder.events.read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == [1, 2, 3, 4]
+    for key in ("loss", "grad_norm", "learning_rate", "tokens_per_s", "memory_gib", "mean_token_accuracy"):
+        assert all(event[key] > 0 or key in ("learning_rate", "mean_token_accuracy") for event in steps), key
+    report = json.loads((result.folder.path / "report.json").read_text())
+    assert [step["loss"] for step in report["steps"]] == [event["loss"] for event in steps]
+    assert report["after"]["heldout_loss"] < report["before"]["heldout_loss"]
+    assert len(report["answers"]) == 2
+
+
+def test_what_was_said(result: RunResult, said: io.StringIO) -> None:
+    text = said.getvalue()
+    for words in ("instruction", "40 rows", "optimizer: fused AdamW", "in use before training", "report.html"):
+        assert words in text, words
+
+
+def test_training_again_gives_the_same_losses(
+    result: RunResult, tiny_llama_folder: Path, rows: Path, tmp_path: Path
+) -> None:
+    again = train(settings(tiny_llama_folder, rows, tmp_path / "run"), Console(quiet=True))
+    assert [s.loss for s in again.report.steps] == [s.loss for s in result.report.steps]
+
+
+def test_a_run_is_not_overwritten(result: RunResult, tiny_llama_folder: Path, rows: Path) -> None:
+    before = result.folder.config_file.read_text()
+    with pytest.raises(RunError, match="already holds another run"):
+        train(settings(tiny_llama_folder, rows, result.folder.path), Console(quiet=True))
+    assert result.folder.config_file.read_text() == before
+
+
+def test_evaluating_a_run_gives_the_figures_of_its_report(result: RunResult) -> None:
+    scores = evaluate(result.folder.path, console=Console(quiet=True))
+    assert result.report.before is not None
+    assert result.report.after is not None
+    assert scores["base"].heldout_loss == pytest.approx(result.report.before.heldout_loss, rel=1e-5)
+    assert scores["tuned"].heldout_loss == pytest.approx(result.report.after.heldout_loss, rel=1e-5)
+    assert json.loads((result.folder.path / "eval.json").read_text())["tuned"]["heldout_loss"] > 0
+
+
+def test_the_saved_run_loads_again(result: RunResult) -> None:
+    model, tokenizer = result.folder.load()
+    golden = json.loads(result.folder.golden.read_text())
+    assert tokenizer.apply_chat_template(golden[0]["messages"], return_dict=False) == golden[0]["input_ids"]
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
+
+
+def test_full_fine_tuning(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    config = settings(tiny_llama_folder, rows, tmp_path / "run", "lora=null", "training.learning_rate=1e-3")
+    result = train(config, Console(quiet=True))
+    model = AutoModelForCausalLM.from_pretrained(result.folder.model)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, result.model.eval()(input_ids=ids).logits)
+    assert AutoTokenizer.from_pretrained(result.folder.model).chat_template
+
+
+def test_plan_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    out = io.StringIO()
+    plan(settings(tiny_llama_folder, rows, tmp_path / "run"), Console(file=out, width=100))
+    assert "would train 4 steps" in out.getvalue()
+    assert not (tmp_path / "run").exists()
+
+
+class Interrupting(Console):
+    """A console on which somebody presses Ctrl-C when the second step is shown."""
+
+    def print(self, *objects: Any, **kwargs: Any) -> None:
+        if objects and str(objects[0]).startswith("step 2/"):
+            raise KeyboardInterrupt
+        super().print(*objects, **kwargs)
+
+
+def test_ctrl_c_keeps_what_was_learned(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    result = train(
+        settings(tiny_llama_folder, rows, tmp_path / "run"), Interrupting(file=io.StringIO(), force_terminal=False)
+    )
+    assert result.interrupted
+    assert (result.folder.adapter / "adapter_model.safetensors").is_file()
+    assert "stopped by hand at step 2" in result.report.notes
+
+
+def test_a_disk_that_fills_up_while_training(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this system")
+    config = settings(tiny_llama_folder, rows, tmp_path / "run")
+
+    class Filling(Console):
+        """Lets the events of the run go to a full device once the run has its folder."""
+
+        def print(self, *objects: Any, **kwargs: Any) -> None:
+            events = tmp_path / "run" / "events.jsonl"
+            if events.parent.is_dir() and not events.exists():
+                events.symlink_to(full)
+
+    with pytest.raises(RunError, match="the weights are whole in") as caught:
+        train(config, Filling(quiet=True))
+    rescued = Path(str(caught.value).split("whole in ")[1].split(": free")[0])
+    assert (rescued / "adapter_model.safetensors").is_file()
