@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from parley.errors import UsageError
+from parley.errors import UsageError, one_line
 
 DEMO_MODEL = "parley-demo"
 DEMO_DATA = "parley-demo-pirate"
@@ -157,7 +157,7 @@ class RunConfig(Section):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError(_one_line(error)) from None
+            raise UsageError(_first_fault(error)) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -176,7 +176,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+        raise UsageError(f"{path}: not valid YAML ({one_line(error)})") from None
     if values is not None and not isinstance(values, dict):
         raise UsageError(f"{path}: got a {type(values).__name__}, wanted keys such as model: and data:")
     return values or {}
@@ -216,7 +216,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-def _one_line(error: ValidationError) -> str:
+def _first_fault(error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

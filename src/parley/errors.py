@@ -30,3 +30,9 @@ class RunError(ParleyError, OSError):
 
     def __str__(self) -> str:
         return str(self.args[0]) if self.args else ""
+
+
+def one_line(error: BaseException | str, limit: int = 240) -> str:
+    """An error's text on one line, at most `limit` characters; the name of its type where it has no text."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -6,9 +6,9 @@ import pytest
 from huggingface_hub import constants
 
 from parley.config import DEMO_MODEL, ModelSection
-from parley.errors import ModelError
+from parley.errors import ModelError, one_line
 from parley.models import folder as folder_module
-from parley.models.folder import adapter_base, local_folder, model_folder, one_line
+from parley.models.folder import adapter_base, local_folder, model_folder
 from parley.models.load import load_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -16,9 +16,9 @@ import psutil
 
 from parley.bench.jobs import JOBS, Job
 from parley.config import RunConfig
+from parley.units import GIB
 
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "parley-llm")
-GIB = 2**30
 
 
 def main(who: str, job_name: str, settings: str, folder: str, result: str) -> None:

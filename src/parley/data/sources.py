@@ -15,7 +15,7 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 from parley.config import DEMO_DATA, DataSection
 from parley.data.files import KINDS, ORIGIN, Row, kind_of, read_files
 from parley.data.world import pirate_rows
-from parley.errors import DataError
+from parley.errors import DataError, one_line
 
 DEMO_ROWS = 2000
 Rows: TypeAlias = "Dataset | IterableDataset | list[Row]"
@@ -77,7 +77,7 @@ def located(rows: Iterable[Row], where: str = "") -> Iterator[tuple[str, Row]]:
                 row = _without_nulls(row)
             yield origin or f"{where} row {number}".strip(), row
     except DatasetsError as error:
-        raise DataError(f"{where or 'data set'}: cannot be read ({_one_line(error)})") from None
+        raise DataError(f"{where or 'data set'}: cannot be read ({one_line(error)})") from None
 
 
 def _without_nulls(value: Any) -> Any:
@@ -110,7 +110,7 @@ def _texts(source: str, files: dict[str, list[str]], data: DataSection) -> Rows:
     try:
         parts = ReadInstruction.from_spec(data.split).to_absolute({name: len(rows) for name, rows in loaded.items()})
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{source}: data.split {data.split!r} cannot be taken ({_one_line(error)})") from None
+        raise DataError(f"{source}: data.split {data.split!r} cannot be taken ({one_line(error)})") from None
     return [row for part in parts for row in loaded[part.splitname][part.from_ : part.to]]
 
 
@@ -128,16 +128,16 @@ def _load(path: str, source: str, data: DataSection, **arguments: Any) -> Datase
             f"{source}: no such file or folder here, and the hub cannot be reached; check the name or the network"
         ) from None
     except DatasetGenerationError as error:
-        raise DataError(f"{source}: cannot be read ({_one_line(error.__cause__ or error)})") from None
+        raise DataError(f"{source}: cannot be read ({one_line(error.__cause__ or error)})") from None
     except (DatasetsError, OSError, RuntimeError, ValueError, AssertionError) as error:
         if isinstance(error, ValueError) and "split" in str(error).lower():
             if files:
                 raise _no_split(source, data.split, files) from None
-            raise DataError(f"{source}: {_one_line(error)} Set data.split.") from None
+            raise DataError(f"{source}: {one_line(error)} Set data.split.") from None
         if "config" in str(error).lower():
-            raise DataError(f"{source}: {_one_line(error)} Set data.subset.") from None
+            raise DataError(f"{source}: {one_line(error)} Set data.subset.") from None
         advice = "" if files else "; it is no file or folder here either: check the name, data.revision and your access"
-        raise DataError(f"{source}: cannot be read ({_one_line(error)}){advice}") from None
+        raise DataError(f"{source}: cannot be read ({one_line(error)}){advice}") from None
     return _sliced(rows, asked) if data.streaming and asked else rows
 
 
@@ -190,7 +190,3 @@ def _missing(source: str) -> DataError:
 
 def _no_split(source: str, split: str, files: Iterable[str]) -> DataError:
     return DataError(f"{source}: unknown split {split!r}; it has {', '.join(files)}: set data.split")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from parley.data.conversation import Message
-from parley.errors import DataError
+from parley.errors import DataError, one_line
 
 Span = tuple[int, int]
 """Characters [start, end) of the rendered text."""
@@ -176,7 +176,7 @@ def write(tokenizer: Any, messages: list[Message], tools: list[dict[str, Any]] |
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
     except _TEMPLATE_FAULTS as error:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         raise DataError(f"the chat template refuses this conversation: {reason}") from None
 
 

@@ -15,10 +15,9 @@ from queue import SimpleQueue
 from typing import Any
 
 from parley.config import GenerationSection
-from parley.errors import DataError, ParleyError
+from parley.errors import DataError, ParleyError, one_line
 from parley.inference.interface import Asked, Decoder
 from parley.inference.output_processor import Finish, Piece, Transcriber
-from parley.models.folder import one_line
 
 __all__ = ["Closed", "Counts", "Finish", "Piece", "QueueFull", "Request", "Scheduler", "Ticket"]
 

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from parley.config import LLAMA_PROJECTIONS, LoraSection, ModelSection, unknown_key
-from parley.errors import ModelError, ParleyError, UsageError
+from parley.errors import ModelError, ParleyError, UsageError, one_line
 from parley.models.device import seeded
-from parley.models.folder import model_folder, one_line
+from parley.models.folder import model_folder
 from parley.models.quantization import quantization_of
 
 logger = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from parley.errors import one_line
 from parley.models.device import GIB, has_bf16, pick_device
-from parley.models.folder import one_line
 
 DISTRIBUTION = "parley-llm"
 State = Literal["good", "note", "bad"]

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 
 from parley.config import DEMO_MODEL, ModelSection
-from parley.errors import ModelError
+from parley.errors import ModelError, one_line
 from parley.models.demo import demo_model_path
 
 SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
@@ -102,9 +102,3 @@ def _download(section: ModelSection, patterns: list[str]) -> Path:
     except OSError as error:  # connections, certificates, disks
         raise ModelError(f"{name}: cannot be downloaded ({one_line(error)}); mend that, or give a folder") from None
     return Path(folder)
-
-
-def one_line(error: BaseException, limit: int = 240) -> str:
-    """An error's text on one line, shortened."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -23,10 +23,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from parley.config import DEMO_MODEL, ModelSection
-from parley.errors import DeviceError, ModelError
+from parley.errors import DeviceError, ModelError, one_line
 from parley.models.adapters import load_adapter
 from parley.models.device import GIB, describe_device, pick_device, pick_dtype
-from parley.models.folder import adapter_base, local_folder, model_folder, one_line
+from parley.models.folder import adapter_base, local_folder, model_folder
 from parley.models.quantization import plan_quantization
 from parley.models.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer, require_chat_template
 

@@ -9,8 +9,8 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from parley.config import ModelSection
-from parley.errors import ModelError
-from parley.models.folder import adapter_base, model_folder, one_line
+from parley.errors import ModelError, one_line
+from parley.models.folder import adapter_base, model_folder
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from parley.errors import ParleyError
+from parley.errors import ParleyError, one_line
 from parley.inference.scheduler import Closed, QueueFull
 
 SHOWN = 160  # characters of what was sent that an error repeats
@@ -47,7 +47,7 @@ def api_error(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, Closed):
         return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, ParleyError):
-        return ApiError(400, " ".join(str(error).split()), param=param)
+        return ApiError(400, one_line(error, 1000), param=param)
     return ApiError(500, f"the decoder failed ({type(error).__name__}); see the server's log")
 
 

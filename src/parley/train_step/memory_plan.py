@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from parley.train_step.matmul import takes_whole_weights
 from parley.train_step.packed_batch import LONG
 from parley.train_step.workspace import KEEP, ON_THE_WAY, columns, copies, workspace_bytes
+from parley.units import GIB
 
 if TYPE_CHECKING:
     from parley.train_step.bind import Bound
 
-GIB = 2**30
 KINDS = ("everything", "products", "attention", "offloaded", "inputs")  # see workspace.KEEP; the fastest first
 GRAPH_TOKENS = 8192  # longer passes keep the device busy without a graph
 LEAN = ((4096, 1024), (2048, 512), (2048, 256))  # rows of a feed-forward and of logits at a time, still many enough

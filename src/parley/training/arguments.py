@@ -10,7 +10,7 @@ import torch
 from trl import SFTConfig
 
 from parley.config import RunConfig, TrainingSection, unknown_key
-from parley.errors import UsageError
+from parley.errors import UsageError, one_line
 
 # Fields that would contradict what the run decides elsewhere, and where to say it instead.
 ELSEWHERE = {
@@ -57,7 +57,7 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
     try:
         return SFTConfig(**(defaults | values)), notes
     except (TypeError, ValueError) as error:
-        raise UsageError(f"training: {' '.join(str(error).split())}") from None
+        raise UsageError(f"training: {one_line(error)}") from None
 
 
 def precision(device: torch.device, values: dict[str, Any]) -> dict[str, bool]:

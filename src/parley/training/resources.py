@@ -10,7 +10,7 @@ from time import perf_counter
 import psutil
 import torch
 
-GIB = 2**30
+from parley.units import GIB
 
 
 def device_name(device: torch.device) -> str:

@@ -1,0 +1,3 @@
+"""Units of measurement that several packages share."""
+
+GIB = 2**30  # bytes
