@@ -1,10 +1,23 @@
 """What can go wrong for a user. Every message is one line: what was got, what was wanted, what to change."""
 
+from parley.text import one_line, shorten_middle, visible
+
+__all__ = ["DataError", "DeviceError", "ModelError", "ParleyError", "RunError", "UsageError", "one_line"]
+
+LONGEST = 500  # characters of a message: a value that was got may be a whole file
+
 
 class ParleyError(Exception):
-    """Base of all errors a user can mend. `exit_code` is what the command line ends with."""
+    """Base of all errors a user can fix. `exit_code` is the command line's.
+
+    Every message becomes one line of at most LONGEST characters that a terminal shows as it is, whatever a path, a
+    column or a library's own message holds.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(shorten_middle(visible(" ".join(str(message).split())), LONGEST))
 
 
 class UsageError(ParleyError, ValueError):
@@ -14,7 +27,7 @@ class UsageError(ParleyError, ValueError):
 
 
 class DataError(ParleyError, ValueError):
-    """A data set that cannot be read, recognised or learned from."""
+    """A data set that cannot be read, recognised or trained on."""
 
 
 class ModelError(ParleyError, ValueError):
@@ -22,17 +35,11 @@ class ModelError(ParleyError, ValueError):
 
 
 class DeviceError(ParleyError, RuntimeError):
-    """A device that was asked for and is not there, or has too little memory."""
+    """A device that was requested and is missing, or has too little memory."""
 
 
 class RunError(ParleyError, OSError):
     """A run folder that cannot be written or read."""
 
     def __str__(self) -> str:
-        return str(self.args[0]) if self.args else ""
-
-
-def one_line(error: BaseException | str, limit: int = 240) -> str:
-    """An error's text on one line, at most `limit` characters; the name of its type where it has no text."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+        return str(self.args[0]) if self.args else ""  # OSError would format errno and strerror

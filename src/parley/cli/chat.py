@@ -11,16 +11,15 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from parley.cli.loading import change_settings, open_model
 from parley.cli.terminal import complain, err, importing, out, quiet_libraries
 from parley.errors import ParleyError, UsageError
+from parley.text import print_text, visible
 
 if TYPE_CHECKING:
     from parley.inference.chat import ChatSession
 
-UNSEEN = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}  # a terminal would obey them
 HELP = """\
 /base            answers come from the model as it was before training
 /tuned           answers come from the trained model again
@@ -107,7 +106,7 @@ def _say(session: ChatSession, text: str) -> str:
     with closing(session.say(text)) as pieces:
         for piece in pieces:
             first = first or perf_counter() - started
-            print(piece.translate(UNSEEN) if sys.stdout.isatty() else piece, end="", flush=True)
+            print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             answer += piece
     seconds = perf_counter() - started
     print()
@@ -146,7 +145,7 @@ def _obey(session: ChatSession, line: str) -> bool:
             told = HELP
         case _:
             told = f"{command}: no such command; /help lists them"
-    err.print(Text(told, style="dim"), soft_wrap=True)
+    print_text(err, told, "dim", wrap=False)
     return True
 
 

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parley.cli.terminal import out, quiet_libraries
+from parley.text import visible
 
 STYLES = {"good": "green", "note": "yellow", "bad": "bold red"}
 
@@ -33,7 +34,9 @@ def doctor(
         for name in ("found", "advice"):
             table.add_column(name, overflow="fold")
         for finding in findings:
-            table.add_row(finding.name, Text(finding.value, STYLES[finding.state]), Text(finding.advice or ""))
+            table.add_row(
+                finding.name, Text(visible(finding.value), STYLES[finding.state]), visible(finding.advice or "")
+            )
         out.print(table)
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from parley.cli.terminal import importing, out, quiet_libraries
+from parley.text import print_text
 
 
 def evaluate(
@@ -37,4 +38,4 @@ def evaluate(
         cells = (f"{score[figure]:,.4g}" if figure in score else "" for score in scores.values())
         table.add_row(figure.replace("_", " "), *cells)
     out.print(table)
-    out.print(f"written: {run / 'eval.json'}", style="dim", soft_wrap=True, markup=False)
+    print_text(out, f"written: {run / 'eval.json'}", "dim", wrap=False)

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from parley.cli.loading import open_model
 from parley.cli.terminal import Stopped, err, importing, quiet_libraries
 from parley.errors import UsageError
+from parley.text import print_text
 
 if TYPE_CHECKING:
     from parley.data.conversation import Message
@@ -83,7 +84,7 @@ def _write(output: Path, asked: list[Asked], n: int, answers: Iterator[tuple[int
         partial.replace(output)
     except OSError as error:
         raise UsageError(f"{output}: {error.strerror}; choose another --output") from None
-    err.print(f"{rows.written} prompts are answered in {output}", soft_wrap=True)
+    print_text(err, f"{rows.written} prompts are answered in {output}", wrap=False)
 
 
 class _Rows:

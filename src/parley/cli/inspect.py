@@ -10,6 +10,7 @@ from rich.text import Text
 
 from parley.cli.terminal import importing, out, quiet_libraries
 from parley.errors import DataError, RunError
+from parley.text import print_text
 
 if TYPE_CHECKING:
     from parley.config import DataSection
@@ -45,7 +46,7 @@ def inspect(
 
     out.print(to_terminal(shown))
     summary = f"{example.origin}: {len(rendered.input_ids)} tokens, {sum(rendered.mask)} trained (in colour)"
-    out.print(summary, style="dim", soft_wrap=True, markup=False)
+    print_text(out, summary, "dim", wrap=False)
     if ids:
         styles = ("green" if trained else "dim" for trained in rendered.mask)
         out.print(
@@ -53,14 +54,14 @@ def inspect(
         )
     if html:
         _write(html, to_html(shown))
-        out.print(f"written: {html}", style="dim", soft_wrap=True, markup=False)
+        print_text(out, f"written: {html}", "dim", wrap=False)
 
 
 def _example(section: DataSection, row: int) -> Example:
     from parley.data.prepare import read_examples
 
     format, examples = read_examples(section)
-    out.print(format.reason, style="dim", soft_wrap=True, markup=False)
+    print_text(out, format.reason, "dim", wrap=False)
     count = 0
     for count, example in enumerate(examples, start=1):
         if count == row:

@@ -16,6 +16,7 @@ import parley
 from parley.cli import bench, chat, demo, doctor, evaluate, generate, inspect, serve, train
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError
+from parley.text import print_text
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         complain(f"{error.format_message().rstrip('.')}; {_help_for(given)} lists what there is")
         code = error.exit_code
     except Stopped as stop:
-        err.print(f"parley: stopped; {stop}", soft_wrap=True)
+        print_text(err, f"parley: stopped; {stop}", wrap=False)
         code = INTERRUPTED
     else:
         if code == INTERRUPTED:

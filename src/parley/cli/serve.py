@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
 from parley.cli.terminal import err, importing, out
 from parley.errors import ModelError
+from parley.text import print_text
 
 if TYPE_CHECKING:
     from parley.serving.service import Served
@@ -94,7 +94,7 @@ def _check(golden: Path, tokenizer: object) -> None:
     difference = check_golden(golden, tokenizer)
     if difference is not None:
         for line in difference.lines():
-            err.print(Text(line), soft_wrap=True)
+            print_text(err, line, wrap=False)
         raise ModelError(
             f"{golden}: the tokenizer or its template is not the one the run was trained with; restore the run's files"
         )
@@ -113,7 +113,7 @@ def _greet(served: Served, bound: socket.socket, slots: int, api_key: str | None
         f"""  -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'""",
     ]
     for line in lines:
-        out.print(Text(line), soft_wrap=True)
+        print_text(out, line, wrap=False)
 
 
 def _hand_to_vllm(

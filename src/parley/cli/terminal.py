@@ -8,21 +8,33 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleRenderable
 from rich.logging import RichHandler
 from rich.text import Text
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+from parley.errors import LONGEST
+from parley.text import one_line, shorten_middle, visible
+
+# Neither markup nor emoji codes: names of files, columns and models are printed as they are.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 class Stopped(Exception):
-    """Ctrl-C, with what was kept."""
+    """Ctrl-C; the message says what was kept."""
 
 
 def complain(message: str) -> None:
-    """One line on stderr, not wrapped, whatever the message holds."""
-    err.print(Text.assemble(("parley: error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+    """One visible line on stderr, at most LONGEST characters and not wrapped, whatever the message holds."""
+    line = shorten_middle(one_line(message, len(message) + 1), LONGEST)
+    err.print(Text.assemble(("parley: error: ", "bold red"), line), soft_wrap=True)
+
+
+class VisibleHandler(RichHandler):
+    """Log records as they are: names of models and columns reach the terminal through them too."""
+
+    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+        return super().render_message(record, visible(message))
 
 
 @contextmanager
@@ -50,8 +62,8 @@ def quiet_libraries() -> None:
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
-    ours = logging.getLogger("parley")  # what Parley decided is said
-    ours.handlers = [RichHandler(console=out, show_time=False, show_level=False, show_path=False)]
+    ours = logging.getLogger("parley")  # what Parley decided is printed
+    ours.handlers = [VisibleHandler(console=out, show_time=False, show_level=False, show_path=False)]
     ours.setLevel(logging.INFO)
     ours.propagate = False
     warnings.filterwarnings("ignore", module=r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl)\b")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import html
-import re
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from parley.data.render import Rendered
 from parley.data.tokens import control_tokens
+from parley.text import visible
 
 if TYPE_CHECKING:
     from rich.text import Text
 
 LEGEND = "learned", "not learned", "control token"
 _TRAINED, _PLAIN, _CONTROL = "bold black on pale_green3", "", "dim"
-_UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\x80-\x9f]")  # a terminal would obey them; tab and newline may stay
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Learned tokens</title>
 <style>
@@ -70,7 +69,7 @@ def to_terminal(pieces: list[Piece]) -> Text:
     text = Text.assemble((f" {LEGEND[0]} ", _TRAINED), f" {LEGEND[1]} ", (f" {LEGEND[2]}", _CONTROL), "\n\n")
     for piece in pieces:
         style = f"{_TRAINED if piece.trained else _PLAIN} {_CONTROL if piece.control else ''}".strip()
-        text.append(_visible(piece.text), style)
+        text.append(visible(piece.text), style)
     return text
 
 
@@ -78,12 +77,7 @@ def to_html(pieces: list[Piece]) -> str:
     """A page of its own: learned text in <mark>, control tokens dimmed, and a legend line above."""
     body = ""
     for piece in pieces:
-        shown = html.escape(_visible(piece.text))
+        shown = html.escape(visible(piece.text))
         shown = f'<span class="control">{shown}</span>' if piece.control else shown
         body += f"<mark>{shown}</mark>" if piece.trained else shown
     return _PAGE.format(*LEGEND, body=body)
-
-
-def _visible(text: str) -> str:
-    """`text` with control characters as pictures (U+2400 and on), so that none reaches a terminal."""
-    return _UNSEEN.sub(lambda found: chr(0x2400 + ord(found[0])) if found[0] < " " else "\u2421", text)
