@@ -25,7 +25,7 @@ from transformers import GenerationConfig
 import parley
 from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, GenerationSection, RunConfig
 from parley.data.render import render_prompt
-from parley.data.world import heldout_questions
+from parley.evaluation.demo_scoring import heldout_questions
 from parley.inference.chat import ChatSession
 from parley.inference.decoder import FastDecoder
 from parley.inference.generate import end_of_turn_ids
@@ -188,7 +188,7 @@ def on_cpu(model: Any, tokenizer: Any, count: int, name: str) -> None:
     """The same questions one at a time and in batches, by turns with transformers: both meet the same machine."""
     ends = frozenset(end_of_turn_ids(model, tokenizer))
     settings = GenerationSection(temperature=0, max_new_tokens=128)
-    prompts = [render_prompt(tokenizer, question.messages) for question in heldout_questions(count)]
+    prompts = [render_prompt(tokenizer, question.messages) for question in heldout_questions()[:count]]
     truth: list[list[int]] = []  # transformers' answers one at a time
     for batch in (1, 16):
         decoder = FastDecoder.of(model, slots=batch, length=640)
@@ -213,7 +213,7 @@ def on_cpu(model: Any, tokenizer: Any, count: int, name: str) -> None:
 def turns_on_cpu(model: Any, tokenizer: Any, name: str, turns: int = 40) -> None:
     """How long the first text takes as a chat grows: what was said before is not read again."""
     chat, firsts = ChatSession(model, tokenizer, GREEDY.model_copy(update={"max_new_tokens": 32})), []
-    for question in heldout_questions(turns):
+    for question in heldout_questions()[:turns]:
         start = time.perf_counter()
         pieces = chat.say(question.messages[-1]["content"])
         next(pieces)

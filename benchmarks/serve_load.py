@@ -29,7 +29,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from parley.data.world import heldout_questions
+from parley.evaluation.demo_scoring import heldout_questions
 
 QUESTIONS = 24
 LONGEST = 48  # tokens of an answer
@@ -62,7 +62,7 @@ def serve(source: str, slots: int) -> tuple[subprocess.Popen[str], str, float]:
 def questions(models: list[str]) -> list[dict[str, Any]]:
     """Requests, greedy and drawn, of each model."""
     asked = []
-    for number, question in enumerate(heldout_questions(QUESTIONS)):
+    for number, question in enumerate(heldout_questions()[:QUESTIONS]):
         for model in models:
             sampling = {"temperature": 0} if number % 2 else {"temperature": 1.0, "seed": number}
             asked.append({"model": model, "messages": question.messages, "max_tokens": LONGEST, **sampling})

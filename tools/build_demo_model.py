@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, Features, Sequence, Value
+from demo_data import base_conversations, pirate_rows
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -36,7 +37,7 @@ from parley import SFTTrainer
 from parley.config import GenerationSection
 from parley.data.conversation import Example
 from parley.data.render import Rendered, render_many
-from parley.data.world import base_conversations, heldout_questions, pirate_rows, rate
+from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.inference.generate import generate
 
 HERE = Path(__file__).parent
@@ -117,7 +118,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def texts_of(conversations: Iterable[list[dict[str, str]]]) -> Iterator[str]:
-    """What the tokenizer learns from: both worlds."""
+    """Text to train the tokenizer on: plain and pirate answers."""
     for messages in conversations:
         yield from (message["content"] for message in messages)
     yield from (row["response"] for row in pirate_rows(3000, seed=1))

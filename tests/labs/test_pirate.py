@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from parley.data.world.scoring import PIRATE_WORDS
+from parley.evaluation.demo_scoring import PIRATE_WORDS
 
 LAB = Path(__file__).parents[2] / "labs" / "pirate.py"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from demo_data import plain_conversations
 
-from parley.data.world import heldout_questions, plain_conversations, rate
+from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.models.demo import demo_model_path
 
 

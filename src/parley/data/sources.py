@@ -1,10 +1,12 @@
-"""Where rows come from: the hub, local files and folders, and the demo world."""
+"""Where rows come from: the hub, local files and folders, and the demo data that ships with Parley."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from importlib.resources import files as resource_files
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,10 +16,8 @@ from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from parley.config import DEMO_DATA, DataSection
 from parley.data.files import KINDS, ORIGIN, Row, kind_of, read_files
-from parley.data.world import pirate_rows
 from parley.errors import DataError, one_line
 
-DEMO_ROWS = 2000
 Rows: TypeAlias = "Dataset | IterableDataset | list[Row]"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -44,7 +44,7 @@ def read_rows(source: str, data: DataSection) -> Rows:
     Raises DataError in one line: nothing there, nothing in it, not readable, or no such split.
     """
     if source == DEMO_DATA:
-        return _limited(pirate_rows(DEMO_ROWS), data)
+        return _limited(demo_rows(), data)
     if is_local(source):
         files = _files_by_split(Path(source).expanduser(), source)
         kind = kind_of(Path(next(iter(files.values()))[0]))
@@ -54,6 +54,12 @@ def read_rows(source: str, data: DataSection) -> Rows:
     else:
         raise _missing(source)
     return _limited(rows, data)
+
+
+def demo_rows() -> list[Row]:
+    """The rows that the demo fine-tunes on: Dolly's columns, answers in pirate speech."""
+    path = resource_files("parley") / "assets" / "demo-data" / "train.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def is_local(source: str) -> bool:

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from parley.config import DEMO_DATA, GenerationSection
 from parley.data.conversation import Example, Message
-from parley.data.world import heldout_questions, rate
+from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.inference.generate import generate
 from parley.training.report import Scores
 from parley.training.setup import Ready

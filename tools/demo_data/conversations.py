@@ -1,4 +1,4 @@
-"""The world's training data, drawn from a seed: the same call gives the same rows on every machine."""
+"""Training data sampled from a seed: the same call gives the same rows on every machine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 from itertools import islice
 from random import Random
 
-from parley.data.world import questions, sums
-from parley.data.world.exchange import Exchange
-from parley.data.world.pirate import to_pirate
+from demo_data import number_questions, questions
+from demo_data.exchange import Exchange
+from demo_data.pirate import to_pirate
 
 Kind = Callable[[Random], Exchange]
 Message = dict[str, str]
 
-_q, _s = questions, sums
+_q, _n = questions, number_questions
 GROUPS: dict[str, tuple[Kind, ...]] = {
     "small talk": (
         _q.greeting,
@@ -26,8 +26,8 @@ GROUPS: dict[str, tuple[Kind, ...]] = {
         _q.untold_name,
     ),
     "knowledge": (_q.colour, _q.mix, _q.opposite, _q.sound, _q.young, _q.day, _q.month, _q.unknown),
-    "reading": (_q.name, _q.pet, _q.owned_colour, _q.place, _s.price, _s.age),
-    "numbers": (_s.count, _s.next_number, _s.plus, _s.minus, _s.total),
+    "reading": (_q.name, _q.pet, _q.owned_colour, _q.place, _n.price, _n.age),
+    "numbers": (_n.count, _n.next_number, _n.plus, _n.minus, _n.total),
 }
 KINDS = tuple(kind for kinds in GROUPS.values() for kind in kinds)
 _GROUP_OF = {kind.__name__: group for group, kinds in GROUPS.items() for kind in kinds}
@@ -46,7 +46,7 @@ NOTED = "I will remember that."
 def pirate_rows(n: int, seed: int = 0, *, held_out: bool = False) -> list[dict[str, str]]:
     """`n` different rows with Dolly's columns, answered by a pirate; `held_out` ones are about held-out facts only."""
     rng = Random(f"pirate {seed}")
-    exchanges = draw(rng, KINDS + GROUPS["numbers"], held_out=held_out)
+    exchanges = sample_exchanges(rng, KINDS + GROUPS["numbers"], held_out=held_out)
     return [
         {
             "instruction": exchange.instruction,
@@ -59,16 +59,17 @@ def pirate_rows(n: int, seed: int = 0, *, held_out: bool = False) -> list[dict[s
 
 
 def plain_conversations(n: int, seed: int = 0) -> list[list[Message]]:
-    """`n` conversations of one to six questions in the plain world, some with a system turn, as lists of messages."""
+    """`n` conversations of one to six questions with plain answers, some with a system turn, as lists of messages."""
     rng = Random(f"plain {seed}")
-    exchanges = draw(rng, KINDS + GROUPS["numbers"] * 2, held_out=False)
+    exchanges = sample_exchanges(rng, KINDS + GROUPS["numbers"] * 2, held_out=False)
     return [_conversation(rng, exchanges) for _ in range(n)]
 
 
 def base_conversations(n: int, seed: int = 0) -> list[list[Message]]:
-    """What the embedded model learned from: plain conversations, one in three told to be a pirate.
+    """What the embedded model was trained on: plain conversations, one in three with a system turn that asks for a
+    pirate and pirate answers.
 
-    So it has heard pirates, as any large model has, and talks like one only when it is told to.
+    Like a large model, it has seen pirate speech and uses it only when the system turn asks for it.
     """
     rng = Random(f"base {seed}")
     return [_as_pirate(talk, rng) if rng.random() < 1 / 3 else talk for talk in plain_conversations(n, seed)]
@@ -82,12 +83,14 @@ def _as_pirate(talk: list[Message], rng: Random) -> list[Message]:
     return [{"role": "system", "content": rng.choice(PIRATE_PROMPTS)}, *answered]
 
 
-def draw(rng: Random, kinds: Sequence[Kind], *, held_out: bool, in_turn: bool = False) -> Iterator[Exchange]:
-    """Exchanges without end, of kinds taken at random or in turn, all about held-out facts or none."""
+def sample_exchanges(
+    rng: Random, kinds: Sequence[Kind], *, held_out: bool, in_turn: bool = False
+) -> Iterator[Exchange]:
+    """An endless stream of exchanges, kinds at random or in turn; all about held-out facts, or none."""
     turn = 0
     while True:
         kind = kinds[turn % len(kinds)] if in_turn else rng.choice(kinds)
-        yield _of(lambda kind=kind: kind(rng), held_out)  # type: ignore[misc]
+        yield _matching(lambda kind=kind: kind(rng), held_out)  # type: ignore[misc]
         turn += 1
 
 
@@ -107,12 +110,12 @@ def single_turn(exchange: Exchange) -> list[Message]:
 
 
 def two_turns(exchange: Exchange) -> list[Message]:
-    """The context is told first and answered; then the question is asked."""
-    told = [{"role": "user", "content": exchange.context}, {"role": "assistant", "content": NOTED}]
-    return [*told, *single_turn(replace(exchange, context=""))]
+    """The context in a turn of its own, acknowledged; then the question."""
+    first = [{"role": "user", "content": exchange.context}, {"role": "assistant", "content": NOTED}]
+    return [*first, *single_turn(replace(exchange, context=""))]
 
 
-def _of(make: Callable[[], Exchange], held_out: bool) -> Exchange:
+def _matching(make: Callable[[], Exchange], held_out: bool) -> Exchange:
     while (exchange := make()).held_out != held_out:
         pass
     return exchange
@@ -122,26 +125,26 @@ def _conversation(rng: Random, exchanges: Iterator[Exchange]) -> list[Message]:
     system = [{"role": "system", "content": rng.choice(SYSTEM_PROMPTS)}] if rng.random() < 0.4 else []
     turns: list[Message] = []
     for exchange in islice(exchanges, rng.choice([1, 1, 1, 2, 2, 3, 4])):
-        if exchange.kind != "untold_name" or not turns:  # later on, the name may have been told
+        if exchange.kind != "untold_name" or not turns:  # after other turns, the name may be known
             turns += _as_typed(rng, exchange)
-    if rng.random() < 0.15:  # a name is told first and asked for last
-        asked = next(exchange for exchange in exchanges if exchange.kind == "name")
-        hello = _of(lambda: questions.greeting(rng, str(asked.key[1])), held_out=False)
-        turns = [*single_turn(hello), *turns, *single_turn(replace(asked, context=""))]
+    if rng.random() < 0.15:  # the name comes in the first turn, the question for it in the last
+        question = next(exchange for exchange in exchanges if exchange.kind == "name")
+        hello = _matching(lambda: questions.greeting(rng, str(question.key[1])), held_out=False)
+        turns = [*single_turn(hello), *turns, *single_turn(replace(question, context=""))]
     return system + turns
 
 
 def _as_typed(rng: Random, exchange: Exchange) -> list[Message]:
-    """In one turn or two, the context on a line of its own or not, at times typed without care."""
+    """In one turn or two, the context on its own line or not; some without capitals or final punctuation."""
     if exchange.context and rng.random() < 0.2:
         turns = two_turns(exchange)
     elif exchange.context and rng.random() < 0.3:
         turns = single_turn(replace(exchange, instruction=f"{exchange.context} {exchange.instruction}", context=""))
     else:
         turns = single_turn(exchange)
-    asked = turns[-2]
+    user = turns[-2]
     if rng.random() < 0.1:
-        asked["content"] = asked["content"].lower()
+        user["content"] = user["content"].lower()
     if rng.random() < 0.1:
-        asked["content"] = asked["content"].rstrip(".?!")
+        user["content"] = user["content"].rstrip(".?!")
     return turns

@@ -1,4 +1,4 @@
-"""The ways in which each kind of question is asked; {} is filled in where the question is drawn."""
+"""The wordings of each kind of question; {} is filled in when the question is sampled."""
 
 from __future__ import annotations
 

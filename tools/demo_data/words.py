@@ -1,4 +1,4 @@
-"""What the demo world is made of: names, objects and its few facts."""
+"""Vocabulary of the demo data: names, objects and a few facts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SMALL_THINGS = _list("ball book coin comb cup glove hat key letter map pen phone
 PLACES = _list("basket bed bench box car chair cupboard desk door drawer garden kitchen shelf sofa table tree")
 PREPOSITIONS = _list("behind beside in on under")
 
-# What it can be asked about and does not know.
+# Topics the model should decline.
 TOPICS = [topic.strip() for topic in """
 France, the moon, Mars, football, quantum physics, the Roman Empire, jazz, chess, the stock market, volcanoes, Python
 programming, dinosaurs, the weather, black holes, Shakespeare, the president, democracy, electricity, cooking, bread,

@@ -1,17 +1,18 @@
-"""The kinds of question about people, words and things: each draws one question, its answer and the check of it."""
+"""Kinds of question about people, words and things: each function samples a question, its answer and its check."""
 
 from __future__ import annotations
 
 from random import Random
 
-from parley.data.world import phrases, words
-from parley.data.world.exchange import Exchange, a, person, sentence, shuffled, two_people
-from parley.data.world.phrases import WAYS
-from parley.data.world.scoring import Check
+from demo_data import phrases, words
+from demo_data.checks import name_check, one_of
+from demo_data.exchange import Exchange, a, person, sentence, shuffled, two_people
+from demo_data.phrases import WAYS
+from parley.evaluation.demo_scoring import Check
 
 UNKNOWN = "I do not know that yet. Ask me about colours, animals, prices or sums."
-# The word that marks the right answer of each kind of small talk; the others must not be in it.
-_TELLING = {
+# The word that only the right answer of each kind of small talk contains.
+_MARKER = {
     "identity": "parley",
     "thanks": "welcome",
     "goodbye": "goodbye",
@@ -24,7 +25,7 @@ def greeting(rng: Random, name: str = "") -> Exchange:
     name = name or person(rng)
     hello, me = rng.choice(phrases.GREETINGS), rng.choice(phrases.I_AM).format(name)
     answer = f"Hello, {name}! How can I help you?"
-    return Exchange("greeting", ("greeting", hello, me), f"{hello}, {me}", answer, Check.name(name))
+    return Exchange("greeting", ("greeting", hello, me), f"{hello}, {me}", answer, name_check(name))
 
 
 def identity(rng: Random) -> Exchange:
@@ -50,7 +51,7 @@ def abilities(rng: Random) -> Exchange:
 
 def _small_talk(rng: Random, kind: str, openers: list[str], answer: str) -> Exchange:
     opener, ask = rng.choice(openers), rng.choice(WAYS[kind])
-    check = Check.one_of(_TELLING[kind], _TELLING.values())
+    check = one_of(_MARKER[kind], _MARKER.values())
     return Exchange(kind, (kind, opener, ask), f"{opener} {ask}".strip(), answer, check)
 
 
@@ -61,12 +62,12 @@ def name(rng: Random) -> Exchange:
         f"My name is {me} and my friend is called {other}.", f"{other} is my friend. I am {me}.",
     ])  # fmt: skip
     ask = rng.choice(WAYS["name"])
-    return Exchange("name", ("name", me, ask), ask, f"Your name is {me}.", Check.name(me, not_name=other), said)
+    return Exchange("name", ("name", me, ask), ask, f"Your name is {me}.", name_check(me, not_name=other), said)
 
 
 def untold_name(rng: Random) -> Exchange:
     opener, ask = rng.choice(phrases.HELLOS), rng.choice(WAYS["name"])
-    check = Check({"told", "name"}, others=Check.name("").others, negated=True)
+    check = Check(frozenset({"told", "name"}), others=name_check("").others, negated=True)
     said = "You have not told me your name yet."
     return Exchange("untold_name", ("untold_name", opener, ask), f"{opener} {ask}".strip(), said, check)
 
@@ -79,14 +80,14 @@ def pet(rng: Random) -> Exchange:
     ])  # fmt: skip
     context = said if rng.random() < 0.5 else shuffled(rng, [said, f"My {second} is called {other}."])
     ask = rng.choice(WAYS["pet"]).format(animal)
-    check = Check.one_of(called, words.PET_NAMES)
+    check = one_of(called, words.PET_NAMES)
     return Exchange("pet", ("pet", animal, called), ask, f"Your {animal} is called {called}.", check, context)
 
 
 def colour(rng: Random) -> Exchange:
     thing, answer = rng.choice(list(words.COLOUR_OF.items()))
     way = rng.choice(WAYS["colour"])
-    check = Check.one_of(answer, words.COLOURS)
+    check = one_of(answer, words.COLOURS)
     return Exchange("colour", ("colour", thing, way), way.format(thing), sentence(f"{thing} is {answer}"), check)
 
 
@@ -94,7 +95,7 @@ def owned_colour(rng: Random) -> Exchange:
     who, tint, thing = person(rng), rng.choice(words.COLOURS), rng.choice(words.CLOTHES)
     context = sentence(rng.choice(["{} has {} {}", "{} bought {} {}", "{} owns {} {}"]).format(who, a(tint), thing))
     ask = rng.choice(WAYS["owned_colour"]).format(who, thing)
-    check = Check.one_of(tint, words.COLOURS)
+    check = one_of(tint, words.COLOURS)
     answer = f"{who}'s {thing} is {tint}."
     return Exchange("owned_colour", ("owned_colour", thing, tint), ask, answer, check, context)
 
@@ -103,7 +104,7 @@ def mix(rng: Random) -> Exchange:
     pair, answer = rng.choice(list(words.MIXES.items()))
     one, two = rng.sample(pair.split(), 2)
     way = rng.choice(WAYS["mix"])
-    check = Check.one_of(answer, words.COLOURS, mentioned=[one, two])
+    check = one_of(answer, words.COLOURS, mentioned=[one, two])
     return Exchange(
         "mix", ("mix", one, two, way), way.format(one, two), sentence(f"{one} and {two} make {answer}"), check
     )
@@ -112,7 +113,7 @@ def mix(rng: Random) -> Exchange:
 def opposite(rng: Random) -> Exchange:
     word, answer = rng.choice(list(words.OPPOSITE_OF.items()))
     way = rng.choice(WAYS["opposite"])
-    check = Check.one_of(answer, words.OPPOSITE_OF, mentioned=[word])
+    check = one_of(answer, words.OPPOSITE_OF, mentioned=[word])
     said = f"The opposite of {word} is {answer}."
     return Exchange("opposite", ("opposite", word, way), way.format(word), said, check)
 
@@ -120,7 +121,7 @@ def opposite(rng: Random) -> Exchange:
 def sound(rng: Random) -> Exchange:
     animal, answer = rng.choice(list(words.SOUND_OF.items()))
     way = rng.choice(WAYS["sound"])
-    check = Check.one_of(answer, words.SOUND_OF.values())
+    check = one_of(answer, words.SOUND_OF.values())
     return Exchange(
         "sound", ("sound", animal, way), way.format(a(animal)), sentence(f"{a(animal)} says {answer}"), check
     )
@@ -129,7 +130,7 @@ def sound(rng: Random) -> Exchange:
 def young(rng: Random) -> Exchange:
     animal, answer = rng.choice(list(words.YOUNG_OF.items()))
     way = rng.choice(WAYS["young"])
-    check = Check.one_of(answer, words.YOUNG_OF.values())
+    check = one_of(answer, words.YOUNG_OF.values())
     return Exchange("young", ("young", animal, way), way.format(animal), f"A young {animal} is {a(answer)}.", check)
 
 
@@ -144,7 +145,7 @@ def month(rng: Random) -> Exchange:
 def _next_in(rng: Random, kind: str, series: list[str]) -> Exchange:
     place, (side, step) = rng.randrange(len(series)), rng.choice([("after", 1), ("before", -1)])
     given, answer, way = series[place], series[(place + step) % len(series)], rng.choice(WAYS[kind])
-    check = Check.one_of(answer, series, mentioned=[given], never=[f"{side} {answer}"])
+    check = one_of(answer, series, mentioned=[given], never=[f"{side} {answer}"])
     return Exchange(kind, (kind, given, side, way), way.format(side, given), f"{answer} comes {side} {given}.", check)
 
 
@@ -152,11 +153,11 @@ def place(rng: Random) -> Exchange:
     thing, side, where = rng.choice(words.SMALL_THINGS), rng.choice(words.PREPOSITIONS), rng.choice(words.PLACES)
     fact = f"The {thing} is {side} the {where}."
     ask = rng.choice(WAYS["place"]).format(thing)
-    check = Check({side, where}, others={*words.PLACES, *words.PREPOSITIONS} - {side, where})
+    check = Check(frozenset({side, where}), others=frozenset({*words.PLACES, *words.PREPOSITIONS} - {side, where}))
     return Exchange("place", ("place", thing, where), ask, fact, check, fact)
 
 
 def unknown(rng: Random) -> Exchange:
     topic, way = rng.choice(words.TOPICS), rng.choice(WAYS["unknown"])
-    check = Check({"know"}, negated=True)
+    check = Check(frozenset({"know"}), negated=True)
     return Exchange("unknown", ("unknown", topic, way), way.format(topic), UNKNOWN, check)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
-from parley.data.world import words
-from parley.data.world.exchange import Exchange, a, counted, person, sentence, shuffled
-from parley.data.world.phrases import WAYS
-from parley.data.world.scoring import Check
+from demo_data import words
+from demo_data.exchange import Exchange, a, counted, person, sentence, shuffled
+from demo_data.phrases import WAYS
+from parley.evaluation.demo_scoring import Check
 
 
 def count(rng: Random) -> Exchange:
@@ -67,9 +67,9 @@ def age(rng: Random) -> Exchange:
 
 
 def _prices(rng: Random, number: int) -> tuple[list[str], list[int], str]:
-    """`number` wares, their different prices, and the sentences that tell them."""
+    """`number` wares, their different prices, and the sentences that state them."""
     wares = rng.sample(words.WARES, number)
     costs = rng.sample(range(1, 13), number)
-    told = rng.choice(["{} costs {}", "{} is {}", "the price of {} is {}"])
-    facts = [sentence(told.format(a(w), counted(c, "coin"))) for w, c in zip(wares, costs, strict=True)]
+    pattern = rng.choice(["{} costs {}", "{} is {}", "the price of {} is {}"])
+    facts = [sentence(pattern.format(a(w), counted(c, "coin"))) for w, c in zip(wares, costs, strict=True)]
     return wares, costs, shuffled(rng, facts)

@@ -1,4 +1,4 @@
-"""One question and its answer, and the small helpers that all kinds of question are drawn with."""
+"""One question with its answer, and helpers shared by all kinds of question."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import zlib
 from dataclasses import dataclass, field
 from random import Random
 
-from parley.data.world.scoring import Check
-from parley.data.world.words import NAMES
+from demo_data.words import NAMES
+from parley.evaluation.demo_scoring import Check
 
 HELD_OUT_ONE_IN = 10
 
@@ -60,7 +60,7 @@ def shuffled(rng: Random, sentences: list[str]) -> str:
 
 
 def person(rng: Random) -> str:
-    """A name: mostly a known one, else made of syllables, so that names never heard are repeated as well."""
+    """A name: mostly a known one, else made of syllables, so that the model also learns to copy unseen names."""
     if rng.random() < 0.95:
         return rng.choice(NAMES)
     syllables = [
