@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from parley.config import LLAMA_PROJECTIONS, GenerationSection
 from parley.data.render import render_prompt
 from parley.errors import DataError, UsageError
+from parley.evaluation.demo_scoring import heldout_questions
 from parley.inference.decoder import FastDecoder
 from parley.inference.generate import end_of_turn_ids
 from parley.inference.interface import Asked, Decoder, Token
