@@ -6,15 +6,40 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-"""`role` and `content`, and what templates know besides: `tool_calls`, `name`, `reasoning_content`."""
+"""`role` and `content` (text), and the keys that templates read besides: `tool_calls`, `name`, REASONING_KEYS.
+
+A message may also carry the loss keys below, which are for the renderer and not for the template.
+"""
+
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""Where a message may hold its reasoning, as text; templates differ in which one they read."""
+
+WEIGHT = "weight"
+"""Loss weight of the message's tokens, from 0 (not supervised) to 1. Without it, `data.train_on` decides."""
+WEIGHT_SPANS = "weight_spans"
+"""Loss weights of parts of `content`: a list of [start, end, weight], in characters, sorted, without overlap.
+Characters outside all spans have the message's own weight."""
+LOSS_KEYS = (WEIGHT, WEIGHT_SPANS)
+
+
+class Arguments(dict[str, Any]):
+    """Arguments of a tool call as an object, with the JSON `text` the row had them in, where it had text.
+
+    Templates take the object. One that writes arguments given as text unchanged takes `text`: numbers stay as written.
+    """
+
+    def __init__(self, values: dict[str, Any], text: str) -> None:
+        super().__init__(values)
+        self.text = text
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row of a data set: exactly one of `messages`, `prompt` with `completion`, or `text`.
+    """One row of a data set: exactly one of `messages`, `prompt` with `completion`, `text`, or `input_ids`.
 
     `origin` names the row to its owner ("rows.jsonl line 12", "row 12"). Prompt and completion are both text or both
-    messages; what stands in the prompt is never learned, whoever says it. `tools` go with messages.
+    messages; the prompt is never supervised, whoever speaks in it. `tools` go with messages. `input_ids` are a
+    pre-tokenised row, with `labels` of the same length (IGNORE_INDEX where not supervised).
     """
 
     origin: str
@@ -23,9 +48,12 @@ class Example:
     prompt: str | list[Message] | None = None
     completion: str | list[Message] | None = None
     text: str | None = None
+    input_ids: list[int] | None = None
+    labels: list[int] | None = None
 
     def __post_init__(self) -> None:
-        forms = [self.messages is not None, self.prompt is not None, self.text is not None]
-        assert sum(forms) == 1, "an example is messages, a prompt with its completion, or text"
+        forms = [value is not None for value in (self.messages, self.prompt, self.text, self.input_ids)]
+        assert sum(forms) == 1, "an example is messages, a prompt with its completion, text or token ids"
         assert isinstance(self.prompt, str) == isinstance(self.completion, str)
         assert isinstance(self.prompt, list) == isinstance(self.completion, list)
+        assert (self.input_ids is None) == (self.labels is None)
