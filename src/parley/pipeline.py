@@ -20,7 +20,7 @@ from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
 from parley.data.preview import pieces
 from parley.errors import DeviceError, RunError
 from parley.evaluation.before_after import Examination, ask, examine, measure, run_questions
-from parley.models.adapters import is_still_base
+from parley.models.adapters import is_identity_adapter
 from parley.models.device import pick_device
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
@@ -119,7 +119,7 @@ def _teach(
     """Examine, train, save, examine again, report."""
     stages.end("trainer")
     before = measure(ready, trainer, console)
-    asked_later = is_still_base(trainer.model)
+    asked_later = is_identity_adapter(trainer.model)
     if not asked_later:
         ask(before, ready, trainer, console)
     give_back_memory(ready.device)  # what measuring took, and a decoder's cache

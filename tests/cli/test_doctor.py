@@ -18,17 +18,17 @@ OLD = Finding(name="trl", value="0.9", state="bad", advice="pip install 'trl>=1.
 def test_findings_are_a_table_and_a_bad_one_an_exit_code(
     parley: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, findings: list[Finding], code: int
 ) -> None:
-    monkeypatch.setattr(findings_module, "examine", lambda: findings)
+    monkeypatch.setattr(findings_module, "diagnose", lambda: findings)
     ended = parley("doctor")
     assert (ended.code, ended.err) == (code, "")
     for finding in findings:
         assert any(finding.name in line and finding.value in line for line in ended.out.splitlines())
-    told = parley("doctor", "--json")
-    assert told.code == code
-    assert json.loads(told.out) == [vars(finding) for finding in findings]
+    as_json = parley("doctor", "--json")
+    assert as_json.code == code
+    assert json.loads(as_json.out) == [vars(finding) for finding in findings]
 
 
-def test_this_machine_is_examined(parley: Callable[..., Any]) -> None:
-    told = json.loads(parley("doctor", "--json").out)
-    assert {"good", "note", "bad"} >= {finding["state"] for finding in told}
-    assert "torch" in {finding["name"].lower() for finding in told}
+def test_this_machine_is_checked(parley: Callable[..., Any]) -> None:
+    found = json.loads(parley("doctor", "--json").out)
+    assert {"good", "note", "bad"} >= {finding["state"] for finding in found}
+    assert "torch" in {finding["name"].lower() for finding in found}

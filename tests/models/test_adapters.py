@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from parley.config import LoraSection, ModelSection
 from parley.errors import ModelError, ParleyError, UsageError
-from parley.models.adapters import attach_lora, is_still_base, load_adapter, prepare_full, trainable_summary
+from parley.models.adapters import attach_lora, is_identity_adapter, load_adapter, prepare_full, trainable_summary
 from parley.models.load import load_model
 
 IDS = torch.arange(10, 42).view(2, 16)
@@ -27,7 +27,7 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def give_the_adapter_something_to_say(model):
+def randomise_adapter(model):
     for name, weight in trained(model).items():
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
@@ -44,7 +44,7 @@ def test_every_family_attaches_and_learns(family_folder, quantization):
     weights = trained(model)
     assert weights
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in weights.items())
-    give_the_adapter_something_to_say(model)
+    randomise_adapter(model)
     model(IDS, labels=IDS).loss.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in weights.values())
     assert all(p.grad is None for name, p in model.named_parameters() if name not in weights)
@@ -61,16 +61,16 @@ def test_a_new_adapter_changes_nothing(tiny_llama_folder):
     assert torch.equal(logits(attach(tiny_llama_folder)), logits(load(tiny_llama_folder)))
 
 
-def test_an_adapter_is_still_base_until_it_says_something(tiny_llama_folder, build_family):
+def test_an_adapter_is_identity_adapter_until_it_says_something(tiny_llama_folder, build_family):
     model = attach(tiny_llama_folder)
-    assert is_still_base(model)
-    give_the_adapter_something_to_say(model)
-    assert not is_still_base(model)
-    assert not is_still_base(attach(build_family("qwen2"), lora={"bias": "all"}))  # PEFT cannot switch biases off
-    assert not is_still_base(
+    assert is_identity_adapter(model)
+    randomise_adapter(model)
+    assert not is_identity_adapter(model)
+    assert not is_identity_adapter(attach(build_family("qwen2"), lora={"bias": "all"}))  # PEFT cannot switch biases off
+    assert not is_identity_adapter(
         attach(tiny_llama_folder, lora={"init_lora_weights": "gaussian", "modules_to_save": ["lm_head"]})
     )
-    assert not is_still_base(load(tiny_llama_folder))
+    assert not is_identity_adapter(load(tiny_llama_folder))
 
 
 def test_the_seed_alone_decides_the_start(tiny_llama_folder):
@@ -98,9 +98,9 @@ def test_fields_of_peft_reach_it(tiny_llama_folder):
 
 
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_saved_adapter_says_the_same_in_plain_peft(tiny_llama_folder, tmp_path, quantization):
+def test_saved_adapter_gives_equal_logits_in_plain_peft(tiny_llama_folder, tmp_path, quantization):
     model = attach(tiny_llama_folder, quantization=quantization)
-    give_the_adapter_something_to_say(model)
+    randomise_adapter(model)
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["base_model_name_or_path"] == str(tiny_llama_folder)
@@ -145,7 +145,7 @@ def test_adapter_that_does_not_fit(tiny_llama_folder, build_family, tmp_path):
         load_adapter(load(tiny_llama_folder), tmp_path)
 
 
-def test_families_with_other_names_get_all_linear_layers_and_a_word(build_family, caplog):
+def test_families_with_other_names_get_all_linear_layers_and_a_warning(build_family, caplog):
     with caplog.at_level(logging.WARNING, logger="parley"):
         model = attach(build_family("phi3"))
     assert sorted(model.peft_config["default"].target_modules) == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
@@ -183,9 +183,9 @@ def rounding_left(model, original):
     originals = dict(original.named_modules())
     for path, layer in model.get_base_model().named_modules():
         if path.endswith("_proj"):
-            q_OI = dequantize_module_weight(layer.get_base_layer()).float()
-            rest_OI = originals[path].weight - q_OI - layer.get_delta_weight("default").float()
-            total += rest_OI.detach().square().sum().item()
+            q_NK = dequantize_module_weight(layer.get_base_layer()).float()
+            rest_NK = originals[path].weight - q_NK - layer.get_delta_weight("default").float()
+            total += rest_NK.detach().square().sum().item()
     return total**0.5
 
 
@@ -235,7 +235,7 @@ def test_full_fine_tuning_trains_everything_that_can_be(tiny_llama_folder):
 def test_on_a_gpu(family_folder, tmp_path, quantization):
     model = attach(family_folder, quantization=quantization, device="cuda")
     assert {p.dtype for p in trained(model).values()} == {torch.float32}
-    give_the_adapter_something_to_say(model)
+    randomise_adapter(model)
     ids = IDS.cuda()
     model(ids, labels=ids).loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in trained(model).values())

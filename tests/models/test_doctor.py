@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from parley.models import doctor
-from parley.models.doctor import examine
+from parley.models.doctor import diagnose
 
 
 def by_name():
-    return {finding.name: finding for finding in examine()}
+    return {finding.name: finding for finding in diagnose()}
 
 
 def test_this_machine_is_described():
@@ -23,7 +23,7 @@ def test_this_machine_is_described():
         assert "\n" not in f"{dataclasses.astuple(finding)}"
 
 
-def test_bitsandbytes_really_ran():
+def test_bitsandbytes_kernels_ran():
     findings = by_name()
     assert findings["NF4 weights"].value.startswith("work on")
     assert findings["8-bit AdamW"].value.startswith("works on")
@@ -39,7 +39,7 @@ def test_versions_out_of_range_or_missing_come_from_the_metadata(monkeypatch):
     assert "pytest" not in findings
 
 
-def test_not_installed_is_told(monkeypatch):
+def test_not_installed_is_noted(monkeypatch):
     def absent(name):
         raise metadata.PackageNotFoundError(name)
 

@@ -132,7 +132,7 @@ def test_hub_model_is_downloaded_small_files_first_and_names_its_source(hub, tin
 
 def test_hub_refusals_are_one_line_with_what_to_do(hub):
     for name, revision, words in [
-        ("tiny/gated", None, r"accepted its terms.*hf auth login.*HF_TOKEN"),
+        ("tiny/gated", None, r"accept its terms.*hf auth login.*HF_TOKEN"),
         ("tiny/unknown", None, r"no such model on the hub.*HF_TOKEN"),
         ("tiny/llama", "no-such", r"no revision 'no-such'; correct model\.revision"),
         ("tiny/broken", None, r"the hub cannot be reached .*Bad request"),

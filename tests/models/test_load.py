@@ -107,7 +107,7 @@ def test_contradicting_a_quantised_checkpoint_is_an_error(tiny_llama_folder, tmp
             load_model(section(tmp_path, quantization=wanted))
 
 
-def test_eight_bit_casts_are_told_once(tiny_llama_folder, caplog):
+def test_eight_bit_casts_are_logged_once(tiny_llama_folder, caplog):
     model, _ = load_model(section(tiny_llama_folder, quantization="int8"))
     with caplog.at_level(logging.WARNING, logger="bitsandbytes"):
         logits(model)
@@ -145,7 +145,7 @@ def test_damaged_weights(folder):
     whole = weights.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"not safetensors" * 100, b""):
         weights.write_bytes(damaged)
-        with pytest.raises(ModelError, match=r"weights in .* are damaged .*fetch them anew"):
+        with pytest.raises(ModelError, match=r"weights in .* are damaged .*download them again"):
             load_model(section(folder))
 
 
@@ -181,12 +181,12 @@ def test_weights_with_gaps_are_refused_without_a_report(folder, caplog):
     assert not caplog.records
 
 
-def test_weights_left_out_are_told(folder, caplog):
+def test_ignored_weights_are_logged(folder, caplog):
     path = folder / "model.safetensors"
     save_file({**load_file(path), "model.layers.9.extra.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
     load_model(section(folder))
     assert [record.getMessage() for record in caplog.records] == [
-        f"{folder}: 1 weights are not part of the model and are left out (model.layers.9.extra.weight ...)"
+        f"{folder}: 1 weights are not part of the model and are ignored (model.layers.9.extra.weight ...)"
     ]
 
 

@@ -41,7 +41,7 @@ def test_missing_pad_token_is_chosen_without_new_embeddings(folder, caplog):
         tokenizer = load_tokenizer(section(folder))
     assert tokenizer.pad_token == "<|finetune_right_pad_id|>"
     assert len(tokenizer) == 384
-    assert [record.getMessage() for record in caplog.records if "pads" in record.getMessage()] != []
+    assert [record.getMessage() for record in caplog.records if "padding" in record.getMessage()] != []
 
 
 def test_end_token_pads_where_nothing_else_can(folder):
@@ -53,7 +53,7 @@ def test_end_token_pads_where_nothing_else_can(folder):
 
 def test_missing_or_broken_tokenizer_is_one_line(folder):
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"cannot be read .*fetch its files anew"):
+    with pytest.raises(ModelError, match=r"cannot be read .*download its files again"):
         load_tokenizer(section(folder))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"has no tokenizer .*copy the tokenizer files"):

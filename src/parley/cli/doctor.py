@@ -19,14 +19,14 @@ STYLES = {"good": "green", "note": "yellow", "bad": "bold red"}
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Tell what this machine can do, and what to change.
+    """Check this machine for training and generation, and say what to change.
 
     Exit code 1 if something is bad.
     """
     quiet_libraries()
-    from parley.models.doctor import examine
+    from parley.models.doctor import diagnose
 
-    findings = examine()
+    findings = diagnose()
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:

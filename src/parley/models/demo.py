@@ -1,4 +1,4 @@
-"""Where the embedded demo model lies."""
+"""Location of the embedded demo model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def demo_model_path() -> Path:
     folder = Path(str(files("parley"))) / "assets" / "demo-model"
     if not (folder / "config.json").is_file():
         raise ModelError(
-            f"{DEMO_MODEL}: this installation lacks {folder}; install parley-llm anew, "
+            f"{DEMO_MODEL}: this installation lacks {folder}; reinstall parley-llm, "
             "or build it with tools/build_demo_model.py"
         )
     return folder

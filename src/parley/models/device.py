@@ -9,18 +9,18 @@ from contextlib import contextmanager
 import torch
 
 from parley.errors import DeviceError
+from parley.units import GIB
 
-GIB = 1024**3
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def pick_device(wanted: str = "auto") -> torch.device:
+def pick_device(requested: str = "auto") -> torch.device:
     """The device for `model.device`: auto, cuda or cpu.
 
-    "cuda" is the current GPU, so that each process of a torchrun has its own. Raises DeviceError where a GPU was
-    asked for and there is none.
+    "cuda" is the current GPU, so that each process of a torchrun uses its own. Raises DeviceError where a GPU is
+    requested and there is none.
     """
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         reason = "finds no usable GPU" if torch.version.cuda or torch.version.hip else "is built without CUDA"
@@ -31,14 +31,14 @@ def pick_device(wanted: str = "auto") -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+def pick_dtype(requested: str, device: torch.device) -> torch.dtype:
     """The type of weights and matrix products for `model.dtype`.
 
     auto is bf16 on GPUs that have it in hardware, fp16 on older ones, and fp32 on CPU, where 16-bit products are
-    often the slower ones. Raises DeviceError when bf16 is asked of a GPU without it.
+    often the slower ones. Raises DeviceError for bf16 on a GPU without it.
     """
-    if wanted != "auto":
-        dtype = DTYPES[wanted]
+    if requested != "auto":
+        dtype = DTYPES[requested]
         if dtype == torch.bfloat16 and device.type == "cuda" and not has_bf16():
             raise DeviceError(
                 f"model.dtype is bfloat16, but {torch.cuda.get_device_name(device)} has no bf16 units; "
@@ -56,7 +56,7 @@ def has_bf16() -> bool:
 
 
 def describe_device(device: torch.device) -> str:
-    """The device in words: "NVIDIA H200 with 139.8 GiB", "a CPU with 16 cores"."""
+    """Name and size of the device: "NVIDIA H200 with 139.8 GiB", "a CPU with 16 cores"."""
     if device.type == "cpu":
         return f"a CPU with {os.cpu_count()} cores"
     properties = torch.cuda.get_device_properties(device)
@@ -65,7 +65,7 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Draw random numbers from `seed` inside the block and leave torch's generators as they were."""
+    """Seed torch's generators with `seed` inside the block and restore their state after it."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

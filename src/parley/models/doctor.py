@@ -1,4 +1,4 @@
-"""What this machine can do for a run, and what to change where it cannot."""
+"""Checks of this machine: versions, GPU, bitsandbytes, memory, disk and hub, each with advice where one fails."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from parley.errors import one_line
-from parley.models.device import GIB, has_bf16, pick_device
+from parley.models.device import has_bf16, pick_device
+from parley.units import GIB
 
 DISTRIBUTION = "parley-llm"
 State = Literal["good", "note", "bad"]
@@ -35,38 +36,38 @@ class Finding:
     advice: str | None = None
 
 
-def examine() -> list[Finding]:
-    """Look at Python, packages, GPU, bitsandbytes, CPU, disk and the hub's settings. Never raises ParleyError."""
+def diagnose() -> list[Finding]:
+    """Check Python, packages, GPU, bitsandbytes, CPU, disk and the hub's settings. Never raises ParleyError."""
     return [*_versions(), *_gpu(), *_bitsandbytes(), *_host(), *_hub()]
 
 
 def _versions() -> Iterator[Finding]:
-    """Versions against the ranges that parley-llm's own metadata asks for."""
+    """Installed versions against the ranges in the metadata of parley-llm."""
     try:
-        about = metadata.metadata(DISTRIBUTION)
+        project = metadata.metadata(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         yield Finding(
             DISTRIBUTION, "imported, but not installed", "note", "pip install it, so that versions are checked"
         )
         return
-    yield _version("Python", platform.python_version(), SpecifierSet(about["Requires-Python"]))
+    yield _version("Python", platform.python_version(), SpecifierSet(project["Requires-Python"]))
     for line in metadata.requires(DISTRIBUTION) or []:
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            found = metadata.version(wanted.name)
+            found = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            yield Finding(wanted.name, "missing", "bad", f"pip install '{wanted}'")
+            yield Finding(requirement.name, "missing", "bad", f"pip install '{requirement}'")
             continue
-        yield _version(wanted.name, found, wanted.specifier)
+        yield _version(requirement.name, found, requirement.specifier)
 
 
-def _version(name: str, found: str, wanted: SpecifierSet) -> Finding:
-    if wanted.contains(found, prereleases=True):
+def _version(name: str, found: str, supported: SpecifierSet) -> Finding:
+    if supported.contains(found, prereleases=True):
         return Finding(name, found)
-    remedy = f"use Python {wanted}" if name == "Python" else f"pip install '{name}{wanted}'"
-    return Finding(name, f"{found}, tested with {wanted}", "note", remedy)
+    remedy = f"use Python {supported}" if name == "Python" else f"pip install '{name}{supported}'"
+    return Finding(name, f"{found}, tested with {supported}", "note", remedy)
 
 
 def _gpu() -> Iterator[Finding]:
@@ -97,46 +98,46 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _driver() -> str:
-    """The NVIDIA driver's version; torch does not tell it."""
+    """The NVIDIA driver's version, which torch does not expose."""
     if shutil.which("nvidia-smi") is None:
         return "unknown"
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        completed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
         return "unknown"
-    return answer.stdout.strip().partition("\n")[0]
+    return completed.stdout.strip().partition("\n")[0]
 
 
 def _bitsandbytes() -> Iterator[Finding]:
-    """Really quantise a matrix and take an optimizer step: a package that imports may still lack its kernels."""
+    """Quantise a matrix and take an optimizer step: a package that imports may still lack its native kernels."""
     device = pick_device()
-    for name, attempt, lost in [
-        ("NF4 weights", _four_bit_error, "model.quantization: none"),
-        ("8-bit AdamW", _eight_bit_step, "training.optim: adamw_torch_fused"),
+    for name, check, fallback in [
+        ("NF4 weights", _check_nf4, "model.quantization: none"),
+        ("8-bit AdamW", _check_adamw_8bit, "training.optim: adamw_torch_fused"),
     ]:
         try:
-            value = attempt(device)
+            finding = check(device)
         except (ImportError, OSError, RuntimeError, NotImplementedError, AttributeError) as error:
             yield Finding(
-                name, f"fails on {device.type}: {one_line(error)}", "bad", f"reinstall bitsandbytes, or set {lost}"
+                name, f"fails on {device.type}: {one_line(error)}", "bad", f"reinstall bitsandbytes, or set {fallback}"
             )
             continue
-        yield value
+        yield finding
 
 
-def _four_bit_error(device: torch.device) -> Finding:
+def _check_nf4(device: torch.device) -> Finding:
     from bitsandbytes import functional
 
-    weight_OI = torch.linspace(-1, 1, 64, device=device).repeat(64, 1)
-    packed, state = functional.quantize_4bit(weight_OI, quant_type="nf4", compress_statistics=True)
-    error = (functional.dequantize_4bit(packed, state) - weight_OI).abs().max().item()
+    weight_NK = torch.linspace(-1, 1, 64, device=device).repeat(64, 1)
+    packed, state = functional.quantize_4bit(weight_NK, quant_type="nf4", compress_statistics=True)
+    error = (functional.dequantize_4bit(packed, state) - weight_NK).abs().max().item()
     if error > 0.2:  # half of NF4's widest gap is 0.15
         return Finding("NF4 weights", f"wrong by {error:.2f} on {device.type}", "bad", "reinstall bitsandbytes")
     return Finding("NF4 weights", f"work on {device.type}")
 
 
-def _eight_bit_step(device: torch.device) -> Finding:
+def _check_adamw_8bit(device: torch.device) -> Finding:
     from bitsandbytes.optim import AdamW8bit
 
     weight = torch.nn.Parameter(torch.ones(8192, device=device))  # smaller tensors keep 32-bit state

@@ -1,6 +1,6 @@
-"""From a model's name to a folder on this machine: local folders as they are, hub ids downloaded.
+"""Resolve a model's name to a local folder: folders as they are, hub ids downloaded.
 
-Everything after this step reads files only, so that one place speaks with the network and explains its failures.
+All later steps read local files only, so network errors occur, and are explained, in this module alone.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from parley.config import DEMO_MODEL, ModelSection
 from parley.errors import ModelError, one_line
 from parley.models.demo import demo_model_path
 
-SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
-NOT_NEEDED = ["*/*", "consolidated*"]  # subfolders and second copies of the weights
+CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+IGNORED_FILES = ["*/*", "consolidated*"]  # subfolders and duplicates of the weights
 
 
 def model_folder(section: ModelSection, *, weights: bool = True) -> Path:
     """The folder that holds the model or adapter called `section.name`.
 
-    A folder, or a name that can only be a path, never reaches the network. Of a hub id the small files are
-    downloaded, and the weights too where `weights` is true. Raises ModelError.
+    The network is not used for a folder, nor for a name that can only be a path. Of a hub id the configuration and
+    tokenizer files are downloaded, and the weights too where `weights` is true. Raises ModelError.
     """
     if section.name == DEMO_MODEL:
         return demo_model_path()
@@ -39,13 +39,13 @@ def model_folder(section: ModelSection, *, weights: bool = True) -> Path:
     if folder is not None:
         return folder
     if not weights:
-        return _download(section, SMALL_FILES)
-    folder = _download(section, [*SMALL_FILES, "*.safetensors"])
-    return folder if any(folder.glob("*.safetensors")) else _download(section, [*SMALL_FILES, "*.bin"])
+        return _download(section, CONFIG_FILES)
+    folder = _download(section, [*CONFIG_FILES, "*.safetensors"])
+    return folder if any(folder.glob("*.safetensors")) else _download(section, [*CONFIG_FILES, "*.bin"])
 
 
 def local_folder(name: str) -> Path | None:
-    """`name` as a folder, or None when it is a hub id. Raises ModelError for a path that leads nowhere."""
+    """`name` as a folder, or None when it is a hub id. Raises ModelError for a path that does not exist."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path.resolve()
@@ -59,7 +59,7 @@ def local_folder(name: str) -> Path | None:
 
 
 def adapter_base(folder: Path, section: ModelSection) -> ModelSection | None:
-    """For a folder that holds an adapter and no model, `section` with its base's name; None for a model's own.
+    """For an adapter's folder, `section` with the name of its base model; None for a model's folder.
 
     Raises ModelError where adapter_config.json cannot be read or names no base.
     """
@@ -69,20 +69,22 @@ def adapter_base(folder: Path, section: ModelSection) -> ModelSection | None:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({one_line(error)}); save the adapter anew") from None
+        raise ModelError(f"{path}: not valid JSON ({one_line(error)}); save the adapter again") from None
     base = saved.get("base_model_name_or_path")
     if not base:
-        raise ModelError(f"{path}: names no base_model_name_or_path; write the model it was trained on there")
+        raise ModelError(
+            f"{path}: names no base_model_name_or_path; write the name of the model it was trained on there"
+        )
     return section.model_copy(update={"name": base, "revision": saved.get("revision")})
 
 
 def _download(section: ModelSection, patterns: list[str]) -> Path:
     name, revision = section.name, section.revision
     try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=NOT_NEEDED)
+        folder = snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=IGNORED_FILES)
     except GatedRepoError:
         raise ModelError(
-            f"{name}: the hub gives this model only to people who accepted its terms; accept them at "
+            f"{name}: this model is gated; accept its terms at "
             f"https://huggingface.co/{name}, then `hf auth login` or set HF_TOKEN"
         ) from None
     except RevisionNotFoundError:
@@ -100,5 +102,5 @@ def _download(section: ModelSection, patterns: list[str]) -> Path:
     except HfHubHTTPError as error:
         raise ModelError(f"{name}: the hub answered {one_line(error)}; try again later") from None
     except OSError as error:  # connections, certificates, disks
-        raise ModelError(f"{name}: cannot be downloaded ({one_line(error)}); mend that, or give a folder") from None
+        raise ModelError(f"{name}: cannot be downloaded ({one_line(error)}); correct that, or give a folder") from None
     return Path(folder)

@@ -24,11 +24,13 @@ from transformers.utils import logging as transformers_logging
 
 from parley.config import DEMO_MODEL, ModelSection
 from parley.errors import DeviceError, ModelError, one_line
+from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.models.adapters import load_adapter
-from parley.models.device import GIB, describe_device, pick_device, pick_dtype
+from parley.models.device import describe_device, pick_device, pick_dtype
 from parley.models.folder import adapter_base, local_folder, model_folder
 from parley.models.quantization import plan_quantization
 from parley.models.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer, require_chat_template
+from parley.units import GIB
 
 __all__ = ["load_adapter", "load_model", "load_tokenizer", "require_chat_template"]
 
@@ -41,9 +43,9 @@ CHAT_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 def load_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model and tokenizer that `section` describes, in evaluation mode on their device.
 
-    `section.name` is a hub id, a folder, the embedded demo, or a PEFT adapter's folder, which loads its base and
-    then itself. NF4 is QLoRA's 4-bit type (Dettmers et al. 2023, arXiv:2305.14314), int8 is LLM.int8()
-    (arXiv:2208.07339), both through bitsandbytes; a checkpoint that was saved quantised stays as it is.
+    `section.name` is a hub id, a folder, the embedded demo, or the folder of a PEFT adapter, whose base is loaded
+    first. NF4 is QLoRA's 4-bit type (Dettmers et al. 2023, arXiv:2305.14314), int8 is LLM.int8()
+    (arXiv:2208.07339), both through bitsandbytes; a checkpoint that was saved quantised is loaded as saved.
 
     Raises ModelError for a model that is missing, damaged or does not fit, DeviceError for a device that is.
     """
@@ -62,8 +64,9 @@ def load_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
     quantization = plan_quantization(config, section, dtype)
     folder = model_folder(section)
     model = _read_weights(folder, section, config, quantization, device, dtype)
-    _agree_on_padding(model, tokenizer, section.name)
-    _name_source(model, section, folder)
+    keep_trainable_layout(model)
+    _set_padding(model, tokenizer, section.name)
+    _set_name(model, section, folder)
     return model.eval(), tokenizer
 
 
@@ -115,19 +118,19 @@ def _read_weights(
                 device_map={"": device},
                 local_files_only=True,
                 trust_remote_code=section.trust_remote_code,
-                ignore_mismatched_sizes=True,  # reported, and made an error below
+                ignore_mismatched_sizes=True,  # they are in `report`, and _check_complete refuses them
                 output_loading_info=True,
                 **extra,
             )
     except torch.OutOfMemoryError:
-        raise DeviceError(_no_room(section, files, device)) from None
+        raise DeviceError(_out_of_memory(section, files, device)) from None
     except ImportError as error:
         raise ModelError(
             f"{name}: needs a library that cannot be used here ({one_line(error)}); see `parley doctor`, or set "
             "model.quantization: none"
         ) from None
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        raise ModelError(f"{name}: weights in {folder} are damaged ({one_line(error)}); fetch them anew") from None
+        raise ModelError(f"{name}: weights in {folder} are damaged ({one_line(error)}); download them again") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name}: cannot be loaded: {one_line(error)}") from None
     _check_complete(name, report)
@@ -135,7 +138,7 @@ def _read_weights(
 
 
 def _check_complete(name: str, report: dict[str, Any]) -> None:
-    """transformers fills gaps with random numbers and warns; a chat model with gaps is of no use."""
+    """Refuse a checkpoint with missing weights, which transformers only warns about and initialises at random."""
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     for what, keys in [
         ("lacks", sorted(report["missing_keys"])),
@@ -150,11 +153,11 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
     unused = sorted(report["unexpected_keys"])
     if unused:
         logger.warning(
-            "%s: %d weights are not part of the model and are left out (%s ...)", name, len(unused), unused[0]
+            "%s: %d weights are not part of the model and are ignored (%s ...)", name, len(unused), unused[0]
         )
 
 
-def _no_room(section: ModelSection, files: list[Path], device: torch.device) -> str:
+def _out_of_memory(section: ModelSection, files: list[Path], device: torch.device) -> str:
     free, total = torch.cuda.mem_get_info(device)
     size = sum(file.stat().st_size for file in files)
     advice = (
@@ -168,7 +171,7 @@ def _no_room(section: ModelSection, files: list[Path], device: torch.device) -> 
     )
 
 
-def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     rows = model.get_input_embeddings().num_embeddings
     if tokenizer.pad_token_id >= rows:
         raise ModelError(
@@ -178,8 +181,8 @@ def _agree_on_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _name_source(model: PreTrainedModel, section: ModelSection, folder: Path) -> None:
-    """Adapters name their base by this: a folder, or the hub id and commit, not where its download happens to lie."""
+def _set_name(model: PreTrainedModel, section: ModelSection, folder: Path) -> None:
+    """Set the name that adapters record as their base: a folder, or the hub id and commit rather than the cache folder."""
     from_hub = section.name != DEMO_MODEL and local_folder(section.name) is None
     model.name_or_path = model.config._name_or_path = section.name if from_hub else str(folder)
     model.config._commit_hash = folder.name if from_hub else None
@@ -187,7 +190,7 @@ def _name_source(model: PreTrainedModel, section: ModelSection, folder: Path) ->
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Its loading report spans lines; what matters of it is said in one."""
+    """Silence transformers' loading report of several lines; _check_complete says what matters in one."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

@@ -1,34 +1,34 @@
-"""How a checkpoint is quantised, and what loading it should do about it."""
+"""Quantization of a checkpoint: how it was saved, and how to quantise it while loading."""
 
 from __future__ import annotations
-
-import logging
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedConfig
 
 from parley.config import ModelSection
 from parley.errors import ModelError
-
-EIGHT_BIT_LOG = "bitsandbytes.autograd._functions"
+from parley.library_compat.bitsandbytes import log_int8_casts_once
 
 
 def plan_quantization(config: PreTrainedConfig, section: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How to quantise while loading; None where the checkpoint is taken as it was saved."""
+    """The configuration to quantise with while loading; None where the checkpoint is loaded as saved.
+
+    Raises ModelError where the section contradicts a checkpoint that was saved quantised.
+    """
     saved = quantization_of(config)
-    wanted = saved if section.quantization == "auto" else section.quantization
-    if saved not in (wanted, "none"):
+    requested = saved if section.quantization == "auto" else section.quantization
+    if saved not in (requested, "none"):
         raise ModelError(
-            f"{section.name}: model.quantization is {wanted} and the checkpoint was saved as {saved}; set "
+            f"{section.name}: model.quantization is {requested} and the checkpoint was saved as {saved}; set "
             "model.quantization: auto, or give the 16-bit checkpoint it was made from"
         )
-    if saved == "nf4":  # the type of its matrix products is this machine's choice, not that of the one that saved it
+    if saved == "nf4":  # the compute dtype follows this device, not the one that saved the checkpoint
         config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    if wanted == "int8":
-        logging.getLogger(EIGHT_BIT_LOG).addFilter(_said_once)
-    if saved != "none" or wanted == "none":
+    if requested == "int8":
+        log_int8_casts_once()
+    if saved != "none" or requested == "none":
         return None
-    if wanted == "int8":
+    if requested == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
@@ -49,20 +49,3 @@ def quantization_of(config: PreTrainedConfig) -> str:
     if fields.get("load_in_4bit"):
         return str(fields.get("bnb_4bit_quant_type", "fp4"))
     return str(fields.get("quant_method", "unknown"))
-
-
-class _Once(logging.Filter):
-    """bitsandbytes tells of the same cast in every 8-bit layer of every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.told: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        new = message not in self.told
-        self.told.add(message)
-        return new
-
-
-_said_once = _Once()

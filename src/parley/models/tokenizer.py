@@ -1,4 +1,4 @@
-"""The tokenizer of a model: its own, with a pad token and the chat template that the run asks for."""
+"""Load a model's tokenizer, choose its pad token and set the chat template that the run requests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ VOCABULARY_FILES = [
     "spiece.model",
     "tekken.json",
 ]
-# Tokens that published models set aside for padding or never write, best first.
+# Tokens that published models reserve for padding or never generate, best first.
 PAD_CANDIDATES = [
     "<|finetune_right_pad_id|>",
     "<pad>",
@@ -46,7 +46,7 @@ def read_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
         )
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise ModelError(
-            f"{section.name}: the tokenizer in {folder} cannot be read ({one_line(error)}); fetch its files anew"
+            f"{section.name}: the tokenizer in {folder} cannot be read ({one_line(error)}); download its files again"
         ) from error
     _choose_pad_token(tokenizer, section.name)
     if section.chat_template is not None:
@@ -59,7 +59,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ModelError when `tokenizer` cannot write a conversation."""
+    """Raises ModelError when `tokenizer` has no chat template."""
     if not tokenizer.chat_template:
         raise ModelError(
             f"{tokenizer.name_or_path or 'the tokenizer'}: no chat template, as in base models; set "
@@ -68,7 +68,7 @@ def require_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Padding never reaches the loss or attention; all that matters is that no embedding need be added for it."""
+    """Set a pad token that is in the vocabulary. Padding is masked everywhere, so any id with an embedding will do."""
     if tokenizer.pad_token is not None:
         return
     vocabulary = tokenizer.get_vocab()
@@ -77,7 +77,7 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if pad is None:
         raise ModelError(f"{name}: the tokenizer has no pad, unknown or end token; name one in tokenizer_config.json")
     tokenizer.pad_token = pad
-    logger.info("%s has no pad token; %s pads", name, pad)
+    logger.info("%s has no pad token; %s is used for padding", name, pad)
 
 
 def _read_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -94,12 +94,12 @@ def _read_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
             f"model.chat_template: {path} line {error.lineno}: {one_line(error)}; correct the template"
         ) from None
     except TemplateError:
-        pass  # this greeting does not suit it; the data may
+        pass  # the template rejects this test message; it may accept the data
     return template
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer of `section.name` without its weights; an adapter's own, or its base's. Raises ModelError."""
+    """The tokenizer of `section.name`, without loading weights: an adapter's own, or its base's. Raises ModelError."""
     folder = model_folder(section, weights=False)
     base = adapter_base(folder, section)
     if base is not None and not has_tokenizer(folder):

@@ -18,6 +18,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from parley.library_compat.bitsandbytes import has_inference_layout
 from parley.train_step.flat_parameters import FlatAdapters
 from parley.train_step.fused_linear import Adapter, Base, Dense, FusedLinear
 from parley.train_step.nf4 import Nf4
@@ -222,8 +223,8 @@ def _base(module: nn.Module) -> tuple[Base, Tensor | None]:
     linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
     bias = None if linear.bias is None else linear.bias.data
     if isinstance(linear, bitsandbytes.nn.Linear4bit):
-        if vars(linear.weight.quant_state).get("packing_format_for_cpu"):  # bitsandbytes' own products have run on it
-            raise Unsupported("4-bit weights in the order of a CPU's products")
+        if has_inference_layout(linear):
+            raise Unsupported("4-bit weights in the layout of CPU inference")
         return Nf4(linear.weight), bias
     if type(linear) is not nn.Linear:
         raise Unsupported(f"base layers of type {type(linear).__name__}")

@@ -11,6 +11,7 @@ What differs from TRL's:
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,7 +28,10 @@ from parley.data.packing import PackedCollator, split_documents
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
 from parley.errors import UsageError
+from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.training.fused_trainer import FusedTrainer
+
+logger = logging.getLogger(__name__)
 
 OLD_SPELLINGS = ("dataset_text_field", "max_seq_length", "dataset_num_proc", "packing")
 
@@ -107,6 +111,10 @@ class SFTTrainer(FusedTrainer):
         for parameter, master in masters:
             if parameter.dtype != master.dtype:  # TRL rounds adapters on quantised models; 1e-4 is lost in bfloat16
                 parameter.data = master.to(parameter.device)
+        if keep_trainable_layout(self.model):
+            logger.warning(
+                "4-bit weights had been rearranged for answers on a CPU; they are put back, with scales rounded to bf16"
+            )
 
     def _prepare_dataset(
         self,
