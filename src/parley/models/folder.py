@@ -72,9 +72,7 @@ def adapter_base(folder: Path, section: ModelSection) -> ModelSection | None:
         raise ModelError(f"{path}: not valid JSON ({one_line(error)}); save the adapter again") from None
     base = saved.get("base_model_name_or_path")
     if not base:
-        raise ModelError(
-            f"{path}: names no base_model_name_or_path; write the name of the model it was trained on there"
-        )
+        raise ModelError(f"{path}: names no base_model_name_or_path; write the model it was trained on there")
     return section.model_copy(update={"name": base, "revision": saved.get("revision")})
 
 

@@ -182,7 +182,7 @@ def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, nam
 
 
 def _set_name(model: PreTrainedModel, section: ModelSection, folder: Path) -> None:
-    """Set the name that adapters record as their base: a folder, or the hub id and commit rather than the cache folder."""
+    """Set the name that adapters record as their base: a folder, or a hub id and commit, never the cache folder."""
     from_hub = section.name != DEMO_MODEL and local_folder(section.name) is None
     model.name_or_path = model.config._name_or_path = section.name if from_hub else str(folder)
     model.config._commit_hash = folder.name if from_hub else None
