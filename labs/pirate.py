@@ -144,7 +144,7 @@ print(f"{len(parts['train']):,} conversations to train on, {len(parts['test'])} 
 #
 # The model is to learn what the assistant says, not what users say. So only the assistant's words count towards the
 # loss, with the token that ends the turn: without that one the model would never learn to stop. `render` gives tokens
-# and mask in one pass; a label of -100 means "not learned". Conversations longer than the model is trained on go.
+# and mask in one pass; a label of -100 means "not supervised". Conversations longer than the model is trained on go.
 #
 # Always look at this before you train. What is coloured is learned; most failed fine-tuning can be seen here.
 

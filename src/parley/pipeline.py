@@ -195,7 +195,7 @@ def _report(ready: Ready, before: Examination, after: Examination, log: EventLog
     examples = [
         MaskExample(
             origin=origin,
-            pieces=[(piece.text, piece.trained) for piece in pieces(ready.tokenizer, rendered)],
+            pieces=[(piece.text, piece.supervised) for piece in pieces(ready.tokenizer, rendered)],
         )
         for origin, rendered in islice(
             zip(ready.data.preview_origins, ready.data.preview, strict=True), config.report.examples

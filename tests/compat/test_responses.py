@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 
 from parley.compat.unsloth import train_on_responses_only
-from parley.data.packing import IGNORED
 from parley.data.render import render
+from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError, UsageError
 
 USER = "<|start_header_id|>user<|end_header_id|>\n\n"
@@ -44,14 +44,16 @@ def trainer_with(tokenizer: Any, conversations: list[Any], eval_dataset: Any = N
 
 def rendered_labels(tokenizer: Any, conversation: list[Any], train_on: Any = "all") -> list[int]:
     rendered = render(tokenizer, conversation, train_on=train_on)
-    return [token if learned else IGNORED for token, learned in zip(rendered.input_ids, rendered.mask, strict=True)]
+    return [
+        token if learned else IGNORE_INDEX for token, learned in zip(rendered.input_ids, rendered.mask, strict=True)
+    ]
 
 
 def test_labels_are_the_rendered_masks(tiny_tokenizer: Any) -> None:
     trainer = trainer_with(tiny_tokenizer, CONVERSATIONS)
     assert train_on_responses_only(trainer, USER, ASSISTANT) is trainer
     assert trainer.train_dataset["labels"][:] == [rendered_labels(tiny_tokenizer, each) for each in CONVERSATIONS]
-    learned = [token for token in trainer.train_dataset[2]["labels"] if token != IGNORED]
+    learned = [token for token in trainer.train_dataset[2]["labels"] if token != IGNORE_INDEX]
     assert tiny_tokenizer.decode(learned) == '{"name": "weather"}<|eot_id|>It be sunny.<|eot_id|>'
 
 
@@ -79,7 +81,7 @@ def test_text_without_end_of_turn_tokens_is_learned_up_to_the_next_part(tiny_tok
     trainer = SimpleNamespace(processing_class=tiny_tokenizer, eval_dataset=None)
     trainer.train_dataset = Dataset.from_dict({"input_ids": [tiny_tokenizer(text)["input_ids"]]})
     train_on_responses_only(trainer, "### Instruction:\n", "### Response:\n")
-    learned = [token for token in trainer.train_dataset[0]["labels"] if token != IGNORED]
+    learned = [token for token in trainer.train_dataset[0]["labels"] if token != IGNORE_INDEX]
     assert tiny_tokenizer.decode(learned) == "Arr\nAye<|end_of_text|>"
 
 

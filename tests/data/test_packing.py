@@ -4,17 +4,17 @@ from typing import Any
 
 import torch
 
-from parley.data.packing import IGNORED, PackedCollator, split_documents
+from parley.data.packing import IGNORE_INDEX, PackedCollator, split_documents
 
 
 def test_documents_become_one_row_with_positions_that_restart() -> None:
     batch = PackedCollator()(
-        [{"input_ids": [1, 2, 3], "labels": [IGNORED, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
+        [{"input_ids": [1, 2, 3], "labels": [IGNORE_INDEX, 2, 3]}, {"input_ids": [4, 5], "labels": [4, 5]}]
     )
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1]]
     # The first token of a document is nobody's continuation.
-    assert batch["labels"].tolist() == [[IGNORED, 2, 3, IGNORED, 5]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 2, 3, IGNORE_INDEX, 5]]
 
 
 def test_documents_of_a_row_do_not_see_each_other(family_folder: Any) -> None:

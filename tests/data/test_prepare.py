@@ -12,8 +12,8 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from parley.config import DataSection
-from parley.data.packing import IGNORED
-from parley.data.policy import BATCH
+from parley.data.filtering import BATCH
+from parley.data.packing import IGNORE_INDEX
 from parley.data.prepare import FEATURES, Prepared, prepare, read_examples, render_rows
 from parley.data.render import render, render_example
 from parley.errors import DataError
@@ -62,7 +62,7 @@ def test_columns_are_the_rendered_ids_and_their_learned_labels(prepared: Any, ti
     expected = render(tiny_tokenizer, said)
     row = data.train[1]
     assert row["input_ids"] == tiny_tokenizer.apply_chat_template(said)["input_ids"] == expected.input_ids
-    learned = [id for id in row["labels"] if id != IGNORED]
+    learned = [id for id in row["labels"] if id != IGNORE_INDEX]
     assert tiny_tokenizer.decode(learned) == "answer 2.<|eot_id|>"
     assert data.preview[1] == expected
     assert data.preview_origins == ["rows.jsonl line 1", "rows.jsonl line 2"]
@@ -101,7 +101,7 @@ def test_the_summary_counts_and_says_everything(prepared: Any) -> None:
 
 def test_supervised_tokens_are_the_targets_that_training_sees(prepared: Any) -> None:
     data = prepared([dolly(1), {**dolly(2), "context": "words"}])
-    targets = [id for row in data.train for id in row["labels"][1:] if id != IGNORED]
+    targets = [id for row in data.train for id in row["labels"][1:] if id != IGNORE_INDEX]
     assert data.summary.supervised_tokens == len(targets)
     assert data.summary.tokens == sum(len(row["input_ids"]) for row in data.train)
 
@@ -153,11 +153,11 @@ def test_overlong_rows_may_be_an_error(prepared: Any) -> None:
 def test_text_and_prompt_completion(prepared: Any, tiny_tokenizer: Any) -> None:
     data = prepared([{"text": "words"}, {"text": "  "}])
     assert data.summary.dropped["with nothing to learn"].first == ["rows.jsonl line 2"]
-    assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORED]).startswith("words")
+    assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORE_INDEX]).startswith("words")
     data = prepared([{"prompt": "two and two is ", "completion": "four"}])
-    assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORED]).startswith("four")
+    assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORE_INDEX]).startswith("four")
     data = prepared([{"prompt": [*CHAT[1:3], turn("user", "q2")], "completion": [turn("assistant", "second")]}])
-    assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORED]) == "second<|eot_id|>"
+    assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORE_INDEX]) == "second<|eot_id|>"
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,12 @@ def test_pieces_are_runs_of_the_decoded_row(tiny_tokenizer: Any) -> None:
     rendered = render(tiny_tokenizer, MESSAGES)
     found = pieces(tiny_tokenizer, rendered)
     assert "".join(piece.text for piece in found) == tiny_tokenizer.decode(rendered.input_ids)
-    assert found[0] == Piece("<|begin_of_text|>", trained=False, control=True)
+    assert found[0] == Piece("<|begin_of_text|>", supervised=False, control=True)
     assert found[-2:] == [
-        Piece("🏴\u200d☠️ & naïve 日本", trained=True),
-        Piece("<|eot_id|>", trained=True, control=True),
+        Piece("🏴\u200d☠️ & naïve 日本", supervised=True),
+        Piece("<|eot_id|>", supervised=True, control=True),
     ]
-    assert all(piece.trained is False for piece in found[:-2])
+    assert all(piece.supervised is False for piece in found[:-2])
     # The flag takes several tokens, none of which is a character of its own.
     assert "\ufffd" in tiny_tokenizer.decode(rendered.input_ids[-3:-1]) or len(rendered.input_ids) > len(found)
 
@@ -31,7 +31,7 @@ def test_pieces_are_runs_of_the_decoded_row(tiny_tokenizer: Any) -> None:
 def test_neighbouring_control_tokens_are_pieces_of_their_own(tiny_tokenizer: Any) -> None:
     end = tiny_tokenizer.eos_token_id
     found = pieces(tiny_tokenizer, Rendered([end, end, end], [False, True, True]))
-    assert [(piece.text, piece.trained) for piece in found] == [("<|eot_id|>", False)] + [("<|eot_id|>", True)] * 2
+    assert [(piece.text, piece.supervised) for piece in found] == [("<|eot_id|>", False)] + [("<|eot_id|>", True)] * 2
     assert pieces(tiny_tokenizer, Rendered([], [])) == []
 
 
@@ -46,10 +46,10 @@ def test_a_run_keeps_the_space_it_begins_with() -> None:
     assert [piece.text for piece in found] == ["Hello", " world"]
 
 
-def test_the_terminal_colours_what_is_learned(tiny_tokenizer: Any) -> None:
+def test_the_terminal_colours_supervised_text(tiny_tokenizer: Any) -> None:
     text = to_terminal(pieces(tiny_tokenizer, render(tiny_tokenizer, MESSAGES)))
     green = [text.plain[span.start : span.end] for span in text.spans if "green" in str(span.style)]
-    assert green == [" learned ", "🏴\u200d☠️ & naïve 日本", "<|eot_id|>"]
+    assert green == [" supervised ", "🏴\u200d☠️ & naïve 日本", "<|eot_id|>"]
     dimmed = [text.plain[span.start : span.end] for span in text.spans if "dim" in str(span.style)]
     assert "<|begin_of_text|>" in dimmed
     assert "<|eot_id|>" in dimmed
@@ -93,3 +93,18 @@ def test_the_page_marks_what_is_learned_and_escapes_the_rest(tiny_tokenizer: Any
     assert page.startswith("<!doctype html>")
     assert 'class="legend"' in page
     assert "http" not in page
+
+
+def test_decoding_is_linear_in_the_length_of_the_row(tiny_tokenizer: Any, monkeypatch: Any) -> None:
+    decoded = 0
+    decode = tiny_tokenizer.decode
+
+    def counted(ids: list[int], **options: Any) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids, **options)
+
+    monkeypatch.setattr(tiny_tokenizer, "decode", counted)
+    end = tiny_tokenizer.eos_token_id
+    pieces(tiny_tokenizer, Rendered([end] * 1000, [False] * 1000))
+    assert decoded < 4000

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from parley.data.packing import IGNORED
+from parley.data.tokens import IGNORE_INDEX
 from parley.errors import UsageError
 from parley.training.trainer import SFTTrainer
 
@@ -87,7 +87,7 @@ def test_only_the_assistants_words_are_learned(tiny_llama_folder: Path, tmp_path
     trainer, _ = make(tiny_llama_folder, tmp_path)
     tokenizer = trainer.processing_class
     for row, messages in zip(trainer.train_dataset, ROWS, strict=True):
-        learned = [label for label in row["labels"] if label != IGNORED]
+        learned = [label for label in row["labels"] if label != IGNORE_INDEX]
         assert tokenizer.decode(learned) == messages["messages"][1]["content"].strip() + "<|eot_id|>"
 
 
@@ -100,9 +100,9 @@ def test_loss_is_the_mean_over_supervised_tokens(tiny_llama_folder: Path, tmp_pa
             labels = torch.tensor([row["labels"]])
             logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits
             loss_sum += torch.nn.functional.cross_entropy(
-                logits[0, :-1], labels[0, 1:], ignore_index=IGNORED, reduction="sum"
+                logits[0, :-1], labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum"
             ).item()
-            tokens += int((labels[0, 1:] != IGNORED).sum())
+            tokens += int((labels[0, 1:] != IGNORE_INDEX).sum())
     metrics = trainer.evaluate(rows)
     assert metrics["eval_supervised_tokens"] == tokens
     assert metrics["eval_loss"] == pytest.approx(loss_sum / tokens, rel=1e-5)

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from parley.data.tokens import IGNORED
+from parley.data.tokens import IGNORE_INDEX
 
-__all__ = ["IGNORED", "PackedCollator", "split_documents"]
+__all__ = ["IGNORE_INDEX", "PackedCollator", "split_documents"]
 
 
 class PackedCollator:
@@ -19,7 +19,7 @@ class PackedCollator:
     the document borders from `position_ids` and builds a block-diagonal causal mask, so that no document sees another
     (transformers.masking_utils, `find_packed_sequence_indices`). Nothing is padded and nothing is cut.
 
-    Takes examples with `input_ids` and `labels` (IGNORED where nothing is learned); returns `input_ids`, `labels`
+    Takes examples with `input_ids` and `labels` (IGNORE_INDEX where nothing is learned); returns `input_ids`, `labels`
     and `position_ids`, each (1, T) and int64. The first token of a document is never a target.
     """
 
@@ -30,7 +30,7 @@ class PackedCollator:
         for example in examples:
             ids = example["input_ids"]
             ids_T.extend(ids)
-            labels_T.append(IGNORED)
+            labels_T.append(IGNORE_INDEX)
             labels_T.extend(example["labels"][1:])
             positions_T.extend(range(len(ids)))
         assert len(ids_T) == len(labels_T)

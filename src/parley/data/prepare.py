@@ -19,12 +19,12 @@ from rich.progress import track
 
 from parley.config import DataSection
 from parley.data.conversation import Example
+from parley.data.filtering import AHEAD, BATCH, render_examples
 from parley.data.formats import Format, recognise
-from parley.data.policy import AHEAD, BATCH, render_examples
 from parley.data.render import Rendered, pin_date
 from parley.data.sources import Rows, located, read_rows
 from parley.data.summary import DataSummary
-from parley.data.tokens import IGNORED
+from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
@@ -44,7 +44,7 @@ HELDOUT_SHARE = 10
 @dataclass
 class Prepared:
     """Data ready to train on. `train` and `heldout` have columns input_ids and labels, each (T,), with labels
-    IGNORED where nothing is learned. `heldout_examples` are in the order of `heldout`'s rows; `preview` and
+    IGNORE_INDEX where nothing is learned. `heldout_examples` are in the order of `heldout`'s rows; `preview` and
     `preview_origins` are the first training rows.
     """
 
@@ -232,7 +232,7 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
 
 def _columns(rendered: Rendered) -> dict[str, np.ndarray]:
     ids_T = np.asarray(rendered.input_ids, dtype=np.int32)
-    return {"input_ids": ids_T, "labels": np.where(rendered.mask, ids_T, np.int32(IGNORED))}
+    return {"input_ids": ids_T, "labels": np.where(rendered.mask, ids_T, np.int32(IGNORE_INDEX))}
 
 
 def _with_progress(outcomes: Iterator[Any], count: int) -> Iterator[Any]:

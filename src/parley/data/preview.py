@@ -1,4 +1,4 @@
-"""A rendered row for the eye: which of its text is learned, in the terminal and as a page."""
+"""A rendered row shown as text: supervised tokens highlighted, in the terminal and as an HTML page."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from parley.text import visible
 if TYPE_CHECKING:
     from rich.text import Text
 
-LEGEND = "learned", "not learned", "control token"
-_TRAINED, _PLAIN, _CONTROL = "bold black on pale_green3", "", "dim"
+LEGEND = "supervised", "not supervised", "control token"
+_SUPERVISED, _PLAIN, _CONTROL = "bold black on pale_green3", "", "dim"
 _PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>Learned tokens</title>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>Supervised tokens</title>
 <style>
 body {{ font: 16px/1.6 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 body {{ color-scheme: light dark; background: Canvas; color: CanvasText; }}
@@ -34,50 +35,50 @@ mark {{ background: #b7e4c0; color: #0b2e13; border-radius: 3px; }}
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of decoded text that is learned as a whole or not at all; `control`: it is one control token."""
+    """A run of decoded text, all supervised or all not. `control`: it is a single control token."""
 
     text: str
-    trained: bool
+    supervised: bool
     control: bool = False
 
 
 def pieces(tokenizer: Any, rendered: Rendered) -> list[Piece]:
-    """`rendered` as runs of text. Joined, they are the decoded row.
+    """`rendered` as runs of text; concatenated, they are the decoded row.
 
-    Ids are decoded by the run, for a character of several bytes may be split over tokens.
+    Runs are decoded rather than single ids, since the bytes of one character may be split over several tokens.
     """
     ids, special = rendered.input_ids, control_tokens(tokenizer).ids
-    found: list[Piece] = []
-    done, before = 0, ""
-    for (trained, control), run in groupby(
-        range(len(ids)), key=lambda at: (rendered.mask[at], at if ids[at] in special else None)
+    runs: list[Piece] = []
+    before, start = 0, 0  # where the run before this one starts, and where this one does
+    for (supervised, control), run in groupby(
+        range(len(ids)), key=lambda i: (rendered.mask[i], i if ids[i] in special else None)
     ):
-        run_ids = [ids[at] for at in run]
-        done += len(run_ids)
-        # Decoders drop a space where a text begins: a run is what it adds to the text so far.
-        text = tokenizer.decode(ids[:done], clean_up_tokenization_spaces=False)
-        own = text[len(before) :] if text.startswith(before) else tokenizer.decode(run_ids)
-        found.append(Piece(own, trained, control is not None))
-        before = text
-    return found
+        end = start + sum(1 for _ in run)
+        # Decoders strip a space at the beginning of a text, so a run is what it adds to the run before it.
+        prefix = tokenizer.decode(ids[before:start], clean_up_tokenization_spaces=False)
+        text = tokenizer.decode(ids[before:end], clean_up_tokenization_spaces=False)
+        added = text[len(prefix) :] if text.startswith(prefix) else tokenizer.decode(ids[start:end])
+        runs.append(Piece(added, supervised, control is not None))
+        before, start = start, end
+    return runs
 
 
 def to_terminal(pieces: list[Piece]) -> Text:
-    """Learned text on green, control tokens dimmed, and a legend line above."""
+    """Supervised text on green, control tokens dimmed, below a line of legend."""
     from rich.text import Text
 
-    text = Text.assemble((f" {LEGEND[0]} ", _TRAINED), f" {LEGEND[1]} ", (f" {LEGEND[2]}", _CONTROL), "\n\n")
+    text = Text.assemble((f" {LEGEND[0]} ", _SUPERVISED), f" {LEGEND[1]} ", (f" {LEGEND[2]}", _CONTROL), "\n\n")
     for piece in pieces:
-        style = f"{_TRAINED if piece.trained else _PLAIN} {_CONTROL if piece.control else ''}".strip()
+        style = f"{_SUPERVISED if piece.supervised else _PLAIN} {_CONTROL if piece.control else ''}".strip()
         text.append(visible(piece.text), style)
     return text
 
 
 def to_html(pieces: list[Piece]) -> str:
-    """A page of its own: learned text in <mark>, control tokens dimmed, and a legend line above."""
+    """A self-contained page: supervised text in <mark>, control tokens dimmed, below a line of legend."""
     body = ""
     for piece in pieces:
         shown = html.escape(visible(piece.text))
         shown = f'<span class="control">{shown}</span>' if piece.control else shown
-        body += f"<mark>{shown}</mark>" if piece.trained else shown
+        body += f"<mark>{shown}</mark>" if piece.supervised else shown
     return _PAGE.format(*LEGEND, body=body)

@@ -10,7 +10,9 @@ from typing import Any
 
 from parley.data.conversation import Message
 
-IGNORED = -100
+IGNORE_INDEX = -100
+"""The label of a token that is not supervised: cross-entropy skips it."""
+IGNORED = IGNORE_INDEX  # until train_step imports the new name
 
 
 @dataclass(frozen=True)

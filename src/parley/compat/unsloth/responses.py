@@ -16,8 +16,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from parley.compat.unsloth.families import family_of
-from parley.data.packing import IGNORED
 from parley.data.render import render
+from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)
@@ -129,13 +129,13 @@ def _pattern(part: str, exact: bool) -> re.Pattern[str]:
 
 
 def _labels(tokenizer: Any, ids: list[int], characters: int, spans: list[Span]) -> list[int]:
-    """`ids` where they overlap a span of their text of so many `characters`, IGNORED elsewhere; both (T,)."""
+    """`ids` where they overlap a span of their text of so many `characters`, IGNORE_INDEX elsewhere; both (T,)."""
 
     def length(tokens: int) -> int:
         text = tokenizer.decode(ids[:tokens], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return len(text)
 
-    labels, stop = [IGNORED] * len(ids), 0
+    labels, stop = [IGNORE_INDEX] * len(ids), 0
     counts = range(len(ids) + 1)
     for start, end in spans:
         first = bisect_right(counts, start, lo=stop, key=length) - 1
@@ -165,4 +165,4 @@ def _relabelled(
 
 
 def _learns(row: dict[str, Any]) -> bool:
-    return any(label != IGNORED for label in row["labels"][1:])
+    return any(label != IGNORE_INDEX for label in row["labels"][1:])

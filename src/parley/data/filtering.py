@@ -1,4 +1,4 @@
-"""From examples to what is trained on: rendered, within the longest length, with something to learn."""
+"""From examples to training rows: rendered, within the maximum length, with at least one supervised token."""
 
 from __future__ import annotations
 
