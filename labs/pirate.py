@@ -1,14 +1,14 @@
 # %% [markdown]
 # # A model learns to talk like a pirate
 #
-# In this lab you take a chat model, talk to it, show it some conversations with a pirate, and talk to it again. Every
-# cell is one stop on that road; run them one after another (an editor that knows `# %%` shows them as cells), or all
-# at once:
+# In this lab you load a chat model, talk to it, fine-tune it on conversations with a pirate, and talk to it again. Run the
+# cells one after another (editors that know `# %%` show them as cells; `labs/pirate.ipynb` is the same as a notebook), or
+# all at once:
 #
 #     python labs/pirate.py
 #
-# As it stands the lab runs on a very small model that comes with Parley, on any machine, in about a minute. To do the
-# same with a real model, change the two lines below. With a GPU of 8 GB, for example:
+# By default the lab runs on a very small model that comes with Parley, on any machine, in about a minute. For a real model,
+# change the two lines below. With a GPU of 8 GB, for example:
 #
 #     MODEL = "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"
 #     DATA = "Peyton3995/dolly-15k-mistral-pirate"
@@ -20,11 +20,13 @@ DATA = "parley-demo-pirate"
 # %% [markdown]
 # ## The settings, all in one place
 #
-# - **LoRA** leaves the model's own weights as they are and adds a pair of small matrices to each projection. `r` is
-#   their inner size; what they say is scaled by `lora_alpha / r`. So 1% of the weights, or less, is trained.
-# - **Batch 2 x 4**: eight conversations make one step. They are read two at a time, so that memory is that of two.
-# - **Learning rate**: rises for 5 steps, then falls in a straight line to zero. A tiny model bears a higher one.
-# - **Temperature 1.5 with min_p 0.1**: bold, but never a word a tenth as likely as the likeliest, or less.
+# - **LoRA** freezes the model's weights and adds a pair of small matrices to each projection. `r` is their inner
+#   dimension, the rank; their product is scaled by `lora_alpha / r`. About 1% of the weights, or less, is trained.
+# - **Batch 2 x 4**: eight conversations make one optimizer step. They are processed two at a time, so that memory is
+#   that of two.
+# - **Learning rate**: rises for 5 steps, then decays linearly to zero. A tiny model tolerates a higher one.
+# - **Temperature 1.5 with min_p 0.1**: varied answers, but no token whose probability is below a tenth of the
+#   likeliest one's.
 
 # %%
 import parley
@@ -59,8 +61,8 @@ device = pick_device(config.model.device)
 # %% [markdown]
 # ## 1. Load the model
 #
-# `dtype: auto` is bf16 where the GPU has it, fp16 on older ones, fp32 on a CPU. A checkpoint saved in 4 bits stays so.
-# Some chat templates write today's date. It is pinned, so that the model sees the same tokens tomorrow.
+# `dtype: auto` is bf16 where the GPU supports it, fp16 on older ones, fp32 on a CPU. A checkpoint saved in 4 bits stays in
+# 4 bits. Some chat templates write today's date. Parley pins it, so that the model sees the same tokens tomorrow.
 
 # %%
 from parley.data.render import pin_date
@@ -70,11 +72,11 @@ pin_date(tokenizer, config.data.date)
 print(f"{MODEL}: {model.num_parameters():,} parameters, {model.dtype}, on {model.device}")
 
 # %% [markdown]
-# ## 2. Talk to it
+# ## 2. Chat with it
 #
-# A chat model sees one long text. Its **chat template** writes the turns into it, each between special tokens. Here is
-# what the model is given when you say hello, and then what it answers, streamed as it comes. The keys and values of
-# past tokens are kept (the KV cache), so that each new token costs one step and not the whole text again.
+# A chat model reads one long text. Its **chat template** writes the turns into that text, each between control tokens.
+# Below is the prompt for "Hello!", and then the answer, streamed as it is generated. Keys and values of past tokens are
+# cached (the KV cache), so that each new token costs one step instead of a pass over the whole text.
 
 # %%
 SYSTEM = "You are a helpful assistant."
@@ -96,9 +98,10 @@ def talk(*questions: str) -> None:
 talk("Hello!", "What is the opposite of hot?")
 
 # %% [markdown]
-# ## 3. Attach the adapter
+# ## 3. Attach LoRA adapters
 #
-# From here on the model is frozen and the adapter learns. It starts as zero: right now the model talks as before.
+# From here on the model's weights are frozen and the adapter is trained. Its B matrices start at zero: right now the
+# model answers as before.
 
 # %%
 from parley.models.adapters import trainable_summary
@@ -109,7 +112,7 @@ print(trainable_summary(model))
 # %% [markdown]
 # ## 4. Load the data
 #
-# Rows in the manner of Dolly: an instruction, sometimes a context to answer from, and a response, here a pirate's.
+# Rows in Dolly's format: an instruction, sometimes a context to answer from, and a response, here a pirate's.
 
 # %%
 from parley.data.sources import read_rows
@@ -121,9 +124,9 @@ print({name: rows[0][name] for name in ("instruction", "context", "response")})
 # %% [markdown]
 # ## 5. Turn rows into conversations
 #
-# System, user and assistant. The user says the context, a blank line, and the instruction; what is empty is left out.
-# `parley train` does this by itself (it recognises the columns); written out, it is all there is to it. Some rows are
-# set aside: what they are for, you see in step 9.
+# System, user and assistant turns. The user turn is the context, a blank line, and the instruction; empty parts are left
+# out. `parley train` does this itself (it recognises the columns); this is all there is to it. Some rows are held out;
+# step 9 uses them.
 
 # %%
 from datasets import Dataset
@@ -140,13 +143,13 @@ parts = conversations.train_test_split(test_size=64, seed=config.training.seed)
 print(f"{len(parts['train']):,} conversations to train on, {len(parts['test'])} set aside")
 
 # %% [markdown]
-# ## 6. Tokens, and the mask
+# ## 6. Tokens and the mask
 #
-# The model is to learn what the assistant says, not what users say. So only the assistant's words count towards the
-# loss, with the token that ends the turn: without that one the model would never learn to stop. `render` gives tokens
-# and mask in one pass; a label of -100 means "not supervised". Conversations longer than the model is trained on go.
+# The model learns what the assistant says, not what users say. Only the assistant's tokens count towards the loss,
+# including the token that ends the turn: without it the model would not learn to stop. `render` returns token ids and mask
+# in one pass; a label of -100 means that a token is not supervised. Conversations over the maximum length are dropped.
 #
-# Always look at this before you train. What is coloured is learned; most failed fine-tuning can be seen here.
+# Always look at this before you train. Supervised tokens are coloured; most failed fine-tuning can be seen here.
 
 # %%
 from rich.console import Console
@@ -173,11 +176,11 @@ for name, part in tokens.items():
 # %% [markdown]
 # ## 7. Before training: memory, answers, held-out loss
 #
-# The trainer is TRL's with Parley's masks. `sft_config` turns the settings into its arguments and says what it chose:
-# AdamW in 8 bits saves memory on a GPU, and the fused one is the fast one elsewhere.
+# The trainer is TRL's with Parley's masks. `sft_config` turns the settings into its arguments and reports what it chose:
+# 8-bit AdamW saves memory on a GPU, fused AdamW is the fast one on a CPU.
 #
-# **Held-out loss** is how surprised the model is, a token, by answers it has never seen. And the questions below are
-# asked without chance (temperature 0), so that only training can change the answers.
+# **Held-out loss** is the mean negative log-likelihood per token of answers that the model has not seen. The questions
+# below are answered greedily (temperature 0), so that only training can change the answers.
 
 # %%
 from transformers import PrinterCallback
@@ -217,7 +220,7 @@ print(f"{device_name(device)}: {meter.before:.2f} of {total:.1f} GiB in use ({me
 # %% [markdown]
 # ## 8. Train
 #
-# Watch the loss. It falls fast at first, while the model learns how pirates talk, and then slowly.
+# Watch the loss. It falls fast at first, while the model learns the style, and then slowly.
 
 # %%
 trainer.train()
@@ -229,10 +232,10 @@ print(f"peak memory {peak:.2f} GiB ({peak / total:.1%} of {total:.1f} GiB)")
 print(f"of it for training {more:.2f} GiB ({more / total:.1%})")
 
 # %% [markdown]
-# ## 9. Talk to it again, and compare
+# ## 9. Chat again, and compare
 #
-# The same questions, and the same held-out loss. It must have fallen there too. If it falls on the rows you train on
-# and rises on those set aside, the model is learning them by heart: train for fewer steps, or on more rows.
+# The same questions, and the same held-out loss. It must have fallen, too. If it falls on the training rows and rises on
+# the held-out rows, the model is overfitting: train for fewer steps, or on more rows.
 
 # %%
 from rich.table import Table
@@ -249,7 +252,7 @@ console.print(table)
 # %% [markdown]
 # ## 10. Save
 #
-# Only the adapter is written, in PEFT's format, with the tokenizer and its template: a few MB, to be used with the
+# Only the adapter is written, in PEFT's format, with the tokenizer and its chat template: a few MB, to be used with the
 # model it was trained on.
 
 # %%
@@ -261,11 +264,11 @@ print(f"saved in {adapter}: {sum(file.stat().st_size for file in adapter.iterdir
 # %% [markdown]
 # ## What next
 #
-# - Change one setting at a time and run again: `r` 4, a learning rate ten times higher, 10 steps, 1,000. What do the
-#   held-out loss and the answers say?
-# - Ask about something the data never speaks of. What stayed, and what was lost?
+# - Change one setting at a time and run again: `r` 4, a ten times higher learning rate, 10 steps, 1,000. What happens to
+#   the held-out loss and the answers?
+# - Ask about something that the data never mentions. What was kept, and what was lost?
 # - Put a real model and data set into the two lines at the top.
-# - The same road as one command, with a report as a web page:
+# - The same as one command, with a report as a web page:
 
 # %%
 print(f"parley chat {adapter}")

@@ -13,12 +13,14 @@ import pytest
 
 from parley.evaluation.demo_scoring import PIRATE_WORDS
 
-LAB = Path(__file__).parents[2] / "labs" / "pirate.py"
+LABS = Path(__file__).parents[2] / "labs"
+LAB = LABS / "pirate.py"
+CHINESE_LAB = LABS / "pirate.zh.py"
 
 
-def run_lab(folder: Path, **lines: object) -> str:
+def run_lab(folder: Path, source: Path = LAB, **lines: object) -> str:
     """What the lab prints, run in `folder` after a reader changed lines such as `MODEL = ...`."""
-    text = LAB.read_text(encoding="utf-8")
+    text = source.read_text(encoding="utf-8")
     for name, value in lines.items():
         text, changed = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
         assert changed == 1
@@ -37,11 +39,21 @@ def heldout_loss(printed: str) -> tuple[float, float]:
     return float(before), float(after)
 
 
-def test_it_runs_on_another_model_and_data_set(tmp_path: Path, tiny_llama_folder: Path) -> None:
+def code_cells(lab: Path) -> list[str]:
+    cells = re.split(r"^# %%", lab.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return [cell for cell in cells if not cell.startswith(" [markdown]")]
+
+
+def test_the_chinese_lab_has_the_same_code() -> None:
+    assert code_cells(CHINESE_LAB) == code_cells(LAB)
+
+
+@pytest.mark.parametrize("lab", [LAB, CHINESE_LAB], ids=["English", "Chinese"])
+def test_it_runs_on_another_model_and_data_set(tmp_path: Path, tiny_llama_folder: Path, lab: Path) -> None:
     data = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Say {n}.", "context": "Aboard." * (n % 2), "response": f"Arr, {n}!"} for n in range(200)]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    printed = run_lab(tmp_path, MODEL=str(tiny_llama_folder), DATA="rows.jsonl", STEPS=2)
+    printed = run_lab(tmp_path, lab, MODEL=str(tiny_llama_folder), DATA="rows.jsonl", STEPS=2)
     assert "200 rows" in printed
     assert "train: 136 conversations" in printed
     assert "step 2/2" in printed
