@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test check clean
+.PHONY: demo test check docs clean
 
 demo: .venv/runtime
 	$(BIN)/parley demo
@@ -16,6 +16,13 @@ check: .venv/development
 	$(BIN)/ruff format --check src tests tools benchmarks
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python tools/build_docs.py --check
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The generated pages and notebooks, then the site in build/site.
+docs: .venv/development
+	$(BIN)/python tools/build_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -m venv .venv

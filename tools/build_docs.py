@@ -70,7 +70,9 @@ def configuration_reference() -> str:
     for name, model in sections.items():
         pages.append(f"## {name}\n")
         description = RunConfig.model_fields[name].description
-        pages += [f"{text}\n" for text in (description, NOTES.get(name) if issubclass(model, OpenSection) else "") if text]
+        pages += [
+            f"{text}\n" for text in (description, NOTES.get(name) if issubclass(model, OpenSection) else "") if text
+        ]
         rows = [_setting(f"{name}.{key}", field) for key, field in model.model_fields.items()]
         pages.append(_table(("setting", "type", "default", ""), rows))
     return "\n".join(pages)
