@@ -1,14 +1,14 @@
 # %% [markdown]
 # # A model learns to talk like a pirate
 #
-# In this lab you load a chat model, talk to it, fine-tune it on conversations with a pirate, and talk to it again. Run the
-# cells one after another (editors that know `# %%` show them as cells; `labs/pirate.ipynb` is the same as a notebook), or
-# all at once:
+# In this lab you load a chat model, talk to it, fine-tune it on conversations with a pirate, and talk to it again. Run
+# the cells one after another (editors that know `# %%` show them as cells; `labs/pirate.ipynb` is the same as a
+# notebook), or all at once:
 #
 #     python labs/pirate.py
 #
-# By default the lab runs on a very small model that comes with Parley, on any machine, in about a minute. For a real model,
-# change the two lines below. With a GPU of 8 GB, for example:
+# By default the lab runs on a very small model that comes with Parley, on any machine, in about a minute. For a real
+# model, change the two lines below. With a GPU of 8 GB, for example:
 #
 #     MODEL = "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"
 #     DATA = "Peyton3995/dolly-15k-mistral-pirate"
@@ -61,8 +61,8 @@ device = pick_device(config.model.device)
 # %% [markdown]
 # ## 1. Load the model
 #
-# `dtype: auto` is bf16 where the GPU supports it, fp16 on older ones, fp32 on a CPU. A checkpoint saved in 4 bits stays in
-# 4 bits. Some chat templates write today's date. Parley pins it, so that the model sees the same tokens tomorrow.
+# `dtype: auto` is bf16 where the GPU supports it, fp16 on older ones, fp32 on a CPU. A checkpoint saved in 4 bits stays
+# in 4 bits. Some chat templates write today's date. Parley pins it, so that the model sees the same tokens tomorrow.
 
 # %%
 from parley.data.render import pin_date
@@ -124,8 +124,8 @@ print({name: rows[0][name] for name in ("instruction", "context", "response")})
 # %% [markdown]
 # ## 5. Turn rows into conversations
 #
-# System, user and assistant turns. The user turn is the context, a blank line, and the instruction; empty parts are left
-# out. `parley train` does this itself (it recognises the columns); this is all there is to it. Some rows are held out;
+# System, user and assistant turns. The user turn is the context, a blank line, and the instruction; empty parts are
+# left out. `parley train` does this itself (it recognises the columns); this is all there is to it. Some rows are held out;
 # step 9 uses them.
 
 # %%
@@ -146,8 +146,8 @@ print(f"{len(parts['train']):,} conversations to train on, {len(parts['test'])} 
 # ## 6. Tokens and the mask
 #
 # The model learns what the assistant says, not what users say. Only the assistant's tokens count towards the loss,
-# including the token that ends the turn: without it the model would not learn to stop. `render` returns token ids and mask
-# in one pass; a label of -100 means that a token is not supervised. Conversations over the maximum length are dropped.
+# including the token that ends the turn: without it the model would not learn to stop. `render` returns token ids and
+# mask in one pass; a label of -100 means that a token is not supervised. Conversations over the maximum length are dropped.
 #
 # Always look at this before you train. Supervised tokens are coloured; most failed fine-tuning can be seen here.
 
@@ -176,8 +176,8 @@ for name, part in tokens.items():
 # %% [markdown]
 # ## 7. Before training: memory, answers, held-out loss
 #
-# The trainer is TRL's with Parley's masks. `sft_config` turns the settings into its arguments and reports what it chose:
-# 8-bit AdamW saves memory on a GPU, fused AdamW is the fast one on a CPU.
+# The trainer is TRL's with Parley's masks. `sft_config` turns the settings into its arguments and reports what it
+# chose: 8-bit AdamW saves memory on a GPU, fused AdamW is the fast one on a CPU.
 #
 # **Held-out loss** is the mean negative log-likelihood per token of answers that the model has not seen. The questions
 # below are answered greedily (temperature 0), so that only training can change the answers.
@@ -234,8 +234,8 @@ print(f"of it for training {more:.2f} GiB ({more / total:.1%})")
 # %% [markdown]
 # ## 9. Chat again, and compare
 #
-# The same questions, and the same held-out loss. It must have fallen, too. If it falls on the training rows and rises on
-# the held-out rows, the model is overfitting: train for fewer steps, or on more rows.
+# The same questions, and the same held-out loss. It must have fallen, too. If it falls on the training rows and rises
+# on the held-out rows, the model is overfitting: train for fewer steps, or on more rows.
 
 # %%
 from rich.table import Table
@@ -264,8 +264,8 @@ print(f"saved in {adapter}: {sum(file.stat().st_size for file in adapter.iterdir
 # %% [markdown]
 # ## What next
 #
-# - Change one setting at a time and run again: `r` 4, a ten times higher learning rate, 10 steps, 1,000. What happens to
-#   the held-out loss and the answers?
+# - Change one setting at a time and run again: `r` 4, a ten times higher learning rate, 10 steps, 1,000. What happens
+#   to the held-out loss and the answers?
 # - Ask about something that the data never mentions. What was kept, and what was lost?
 # - Put a real model and data set into the two lines at the top.
 # - The same as one command, with a report as a web page:

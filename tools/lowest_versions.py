@@ -1,4 +1,4 @@
-"""Print the lower end of each range in pyproject.toml as a pip constraint, for the job that tests the oldest versions."""
+"""Print the lower end of each range in pyproject.toml as a pip constraint, to test the oldest versions."""
 
 from __future__ import annotations
 
