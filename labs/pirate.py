@@ -125,7 +125,8 @@ print({name: rows[0][name] for name in ("instruction", "context", "response")})
 # ## 5. Turn rows into conversations
 #
 # System, user and assistant turns. The user turn is the context, a blank line, and the instruction; empty parts are
-# left out. `parley train` does this itself (it recognises the columns); this is all there is to it. Some rows are held out;
+# left out. `parley train` does this itself (it recognises the columns); this is all there is to it. Some rows are held
+# out;
 # step 9 uses them.
 
 # %%
@@ -147,7 +148,8 @@ print(f"{len(parts['train']):,} conversations to train on, {len(parts['test'])} 
 #
 # The model learns what the assistant says, not what users say. Only the assistant's tokens count towards the loss,
 # including the token that ends the turn: without it the model would not learn to stop. `render` returns token ids and
-# mask in one pass; a label of -100 means that a token is not supervised. Conversations over the maximum length are dropped.
+# mask in one pass; a label of -100 means that a token is not supervised. Conversations over the maximum length are
+# dropped.
 #
 # Always look at this before you train. Supervised tokens are coloured; most failed fine-tuning can be seen here.
 
