@@ -29,7 +29,7 @@ from parley.evaluation.demo_scoring import heldout_questions
 from parley.inference.chat import ChatSession
 from parley.inference.decoder import FastDecoder
 from parley.inference.generate import end_of_turn_ids
-from parley.inference.interface import Asked
+from parley.inference.interface import DecodeRequest
 
 GREEDY = GenerationSection(temperature=0)
 NO_ENDS: frozenset[int] = frozenset()
@@ -62,7 +62,7 @@ def prompts_of(count: int, tokens: int, vocabulary: int = 20000) -> list[list[in
     return torch.randint(vocabulary, (count, tokens), generator=rng).tolist()
 
 
-def answer(decoder: FastDecoder, asked: dict[int, Asked]) -> tuple[dict[int, list[int]], float, float, float]:
+def answer(decoder: FastDecoder, asked: dict[int, DecodeRequest]) -> tuple[dict[int, list[int]], float, float, float]:
     """The answers, and seconds from the start until prompts are read, until the first tokens and until the last."""
     synchronize()
     start = time.perf_counter()
@@ -81,7 +81,8 @@ def rate(decoder: FastDecoder, rows: int, context: int, tokens: int, settings: G
     """Tokens a second of `rows` answers of `tokens`: the median of three rounds."""
     settings = settings.model_copy(update={"max_new_tokens": tokens})
     asked = {
-        slot: Asked(prompt, settings, NO_ENDS, slot, **more) for slot, prompt in enumerate(prompts_of(rows, context))
+        slot: DecodeRequest(prompt, settings, NO_ENDS, slot, **more)
+        for slot, prompt in enumerate(prompts_of(rows, context))
     }
     rates = []
     for _ in range(3):
@@ -105,7 +106,7 @@ def on_gpu(model: Any, quantization: str, slots: int, profile: bool) -> None:
     firsts = []
     for prompt in prompts_of(12, 200):
         settings = GREEDY.model_copy(update={"max_new_tokens": 4})
-        firsts.append(1000 * answer(decoder, {0: Asked(prompt, settings, NO_ENDS, 0)})[2])
+        firsts.append(1000 * answer(decoder, {0: DecodeRequest(prompt, settings, NO_ENDS, 0)})[2])
     report(
         f"{of}: first token of a 200-token prompt", statistics.median(firsts[2:]), "ms", worst=round(max(firsts[2:]), 2)
     )
@@ -149,7 +150,7 @@ def show_kernels(decoder: FastDecoder, rows: int, context: int) -> None:
     from torch.profiler import profile as torch_profile
 
     settings = GREEDY.model_copy(update={"max_new_tokens": 100})
-    decoder.admit({slot: Asked(p, settings, NO_ENDS, 0) for slot, p in enumerate(prompts_of(rows, context))})
+    decoder.admit({slot: DecodeRequest(p, settings, NO_ENDS, 0) for slot, p in enumerate(prompts_of(rows, context))})
     for _ in range(3):
         decoder.decode()
     tokens = 0
@@ -237,7 +238,7 @@ def in_batches(
         fresh = {slot: waiting.pop(0) for slot in free[: len(waiting)]}
         running |= fresh
         if fresh:
-            decoder.admit({slot: Asked(prompts[index], settings, ends, 0) for slot, index in fresh.items()})
+            decoder.admit({slot: DecodeRequest(prompts[index], settings, ends, 0) for slot, index in fresh.items()})
         for slot, tokens in decoder.decode().items():
             answered = ids[running[slot]]
             answered += [token.id for token in tokens]

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from parley.config import GenerationSection
 from parley.inference.decoder import FastDecoder
-from parley.inference.interface import Asked
+from parley.inference.interface import DecodeRequest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VOCABULARY = 5000
@@ -31,15 +31,16 @@ def adapted(model: Any) -> Any:
     return models.adapted(model, 0.1).eval()
 
 
-def questions(settings: GenerationSection, lengths: Sequence[int] = LENGTHS, **more: Any) -> list[Asked]:
+def questions(settings: GenerationSection, lengths: Sequence[int] = LENGTHS, **more: Any) -> list[DecodeRequest]:
     rng = torch.Generator().manual_seed(0)
     prompts = [torch.randint(VOCABULARY, (length,), generator=rng).tolist() for length in lengths]
     return [
-        Asked(prompt, settings, frozenset(), seed, base=seed % 2 == 1, **more) for seed, prompt in enumerate(prompts)
+        DecodeRequest(prompt, settings, frozenset(), seed, base=seed % 2 == 1, **more)
+        for seed, prompt in enumerate(prompts)
     ]
 
 
-def answers(decoder: FastDecoder, every: Sequence[Asked]) -> list[list[int]]:
+def answers(decoder: FastDecoder, every: Sequence[DecodeRequest]) -> list[list[int]]:
     """All answers' ids; slots are filled again as they come free."""
     ids: list[list[int]] = [[] for _ in every]
     waiting, running = list(range(len(every))), dict[int, int]()

@@ -19,7 +19,7 @@ from parley.errors import DataError, UsageError
 from parley.evaluation.demo_scoring import heldout_questions
 from parley.inference.decoder import FastDecoder
 from parley.inference.generate import end_of_turn_ids
-from parley.inference.interface import Asked, Decoder, Token
+from parley.inference.interface import Decoder, DecodeRequest, Token
 from parley.inference.sampling import Needs
 from parley.inference.slot_state import Row
 from parley.inference.step_runner import Burst, Eager, Report
@@ -56,10 +56,10 @@ def llama(build_family: Callable[[str], Path]) -> Any:
 
 def ask(
     prompt: Sequence[int], *, ends: Sequence[int] = (), seed: int = 0, base: bool = False, **settings: Any
-) -> Asked:
+) -> DecodeRequest:
     chosen: dict[str, Any] = {"temperature": 0, "max_new_tokens": 12} | settings
     logprobs = chosen.pop("logprobs", None)
-    return Asked(prompt, GenerationSection(**chosen), frozenset(ends), seed, base, logprobs)
+    return DecodeRequest(prompt, GenerationSection(**chosen), frozenset(ends), seed, base, logprobs)
 
 
 def collect(decoder: Decoder) -> dict[int, list[Token]]:
@@ -71,7 +71,7 @@ def collect(decoder: Decoder) -> dict[int, list[Token]]:
     return tokens
 
 
-def answers(decoder: Decoder, every: Sequence[Asked]) -> list[list[int]]:
+def answers(decoder: Decoder, every: Sequence[DecodeRequest]) -> list[list[int]]:
     """The answers' ids, in order, with finished slots filled again as they come free."""
     waiting, slot_of, ids = list(enumerate(every)), {}, [[] for _ in every]  # type: ignore[var-annotated]
     free = list(range(decoder.slots))
@@ -86,7 +86,7 @@ def answers(decoder: Decoder, every: Sequence[Asked]) -> list[list[int]]:
             ids[slot_of[slot]] += [token.id for token in new]
         for slot, index in list(slot_of.items()):
             one, got = every[index], ids[index]
-            if slot not in told or got[-1] in one.ends or len(got) == one.settings.max_new_tokens:
+            if slot not in told or got[-1] in one.stop_ids or len(got) == one.settings.max_new_tokens:
                 decoder.release(slot)
                 free.append(slot)
                 del slot_of[slot]

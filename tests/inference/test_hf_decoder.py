@@ -11,18 +11,18 @@ from parley.config import GenerationSection
 from parley.data.render import render_prompt
 from parley.inference.decoder import FastDecoder
 from parley.inference.hf_decoder import TransformersDecoder, decoder_for
-from parley.inference.interface import Asked, Token
+from parley.inference.interface import DecodeRequest, Token
 
 PROMPTS = ["Ahoy!", "What be the colour of the sea on a clear morning?", "How many apples are in the basket? " * 3]
 GREEDY = GenerationSection(temperature=0, max_new_tokens=12)
 
 
-def asked(tokenizer: Any, question: str, settings: GenerationSection = GREEDY, **more: Any) -> Asked:
+def asked(tokenizer: Any, question: str, settings: GenerationSection = GREEDY, **more: Any) -> DecodeRequest:
     prompt = render_prompt(tokenizer, [{"role": "user", "content": question}])
-    return Asked(prompt, settings, frozenset({tokenizer.eos_token_id}), more.pop("seed", 0), **more)
+    return DecodeRequest(prompt, settings, frozenset({tokenizer.eos_token_id}), more.pop("seed", 0), **more)
 
 
-def answer(decoder: TransformersDecoder, *questions: Asked) -> list[list[Token]]:
+def answer(decoder: TransformersDecoder, *questions: DecodeRequest) -> list[list[Token]]:
     """All at once, each until it draws no more."""
     decoder.admit(dict(enumerate(questions)))
     answers: list[list[Token]] = [[] for _ in questions]
@@ -93,7 +93,7 @@ def test_logprobs_are_the_models_own(model: Any, tiny_tokenizer: Any) -> None:
 
 def test_an_answer_ends_with_its_room(model: Any, tiny_tokenizer: Any) -> None:
     question = asked(tiny_tokenizer, PROMPTS[0], GREEDY.model_copy(update={"max_new_tokens": 99}))
-    question = Asked(question.prompt_ids, question.settings, frozenset(), 0)
+    question = DecodeRequest(question.prompt_ids, question.settings, frozenset(), 0)
     drawn = answer(TransformersDecoder(model, slots=1, length=len(question.prompt_ids) + 5), question)[0]
     assert len(drawn) == 5
 

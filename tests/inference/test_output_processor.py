@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from parley.inference.interface import Token
-from parley.inference.output_processor import Detokenizer, Piece, Transcriber
+from parley.inference.output_processor import Detokenizer, OutputChunk, OutputProcessor
 from parley.models.demo import demo_model_path
 
 SAID = "Ahoy, naïve café – 42 °C ☕ 👩‍👩‍👧!\n\n  Two  spaces \ufffd and 漢字."
@@ -67,18 +67,18 @@ def test_no_piece_holds_half_a_character(byte_level: Any) -> None:
     assert sum(bool(piece) for piece in pieces) == len(said)
 
 
-def transcribed(tokenizer: Any, text: str, stops: list[str], seed: int, most: int = 10_000) -> list[Piece]:
+def processed(tokenizer: Any, text: str, stops: list[str], seed: int, most: int = 10_000) -> list[OutputChunk]:
     ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    transcriber = Transcriber(tokenizer, frozenset({tokenizer.eos_token_id}), stops, most)
+    processor = OutputProcessor(tokenizer, frozenset({tokenizer.eos_token_id}), stops, most)
     pieces = []
     for some in splits(ids, seed):
-        piece = transcriber.add([Token(token) for token in some])
+        piece = processor.add([Token(token) for token in some])
         if piece is not None:
             pieces.append(piece)
-            if piece.finish:
+            if piece.finish_reason:
                 break
-    assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
-    assert sum(len(piece.tokens) for piece in pieces) == transcriber.drawn
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert sum(len(piece.tokens) for piece in pieces) == processor.num_tokens
     return pieces
 
 
@@ -97,41 +97,57 @@ def transcribed(tokenizer: Any, text: str, stops: list[str], seed: int, most: in
     ],
 )
 def test_a_stop_string_ends_the_text_before_it(byte_level: Any, stops: list[str], left: str, seed: int) -> None:
-    pieces = transcribed(byte_level, "Ahoy there, matey! What be the sea? ☕ Blue", stops, seed)
+    pieces = processed(byte_level, "Ahoy there, matey! What be the sea? ☕ Blue", stops, seed)
     assert "".join(piece.text for piece in pieces) == left
-    assert pieces[-1].finish == "stop"
+    assert pieces[-1].finish_reason == "stop"
 
 
 @pytest.mark.parametrize("stops", [[], ["matey"], ["zzz"]])
 def test_how_tokens_are_handed_in_changes_nothing(byte_level: Any, stops: list[str]) -> None:
     def told(seed: int) -> tuple[str, list[Token], int]:
-        pieces = transcribed(byte_level, "Ahoy there, matey! What be the sea?", stops, seed)
+        pieces = processed(byte_level, "Ahoy there, matey! What be the sea?", stops, seed)
         tokens = [token for piece in pieces for token in piece.tokens]
-        return "".join(piece.text for piece in pieces), tokens, pieces[-1].unseen
+        return "".join(piece.text for piece in pieces), tokens, pieces[-1].without_text
 
     assert [told(seed) for seed in range(1, 8)] == [told(0)] * 7
 
 
 def test_tokens_after_a_stop_are_not_counted_and_those_cut_are_unseen(byte_level: Any) -> None:
-    pieces = transcribed(byte_level, "One two three four", [" two"], seed=0)
+    pieces = processed(byte_level, "One two three four", [" two"], seed=0)
     tokens = [token.id for piece in pieces for token in piece.tokens]
-    seen = tokens[: len(tokens) - pieces[-1].unseen]
+    seen = tokens[: len(tokens) - pieces[-1].without_text]
     assert byte_level.decode(tokens) == "One two"
     assert byte_level.decode(seen) == "One"
 
 
 def test_length_ends_an_answer_and_brings_what_was_held(byte_level: Any) -> None:
     ids = byte_level("☕ tea", add_special_tokens=False)["input_ids"]
-    transcriber = Transcriber(byte_level, frozenset(), ["☕ teapot"], 2)
-    first = transcriber.add([Token(ids[0])])
-    last = transcriber.add([Token(ids[1])])
+    processor = OutputProcessor(byte_level, frozenset(), ["☕ teapot"], 2)
+    first = processor.add([Token(ids[0])])
+    last = processor.add([Token(ids[1])])
     assert first is None
     assert last is not None
-    assert (last.text, last.finish) == (byte_level.decode(ids[:2]), "length")
-    assert (len(last.tokens), last.unseen) == (2, 0)
+    assert (last.text, last.finish_reason) == (byte_level.decode(ids[:2]), "length")
+    assert (len(last.tokens), last.without_text) == (2, 0)
 
 
 def test_ends_are_counted_and_unseen(byte_level: Any) -> None:
-    last = transcribed(byte_level, "Aye.", [], seed=3)[-1]
+    last = processed(byte_level, "Aye.", [], seed=3)[-1]
     assert last.tokens[-1].id == byte_level.eos_token_id
-    assert last.unseen == 1
+    assert last.without_text == 1
+
+
+@pytest.mark.parametrize("stop", ["matey", "ab"])
+def test_no_character_of_a_stop_string_is_emitted_before_it_is_complete(byte_level: Any, stop: str) -> None:
+    """Character by character: all but the last of the stop string are held back, and let go where it is not one."""
+    begun = stop[:-1]
+    ids = [byte_level(char, add_special_tokens=False)["input_ids"] for char in f"Oh {begun}! {stop}"]
+    assert all(len(each) == 1 for each in ids)
+    processor = OutputProcessor(byte_level, frozenset(), [stop], 100)
+    emitted = []
+    for (token,) in ids:
+        chunk = processor.add([Token(token)])
+        emitted.append("" if chunk is None else chunk.text)
+    assert emitted == ["O", "h", " ", *[""] * len(begun), f"{begun}!", " ", *[""] * len(stop)]
+    assert chunk is not None
+    assert chunk.finish_reason == "stop"

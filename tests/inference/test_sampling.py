@@ -14,7 +14,7 @@ from transformers.generation import (
 )
 
 from parley.config import GenerationSection
-from parley.inference.interface import Asked
+from parley.inference.interface import DecodeRequest
 from parley.inference.sampling import (
     Needs,
     advance,
@@ -42,11 +42,11 @@ SETTINGS = [
 ]
 
 
-def asked(seed: int = 0, prompt: tuple[int, ...] = (3, 1, 4, 1, 5), **settings: float) -> Asked:
-    return Asked(prompt, GenerationSection(**{"min_p": 0.0} | settings), frozenset({9}), seed)
+def asked(seed: int = 0, prompt: tuple[int, ...] = (3, 1, 4, 1, 5), **settings: float) -> DecodeRequest:
+    return DecodeRequest(prompt, GenerationSection(**{"min_p": 0.0} | settings), frozenset({9}), seed)
 
 
-def state_of(every: list[Asked], tokens: int = 8) -> State:
+def state_of(every: list[DecodeRequest], tokens: int = 8) -> State:
     state = State.empty(len(every), VOCABULARY, tokens, CPU)
     state.admit(0, every, 10**6)
     return state
@@ -56,7 +56,7 @@ def logits_of(rows: int, seed: int = 0) -> torch.Tensor:
     return 3 * torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed))
 
 
-def processors(one: Asked) -> LogitsProcessorList:
+def processors(one: DecodeRequest) -> LogitsProcessorList:
     """As transformers' generate builds them, in its order (GenerationMixin._get_logits_processor)."""
     settings = one.settings
     made = LogitsProcessorList()

@@ -9,10 +9,10 @@ import pytest
 
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection
 from parley.data.render import render_prompt
-from parley.errors import DataError
+from parley.errors import DataError, ModelError
 from parley.inference.hf_decoder import TransformersDecoder
-from parley.inference.interface import Asked, Token
-from parley.inference.scheduler import Closed, Piece, QueueFull, Request, Scheduler
+from parley.inference.interface import DecodeRequest, Token
+from parley.inference.scheduler import Closed, DecoderFailed, OutputChunk, QueueFull, Request, Scheduler
 from parley.models.load import load_model
 
 GREEDY = GenerationSection(temperature=0, max_new_tokens=24)
@@ -37,6 +37,8 @@ def make(demo: Any) -> Iterator[Callable[..., Scheduler]]:
 
     yield scheduler
     for each in made:
+        if isinstance(each._decoder, Held):  # so that a test that fails does not wait for a worker that is held
+            each._decoder.let.release(1_000_000)
         each.close(drain=False)
 
 
@@ -64,31 +66,31 @@ class Inbox:
     """What was delivered, and when it was over."""
 
     def __init__(self) -> None:
-        self.got: list[Piece | Exception] = []
+        self.got: list[OutputChunk | Exception] = []
         self.over = threading.Event()
 
-    def __call__(self, piece: Piece | Exception) -> None:
+    def __call__(self, piece: OutputChunk | Exception) -> None:
         self.got.append(piece)
-        if isinstance(piece, Exception) or piece.finish:
+        if isinstance(piece, Exception) or piece.finish_reason:
             self.over.set()
 
     def text(self) -> str:
         assert self.over.wait(30)
-        assert all(isinstance(piece, Piece) for piece in self.got), self.got
-        return "".join(piece.text for piece in self.got if isinstance(piece, Piece))
+        assert all(isinstance(piece, OutputChunk) for piece in self.got), self.got
+        return "".join(piece.text for piece in self.got if isinstance(piece, OutputChunk))
 
 
 class Held:
-    """A decoder that draws token 5 for ever, a burst at a time when it is let."""
+    """A decoder that samples token 70 for ever, one call of `decode` at a time when it is let."""
 
-    slots, length = 2, 1000
+    slots, length, vocab_size = 2, 1000, 500
 
     def __init__(self) -> None:
         self.let = threading.Semaphore(0)
         self.taken: set[int] = set()
         self.admitted: list[int] = []
 
-    def admit(self, asked: Mapping[int, Asked]) -> None:
+    def admit(self, asked: Mapping[int, DecodeRequest]) -> None:
         assert not self.taken & set(asked)
         self.taken |= set(asked)
         self.admitted += [each.prompt_ids[0] for each in asked.values()]
@@ -99,6 +101,9 @@ class Held:
 
     def release(self, slot: int) -> None:
         self.taken.remove(slot)
+
+    def reset(self) -> None:
+        self.taken.clear()
 
 
 def until(true: Callable[[], bool]) -> None:
@@ -121,17 +126,17 @@ def test_many_questions_over_few_slots_are_answered_as_alone(
     assert answers == [alone(demo, each) for each in asked]
     assert len(set(answers)) > 3
     assert scheduler.counts.active == scheduler.counts.waiting == 0
-    drawn = sum(len(piece.tokens) for inbox in inboxes for piece in inbox.got if isinstance(piece, Piece))
+    drawn = sum(len(piece.tokens) for inbox in inboxes for piece in inbox.got if isinstance(piece, OutputChunk))
     assert scheduler.counts.tokens == drawn
 
 
 def test_the_iterator_gives_the_answer_and_says_how_it_ended(demo: Any, make: Callable[..., Scheduler]) -> None:
     scheduler = make()
-    pieces = list(scheduler.pieces(request(demo, "Ahoy!")))
+    pieces = list(scheduler.stream(request(demo, "Ahoy!")))
     assert "".join(piece.text for piece in pieces) == alone(demo, request(demo, "Ahoy!"))
-    assert pieces[-1].finish == "stop"
-    short = list(scheduler.pieces(request(demo, "Ahoy!", GREEDY.model_copy(update={"max_new_tokens": 2}))))
-    assert short[-1].finish == "length"
+    assert pieces[-1].finish_reason == "stop"
+    short = list(scheduler.stream(request(demo, "Ahoy!", GREEDY.model_copy(update={"max_new_tokens": 2}))))
+    assert short[-1].finish_reason == "length"
     assert sum(len(piece.tokens) for piece in short) == 2
 
 
@@ -141,12 +146,12 @@ def test_a_stop_string_ends_the_answer_and_frees_the_slot(demo: Any, make: Calla
     scheduler = make(slots=1)
     for _ in range(2):
         pieces = list(
-            scheduler.pieces(
+            scheduler.stream(
                 request(demo, "What is the capital of France?", GREEDY.model_copy(update={"stop": [word]}))
             )
         )
         assert "".join(piece.text for piece in pieces) == whole[: whole.index(word)]
-        assert pieces[-1].finish == "stop"
+        assert pieces[-1].finish_reason == "stop"
 
 
 def test_seeds_repeat_an_answer_and_none_differs(demo: Any, make: Callable[..., Scheduler]) -> None:
@@ -154,7 +159,7 @@ def test_seeds_repeat_an_answer_and_none_differs(demo: Any, make: Callable[..., 
 
     def say(seed: int | None) -> str:
         settings = GenerationSection(temperature=3, min_p=0, max_new_tokens=16, seed=seed)
-        return "".join(piece.text for piece in scheduler.pieces(request(demo, "Ahoy!", settings)))
+        return "".join(piece.text for piece in scheduler.stream(request(demo, "Ahoy!", settings)))
 
     assert say(7) == say(7) == say(7 + 2**63) != say(8)
     assert say(None) != say(None)
@@ -168,30 +173,33 @@ def test_a_prompt_that_fills_the_room_is_refused_and_one_below_is_not(
         scheduler.submit(Request([70] * 20, GREEDY), Inbox())
     with pytest.raises(DataError, match="empty"):
         scheduler.submit(Request([], GREEDY), Inbox())
-    pieces = list(scheduler.pieces(Request([70] * 19, GREEDY)))
+    pieces = list(scheduler.stream(Request([70] * 19, GREEDY)))
     assert sum(len(piece.tokens) for piece in pieces) == 1
 
 
 def test_the_queue_is_first_come_first_served_and_has_an_end(make: Callable[..., Scheduler]) -> None:
+    """Two slots and a queue of two: with one slot taken three may wait, as one of them takes the other slot."""
     decoder = Held()
     scheduler = make(decoder=decoder, queue_limit=2)
-    inboxes = [Inbox() for _ in range(4)]
+    inboxes = [Inbox() for _ in range(5)]
 
     def submit(number: int) -> None:
-        scheduler.submit(Request([number], GREEDY.model_copy(update={"max_new_tokens": 3})), inboxes[number % 4])
+        scheduler.submit(Request([number], GREEDY.model_copy(update={"max_new_tokens": 3})), inboxes[number])
 
     submit(0)
     until(lambda: decoder.admitted == [0])
     submit(1)
-    decoder.let.release()
-    until(lambda: decoder.admitted == [0, 1])
     submit(2)
     submit(3)
+    with pytest.raises(QueueFull, match="all 2 slots are taken and 2 requests wait"):
+        submit(4)
+    decoder.let.release()
+    until(lambda: decoder.admitted == [0, 1])
     assert scheduler.counts.waiting == 2
     with pytest.raises(QueueFull, match="all 2 slots are taken and 2 requests wait"):
         submit(4)
     decoder.let.release(100)
-    for inbox in inboxes:
+    for inbox in inboxes[:4]:
         inbox.text()
     assert decoder.admitted == [0, 1, 2, 3]
 
@@ -221,7 +229,7 @@ def test_a_cancelled_answer_gives_its_slot_to_the_next(make: Callable[..., Sched
 def test_a_closed_iterator_cancels(make: Callable[..., Scheduler]) -> None:
     decoder = Held()
     scheduler = make(decoder=decoder)
-    pieces = scheduler.pieces(Request([1], GREEDY.model_copy(update={"max_new_tokens": 900})))
+    pieces = scheduler.stream(Request([1], GREEDY.model_copy(update={"max_new_tokens": 900})))
     decoder.let.release(5)
     next(pieces)
     pieces.close()
@@ -251,13 +259,50 @@ def test_closing_drains_or_does_not(demo: Any, make: Callable[..., Scheduler]) -
     assert all(isinstance(inbox.got[-1], Closed) for inbox in inboxes)
 
 
-def test_an_error_in_the_loop_reaches_everybody(demo: Any, make: Callable[..., Scheduler]) -> None:
-    class Broken(Held):
-        def decode(self) -> Mapping[int, list[Token]]:
-            self.let.acquire()
-            raise RuntimeError("out of luck")
+class Failing(Held):
+    """Raises in `decode` once; in `reset` too, where the device is lost."""
 
-    decoder = Broken()
+    def __init__(self, lost: bool = False) -> None:
+        super().__init__()
+        self.fails, self.lost = True, lost
+
+    def decode(self) -> Mapping[int, list[Token]]:
+        self.let.acquire()
+        if self.fails:
+            self.fails = False
+            raise RuntimeError("out of luck")
+        return {slot: [Token(70)] for slot in self.taken}
+
+    def reset(self) -> None:
+        if self.lost:
+            raise RuntimeError("no device")
+        super().reset()
+
+
+def test_a_decoder_that_fails_starts_anew(make: Callable[..., Scheduler], caplog: pytest.LogCaptureFixture) -> None:
+    """Those in its slots hear of it, those that wait and come later are answered; the log has the traceback."""
+    decoder = Failing()
+    scheduler = make(decoder=decoder)
+    short = GREEDY.model_copy(update={"max_new_tokens": 2})
+    inboxes = [Inbox() for _ in range(4)]
+    scheduler.submit(Request([0], short), inboxes[0])
+    until(lambda: decoder.admitted == [0])
+    for number in (1, 2):
+        scheduler.submit(Request([number], short), inboxes[number])
+    decoder.let.release()
+    assert inboxes[0].over.wait(20)
+    assert isinstance(inboxes[0].got[-1], DecoderFailed)
+    assert "out of luck" in str(inboxes[0].got[-1])
+    decoder.let.release(100)
+    scheduler.submit(Request([3], short), inboxes[3])
+    assert [inbox.text() for inbox in inboxes[1:]] == [inboxes[1].text()] * 3
+    assert scheduler.error is None
+    (record,) = [record for record in caplog.records if record.name == "parley.inference.scheduler"]
+    assert "out of luck" in str(record.exc_info)
+
+
+def test_a_decoder_that_cannot_be_reset_ends_everything(make: Callable[..., Scheduler]) -> None:
+    decoder = Failing(lost=True)
     scheduler = make(decoder=decoder)
     inboxes = [Inbox() for _ in range(4)]
     for inbox in inboxes:
@@ -265,8 +310,61 @@ def test_an_error_in_the_loop_reaches_everybody(demo: Any, make: Callable[..., S
     decoder.let.release()
     for inbox in inboxes:
         assert inbox.over.wait(20)
-        assert isinstance(inbox.got[-1], RuntimeError)
+        assert isinstance(inbox.got[-1], DecoderFailed)
     until(lambda: scheduler.error is not None)
     with pytest.raises(Closed, match="out of luck"):
         scheduler.submit(Request([1], GREEDY), Inbox())
     scheduler.close()
+
+
+def test_what_a_decoder_refuses_ends_that_request_alone(make: Callable[..., Scheduler]) -> None:
+    class Picky(Held):
+        def admit(self, requests: Mapping[int, DecodeRequest]) -> None:
+            if any(request.prompt_ids[0] == 2 for request in requests.values()):
+                raise ModelError("not two")
+            super().admit(requests)
+
+    decoder = Picky()
+    scheduler = make(decoder=decoder)
+    short = GREEDY.model_copy(update={"max_new_tokens": 2})
+    inboxes = [Inbox() for _ in range(4)]
+    scheduler.submit(Request([0], short), inboxes[0])
+    until(lambda: decoder.admitted == [0])
+    for number in (1, 2, 3):
+        scheduler.submit(Request([number], short), inboxes[number])
+    decoder.let.release(100)
+    assert inboxes[2].over.wait(20)
+    assert isinstance(inboxes[2].got[0], ModelError)
+    assert [inboxes[number].text() for number in (0, 1, 3)] == [inboxes[0].text()] * 3
+    assert scheduler.counts.active == 0
+
+
+def test_a_token_that_cannot_be_decoded_ends_that_answer_alone(demo: Any, make: Callable[..., Scheduler]) -> None:
+    class Strange(Held):
+        """The answer to the prompt 0 is a token that no tokenizer takes."""
+
+        def admit(self, requests: Mapping[int, DecodeRequest]) -> None:
+            super().admit(requests)
+            self.strange = {slot for slot, request in requests.items() if request.prompt_ids[0] == 0}
+
+        def decode(self) -> Mapping[int, list[Token]]:
+            self.let.acquire()
+            return {slot: [Token(2**70 if slot in self.strange else 70)] for slot in self.taken}
+
+    decoder = Strange()
+    scheduler = make(decoder=decoder)
+    inboxes = [Inbox() for _ in range(2)]
+    short = GREEDY.model_copy(update={"max_new_tokens": 2})
+    for number, inbox in enumerate(inboxes):
+        scheduler.submit(Request([number], short), inbox)
+    decoder.let.release(100)
+    assert inboxes[0].over.wait(20)
+    assert isinstance(inboxes[0].got[0], DecoderFailed)
+    assert inboxes[1].text() != ""
+
+
+@pytest.mark.parametrize("token", [500, -1, 2**70])
+def test_ids_outside_the_vocabulary_are_refused(make: Callable[..., Scheduler], token: int) -> None:
+    scheduler = make(decoder=Held())
+    with pytest.raises(DataError, match=f"token id {token} and the model's embedding has 500 rows"):
+        scheduler.submit(Request([1, token], GREEDY), Inbox())

@@ -233,7 +233,10 @@ def test_metrics_and_health_tell_what_happens(endless: Running) -> None:
     assert rose("parley_first_token_seconds_count") >= 1
 
 
-def test_a_decoder_that_fails_is_told_and_so_is_health(serving: Any, tiny_llama_folder: Any) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_decoder_that_fails_is_told_and_starts_anew_where_it_can(
+    serving: Any, tiny_llama_folder: Any, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
     running = serving(tiny_llama_folder, slots=2, length=256, ends=[])
     name = next(iter(running.service.served.names))
     stream = running.client.chat.completions.create(
@@ -245,12 +248,19 @@ def test_a_decoder_that_fails_is_told_and_so_is_health(serving: Any, tiny_llama_
     def fail() -> None:
         raise RuntimeError("out of luck")
 
-    decoder.decode = fail  # a device that is lost cannot be had
-    with pytest.raises(openai.APIError, match="the decoder failed"):
-        list(stream)
-    with pytest.raises(openai.InternalServerError, match="the decoder failed earlier"):
-        running.client.chat.completions.create(model=name, messages=HELLO)
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "decode", fail)
+        if lost:  # as a device that is gone
+            patch.setattr(decoder, "reset", fail)
+        with pytest.raises(openai.APIError, match="the decoder failed"):
+            list(stream)
+    if lost:
+        with pytest.raises(openai.InternalServerError, match="the decoder failed earlier"):
+            running.client.chat.completions.create(model=name, messages=HELLO)
+    else:
+        answer = running.client.chat.completions.create(model=name, messages=HELLO, max_tokens=3)
+        assert answer.choices[0].message.content
     connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=20)
     connection.request("GET", "/health")
-    assert connection.getresponse().status == 503
+    assert connection.getresponse().status == (503 if lost else 200)
     connection.close()

@@ -18,7 +18,7 @@ from parley.text import print_text
 
 if TYPE_CHECKING:
     from parley.data.conversation import Message
-    from parley.inference.prompt_file import Asked
+    from parley.inference.prompt_file import PromptRow
     from parley.serving.loading import Source
 
 
@@ -59,13 +59,13 @@ def generate(
         _write(output, asked, n, answers)
 
 
-def _with_system(one: Asked, opened: Source) -> list[Message]:
+def _with_system(one: PromptRow, opened: Source) -> list[Message]:
     if opened.system is None or one.messages[0]["role"] == "system":
         return one.messages
     return [{"role": "system", "content": opened.system}, *one.messages]
 
 
-def _write(output: Path, asked: list[Asked], n: int, answers: Iterator[tuple[int, str]]) -> None:
+def _write(output: Path, asked: list[PromptRow], n: int, answers: Iterator[tuple[int, str]]) -> None:
     """Write beside `output` as answers come, in order, and move into place at the end.
 
     Ctrl-C keeps every row that was answered, later ones too, and raises Stopped.
@@ -90,7 +90,7 @@ def _write(output: Path, asked: list[Asked], n: int, answers: Iterator[tuple[int
 class _Rows:
     """Answers as they come in, and the rows whose answers are all there."""
 
-    def __init__(self, asked: list[Asked], n: int) -> None:
+    def __init__(self, asked: list[PromptRow], n: int) -> None:
         self.asked, self.n = asked, n
         self.texts: dict[int, str] = {}
         self.next = self.written = 0

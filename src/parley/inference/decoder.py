@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from parley.errors import DataError
 from parley.inference.cpu.batch1 import CpuStep
 from parley.inference.cpu.prefill import Reader
-from parley.inference.interface import Asked, Token
+from parley.inference.interface import DecodeRequest, Token
 from parley.inference.kv_cache import Cache
 from parley.inference.linear import make_products
 from parley.inference.model import Model, PlainStep, Voices, prefill
@@ -87,6 +87,10 @@ class FastDecoder:
     def length(self) -> int:
         return self._length
 
+    @property
+    def vocab_size(self) -> int:
+        return self.model.weights.embedding_VD.shape[0]
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile and capture what the first answers would otherwise wait for. No slot is drawing."""
@@ -96,7 +100,7 @@ class FastDecoder:
             self.runner.warm_up(partial(prefill, self.model, self.cache, self.staging, prompts, [0], [True]))
 
     @torch.inference_mode()
-    def admit(self, asked: Mapping[int, Asked]) -> None:
+    def admit(self, asked: Mapping[int, DecodeRequest]) -> None:
         """Read the prompts into free slots, in one pass. They draw from the next `decode` on.
 
         Raises DataError for a prompt that leaves no room for an answer, UsageError for more `ends` than a row holds;
@@ -165,6 +169,16 @@ class FastDecoder:
                 row.over = True
                 self._remove(row)
                 return
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Free every slot and forget cached prompts, after `admit` or `decode` has raised."""
+        self.rows.clear()
+        self.bursts.clear()
+        self.fresh = False
+        self.state.whole(LIVE).zero_()
+        if self.reader is not None:
+            self.reader.kept.clear()
 
     def _remove(self, row: Row) -> None:
         """Give the row's place to the last one."""

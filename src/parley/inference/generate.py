@@ -9,7 +9,6 @@ import logging
 import weakref
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
-from functools import partial
 from queue import SimpleQueue
 from typing import Literal
 
@@ -21,9 +20,10 @@ from parley.data.conversation import Message
 from parley.errors import ModelError
 from parley.inference import hf_generate as plain
 from parley.inference.decoder import FastDecoder
+from parley.inference.fan_in import FanIn, IndexedOutput, nth_seed
 from parley.inference.hf_generate import inference_mode_of
 from parley.inference.prompts import Tools, context_length, end_of_turn_ids, prompt_ids
-from parley.inference.scheduler import Piece, Request, Scheduler
+from parley.inference.scheduler import OutputChunk, Request, Scheduler
 from parley.train_step.bind import Unsupported
 
 __all__ = ["Answerer", "end_of_turn_ids", "generate", "inference_mode_of", "stream"]
@@ -97,7 +97,7 @@ class Answerer:
         scheduler = self._fast([prompt], settings)
         if scheduler is None:
             return self._plain_stream(prompt, settings, base)
-        return _texts(scheduler.pieces(Request(prompt, settings, base)))
+        return _texts(scheduler.stream(Request(prompt, settings, base)))
 
     def close(self) -> None:
         """Free the decoder. The next question makes another."""
@@ -197,7 +197,7 @@ def _closing_after(answerer: Answerer, pieces: Generator[str]) -> Generator[str]
         yield from pieces
 
 
-def _texts(pieces: Generator[Piece]) -> Generator[str]:
+def _texts(pieces: Generator[OutputChunk]) -> Generator[str]:
     with closing(pieces):
         for piece in pieces:
             if piece.text:
@@ -207,27 +207,17 @@ def _texts(pieces: Generator[Piece]) -> Generator[str]:
 def _collected(
     scheduler: Scheduler, prompts: Sequence[list[int]], settings: GenerationSection, base: bool
 ) -> Generator[tuple[int, str]]:
-    inbox: SimpleQueue[tuple[int, Piece | Exception]] = SimpleQueue()
-    tickets = []
+    queue: SimpleQueue[IndexedOutput] = SimpleQueue()
     texts = [""] * len(prompts)
+    requests = [Request(prompt, nth_seed(settings, index), base) for index, prompt in enumerate(prompts)]
+    fan_in = FanIn(scheduler, requests, queue.put)
     try:
-        for number, prompt in enumerate(prompts):
-            seeded = settings.model_copy(update={"seed": None if settings.seed is None else settings.seed + number})
-            deliver = partial(_deliver, inbox, number)
-            tickets.append(scheduler.submit(Request(prompt, seeded, base), deliver))
-        unfinished = len(prompts)
-        while unfinished:
-            number, piece = inbox.get()
-            if isinstance(piece, Exception):
-                raise piece
-            texts[number] += piece.text
-            if piece.finish is not None:
-                unfinished -= 1
-                yield number, texts[number]
+        while fan_in.unfinished:
+            index, output = fan_in.receive(queue.get())
+            if isinstance(output, Exception):
+                raise output
+            texts[index] += output.text
+            if output.finish_reason is not None:
+                yield index, texts[index]
     finally:
-        for ticket in tickets:
-            ticket.cancel()
-
-
-def _deliver(inbox: SimpleQueue[tuple[int, Piece | Exception]], number: int, piece: Piece | Exception) -> None:
-    inbox.put((number, piece))
+        fan_in.cancel()

@@ -29,7 +29,7 @@ from transformers import (
 from parley.config import GenerationSection
 from parley.errors import DeviceError, ModelError
 from parley.inference.decoder import FastDecoder
-from parley.inference.interface import Asked, Decoder, Token
+from parley.inference.interface import Decoder, DecodeRequest, Token
 from parley.inference.prompts import context_length
 from parley.models.device import describe_device
 from parley.train_step.bind import Unsupported
@@ -61,7 +61,11 @@ class TransformersDecoder:
     def length(self) -> int:
         return self._length
 
-    def admit(self, asked: Mapping[int, Asked]) -> None:
+    @property
+    def vocab_size(self) -> int:
+        return self._model.get_input_embeddings().num_embeddings
+
+    def admit(self, asked: Mapping[int, DecodeRequest]) -> None:
         for slot, each in asked.items():
             assert slot not in self._answers, f"slot {slot} is taken"
             self._answers[slot] = _Answer.to(each, self._model.device, self._length)
@@ -71,6 +75,9 @@ class TransformersDecoder:
 
     def release(self, slot: int) -> None:
         self._answers.pop(slot, None)
+
+    def reset(self) -> None:
+        self._answers.clear()
 
     @torch.inference_mode()
     def _next(self, answer: _Answer) -> Token:
@@ -92,7 +99,7 @@ class TransformersDecoder:
 class _Answer:
     """One slot's answer: its ids with the prompt's, the cache of those that were read, and how it draws."""
 
-    asked: Asked
+    asked: DecodeRequest
     ids_1T: torch.Tensor
     end: int  # tokens, with the prompt, at which it is over
     processors: LogitsProcessorList
@@ -102,7 +109,7 @@ class _Answer:
     over: bool = False
 
     @classmethod
-    def to(cls, asked: Asked, device: torch.device, length: int) -> _Answer:
+    def to(cls, asked: DecodeRequest, device: torch.device, length: int) -> _Answer:
         return cls(
             asked,
             torch.tensor([list(asked.prompt_ids)], device=device),
@@ -119,7 +126,7 @@ class _Answer:
             drawn_11 = scores_1V.argmax(-1, keepdim=True)
         self.ids_1T = torch.cat([self.ids_1T, drawn_11], dim=1)
         token = int(drawn_11)
-        self.over = token in self.asked.ends or self.ids_1T.shape[1] >= self.end
+        self.over = token in self.asked.stop_ids or self.ids_1T.shape[1] >= self.end
         return _reported(token, logits_1V[0], self.asked.logprobs)
 
 

@@ -55,7 +55,7 @@ def stream(
     with inference_mode_of(model):
         decoder = TransformersDecoder(model, slots=1, length=length)
         with Scheduler(decoder, tokenizer, end_of_turn_ids(model, tokenizer)) as scheduler:
-            for piece in scheduler.pieces(Request(prompt, settings)):
+            for piece in scheduler.stream(Request(prompt, settings)):
                 if piece.text:
                     yield piece.text
 

@@ -1,4 +1,4 @@
-"""What a scheduler asks of a decoder: slots that each write one answer, side by side."""
+"""The interface between the scheduler and the decoders: a fixed number of slots, each generating one answer."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from parley.config import GenerationSection
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a slot is to answer. `ends`: tokens that end the answer; `base`: with the adapter switched off.
+class DecodeRequest:
+    """One answer to generate.
 
-    `seed` decides every draw together with the place in the answer, whatever the other slots do.
-    `logprobs`: how many of the likeliest tokens to report beside each drawn one; None for no log-probabilities at all.
+    Args:
+        prompt_ids: token ids of the prompt, at least one.
+        settings: sampling parameters and `max_new_tokens`.
+        stop_ids: tokens that end the answer.
+        seed: with the position in the answer, the only source of randomness: other slots have no influence.
+        base: generate with the adapter disabled.
+        logprobs: how many of the most likely tokens to report beside each sampled one; None for no log-probabilities.
     """
 
     prompt_ids: Sequence[int]
     settings: GenerationSection
-    ends: frozenset[int]
+    stop_ids: frozenset[int]
     seed: int
     base: bool = False
     logprobs: int | None = None
@@ -27,7 +32,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Token:
-    """One drawn token. Log-probabilities are the model's own, before temperature and the other settings."""
+    """One sampled token. Log-probabilities are the model's own, before temperature and the other settings."""
 
     id: int
     logprob: float | None = None
@@ -35,7 +40,7 @@ class Token:
 
 
 class Decoder(Protocol):
-    """`slots` answers at a time, each with room for `length` tokens, its prompt included."""
+    """Generates up to `slots` answers side by side, each of at most `length` tokens with its prompt."""
 
     @property
     def slots(self) -> int: ...
@@ -43,15 +48,25 @@ class Decoder(Protocol):
     @property
     def length(self) -> int: ...
 
-    def admit(self, asked: Mapping[int, Asked]) -> None:
-        """Read the prompts into free slots, in one pass. They draw from the next `decode` on."""
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the model's embedding: prompt ids must lie below."""
+
+    def admit(self, requests: Mapping[int, DecodeRequest]) -> None:
+        """Prefill the prompts into free slots. Sampled tokens come from the next `decode` on.
+
+        Raises a ParleyError, and admits none of them, where one cannot be decoded.
+        """
 
     def decode(self) -> Mapping[int, list[Token]]:
-        """The next tokens of each slot that is drawing, one or a few of them.
+        """The next tokens of each running slot, one or several of them; empty when none is running.
 
-        A slot stops drawing after one of its `ends` (given as its last token), after `max_new_tokens`, or when its
-        room is full.
+        A slot stops after one of its `stop_ids` (emitted as its last token), after `max_new_tokens`, or when it holds
+        `length` tokens.
         """
 
     def release(self, slot: int) -> None:
-        """Free the slot, whether its answer is over or not."""
+        """Free the slot, whether its answer is finished or not."""
+
+    def reset(self) -> None:
+        """Free every slot and forget cached prompts, after `admit` or `decode` has raised."""

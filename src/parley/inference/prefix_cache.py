@@ -38,6 +38,11 @@ class Kept:
         self.ids[row] += ids
         self.drawn[row] = True
 
+    def clear(self) -> None:
+        """Forget every row."""
+        for row in range(len(self.ids)):
+            self.read(row, [], False)
+
     def move(self, source: int, target: int) -> None:
         """One row was copied to another."""
         self.read(target, self.ids[source], self.tuned[source])

@@ -13,7 +13,7 @@ from parley.errors import DataError, UsageError
 
 
 @dataclass(frozen=True)
-class Asked:
+class PromptRow:
     """One row: what it said, to be told with its answer, the messages it asks, and where it stands."""
 
     row: dict[str, Any]
@@ -21,7 +21,7 @@ class Asked:
     origin: str
 
 
-def read_prompts(path: Path) -> list[Asked]:
+def read_prompts(path: Path) -> list[PromptRow]:
     """The prompts of a .txt (one a line, empty lines left out), .jsonl or .json file.
 
     JSON rows have `prompt`, a text, or `messages`; what they hold besides is kept. Raises UsageError for a file that is
@@ -40,7 +40,7 @@ def read_prompts(path: Path) -> list[Asked]:
     return asked
 
 
-def _lines(path: Path) -> list[Asked]:
+def _lines(path: Path) -> list[PromptRow]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -49,21 +49,21 @@ def _lines(path: Path) -> list[Asked]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
     return [
-        Asked({"prompt": line}, [{"role": "user", "content": line}], f"{path.name} line {number}")
+        PromptRow({"prompt": line}, [{"role": "user", "content": line}], f"{path.name} line {number}")
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
 
 
-def _asked(row: dict[str, Any], origin: str) -> Asked:
+def _asked(row: dict[str, Any], origin: str) -> PromptRow:
     if "messages" in row:
         messages = conversation(row["messages"], origin, "messages")
         if not messages or messages[-1]["role"] == "assistant":
             raise DataError(f"{origin}: the messages end with the assistant, so nothing is asked; end with the user")
-        return Asked(row, messages, origin)
+        return PromptRow(row, messages, origin)
     if "prompt" not in row:
         raise DataError(f"{origin}: has {', '.join(row) or 'no keys'}; wanted prompt or messages")
     text = text_of(row["prompt"], f"{origin}: field 'prompt'")
     if not text.strip():
         raise DataError(f"{origin}: the prompt is empty; write one, or remove the row")
-    return Asked(row, [{"role": "user", "content": text}], origin)
+    return PromptRow(row, [{"role": "user", "content": text}], origin)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from parley.inference.interface import Asked
+from parley.inference.interface import DecodeRequest
 from parley.inference.slot_state import (
     DRAWN,
     ENDS,
@@ -43,7 +43,7 @@ class Needs:
     logprobs: bool = False
 
     @classmethod
-    def of(cls, asked: Iterable[Asked]) -> Needs:
+    def of(cls, asked: Iterable[DecodeRequest]) -> Needs:
         asked = list(asked)
         drawn = [one.settings for one in asked if one.settings.temperature > 0]
         return cls(

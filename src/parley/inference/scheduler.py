@@ -1,25 +1,31 @@
-"""Many answers at once: requests wait in one queue and take a decoder's slots as these fall free.
+"""Continuous batching: requests wait in one queue and take a decoder's slots as they become free (Yu et al. 2022,
+"Orca", OSDI '22).
 
-One thread runs the decode loop (continuous batching: Yu et al. 2022, Orca, OSDI '22) and hands out the pieces. Whoever
-asks gets them on that thread, through a function that must not block.
+One worker thread runs the decode loop and delivers the output chunks, through callbacks that must not block.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Any
 
 from parley.config import GenerationSection
 from parley.errors import DataError, ParleyError, one_line
-from parley.inference.interface import Asked, Decoder
-from parley.inference.output_processor import Finish, Piece, Transcriber
+from parley.inference.interface import Decoder, DecodeRequest, Token
+from parley.inference.output_processor import FinishReason, OutputChunk, OutputProcessor
 
-__all__ = ["Closed", "Counts", "Finish", "Piece", "QueueFull", "Request", "Scheduler", "Ticket"]
+__all__ = [
+    "Closed", "Counts", "DecoderFailed", "FinishReason", "OutputChunk", "QueueFull", "Request", "RequestHandle",
+    "Scheduler",
+]  # fmt: skip
+
+logger = logging.getLogger(__name__)
 
 
 class QueueFull(ParleyError, RuntimeError):
@@ -27,12 +33,16 @@ class QueueFull(ParleyError, RuntimeError):
 
 
 class Closed(ParleyError, RuntimeError):
-    """The scheduler was closed, before or while it answered."""
+    """The scheduler was closed, before the request or while it was being answered."""
+
+
+class DecoderFailed(RuntimeError):
+    """The decoder raised while it worked on this request. No ParleyError: the user did nothing wrong."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to write. `base` and `logprobs` as in Asked; without `settings.seed` the draws differ every time."""
+    """One answer to generate. `base` and `logprobs` as in DecodeRequest; without `settings.seed` a random one."""
 
     prompt_ids: Sequence[int]
     settings: GenerationSection
@@ -42,45 +52,56 @@ class Request:
 
 @dataclass(frozen=True)
 class Counts:
-    """Answers being written, requests that wait for a slot, and tokens drawn since the beginning."""
+    """Requests being decoded, requests that wait for a slot, and tokens sampled since the start."""
 
     active: int
     waiting: int
     tokens: int
 
 
-Deliver = Callable[[Piece | Exception], None]
+Deliver = Callable[[OutputChunk | Exception], None]
 
 
-class Ticket:
-    """A request that was taken. `cancel` may be called from any thread, at any time, and again."""
+class RequestHandle:
+    """A submitted request. `cancel` may be called from any thread, at any time, and repeatedly."""
 
-    def __init__(self, asked: Asked, deliver: Deliver, transcriber: Transcriber, forget: Callable[[Ticket], None]):
-        self.asked, self.deliver, self.transcriber = asked, deliver, transcriber
+    def __init__(
+        self,
+        request: DecodeRequest,
+        deliver: Deliver,
+        output: OutputProcessor,
+        drop_waiting: Callable[[RequestHandle], None],
+    ) -> None:
+        self.request, self.deliver, self.output = request, deliver, output
         self.cancelled = False
-        self._forget = forget
+        self._drop_waiting = drop_waiting
 
     def cancel(self) -> None:
-        """Write no more of this answer: its slot is free after the burst that is running."""
+        """Generate no more of this answer: its slot is free after the decode call that is running."""
         self.cancelled = True
-        self._forget(self)
+        self._drop_waiting(self)
 
 
 class Scheduler:
-    """Answers requests through `decoder`, in the order they came. A context manager: leaving it closes.
+    """Answers requests through `decoder`, first come, first served. A context manager: leaving it closes.
 
-    `ends`: the tokens that end every answer. `queue_limit`: requests that may wait while all slots write, None for any
-    number. An error in the decode loop is given to every open request, and every later `submit` names it.
+    An error of one request ends that request. When the decoder itself raises, the error is logged with its traceback,
+    the requests in its slots get DecoderFailed, the decoder is reset, and the loop continues with those that wait.
+    Only a decoder that cannot be reset ends the scheduler: `error` then says why, as does every later `submit`.
+
+    Args:
+        stop_ids: tokens that end every answer.
+        queue_limit: requests that may wait while all slots are taken; None for any number.
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Any, ends: Sequence[int], *, queue_limit: int | None = None
+        self, decoder: Decoder, tokenizer: Any, stop_ids: Sequence[int], *, queue_limit: int | None = None
     ) -> None:
-        self._decoder, self._tokenizer, self._ends = decoder, tokenizer, frozenset(ends)
+        self._decoder, self._tokenizer, self._stop_ids = decoder, tokenizer, frozenset(stop_ids)
         self._queue_limit = queue_limit
-        self._changed = threading.Condition()  # guards what follows
-        self._waiting: deque[Ticket] = deque()
-        self._writing: dict[int, Ticket] = {}  # by slot; only the worker changes it
+        self._changed = threading.Condition()  # guards the fields below
+        self._waiting: deque[RequestHandle] = deque()
+        self._active: dict[int, RequestHandle] = {}  # by slot; only the worker changes it
         self._tokens = 0
         self._closing = False
         self._error: Exception | None = None
@@ -90,52 +111,53 @@ class Scheduler:
     @property
     def counts(self) -> Counts:
         with self._changed:
-            return Counts(len(self._writing), len(self._waiting), self._tokens)
+            return Counts(len(self._active), len(self._waiting), self._tokens)
 
     @property
     def error(self) -> Exception | None:
-        """What ended the decode loop, if anything did."""
+        """What ended the decode loop for good, if anything did."""
         return self._error
 
-    def submit(self, request: Request, deliver: Deliver) -> Ticket:
-        """Ask for an answer. `deliver` is called on the worker's thread with its pieces, in order, the last one with
-        `finish`; or, instead of a next piece, with the exception that ended the answer. It must not block or raise.
+    def submit(self, request: Request, deliver: Deliver) -> RequestHandle:
+        """Queue a request. The worker calls `deliver` with the answer's chunks, in order, the last one with a
+        `finish_reason`; or, instead of a further chunk, with the exception that ended the answer. It must not block
+        or raise.
 
-        Raises DataError for a prompt that leaves no room for an answer, QueueFull, and Closed, also after the decode
-        loop has failed.
+        Raises DataError for a prompt that is empty, leaves no room for an answer or has ids outside the vocabulary,
+        QueueFull, and Closed.
         """
-        ticket = self._ticket(request, deliver)
+        handle = self._handle(request, deliver)
         with self._changed:
             self._check_open()
-            free = self._decoder.slots - len(self._writing)
+            free = self._decoder.slots - len(self._active)
             if self._queue_limit is not None and len(self._waiting) - free >= self._queue_limit:
                 raise QueueFull(f"all {self._decoder.slots} slots are taken and {self._queue_limit} requests wait")
-            self._waiting.append(ticket)
+            self._waiting.append(handle)
             self._changed.notify_all()
-        return ticket
+        return handle
 
-    def pieces(self, request: Request) -> Generator[Piece]:
-        """`submit` for a caller that waits: the answer's pieces as they come. Closing the iterator cancels.
+    def stream(self, request: Request) -> Generator[OutputChunk]:
+        """`submit` for a blocking caller: the answer's chunks as they come. Closing the iterator cancels.
 
-        Raises as `submit` does, before the first piece is asked for; later errors come from the iterator.
+        Raises as `submit` does, before the first chunk is asked for; later errors come from the iterator.
         """
-        inbox: SimpleQueue[Piece | Exception] = SimpleQueue()
-        return _read(inbox, self.submit(request, inbox.put))
+        outputs: SimpleQueue[OutputChunk | Exception] = SimpleQueue()
+        return _read(outputs, self.submit(request, outputs.put))
 
     def close(self, drain: bool = True) -> None:
-        """Take no more requests and end the thread: with `drain` after all answers are written, else at once.
+        """Accept no more requests and end the thread: with `drain` after all answers are complete, else at once.
 
         Open requests that are not drained get Closed.
         """
         with self._changed:
             self._closing = True
-            dropped = [] if drain else [*self._waiting, *self._writing.values()]
-            for ticket in dropped:
-                ticket.cancelled = True
-            self._waiting = deque(ticket for ticket in self._waiting if not ticket.cancelled)
+            dropped = [] if drain else [*self._waiting, *self._active.values()]
+            for handle in dropped:
+                handle.cancelled = True
+            self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
             self._changed.notify_all()
-        for ticket in dropped:
-            ticket.deliver(Closed("the server was stopped before the answer was finished"))
+        for handle in dropped:
+            handle.deliver(Closed("the server was stopped before the answer was finished"))
         self._worker.join()
 
     def __enter__(self) -> Scheduler:
@@ -144,19 +166,30 @@ class Scheduler:
     def __exit__(self, *_: object) -> None:
         self.close(drain=False)
 
-    def _ticket(self, request: Request, deliver: Deliver) -> Ticket:
-        prompt, settings, room = list(request.prompt_ids), request.settings, self._decoder.length
+    def _handle(self, request: Request, deliver: Deliver) -> RequestHandle:
+        prompt, settings = list(request.prompt_ids), request.settings
+        self._check_prompt(prompt)
+        seed = secrets.randbits(63) if settings.seed is None else settings.seed % 2**63
+        max_tokens = min(settings.max_new_tokens, self._decoder.length - len(prompt))
+        settings = settings.model_copy(update={"max_new_tokens": max_tokens})
+        decode_request = DecodeRequest(prompt, settings, self._stop_ids, seed, request.base, request.logprobs)
+        output = OutputProcessor(self._tokenizer, self._stop_ids, settings.stop, max_tokens)
+        return RequestHandle(decode_request, deliver, output, self._drop_waiting)
+
+    def _check_prompt(self, prompt: list[int]) -> None:
+        length, vocab_size = self._decoder.length, self._decoder.vocab_size
         if not prompt:
             raise DataError("the prompt is empty; give at least one token")
-        if len(prompt) >= room:
+        if len(prompt) >= length:
             raise DataError(
-                f"the prompt is {len(prompt)} tokens and the context is {room}, its answer included; shorten it"
+                f"the prompt is {len(prompt)} tokens and the context is {length}, its answer included; shorten it"
             )
-        seed = secrets.randbits(63) if settings.seed is None else settings.seed % 2**63
-        most = min(settings.max_new_tokens, room - len(prompt))
-        settings = settings.model_copy(update={"max_new_tokens": most})
-        asked = Asked(prompt, settings, self._ends, seed, request.base, request.logprobs)
-        return Ticket(asked, deliver, Transcriber(self._tokenizer, self._ends, settings.stop, most), self._drop_waiting)
+        # An id outside the embedding is an IndexError on a CPU and a device assert, which nothing survives, on a GPU.
+        if outside := [token for token in prompt if not 0 <= token < vocab_size]:
+            raise DataError(
+                f"the prompt has token id {outside[0]} and the model's embedding has {vocab_size} rows; "
+                "use the tokenizer that belongs to the model"
+            )
 
     def _check_open(self) -> None:
         if self._error is not None:
@@ -164,81 +197,124 @@ class Scheduler:
         if self._closing:
             raise Closed("the server is being stopped and takes no more requests")
 
-    def _drop_waiting(self, ticket: Ticket) -> None:
+    def _drop_waiting(self, handle: RequestHandle) -> None:
         with self._changed:
-            if ticket in self._waiting:
-                self._waiting.remove(ticket)
+            if handle in self._waiting:
+                self._waiting.remove(handle)
 
-    # The worker's thread.
+    # The methods below run on the worker thread.
 
     def _work(self) -> None:
-        try:
-            while self._refill():
-                if self._writing:
-                    self._burst()
-        except Exception as error:  # noqa: BLE001  (whatever it is, those who wait must hear of it)
-            self._fail(error)
+        while True:
+            try:
+                while self._admit_waiting():
+                    if self._active:
+                        self._decode()
+                return
+            except Exception as error:  # noqa: BLE001  (whatever it is, those who wait for an answer must hear of it)
+                if not self._recover(error):
+                    return
 
-    def _refill(self) -> bool:
-        """Free the slots of cancelled answers and give free ones to those who wait; False when all is done."""
-        for slot in [slot for slot, ticket in self._writing.items() if ticket.cancelled]:
-            self._free(slot)
+    def _admit_waiting(self) -> bool:
+        """Release the slots of cancelled requests and fill free ones from the queue; False when all is done."""
+        for slot in [slot for slot, handle in self._active.items() if handle.cancelled]:
+            self._release(slot)
         with self._changed:
-            while not self._waiting and not self._writing:
+            while not self._waiting and not self._active:
                 if self._closing:
                     return False
                 self._changed.wait()
-            free = [slot for slot in range(self._decoder.slots) if slot not in self._writing]
+            free = [slot for slot in range(self._decoder.slots) if slot not in self._active]
             new = {slot: self._waiting.popleft() for slot in free[: len(self._waiting)]}
-            self._writing |= new
+            self._active |= new
         if new:
-            self._decoder.admit({slot: ticket.asked for slot, ticket in new.items()})
+            self._admit(new)
         return True
 
-    def _burst(self) -> None:
-        drawn = self._decoder.decode()
-        assert drawn, "answers are being written and no slot drew a token"
-        told: list[tuple[Ticket, Piece]] = []
+    def _admit(self, new: Mapping[int, RequestHandle]) -> None:
+        """Prefill in one pass; where the decoder refuses a request, one by one, to find out which."""
+        try:
+            self._decoder.admit({slot: handle.request for slot, handle in new.items()})
+        except ParleyError as error:
+            if len(new) > 1:
+                for slot, handle in new.items():
+                    self._admit({slot: handle})
+                return
+            (slot, handle), *_ = new.items()
+            self._forget(slot)
+            handle.deliver(error)
+
+    def _decode(self) -> None:
+        sampled = self._decoder.decode()
+        assert sampled, "requests are active and no slot emitted a token"
+        outputs: list[tuple[RequestHandle, OutputChunk | Exception]] = []
         counted = 0
-        for slot, ticket in list(self._writing.items()):
-            tokens = drawn.get(slot)
-            if ticket.cancelled or not tokens:  # a burst that was under way before it was admitted
+        for slot, handle in list(self._active.items()):
+            tokens = sampled.get(slot)
+            if handle.cancelled or not tokens:  # no tokens: the steps in flight began before it was admitted
                 continue
-            before = ticket.transcriber.drawn
-            piece = ticket.transcriber.add(tokens)
-            counted += ticket.transcriber.drawn - before
-            if piece is not None:
-                told.append((ticket, piece))
-                if piece.finish:
-                    self._free(slot)
+            before = handle.output.num_tokens
+            output = _process(handle, tokens)
+            counted += handle.output.num_tokens - before
+            if output is not None:
+                outputs.append((handle, output))
+                if isinstance(output, Exception) or output.finish_reason:
+                    self._release(slot)
         with self._changed:
             self._tokens += counted
-        for ticket, piece in told:
-            ticket.deliver(piece)
+        for handle, output in outputs:
+            handle.deliver(output)
 
-    def _free(self, slot: int) -> None:
+    def _release(self, slot: int) -> None:
         self._decoder.release(slot)
+        self._forget(slot)
+
+    def _forget(self, slot: int) -> None:
         with self._changed:
-            del self._writing[slot]
+            del self._active[slot]
 
-    def _fail(self, error: Exception) -> None:
+    def _recover(self, error: Exception) -> bool:
+        """End the requests in the slots and reset the decoder; False where that fails, too, which ends the loop."""
+        logger.error("the decoder failed", exc_info=error)
+        failed = DecoderFailed(f"the decoder failed: {one_line(error)}")
+        failed.__cause__ = error
+        try:
+            self._decoder.reset()
+        except Exception as reset_error:
+            logger.error("the decoder cannot be reset", exc_info=reset_error)
+            with self._changed:
+                self._error = error
         with self._changed:
-            self._error = error
-            left = [ticket for ticket in [*self._writing.values(), *self._waiting] if not ticket.cancelled]
-            self._waiting.clear()
-            self._writing.clear()
-        for ticket in left:
-            ticket.deliver(error)
+            ended = list(self._active.values())
+            self._active.clear()
+            if self._error is not None:
+                ended += self._waiting
+                self._waiting.clear()
+        for handle in ended:
+            if not handle.cancelled:
+                handle.deliver(failed)
+        return self._error is None
 
 
-def _read(inbox: SimpleQueue[Piece | Exception], ticket: Ticket) -> Generator[Piece]:
+def _process(handle: RequestHandle, tokens: Sequence[Token]) -> OutputChunk | Exception | None:
+    """The chunk of these tokens, or the tokenizer's error about them, which concerns no other request."""
+    try:
+        return handle.output.add(tokens)
+    except Exception as error:
+        logger.error("an answer's tokens cannot be decoded", exc_info=error)
+        failed = DecoderFailed(f"the answer's tokens cannot be decoded: {one_line(error)}")
+        failed.__cause__ = error
+        return failed
+
+
+def _read(outputs: SimpleQueue[OutputChunk | Exception], handle: RequestHandle) -> Generator[OutputChunk]:
     finished = False
     try:
         while not finished:
-            piece = inbox.get()
-            if isinstance(piece, Exception):
-                raise piece
-            finished = piece.finish is not None
-            yield piece
+            output = outputs.get()
+            if isinstance(output, Exception):
+                raise output
+            finished = output.finish_reason is not None
+            yield output
     finally:
-        ticket.cancel()
+        handle.cancel()

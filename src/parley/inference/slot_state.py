@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parley.errors import UsageError
-from parley.inference.interface import Asked
+from parley.inference.interface import DecodeRequest
 
 # Fields of a row: whole numbers, then floats stored in the same 32 bits, then the tokens that end the answer.
 TOKEN, POSITION, DRAWN, LIMIT, LIVE, TOP_K, SEED = range(7)
@@ -71,7 +71,7 @@ class State:
     def real(self, column: int) -> Tensor:
         return self.fields_BF.view(torch.float32)[:, column]
 
-    def admit(self, first: int, asked: list[Asked], length: int) -> None:
+    def admit(self, first: int, asked: list[DecodeRequest], length: int) -> None:
         """Write fresh answers into the rows from `first` on, each with room for `length` tokens, prompt included."""
         rows = np.stack([encode(one, length) for one in asked])
         device = self.fields_BF.device
@@ -86,10 +86,10 @@ class State:
         self.seen_BV[target] = self.seen_BV[source]
 
 
-def encode(asked: Asked, length: int) -> NDArray[np.int32]:
+def encode(asked: DecodeRequest, length: int) -> NDArray[np.int32]:
     """A row's fields before its first draw: the prompt's last token is the one that the first step reads."""
-    if len(asked.ends) > MOST_ENDS:
-        raise UsageError(f"{len(asked.ends)} tokens that end an answer were given; give at most {MOST_ENDS}")
+    if len(asked.stop_ids) > MOST_ENDS:
+        raise UsageError(f"{len(asked.stop_ids)} tokens that end an answer were given; give at most {MOST_ENDS}")
     settings, prompt = asked.settings, len(asked.prompt_ids)
     row = np.full(FIELDS, -1, dtype=np.int32)
     row[TOKEN], row[POSITION], row[DRAWN], row[LIVE] = asked.prompt_ids[-1], prompt - 1, 0, 1
@@ -102,7 +102,7 @@ def encode(asked: Asked, length: int) -> NDArray[np.int32]:
         settings.repetition_penalty,
         not asked.base,
     )
-    row[ENDS : ENDS + len(asked.ends)] = sorted(asked.ends)
+    row[ENDS : ENDS + len(asked.stop_ids)] = sorted(asked.stop_ids)
     return row
 
 
@@ -120,7 +120,7 @@ class Row:
     """What the host knows of a running answer. `sent`: tokens asked of the device, `drawn`: those it has told."""
 
     slot: int
-    asked: Asked
+    asked: DecodeRequest
     limit: int
     drawn: int = 0
     sent: int = 0
@@ -132,6 +132,6 @@ class Row:
         return len(self.asked.prompt_ids) - 1 + self.drawn
 
 
-def room(asked: Asked, length: int) -> int:
+def room(asked: DecodeRequest, length: int) -> int:
     """The most tokens that an answer may have in a slot of `length`, its prompt included."""
     return min(asked.settings.max_new_tokens, length - len(asked.prompt_ids))

@@ -115,13 +115,13 @@ class _Run:
 
     async def read(self) -> AsyncIterator[list[int]]:
         """Add what was written to the reply; to which of its answers."""
-        async for pieces in self.answers:
+        async for chunks in self.answers:
             if not self._begun:
                 self._metrics.first_token.observe(perf_counter() - self._started)
                 self._begun = True
-            for index, piece in pieces:
-                self.reply.add(index, piece)
-            yield list(dict.fromkeys(index for index, _ in pieces))
+            for index, chunk in chunks:
+                self.reply.add(index, chunk)
+            yield list(dict.fromkeys(index for index, _ in chunks))
 
     async def read_all(self) -> None:
         async for _ in self.read():

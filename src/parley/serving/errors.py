@@ -48,7 +48,7 @@ def api_error(error: Exception, param: str | None = None) -> ApiError:
         return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, ParleyError):
         return ApiError(400, one_line(error, 1000), param=param)
-    return ApiError(500, f"the decoder failed ({type(error).__name__}); see the server's log")
+    return ApiError(500, f"the decoder failed ({type(error.__cause__ or error).__name__}); see the server's log")
 
 
 def too_many(what: str) -> ApiError:

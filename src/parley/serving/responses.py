@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from parley.inference.interface import Token
-from parley.inference.scheduler import Piece
+from parley.inference.scheduler import OutputChunk
 from parley.serving.tokens import TokenTexts
 from parley.serving.tool_calls import may_be_call, tool_calls
 
@@ -27,11 +27,11 @@ class Answer:
     sent: int = 0  # characters of `text` that a stream has told
     sent_tokens: int = 0
 
-    def add(self, piece: Piece) -> None:
-        self.text += piece.text
-        self.seen += piece.tokens[: len(piece.tokens) - piece.unseen]
-        self.drawn += len(piece.tokens)
-        self.finish = piece.finish
+    def add(self, chunk: OutputChunk) -> None:
+        self.text += chunk.text
+        self.seen += chunk.tokens[: len(chunk.tokens) - chunk.without_text]
+        self.drawn += len(chunk.tokens)
+        self.finish = chunk.finish_reason
 
     def unsent(self) -> tuple[str, list[Token]]:
         text, tokens = self.text[self.sent :], self.seen[self.sent_tokens :]
@@ -51,8 +51,8 @@ class Reply:
         self._prompt_tokens, self._texts, self._logprobs = prompt_tokens, texts, logprobs
         self._frame = {"id": f"{self.prefix}-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
 
-    def add(self, index: int, piece: Piece) -> None:
-        self.answers[index].add(piece)
+    def add(self, index: int, chunk: OutputChunk) -> None:
+        self.answers[index].add(chunk)
 
     def whole(self) -> Json:
         choices = [self._choice(index, answer) for index, answer in enumerate(self.answers)]

@@ -11,6 +11,7 @@ from parley.data.conversation import Message
 from parley.data.messages import conversation
 from parley.data.render import render_prompt
 from parley.errors import DataError, ParleyError
+from parley.inference.fan_in import nth_seed
 from parley.inference.scheduler import Request, Scheduler
 from parley.serving.errors import ApiError, api_error
 from parley.serving.metrics import Metrics
@@ -79,10 +80,10 @@ class Service:
         base, settings = self.uses_base(asked.model), asked.settings(self.served.settings)
         requests = []
         for number in range(len(prompts) * asked.answers):
-            seeded = settings if settings.seed is None else settings.model_copy(update={"seed": settings.seed + number})
+            seeded = nth_seed(settings, number)
             requests.append(Request(prompts[number // asked.answers], seeded, base, alternatives))
         try:
-            answers = Answers.submit(self.scheduler, requests)
+            answers = Answers(self.scheduler, requests)
         except ParleyError as error:
             raise api_error(error) from error
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from parley.config import GenerationSection
 from parley.inference.decoder import FastDecoder
-from parley.inference.interface import Asked
+from parley.inference.interface import DecodeRequest
 from parley.inference.linear import Product
 from parley.inference.sampling import Needs, advance, next_tokens
 from parley.inference.slot_state import Row, State
@@ -180,7 +180,7 @@ def test_drawing(vocabulary: int) -> None:
         GenerationSection(temperature=0.8, min_p=0.2, repetition_penalty=1.3),
         GenerationSection(temperature=1.0, min_p=0.05, max_new_tokens=2),
     ]
-    asked = [Asked([1, 2, 3], one, frozenset({4}), seed) for seed, one in enumerate(settings)]
+    asked = [DecodeRequest([1, 2, 3], one, frozenset({4}), seed) for seed, one in enumerate(settings)]
     needs = Needs.of(asked)
     states = []
     for device in (DEVICE, torch.device("cpu")):
@@ -230,7 +230,7 @@ def test_a_whole_step_is_the_plain_one(build_family: Callable[[str], Path], fami
     cut = GenerationSection(temperature=1.0, top_k=9, top_p=0.9)
     some = [(greedy, True), (drawn, False), (cut, False), (greedy, False), (drawn, True)]
     every = {
-        slot: Asked(list(range(slot, 3 * slot + 2)), settings, frozenset(), slot, base, logprobs=2)
+        slot: DecodeRequest(list(range(slot, 3 * slot + 2)), settings, frozenset(), slot, base, logprobs=2)
         for slot, (settings, base) in enumerate(some[:rows])
     }
     told = []
