@@ -14,6 +14,7 @@ from parley.config import RunConfig
 from parley.data.prepare import Prepared, prepare
 from parley.errors import DataError
 from parley.evaluation.before_after import examine
+from parley.models.adapters import base_obstacle
 from parley.models.device import pick_device
 from parley.training.arguments import sft_config
 from parley.training.report import Scores
@@ -49,9 +50,12 @@ def evaluate(
         )
         trainer.remove_callback(PrinterCallback)
         scores = {}
-        if not full:
+        reason = base_obstacle(model)
+        if reason is None:
             with model.disable_adapter():
                 scores["base"] = examine(ready, trainer, console).scores
+        elif not full:
+            console.print(f"only the tuned model is measured: {reason}", highlight=False)
         scores["tuned"] = examine(ready, trainer, console).scores
     figures = {name: score.model_dump(mode="json") for name, score in scores.items()}
     (folder.path / "eval.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
-from parley.errors import ModelError
 from parley.inference.generate import Answerer, Engine
+from parley.models.adapters import require_base
 
 
 class ChatSession:
@@ -45,10 +45,8 @@ class ChatSession:
 
     @use_base.setter
     def use_base(self, value: bool) -> None:
-        if value and not isinstance(self.model, PeftModel):
-            raise ModelError(
-                "this model has no adapter, so there is no base to switch to; open a run trained with LoRA"
-            )
+        if value:
+            require_base(self.model)
         self._use_base = value
 
     @property

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
-from parley.errors import ModelError
 from parley.inference import hf_generate as plain
 from parley.inference.decoder import FastDecoder
 from parley.inference.fan_in import FanIn, IndexedOutput, nth_seed
 from parley.inference.hf_generate import inference_mode_of
 from parley.inference.prompts import Tools, context_length, end_of_turn_ids, prompt_ids
 from parley.inference.scheduler import OutputChunk, Request, Scheduler
+from parley.models.adapters import require_base
 from parley.train_step.bind import Unsupported
 
 __all__ = ["Answerer", "end_of_turn_ids", "generate", "inference_mode_of", "stream"]
@@ -112,10 +112,8 @@ class Answerer:
         self.close()
 
     def _check(self, base: bool) -> None:
-        if base and not isinstance(self.model, PeftModel):
-            raise ModelError(
-                "this model has no adapter, so there is no base to switch to; open a run trained with LoRA"
-            )
+        if base:
+            require_base(self.model)
 
     def _fast(self, prompts: Sequence[list[int]], settings: GenerationSection) -> Scheduler | None:
         """The fast decoder's scheduler, with room for `prompts` and their answers; None where there is none."""

@@ -27,10 +27,11 @@ from transformers import (
 )
 
 from parley.config import GenerationSection
-from parley.errors import DeviceError, ModelError
+from parley.errors import DeviceError
 from parley.inference.decoder import FastDecoder
 from parley.inference.interface import Decoder, DecodeRequest, Token
 from parley.inference.prompts import context_length
+from parley.models.adapters import require_base
 from parley.models.device import describe_device
 from parley.train_step.bind import Unsupported
 
@@ -90,8 +91,7 @@ class TransformersDecoder:
     def _voice(self, base: bool) -> AbstractContextManager[Any]:
         if not base:
             return nullcontext()
-        if not isinstance(self._model, PeftModel):
-            raise ModelError("this model has no adapter, so there is no base to switch to; ask for the model itself")
+        require_base(self._model)
         return self._model.disable_adapter()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -25,6 +26,11 @@ from parley.models.lora_targets import target_modules
 from parley.models.quantization import quantization_of
 
 logger = logging.getLogger(__name__)
+
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+"""Values of init_lora_weights, or their beginnings, with which PEFT changes the base's weights."""
+SWITCHED_BY_PEFT = ("lora_", "modules_to_save", "trainable_tokens_")
+"""Parts of the names of the weights that PeftModel.disable_adapter switches off."""
 
 
 def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> PeftModel:
@@ -62,6 +68,36 @@ def is_identity_adapter(model: torch.nn.Module) -> bool:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     )
+
+
+def base_obstacle(model: torch.nn.Module) -> str | None:
+    """Why switching off the adapter of `model` would not give its untouched base; None where it does.
+
+    Every caller that answers with the base (chat, generate, serve, evaluate, report) asks here first.
+    """
+    if not isinstance(model, PeftModel):
+        return "this model has no adapter, so there is no base to switch to; open a run trained with LoRA"
+    for config in model.peft_config.values():
+        init = str(config.to_dict().get("init_lora_weights")).lower()
+        if init.startswith(BASE_CHANGING_INITS):
+            return f"lora.init_lora_weights: {init} moved a part of the base's weights into the adapter"
+        bias = config.to_dict().get("bias", "none")
+        if bias != "none":
+            return f"lora.bias: {bias} trained the base's own biases, which stay when the adapter is switched off"
+    if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        return "the adapter is merged into the base's weights"
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not any(part in name for part in SWITCHED_BY_PEFT):
+            return f"weights of the base are trained too ({name})"
+    return None
+
+
+def require_base(model: torch.nn.Module) -> None:
+    """Raises ModelError, with the reason, where the base of `model` cannot answer."""
+    reason = base_obstacle(model)
+    if reason is not None:
+        remedy = "" if not isinstance(model, PeftModel) else "; to ask the base, open it by its own name"
+        raise ModelError(f"the base model cannot answer: {reason}{remedy}")
 
 
 def prepare_full(model: PreTrainedModel) -> PreTrainedModel:

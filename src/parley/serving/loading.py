@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,12 @@ from typing import Any
 from peft import PeftModel
 
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection
+from parley.models.adapters import base_obstacle
 from parley.models.folder import local_folder
 from parley.models.load import load_model
 from parley.training.run_folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,13 +37,21 @@ def open_source(source: str) -> Source:
     """
     if not RunFolder.is_run(source):
         model, tokenizer = load_model(ModelSection(name=source))
-        base = model.get_base_model().name_or_path if isinstance(model, PeftModel) else None
+        base = model.get_base_model().name_or_path if _offers_base(model) else None
         return Source(model, tokenizer, names_of(source, base), GenerationSection())
     run = RunFolder.open(source)
     config = run.config
     model, tokenizer = run.load()
-    names = names_of(source, config.model.name if isinstance(model, PeftModel) else None)
+    names = names_of(source, config.model.name if _offers_base(model) else None)
     return Source(model, tokenizer, names, config.generation, config.data.system, run.golden)
+
+
+def _offers_base(model: Any) -> bool:
+    """Whether the base can answer too; where its adapter stands in the way, says so."""
+    reason = base_obstacle(model)
+    if reason is not None and isinstance(model, PeftModel):
+        logger.warning("only the tuned model answers: %s", reason)
+    return reason is None
 
 
 def names_of(tuned: str, base: str | None) -> dict[str, bool]:

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -171,6 +172,11 @@ def _checked(base: PreTrainedModel) -> PreTrainedModel:
         raise Unsupported(f"activation {config.hidden_act}")
     if base.model.rotary_emb.rope_type not in ROPES:
         raise Unsupported(f"rotary embeddings of type {base.model.rotary_emb.rope_type}")
+    for name, module in base.named_modules():
+        if isinstance(
+            module, AuxiliaryTrainingWrapper
+        ):  # two copies of a module, of which the adapter's switch chooses
+            raise Unsupported(f"{name} is trained beside the adapter")
     devices = {p.device for p in base.parameters()}
     if len(devices) > 1:
         raise Unsupported("the model is spread over several devices")
