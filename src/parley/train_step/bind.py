@@ -173,9 +173,7 @@ def _checked(base: PreTrainedModel) -> PreTrainedModel:
     if base.model.rotary_emb.rope_type not in ROPES:
         raise Unsupported(f"rotary embeddings of type {base.model.rotary_emb.rope_type}")
     for name, module in base.named_modules():
-        if isinstance(
-            module, AuxiliaryTrainingWrapper
-        ):  # two copies of a module, of which the adapter's switch chooses
+        if isinstance(module, AuxiliaryTrainingWrapper):  # two copies, and the adapter's switch chooses between them
             raise Unsupported(f"{name} is trained beside the adapter")
     devices = {p.device for p in base.parameters()}
     if len(devices) > 1:
