@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 from parley.models.device import pick_device
 from parley.training.arguments import sft_config
 from parley.training.run_folder import RunFolder
-from parley.training.setup import load
+from parley.training.setup import prepare_training
 from parley.training.trainer import SFTTrainer
 
 BOUND = 0.005
@@ -59,30 +59,30 @@ def stock(
     batch, accumulate = map(int, split.split("x"))
     held = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
     assert batch * accumulate == held, f"{split} is no way to split {held} conversations"
-    ready = load(config, Console(quiet=True))
+    setup = prepare_training(config, Console(quiet=True))
     watch = Watch(steps)
     with tempfile.TemporaryDirectory() as scratch:
         args, _ = sft_config(config, Path(scratch), pick_device(config.model.device))
         args.save_strategy, args.max_steps = "no", total_steps
         args.per_device_train_batch_size, args.gradient_accumulation_steps = batch, accumulate
         args.gradient_checkpointing = False  # changes no loss
-        adapters = [(p, p.data) for p in ready.model.parameters() if p.requires_grad]
+        adapters = [(p, p.data) for p in setup.model.parameters() if p.requires_grad]
         trainer = trl.SFTTrainer(
-            ready.model, args, train_dataset=ready.data.train, processing_class=ready.tokenizer, callbacks=[watch]
+            setup.model, args, train_dataset=setup.data.train, processing_class=setup.tokenizer, callbacks=[watch]
         )
         for parameter, value in adapters if unrounded else ():
             parameter.data = value
         trainer.train()
         args, _ = sft_config(config, Path(scratch), pick_device(config.model.device))
         judge = SFTTrainer(
-            ready.model,
+            setup.model,
             args,
-            train_dataset=ready.data.train,
-            eval_dataset=ready.data.heldout,
-            processing_class=ready.tokenizer,
+            train_dataset=setup.data.train,
+            eval_dataset=setup.data.heldout,
+            processing_class=setup.tokenizer,
             engine="plain",
         )
-        heldout = None if ready.data.heldout is None else judge.evaluate()["eval_loss"]
+        heldout = None if setup.data.heldout is None else judge.evaluate()["eval_loss"]
     return watch.seen, heldout
 
 

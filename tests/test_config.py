@@ -62,5 +62,8 @@ def test_a_file_that_is_not_settings(tmp_path: Path, text: str | None, words: st
 
 
 def test_importing_parley_loads_no_torch() -> None:
-    code = "import sys, parley, parley.config; assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    code = (
+        "import sys, parley, parley.config; assert parley.__version__; "
+        "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -19,7 +19,7 @@ from parley.errors import RunError
 from parley.evaluation.evaluate import evaluate
 from parley.inference.generate import generate
 from parley.pipeline import RunResult, train
-from parley.training.setup import plan
+from parley.training.setup import dry_run
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +153,9 @@ def test_full_fine_tuning(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -
     assert AutoTokenizer.from_pretrained(result.folder.model).chat_template
 
 
-def test_plan_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
     out = io.StringIO()
-    plan(settings(tiny_llama_folder, rows, tmp_path / "run"), Console(file=out, width=100))
+    dry_run(settings(tiny_llama_folder, rows, tmp_path / "run"), Console(file=out, width=100))
     assert "would train 4 steps" in out.getvalue()
     assert not (tmp_path / "run").exists()
 

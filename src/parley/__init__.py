@@ -1,12 +1,10 @@
 """Parley fine-tunes chat models of the Llama family on your own conversations.
 
-Names are loaded when first used: `import parley` is instant and loads no torch.
+Public names are imported when first used: `import parley` is instant and loads no torch.
 """
 
 from importlib import import_module
 from typing import Any
-
-__version__ = "0.1.0"
 
 _HOME = {
     "ParleyError": "parley.errors",
@@ -17,9 +15,10 @@ _HOME = {
     "attach_lora": "parley.models.adapters",
     "render": "parley.data.render",
     "ChatSession": "parley.inference.chat",
+    "__version__": "parley.versions",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = [*_HOME]
 
 
 def __getattr__(name: str) -> Any:

@@ -29,7 +29,7 @@ class Section(BaseModel):
 
 
 class OpenSection(BaseModel):
-    """A section that passes fields it does not name on to the library that knows them."""
+    """A section that passes unknown fields on to the library that defines them (TRL, PEFT)."""
 
     model_config = ConfigDict(extra="allow", validate_assignment=True)
 
@@ -62,13 +62,13 @@ class DataSection(Section):
         default_factory=dict, description="Canonical name to the data set's own, for example {response: answer}."
     )
     system: str | None = Field(None, description="System turn given to conversations that have none.")
-    train_on: Literal["all", "last"] = Field("all", description="Which assistant turns are learned.")
+    train_on: Literal["all", "last"] = Field("all", description="Which assistant turns are supervised.")
     overlong: Literal["drop", "error", "keep-whole-turns"] = Field(
-        "drop", description="What happens to rows longer than model.max_seq_length."
+        "drop", description="Policy for rows longer than model.max_seq_length."
     )
-    date: Date = Field(Date(2024, 7, 26), description="The date written by templates that write today's.")
+    date: Date = Field(Date(2024, 7, 26), description="The date that templates write in place of today's.")
     limit: int | None = Field(None, ge=1, description="Use only the first rows.")
-    streaming: bool = Field(False, description="Read rows as they are needed; needs training.max_steps.")
+    streaming: bool = Field(False, description="Read rows while training; needs training.max_steps.")
     heldout: str | None = Field(None, description="A second source to evaluate on.")
     heldout_rows: int = Field(64, ge=0, description="Rows set aside from `source` when `heldout` is not given.")
 
@@ -80,15 +80,16 @@ class LoraSection(OpenSection):
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: list[str] | str = Field(default_factory=lambda: list(LLAMA_PROJECTIONS))
     use_rslora: bool = False
-    loftq: bool = Field(False, description="Initialise the adapter to make up for NF4 rounding (LoftQ).")
+    loftq: bool = Field(False, description="Initialise the adapter to compensate NF4 rounding (LoftQ).")
 
 
 class TrainingSection(OpenSection):
     engine: Literal["auto", "plain"] = Field(
-        "auto", description="auto: the fast step where it knows model and options; plain: transformers and autograd."
+        "auto",
+        description="auto: the fused step where it supports model and options; plain: transformers and autograd.",
     )
     memory: Literal["auto", "low"] | Annotated[float, Field(gt=0)] = Field(
-        "auto", description="auto: what the device has free; low: as little as can be; a number: GiB in all."
+        "auto", description="auto: the device's free memory; low: as little as possible; a number: GiB in total."
     )
     per_device_train_batch_size: int = Field(2, ge=1)
     gradient_accumulation_steps: int = Field(4, ge=1)
@@ -112,15 +113,15 @@ class GenerationSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: int = Field(0, ge=0, description="0: all tokens.")
     repetition_penalty: float = Field(1.0, gt=0)
-    stop: list[str] = Field(default_factory=list, description="Texts that end an answer; they are left out of it.")
+    stop: list[str] = Field(default_factory=list, description="Strings that end an answer; they are not part of it.")
     seed: int | None = None
 
 
 class ReportSection(Section):
-    questions: list[str] = Field(default_factory=list, description="Asked before and after training.")
+    questions: list[str] = Field(default_factory=list, description="Questions answered before and after training.")
     from_heldout: int = Field(4, ge=0, description="Further questions taken from held-out rows.")
     max_new_tokens: int = Field(128, ge=1)
-    examples: int = Field(4, ge=0, description="Training rows shown with their trained tokens coloured.")
+    examples: int = Field(4, ge=0, description="Training rows shown with their supervised tokens marked.")
 
 
 class RunConfig(Section):
@@ -143,21 +144,21 @@ class RunConfig(Section):
         return {"source": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
-    def _streaming_needs_an_end(self) -> RunConfig:
+    def _streaming_needs_max_steps(self) -> RunConfig:
         if self.data.streaming and self.training.max_steps < 1:
             raise ValueError("data.streaming has no known length: set training.max_steps")
         return self
 
     @classmethod
     def create(cls, values: dict[str, Any] | None = None, overrides: Iterable[str] = ()) -> RunConfig:
-        """Build from nested `values` and `a.b=c` overrides. Raises UsageError in one line."""
+        """Validate nested `values` with `a.b=c` overrides applied. Raises UsageError in one line."""
         values = dict(values or {})
         for override in overrides:
             _apply_override(values, override)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            raise UsageError(_first_fault(error)) from None
+            raise UsageError(_first_error(error)) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -183,17 +184,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def nearest(wrong: str, known: Iterable[str]) -> str:
-    """Which of `known` was meant, by spelling or by initials (lr)."""
+    """The name in `known` most like `wrong`, by spelling or by initials (lr)."""
 
     def likeness(name: str) -> float:
         initials = "".join(word[:1] for word in name.split("_"))
-        return max(difflib.SequenceMatcher(None, wrong, other).ratio() for other in (name, initials))
+        return max(difflib.SequenceMatcher(None, wrong, text).ratio() for text in (name, initials))
 
     return max(sorted(known), key=likeness)
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
-    """The error for a key nobody knows, naming the nearest one that somebody does."""
+    """The error for an unknown key, naming the most similar known one."""
     return UsageError(f"unknown key {key!r} in {where}; did you mean {nearest(key.rsplit('.', 1)[-1], known)!r}?")
 
 
@@ -216,7 +217,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
-def _first_fault(error: ValidationError) -> str:
+def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

@@ -24,8 +24,8 @@ def test_the_demo_goes_where_it_is_told_and_says_when_it_was_stopped(
     ended = parley("demo", "--output", tmp_path / "demo")
     assert outputs == [tmp_path / "demo"]
     assert ended.code == code
-    told = f"parley: stopped; what was learned until then is in {tmp_path / 'demo'}\n"
-    assert ended.err == (told if interrupted else "")
+    line = f"parley: stopped; the weights of the last step are in {tmp_path / 'demo'}\n"
+    assert ended.err == (line if interrupted else "")
 
 
 def test_a_second_demo_takes_the_next_folder(

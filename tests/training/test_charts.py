@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from parley.training.charts import MOST_POINTS, line_chart, moving_mean, nice_ticks, short, thin
+from parley.training.charts import MAX_POINTS, line_chart, moving_mean, nice_ticks, short, thin
 
 NAN, INF = math.nan, math.inf
 
@@ -14,8 +14,8 @@ def test_thinning_keeps_ends_and_extremes_in_order() -> None:
     draw = random.Random(0)
     series = [draw.gauss(0, 1) for _ in range(100_000)]
     series[31_415], series[92_653] = 50.0, -50.0
-    kept = thin(series, MOST_POINTS)
-    assert len(kept) <= MOST_POINTS
+    kept = thin(series, MAX_POINTS)
+    assert len(kept) <= MAX_POINTS
     assert kept == sorted(set(kept))
     assert {0, 31_415, 92_653, 99_999} <= set(kept)
 
@@ -31,7 +31,7 @@ def test_a_long_stretch_of_nan_still_breaks_a_thinned_line() -> None:
     assert chart is not None
     assert chart.raw.count("M") == 2
     assert chart.broken_count == 2000
-    assert len(chart.broken) <= MOST_POINTS
+    assert len(chart.broken) <= MAX_POINTS
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_ticks_are_round_and_enclose(low: float, high: float, ticks: list[float]
 
 
 def test_step_ticks_are_whole_and_inside() -> None:
-    assert nice_ticks(1, 3, whole=True, inside=True) == [1, 2, 3]
-    assert nice_ticks(7, 1003, whole=True, inside=True) == [200, 400, 600, 800, 1000]
+    assert nice_ticks(1, 3, integer=True, inside=True) == [1, 2, 3]
+    assert nice_ticks(7, 1003, integer=True, inside=True) == [200, 400, 600, 800, 1000]
 
 
 @pytest.mark.parametrize(

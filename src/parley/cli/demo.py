@@ -13,18 +13,18 @@ from parley.cli.terminal import Stopped, importing, out, quiet_libraries
 def demo(
     output: Annotated[Path | None, typer.Option(help="Folder for the run; runs/demo, or the next one free.")] = None,
 ) -> None:
-    """Teach the embedded model to talk like a pirate."""
+    """Train the embedded model to talk like a pirate."""
     with importing():
         quiet_libraries()
         from parley import pipeline
 
     folder = output or _next_free(Path("runs/demo"))
     if pipeline.demo(folder, console=out).interrupted:
-        raise Stopped(f"what was learned until then is in {folder}")
+        raise Stopped(f"the weights of the last step are in {folder}")
 
 
 def _next_free(path: Path) -> Path:
-    """`path`, or `path-2`, `path-3` and so on where there is something already."""
+    """`path`, or the first of `path-2`, `path-3` ... that does not exist."""
     number = 1
     free = path
     while free.exists():

@@ -19,7 +19,7 @@ def evaluate(
 ) -> None:
     """Compare a run's base and tuned model on held-out rows.
 
-    The figures are written to RUN/eval.json as well.
+    Also writes RUN/eval.json.
 
     Example: parley eval runs/demo
     """

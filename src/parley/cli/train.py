@@ -25,10 +25,10 @@ def train(
     data: Annotated[str | None, typer.Option(help="Hub id, file (.json .jsonl .csv .parquet) or folder.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the data, show the mask and the plan, and change nothing.")
+        bool, typer.Option("--dry-run", help="Show the data, the mask and the number of steps; write nothing.")
     ] = False,
 ) -> None:
-    """Fine-tune a model: a YAML file, or just --model and --data.
+    """Fine-tune a model: give a YAML file, or just --model and --data.
 
     Example: parley train --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl --output runs/mine
     """
@@ -36,17 +36,17 @@ def train(
     with importing():
         quiet_libraries()
         from parley import pipeline
-        from parley.training.setup import plan
+        from parley.training.setup import dry_run as show_plan
 
     if dry_run:
-        plan(run, console=out)
+        show_plan(run, console=out)
         return
     try:
         result = pipeline.train(run, console=out)
     except KeyboardInterrupt:
         raise Stopped(_what_is_kept(run.output)) from None
     if result.interrupted:
-        raise Stopped(f"what was learned until then is in {run.output}")
+        raise Stopped(f"the weights of the last step are in {run.output}")
 
 
 def _run_config(
@@ -63,7 +63,7 @@ def _run_config(
 
 
 def _what_is_kept(output: Path) -> str:
-    """Ctrl-C while training ends as a run does, so what ends here was stopped before or after that."""
+    """`pipeline.train` handles Ctrl-C during training itself: here the run was stopped before or after that."""
     from parley.training.run_folder import RunFolder
 
     weights = RunFolder(output).weights

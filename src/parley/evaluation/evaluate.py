@@ -13,13 +13,14 @@ from transformers import PrinterCallback
 from parley.config import RunConfig
 from parley.data.prepare import Prepared, prepare
 from parley.errors import DataError
-from parley.evaluation.before_after import examine
+from parley.evaluation.evaluation import evaluate_model
 from parley.models.adapters import base_obstacle
 from parley.models.device import pick_device
+from parley.text import print_text
 from parley.training.arguments import sft_config
 from parley.training.report import Scores
 from parley.training.run_folder import RunFolder
-from parley.training.setup import Ready
+from parley.training.setup import TrainingSetup
 from parley.training.trainer import SFTTrainer
 
 
@@ -38,9 +39,9 @@ def evaluate(
     model, tokenizer = folder.load()
     config.report.questions, config.report.from_heldout = [], 0  # scores only
     prepared = _measured_on(config, tokenizer, data, rows)
-    ready = Ready(config, pick_device(config.model.device), model, tokenizer, prepared)
+    setup = TrainingSetup(config, pick_device(config.model.device), model, tokenizer, prepared)
     with tempfile.TemporaryDirectory(prefix="parley-eval-") as scratch:
-        args, _ = sft_config(config, Path(scratch), ready.device)
+        args, _ = sft_config(config, Path(scratch), setup.device)
         trainer = SFTTrainer(
             model,
             args,
@@ -53,10 +54,10 @@ def evaluate(
         reason = base_obstacle(model)
         if reason is None:
             with model.disable_adapter():
-                scores["base"] = examine(ready, trainer, console).scores
+                scores["base"] = evaluate_model(setup, trainer, console).scores
         elif not full:
-            console.print(f"only the tuned model is measured: {reason}", highlight=False)
-        scores["tuned"] = examine(ready, trainer, console).scores
+            print_text(console, f"only the tuned model is measured: {reason}")
+        scores["tuned"] = evaluate_model(setup, trainer, console).scores
     figures = {name: score.model_dump(mode="json") for name, score in scores.items()}
     (folder.path / "eval.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return scores

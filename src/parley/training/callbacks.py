@@ -1,4 +1,4 @@
-"""What a run writes and shows while it trains: `events.jsonl`, and one progress line."""
+"""Callbacks of a run's trainer: the event log (`events.jsonl`) and the progress line."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from parley.text import print_text
 from parley.training.resources import memory_peak
 
 
 class EventLog(TrainerCallback):
-    """One JSON line an event: `step` for what the trainer logs, `eval` for held-out loss, `save` for a checkpoint.
+    """One JSON object a line: `start`, `step` (a logged step), `eval` (held-out loss), `save` (a checkpoint), `end`.
 
-    Lines are flushed as they are written, so that a run that dies leaves all that it knew. `seconds` counts from the
-    start of training; `tokens_per_s` is over the time since the line before; memory is the peak in GiB.
+    Each line is flushed, so that a run that is killed keeps its log. `seconds` counts from the start of training;
+    `tokens_per_s` is the rate since the previous logged step; memory is the peak in GiB.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -70,7 +71,7 @@ class EventLog(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """A bar with loss, tokens/s, memory and time left; where there is no terminal, a line every tenth of the way."""
+    """A progress bar with loss, tokens/s, memory and time left; without a terminal, a line every tenth of the steps."""
 
     def __init__(self, console: Console, log: EventLog) -> None:
         self.console = console
@@ -101,7 +102,7 @@ class ProgressLine(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step, figures=figures)
         if not self.console.is_terminal and state.global_step >= self._next_line:
             self._next_line = state.global_step + max(1, state.max_steps // 10)
-            self.console.print(f"step {state.global_step}/{state.max_steps} · {figures}", highlight=False)
+            print_text(self.console, f"step {state.global_step}/{state.max_steps} · {figures}")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -109,5 +110,5 @@ class ProgressLine(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the terminal as it was; also after an interrupted run."""
+        """Restore the terminal; called after an interrupted run too."""
         self.progress.stop()

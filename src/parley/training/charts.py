@@ -1,6 +1,6 @@
-"""Line charts as plain geometry, for a template to draw as inline SVG.
+"""Line charts as plain geometry, which a template writes as inline SVG.
 
-Every position is in percent of the plotting area, x from the left and y from the top, so one drawing stretches to any
+Every position is in percent of the plotting area, x from the left and y from the top, so that the SVG scales to any
 width while text and strokes keep their size. A value of None was not measured and is left out; a value that is not
 finite breaks the line and is marked.
 """
@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-MOST_POINTS = 1000
-SMOOTH_FROM = 40  # a shorter log is clear without a mean
+MAX_POINTS = 1000  # about one a pixel of a wide chart
+SMOOTH_FROM = 40  # points; a shorter series is readable without a moving mean
 
 HoverRow = list[float | None]
 
@@ -34,10 +34,11 @@ class Dot:
 
 @dataclass(frozen=True)
 class Chart:
-    """What the template needs to draw one chart.
+    """What the template needs for one chart.
 
-    `hover` has a row [step, value] or [step, value, mean] for each point drawn; `broken` are the x positions of values
-    that are not finite, of which there were `broken_count`; `window` is the number of values in each mean, 1 without.
+    `hover` has a row [step, value] or [step, value, mean] for each point; `broken` are the x positions of values
+    that are not finite, of which there were `broken_count`; `window` is the width of the moving mean
+    in values, 1 without one.
     """
 
     title: str
@@ -73,7 +74,7 @@ def line_chart(
         return None
     x_low, x_high = _x_range([*steps, *(step for step, _ in marks)])
     finite = [value for value in [*series, *(value for _, value in marks)] if math.isfinite(value)]
-    x_values = nice_ticks(x_low, x_high, whole=True, inside=True)
+    x_values = nice_ticks(x_low, x_high, integer=True, inside=True)
     y_values = nice_ticks(*_y_range(finite, from_zero))
 
     def x_of(step: float) -> float:
@@ -82,7 +83,7 @@ def line_chart(
     def y_of(value: float) -> float:
         return round(100 * (y_values[-1] - value) / (y_values[-1] - y_values[0]), 2)
 
-    kept = thin(series, MOST_POINTS)
+    kept = thin(series, MAX_POINTS)
     window = 2 * (len(series) // 40) + 1 if smooth and len(series) >= SMOOTH_FROM else 1
     means = moving_mean(series, window) if window > 1 else []
     points = [(x_of(steps[i]), y_of(series[i]) if math.isfinite(series[i]) else None) for i in kept]
@@ -98,23 +99,23 @@ def line_chart(
         mean=_path(mean_points),
         window=window,
         dots=[Dot(x_of(step), y_of(value), f"step {step:,}: {value:.4g}") for step, value in marks],
-        broken=sorted(set(broken))[:: 1 + len(set(broken)) // MOST_POINTS],
+        broken=sorted(set(broken))[:: 1 + len(set(broken)) // MAX_POINTS],
         broken_count=len(broken),
         hover=_hover(kept, steps, [series, means] if means else [series]),
         last=f"{_last(series[-1])} at step {steps[-1]:,}" if series else "",
     )
 
 
-def thin(series: Sequence[float], most: int) -> list[int]:
-    """Indices of at most `most` values, in order: the first, the last, and the extremes of equal stretches between.
+def thin(series: Sequence[float], limit: int) -> list[int]:
+    """Indices of at most `limit` values, in order: the first, the last, and the extremes of equal bins between.
 
-    A stretch without a finite value keeps one that is not, so that the line still breaks there.
+    A bin without a finite value keeps one that is not, so that the line still breaks there.
     """
     count = len(series)
-    if count <= most:
+    if count <= limit:
         return list(range(count))
-    stretches = (most - 2) // 2
-    edges = [1 + (count - 2) * k // stretches for k in range(stretches + 1)]
+    bins = (limit - 2) // 2  # a minimum and a maximum of each
+    edges = [1 + (count - 2) * k // bins for k in range(bins + 1)]
     kept = {0, count - 1}
     for start, end in pairwise(edges):
         finite = [i for i in range(start, end) if math.isfinite(series[i])]
@@ -126,8 +127,9 @@ def thin(series: Sequence[float], most: int) -> list[int]:
 def moving_mean(series: Sequence[float], window: int) -> list[float]:
     """The mean of the finite values in a centred window; NaN where there are none.
 
-    Towards the start the window narrows evenly, to follow a loss that falls fast; at the end it looks back only.
+    The window narrows symmetrically towards the start, where a loss falls fast; at the end it is cut off.
     """
+    # Prefix sums: the mean of any window is two subtractions and a division.
     finite = [math.isfinite(value) for value in series]
     sums = [0.0, *accumulate(value if ok else 0.0 for value, ok in zip(series, finite, strict=True))]
     counts = [0, *accumulate(finite)]
@@ -140,13 +142,13 @@ def moving_mean(series: Sequence[float], window: int) -> list[float]:
     return means
 
 
-def nice_ticks(low: float, high: float, *, about: int = 6, whole: bool = False, inside: bool = False) -> list[float]:
+def nice_ticks(low: float, high: float, *, about: int = 6, integer: bool = False, inside: bool = False) -> list[float]:
     """Multiples of 1, 2 or 5 times a power of ten that enclose low..high, or lie within it with `inside`."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     step = power * (1, 2, 5, 10)[bisect_right((1, 2, 5), raw / power * (1 - 1e-9))]
-    step = max(step, 1.0) if whole else step
-    slack = 1e-9  # so that 0.3 / 0.1 counts as 3
+    step = max(step, 1.0) if integer else step
+    slack = 1e-9  # 0.3 / 0.1 is 2.9999999999999996
     first = math.ceil(low / step - slack) if inside else math.floor(low / step + slack)
     last = math.floor(high / step + slack) if inside else math.ceil(high / step - slack)
     return [float(f"{k * step:.12g}") for k in range(first, last + 1)]
@@ -169,7 +171,7 @@ def _last(value: float) -> str:
 
 def _x_range(steps: list[int]) -> tuple[float, float]:
     low, high = min(steps), max(steps)
-    if low == high or 0 < low <= high / 20:  # steps count from 1, an axis better from 0
+    if low == high or 0 < low <= high / 20:  # steps count from 1; an axis reads better from 0
         low = min(0, low)
     return low, max(low + 1, high)
 
@@ -188,14 +190,14 @@ def _path(points: Sequence[tuple[float, float | None]]) -> str:
         if y is None:
             pen_down = False
             continue
-        alone = not pen_down and (i + 1 == len(points) or points[i + 1][1] is None)
-        path.append(f"{'L' if pen_down else 'M'}{x:g} {y:g}" + ("h0" if alone else ""))
+        isolated = not pen_down and (i + 1 == len(points) or points[i + 1][1] is None)
+        path.append(f"{'L' if pen_down else 'M'}{x:g} {y:g}" + ("h0" if isolated else ""))
         pen_down = True
     return "".join(path)
 
 
 def _hover(kept: list[int], steps: list[int], columns: list[list[float]]) -> list[HoverRow]:
-    """Rows of numbers that JSON can hold: four digits, None where not finite."""
+    """Rows of numbers for JSON, which has no NaN: four significant digits, None where not finite."""
     return [
         [steps[i], *(float(f"{column[i]:.4g}") if math.isfinite(column[i]) else None for column in columns)]
         for i in kept

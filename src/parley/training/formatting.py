@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers formatted for people."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
-    """A line of a table; `share` is its percentage of `whole`."""
+    """A line of a table; `share` is its percentage of the total that `total` names."""
 
     name: str
     value: str
     share: float | None = None
-    whole: str = ""
+    total: str = ""
 
 
-def flat_rows(values: dict[str, Any], wholes: dict[str, str] | None = None) -> list[Row]:
-    """Nested figures as rows named `outer: inner`; lists become one line, empty values go unsaid.
+def flat_rows(values: dict[str, Any], totals: dict[str, str] | None = None) -> list[Row]:
+    """Nested figures as rows named `outer: inner`; lists become one line, empty values are left out.
 
-    `wholes` maps a key to the one that its numbers are a share of: {"kept": "rows"}.
+    `totals` maps a key to the one that its numbers are a share of: {"kept": "rows"}.
     """
     rows = []
     for key, value in values.items():
-        whole = (wholes or {}).get(key, "")
-        total = values.get(whole)
+        total_name = (totals or {}).get(key, "")
+        total = values.get(total_name)
         for name, leaf in _leaves(key.replace("_", " "), value):
             part = share(leaf, total) if total and isinstance(leaf, int) else None
-            rows.append(Row(name, figure(leaf), part, whole))
+            rows.append(Row(name, figure(leaf), part, total_name))
     return rows
 
 
 def figure(value: Any) -> str:
-    """A number with thousands separated and four digits at most; anything else as it reads."""
+    """A number with thousands separators and four significant digits at most; anything else as str does."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -57,9 +57,9 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {left:02} s"
 
 
-def share(amount: float, whole: float | None) -> float | None:
-    """`amount` in percent of `whole`; None without a whole."""
-    return 100 * amount / whole if whole else None
+def share(amount: float, total: float | None) -> float | None:
+    """`amount` in percent of `total`; None without a total."""
+    return 100 * amount / total if total else None
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,7 @@
-"""The report of a run: report.json with every figure, and report.html, one file that needs nothing but itself.
+"""The report of a run: report.json with every figure, and report.html, one self-contained file.
 
-`Report` is plain data that whoever ran the training fills in; everything in it but the title may be missing. In
-report.json a figure that is not finite stands as the string "NaN" or "Infinity", so that it is valid JSON, differs from
-one that was never measured (null), and reads back as it was.
+`Report` is plain data; every field but the title is optional. In report.json a figure that is not finite is the string
+"NaN" or "Infinity": that is valid JSON, differs from a figure that was never measured (null), and reads back as it was.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from parley.training.charts import Chart, line_chart
 from parley.training.formatting import Row, duration, figure, flat_rows, gib, percent, share
 
 
-def _writable(value: Any) -> Any:
-    """Text without the lone surrogates that broken JSON escapes leave behind, which UTF-8 cannot hold."""
+def _encodable(value: Any) -> Any:
+    """Text without the lone surrogates that broken JSON escapes leave behind: UTF-8 cannot encode them."""
     return value.encode("utf-8", "replace").decode("utf-8") if isinstance(value, str) else value
 
 
-WHOLES = {"kept": "rows", "dropped": "rows", "supervised_tokens": "tokens"}
-Text = Annotated[str, BeforeValidator(_writable)]
+TOTALS = {"kept": "rows", "dropped": "rows", "supervised_tokens": "tokens"}  # figures shown as a share of another
+Text = Annotated[str, BeforeValidator(_encodable)]
 
 
 class Figures(BaseModel):
@@ -39,7 +38,7 @@ class Figures(BaseModel):
 
 
 class Scores(Figures):
-    """Held-out scores: rates from 0 to 1, loss in nats a supervised token."""
+    """Held-out scores: rates from 0 to 1, loss in nats per supervised token."""
 
     style_rate: float | None = None
     accuracy: float | None = None
@@ -56,7 +55,7 @@ class Turn(BaseModel):
 
 
 class Answer(Figures):
-    """What was asked, what the model said before and after, and what the data set says, if it does."""
+    """A question, the model's answers before and after training, and the data set's own answer where it has one."""
 
     question: list[Turn] | Text
     before: Text | None = None
@@ -79,7 +78,7 @@ class StepFigures(Figures):
 
 
 class Resources(Figures):
-    """Where the run ran and what it took. Memory in GiB: of the GPU, or of the machine on CPU."""
+    """Device, memory and time of a run. Memory in GiB: of the GPU, or on a CPU of the machine and the process."""
 
     device: Text = ""
     memory_total_gib: float | None = None
@@ -94,7 +93,7 @@ class Resources(Figures):
 
 
 class MaskExample(Figures):
-    """A training row as runs of decoded text, each with whether its tokens are learned."""
+    """A training row as runs of decoded text, each with whether its tokens are supervised."""
 
     origin: Text
     pieces: list[tuple[Text, bool]]
@@ -120,7 +119,7 @@ class Report(Figures):
 
 
 def write_report(folder: Path, report: Report) -> Path:
-    """Write report.json and report.html into `folder`, each whole or not at all; the path of the page.
+    """Write report.json and report.html into `folder`, each atomically; returns the path of the page.
 
     Raises RunError when the folder cannot be written to.
     """
@@ -137,12 +136,12 @@ def render_html(report: Report) -> str:
         scores=score_changes(report),
         charts=charts(report),
         resources=resource_rows(report.resources),
-        data_rows=flat_rows(report.data_summary, WHOLES),
+        data_rows=flat_rows(report.data_summary, TOTALS),
         versions=[Row(*item) for item in report.versions.items()],
     )
 
 
-# -- what the page says ------------------------------------------------------------------------------------------
+# -- sections of the page ------------------------------------------------------------------------------------------
 
 
 class ScoreChange(NamedTuple):
@@ -154,7 +153,7 @@ class ScoreChange(NamedTuple):
 
 
 def lead(report: Report) -> list[str]:
-    """How long it trained, on what, where, with how much memory: what of it is known."""
+    """The line under the title: steps, tokens, time, device and peak memory, as far as each is known."""
     used = report.resources
     known = [
         _counted(report.steps[-1].step, "step") if report.steps else "",
@@ -171,7 +170,7 @@ def _counted(count: int, thing: str) -> str:
 
 
 def score_changes(report: Report) -> list[ScoreChange]:
-    """The scores that were measured before or after, as the headline shows them."""
+    """The headline's scores: those measured before or after training."""
     before, after = report.before or Scores(), report.after or Scores()
     changes = []
     for name, field, note in (
@@ -184,15 +183,14 @@ def score_changes(report: Report) -> list[ScoreChange]:
             continue
         rate = field != "heldout_loss"
         values = [value for value in (old, new) if value is not None and isfinite(value)]
-        top = 1.0 if rate else 1.1 * max(values, default=0.0)
+        top = 1.0 if rate else 1.1 * max(values, default=0.0)  # a loss has no upper end: the larger one, and a margin
         bar = (100 * old / top, 100 * new / top) if len(values) == 2 and top > 0 else None
         show: Callable[[float], str] = percent if rate else "{:.3g}".format
-        said = [_said(value, show) for value in (old, new)]
-        changes.append(ScoreChange(name, said[0], said[1], bar, note))
+        changes.append(ScoreChange(name, _shown(old, show), _shown(new, show), bar, note))
     return changes
 
 
-def _said(value: float | None, show: Callable[[float], str]) -> str:
+def _shown(value: float | None, show: Callable[[float], str]) -> str:
     if value is None:
         return ""
     return show(value) if isfinite(value) else "not finite"
@@ -203,6 +201,7 @@ def charts(report: Report) -> list[Chart]:
     steps = report.steps
     heldout = [(row.step, row.heldout_loss) for row in steps]
     measured = {step for step, value in heldout if value is not None}
+    # The evaluations before and after training are dots at both ends, unless the trainer evaluated at that step.
     ends = ((report.before, 0), (report.after, steps[-1].step if steps else 1))
     heldout += [(step, scores.heldout_loss) for scores, step in ends if scores and step not in measured]
     smaller = (
@@ -212,11 +211,11 @@ def charts(report: Report) -> list[Chart]:
         ("Token accuracy", "share of supervised tokens", "token_accuracy", True),
     )
     loss = [(row.step, row.loss) for row in steps]
-    drawn = [line_chart("Loss", "nats per supervised token", loss, dots=heldout, smooth=True)]
+    found = [line_chart("Loss", "nats per supervised token", loss, dots=heldout, smooth=True)]
     for title, unit, field, smooth in smaller:
         values = [(row.step, getattr(row, field)) for row in steps]
-        drawn.append(line_chart(title, unit, values, from_zero=True, smooth=smooth))
-    return [chart for chart in drawn if chart]
+        found.append(line_chart(title, unit, values, from_zero=True, smooth=smooth))
+    return [chart for chart in found if chart]
 
 
 def resource_rows(used: Resources) -> list[Row]:
@@ -230,7 +229,7 @@ def resource_rows(used: Resources) -> list[Row]:
         _row("Peak memory for training", grown, gib, total, "memory"),
         _row("Training time", used.train_seconds, duration, used.total_seconds, "whole run"),
         _row("Whole run", used.total_seconds, duration),
-        Row("Its stages", ", ".join(f"{name} {duration(each)}" for name, each in used.stages.items()))
+        Row("Its stages", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in used.stages.items()))
         if used.stages
         else None,
         _row("Tokens", used.tokens, figure),
@@ -242,9 +241,9 @@ def resource_rows(used: Resources) -> list[Row]:
 
 
 def _row(
-    name: str, amount: float | None, show: Callable[[float], str], whole: float | None = None, of: str = ""
+    name: str, amount: float | None, show: Callable[[float], str], total: float | None = None, of: str = ""
 ) -> Row | None:
-    return None if amount is None else Row(name, show(amount), share(amount, whole), of)
+    return None if amount is None else Row(name, show(amount), share(amount, total), of)
 
 
 def _heldout_note(before: Scores, after: Scores) -> str:
@@ -260,7 +259,11 @@ def _extras(turn: Turn) -> str:
 @cache
 def _template() -> Template:
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, auto_reload=False
+        autoescape=True,  # names, rows and answers come from outside
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
     )
     environment.filters["extras"] = _extras
     source = files("parley").joinpath("assets/report.html.jinja").read_text(encoding="utf-8")
@@ -268,19 +271,19 @@ def _template() -> Template:
 
 
 def _replace(path: Path, text: str) -> Path:
-    """Write beside `path`, then move over it, so that a reader or a full disk never meets half a file."""
-    beside = ""
+    """Write a sibling, then rename it: neither a reader nor a full disk leaves half a file."""
+    sibling = ""
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
         ) as file:
-            beside = file.name
+            sibling = file.name
             file.write(text)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
+        os.chmod(sibling, 0o644)  # NamedTemporaryFile makes it 0600
+        os.replace(sibling, path)
     except OSError as error:
-        if beside:
-            Path(beside).unlink(missing_ok=True)
+        if sibling:
+            Path(sibling).unlink(missing_ok=True)
         reason = error.strerror or error
         raise RunError(f"{path}: could not write the report ({reason}); free space there and run again") from None
     return path

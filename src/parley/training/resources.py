@@ -1,4 +1,4 @@
-"""Time and memory of a run, for the progress line and the report. Memory is in GiB."""
+"""Time and memory of a run, for the progress line and the report. Memory is in GiB, time in seconds."""
 
 from __future__ import annotations
 
@@ -26,40 +26,45 @@ def memory_total(device: torch.device) -> float:
 
 
 def memory_now(device: torch.device) -> float:
-    """What PyTorch holds on a GPU; what the process holds on a CPU."""
+    """Memory reserved by PyTorch's allocator on a GPU; resident memory of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device) / GIB
     return psutil.Process().memory_info().rss / GIB
 
 
-def give_back_memory(device: torch.device) -> None:
-    """Return to a GPU what PyTorch holds for nobody, so that it does not count for what comes next."""
+def memory_peak(device: torch.device) -> float:
+    """The maximum of `memory_now`: on a GPU since the last ResourceMeter was made, on a CPU since the process began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB  # Linux counts in KiB
+
+
+def release_cached_memory(device: torch.device) -> None:
+    """Return the allocator's unused blocks to the GPU, so that the next stage is not charged for them."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def memory_peak(device: torch.device) -> float:
-    """The largest `memory_now` since the start of the process, or on a GPU since `Meter` began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
-
-
-class Stages:
+class StageTimer:
     """Seconds of each stage of a run, in their order; each ends where the next begins."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._last = perf_counter()
+        self._stage_start = perf_counter()
 
-    def end(self, name: str) -> None:
+    def end(self, stage: str) -> None:
         now = perf_counter()
-        self.seconds[name], self._last = now - self._last, now
+        self.seconds[stage] = now - self._stage_start
+        self._stage_start = now
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
 
 
 @dataclass
-class Meter:
-    """Notes memory when made, and the time from then on."""
+class ResourceMeter:
+    """Memory in use at construction (`before`), and the seconds since then. Resets the GPU's peak."""
 
     device: torch.device
     before: float = field(init=False)

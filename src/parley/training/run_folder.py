@@ -1,10 +1,10 @@
-"""A run on disk.
+"""A run folder.
 
-run.yaml        the settings it ran with, every default written out
+run.yaml        the resolved settings, every default written out
 adapter/        the PEFT adapter (or, after full fine-tuning, model/ with all weights), with tokenizer and template
-golden.json     conversations with the token ids they were rendered to: who serves the run can check its own
-events.jsonl    what happened, a line each
-checkpoints/    the trainer's own, to go on from
+golden.json     conversations with the token ids they rendered to: a server compares its own against them
+events.jsonl    one JSON object a line for each logged step, evaluation and checkpoint
+checkpoints/    the trainer's checkpoints
 report.html, report.json
 """
 
@@ -80,7 +80,7 @@ class RunFolder:
     def load(self) -> tuple[Any, Any]:
         """The tuned model and the tokenizer it was trained with, template and date included.
 
-        With an adapter the model is PEFT's: `model.disable_adapter()` is the base model again.
+        After LoRA training the model is a PeftModel: under `model.disable_adapter()` it is the base model.
         """
         section = self.config.model
         if self.model.is_dir():
@@ -92,7 +92,7 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
-        """What was trained: the adapter, or the whole model after full fine-tuning."""
+        """Folder of the trained weights: the adapter, or the whole model after full fine-tuning."""
         return self.model if self.model.is_dir() else self.adapter
 
     @property
@@ -100,10 +100,10 @@ class RunFolder:
         return RunConfig.create(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
 
     def save_weights(self, model: Any, tokenizer: Any, full: bool) -> Path:
-        """Write weights, tokenizer and template whole or not at all, then the golden ids.
+        """Write weights, tokenizer and template atomically, then the golden ids.
 
-        Raises RunError on a full disk, after having saved the weights to the system's temporary folder if there is
-        room, and says where.
+        Raises RunError on a full disk; its message names the system's temporary folder where that had space for the
+        weights.
         """
 
         write = partial(_write, model, tokenizer)
@@ -118,12 +118,12 @@ class RunFolder:
         return target
 
     def rescue_weights(self, model: Any, tokenizer: Any, step: int) -> RunError:
-        """Save what a run had learned by `step` when its disk filled up; the error to raise says where."""
+        """Save the weights of `step` elsewhere after the disk filled up; returns the error to raise, with the place."""
         return _rescue(self.adapter, partial(_write, model, tokenizer), f" at step {step}")
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Python says so by errno; safetensors and torch only in their message."""
+    """Python reports it by errno; safetensors and torch only in their message."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     return full or "No space left on device" in str(error)
 
@@ -134,6 +134,7 @@ def _write(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """`write` into a sibling, then rename: a reader never meets half-written weights."""
     unfinished = target.with_name(f".{target.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:

@@ -1,4 +1,4 @@
-"""What a run starts from: model, tokenizer, data and adapter, loaded and reported."""
+"""What a run trains with: model, tokenizer, data and adapter, loaded and described on the console."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from parley.config import RunConfig
 from parley.data.prepare import Prepared, prepare
@@ -15,11 +16,12 @@ from parley.data.preview import pieces, to_terminal
 from parley.models.adapters import attach_lora, prepare_full, trainable_summary
 from parley.models.device import pick_device
 from parley.models.load import load_model, load_tokenizer
-from parley.training.resources import Stages
+from parley.text import print_text, visible
+from parley.training.resources import StageTimer
 
 
 @dataclass
-class Ready:
+class TrainingSetup:
     """The loaded model with its adapter, its tokenizer, and the rendered data."""
 
     config: RunConfig
@@ -29,52 +31,52 @@ class Ready:
     data: Prepared
 
 
-def load(config: RunConfig, console: Console, stages: Stages | None = None) -> Ready:
-    """Load model, tokenizer and data, and attach the adapter. Nothing is written. `stages` is told the seconds.
+def prepare_training(config: RunConfig, console: Console, timer: StageTimer | None = None) -> TrainingSetup:
+    """Load model, tokenizer and data, and attach the adapter. Writes no file; `timer` gets the stages' seconds.
 
     Raises DeviceError, ModelError or DataError, each in one line.
     """
-    stages = stages or Stages()
+    timer = timer or StageTimer()
     device = pick_device(config.model.device)
     if config.lora is None and config.model.dtype == "auto":
-        config.model.dtype = "float32"
-        console.print("full fine-tuning keeps its weights in float32, so that small updates are not lost")
-    with console.status(f"loading {config.model.name}"):
+        config.model.dtype = "float32"  # an update of 1e-4 is below half a unit of most bfloat16 weights
+        print_text(console, "full fine-tuning keeps its weights in float32, so that small updates are not lost")
+    with console.status(Text(f"loading {visible(config.model.name)}")):
         model, tokenizer = load_model(config.model)
-    stages.end("model")
+    timer.end("model")
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
-    stages.end("data")
-    _say_data(data, console)
+    timer.end("data")
+    print_data_summary(data, console)
     if config.lora is None:
         prepare_full(model)
     else:
         model = attach_lora(model, config.lora, seed=config.training.seed)
-    stages.end("adapter")
-    console.print(trainable_summary(model), highlight=False)
-    return Ready(config, device, model, tokenizer, data)
+    timer.end("adapter")
+    print_text(console, trainable_summary(model))
+    return TrainingSetup(config, device, model, tokenizer, data)
 
 
-def plan(config: RunConfig, console: Console) -> None:
-    """What `train` would do, without the model's weights and without writing anything: data, mask and steps."""
+def dry_run(config: RunConfig, console: Console) -> None:
+    """Show the data, the mask and the number of steps of `train`, without model weights and without writing."""
     tokenizer = load_tokenizer(config.model)
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
-    _say_data(data, console)
-    show_mask(data, tokenizer, console)
+    print_data_summary(data, console)
+    print_mask(data, tokenizer, console)
     training = config.training
-    per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
     if training.max_steps > 0:
-        console.print(f"would train {training.max_steps:,} steps of {per_step} conversations into {config.output}")
+        steps = training.max_steps
     else:
-        steps = math.ceil(len(data.train) / per_step * training.num_train_epochs)
-        console.print(f"would train {steps:,} steps of {per_step} conversations into {config.output}")
+        steps = math.ceil(len(data.train) / batch * training.num_train_epochs)
+    print_text(console, f"would train {steps:,} steps of {batch} conversations into {config.output}")
 
 
-def show_mask(data: Prepared, tokenizer: Any, console: Console) -> None:
-    """The first training row: what is coloured is learned."""
+def print_data_summary(data: Prepared, console: Console) -> None:
+    for line in data.summary.lines():
+        print_text(console, line)
+
+
+def print_mask(data: Prepared, tokenizer: Any, console: Console) -> None:
+    """The first training row, supervised tokens in colour."""
     for rendered in data.preview[:1]:
         console.print(to_terminal(pieces(tokenizer, rendered)))
-
-
-def _say_data(data: Prepared, console: Console) -> None:
-    for line in data.summary.lines():
-        console.print(line, highlight=False)

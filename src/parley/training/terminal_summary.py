@@ -1,0 +1,62 @@
+"""What `parley train` prints when it is done: scores and answers before and after, resources, and what comes next."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from parley.text import print_text, visible
+from parley.training.formatting import duration, gib, percent, share
+from parley.training.report import Report, Resources
+
+ANSWERS_SHOWN = 3
+LONGEST_CELL = 200  # characters of an answer; the report has all of it
+
+
+def print_summary(report: Report, weights: Path, page: Path, console: Console) -> None:
+    """`weights`: the adapter's or model's folder; `page`: report.html."""
+    console.print(_comparison(report))
+    print_text(console, _resources_line(report.resources))
+    print_text(console, f"weights: {weights}\nreport:  {page}", wrap=False)
+    if report.next_commands:
+        print_text(console, "\n  ".join(["next:", *report.next_commands]), wrap=False)
+
+
+def _resources_line(used: Resources) -> str:
+    assert used.train_seconds is not None
+    assert used.tokens_per_s is not None
+    assert used.memory_before_gib is not None
+    assert used.memory_peak_gib is not None
+    peak = share(used.memory_peak_gib, used.memory_total_gib) or 0.0
+    return (
+        f"trained {duration(used.train_seconds)} at {used.tokens_per_s:,.0f} tokens/s; memory "
+        f"{gib(used.memory_before_gib)} before, {gib(used.memory_peak_gib)} at the peak ({peak:.1f}% of all)"
+    )
+
+
+def _comparison(report: Report) -> Table:
+    """Scores and the first answers, before and after."""
+    assert report.before is not None
+    assert report.after is not None
+    table = Table("", "before", "after", title="before and after training", title_justify="left")
+    rates = {
+        "answers in style": (report.before.style_rate, report.after.style_rate),
+        "right answers": (report.before.accuracy, report.after.accuracy),
+    }
+    for name, (before, after) in rates.items():
+        if before is not None and after is not None:
+            table.add_row(name, percent(before), percent(after))
+    if report.before.heldout_loss is not None and report.after.heldout_loss is not None:
+        table.add_row("held-out loss", f"{report.before.heldout_loss:.3f}", f"{report.after.heldout_loss:.3f}")
+    for answer in report.answers[:ANSWERS_SHOWN]:
+        question = answer.question if isinstance(answer.question, str) else answer.question[-1].content
+        table.add_row(*map(_cell, (question, answer.before, answer.after)), style="dim")
+    return table
+
+
+def _cell(text: str | None) -> Text:
+    text = visible(" ".join((text or "").split()))
+    return Text(text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…")
