@@ -68,10 +68,10 @@ def _answers(setup: TrainingSetup, before: Evaluation, after: Evaluation) -> lis
 
 
 def _mask_examples(setup: TrainingSetup) -> list[MaskExample]:
-    rows = zip(setup.data.preview_origins, setup.data.preview, strict=True)
-    return [
-        MaskExample(
-            origin=origin, pieces=[(piece.text, piece.supervised) for piece in pieces(setup.tokenizer, rendered)]
-        )
-        for origin, rendered in islice(rows, setup.config.report.examples)
-    ]
+    found = []
+    for origin, rendered in islice(
+        zip(setup.data.preview_origins, setup.data.preview, strict=True), setup.config.report.examples
+    ):
+        runs = [(piece.text, piece.supervised) for piece in pieces(setup.tokenizer, rendered)]
+        found.append(MaskExample(origin=origin, pieces=runs))
+    return found
