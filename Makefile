@@ -26,7 +26,7 @@ docs: .venv/development
 
 .venv/runtime: pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e .
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[all]'
 	@touch $@
 
 .venv/development: pyproject.toml

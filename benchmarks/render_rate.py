@@ -1,10 +1,10 @@
-"""How fast rows are rendered on one core, and whether they are right.
+"""Rate of rendering rows on one core, and whether ids and masks are right.
 
     python benchmarks/render_rate.py TOKENIZER_FOLDER ROWS.jsonl
 
 ROWS has one object a line with `instruction`, `response` and optionally `context`. Prints one line of JSON: rows a
 second (template, encoding and mask; reading the file and the checks are not timed), one by one and in batches, and
-the rate of apply_chat_template alone, which draws no mask, to tell what the core is worth at the moment; then how many
+the rate of apply_chat_template alone, which makes no mask, as a reference for the speed of the core; then how many
 rows have apply_chat_template's own ids, and how many masks decode to the trimmed response and one end-of-turn token.
 """
 
@@ -43,17 +43,19 @@ def main() -> None:
         rows = [conversation(json.loads(line)) for line in lines]
     end_of_turn = render(tokenizer, [*rows[0][:1], {"role": "assistant", "content": "a"}]).input_ids[-1]
 
-    begin = perf_counter()
+    start = perf_counter()
     single = [render(tokenizer, messages) for messages in rows]
-    single_s = perf_counter() - begin
-    begin = perf_counter()
+    single_s = perf_counter() - start
+    start = perf_counter()
     stock = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows]
-    stock_s = perf_counter() - begin
-    begin = perf_counter()
+    stock_s = perf_counter() - start
+    start = perf_counter()
     batched: list[Any] = []
-    for at in range(0, len(rows), BATCH):
-        batched += render_many(tokenizer, [Example("row", messages=messages) for messages in rows[at : at + BATCH]])
-    batched_s = perf_counter() - begin
+    for first in range(0, len(rows), BATCH):
+        batched += render_many(
+            tokenizer, [Example("row", messages=messages) for messages in rows[first : first + BATCH]]
+        )
+    batched_s = perf_counter() - start
 
     print(
         json.dumps(
@@ -62,11 +64,11 @@ def main() -> None:
                 "rows_per_s": round(len(rows) / single_s),
                 "rows_per_s_batched": round(len(rows) / batched_s),
                 "apply_chat_template_rows_per_s": round(len(rows) / stock_s),
-                "ids_equal": sum(ids == one.input_ids for ids, one in zip(stock, single, strict=True)),
+                "ids_equal": sum(ids == row.input_ids for ids, row in zip(stock, single, strict=True)),
                 "masks_right": sum(
-                    right_mask(tokenizer, end_of_turn, *each) for each in zip(rows, single, strict=True)
+                    right_mask(tokenizer, end_of_turn, *pair) for pair in zip(rows, single, strict=True)
                 ),
-                "batched_equal": sum(one == other for one, other in zip(single, batched, strict=True)),
+                "batched_equal": sum(a == b for a, b in zip(single, batched, strict=True)),
                 "threads": 1,
             }
         )
@@ -74,10 +76,10 @@ def main() -> None:
 
 
 def right_mask(tokenizer: Any, end_of_turn: int, messages: list[dict[str, Any]], rendered: Rendered) -> bool:
-    learned = [id for id, trained in zip(rendered.input_ids, rendered.mask, strict=True) if trained]
-    words = messages[-1]["content"].strip()
-    expected = words + tokenizer.decode([end_of_turn]) if words else ""
-    return tokenizer.decode(learned, clean_up_tokenization_spaces=False) == expected
+    supervised = [id for id, trained in zip(rendered.input_ids, rendered.mask, strict=True) if trained]
+    response = messages[-1]["content"].strip()
+    expected = response + tokenizer.decode([end_of_turn]) if response else ""
+    return tokenizer.decode(supervised, clean_up_tokenization_spaces=False) == expected
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Many clients at `parley serve` for a while: is each answer the one given alone, and how long does it take?
+"""Load test of `parley serve`: latency, and whether each answer equals the one without load.
 
-    python benchmarks/serve_load.py [RUN|MODEL] [--clients 64] [--seconds 60] [--slots 32]
+    python benchmarks/serve_load.py [RUN|MODEL] [--clients 64] [--seconds 60] [--max-num-seqs 32]
 
-Starts the server as a process of its own, asks every question once with nobody else there, then lets the clients, each
-OpenAI's own in this process, ask them over and over: whole and streamed, greedy and drawn with a seed, of every model
-that the server names. Prints a table and a RESULT line of JSON; ends with 1 when an answer was lost or is not the one
-given alone. Server and clients share the machine's cores, so times are those of both.
+Starts the server in its own process, sends every request once without other load, then repeats them from many OpenAI
+clients in this process: whole and streamed, greedy and sampled with a seed, to every served model. Prints a table and a
+RESULT line of JSON; exits with 1 when a request failed or its answer differs from the one without load. Server and
+clients share the cores, so times include both.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LONGEST = 48  # tokens of an answer
 
 @dataclass
 class Tally:
-    """What came back: seconds to the first text (of streams) and to the end, tokens, and what was wrong."""
+    """Seconds to the first text (of streams) and to the end, tokens, failed requests and wrong answers."""
 
     first_s: list[float] = field(default_factory=list)
     whole_s: list[float] = field(default_factory=list)
@@ -46,10 +46,11 @@ class Tally:
     mixed: list[str] = field(default_factory=list)
 
 
-def serve(source: str, slots: int) -> tuple[subprocess.Popen[str], str, float]:
-    """The server's process, its address, and the seconds it took to be ready."""
+def serve(source: str, max_num_seqs: int) -> tuple[subprocess.Popen[str], str, float]:
+    """Starts a server; returns its process, its address and the seconds it took to be ready."""
     begun = perf_counter()
-    command = [sys.executable, "-m", "parley.cli.main", "serve", source, "--port", "0", "--slots", str(slots)]
+    command = [sys.executable, "-m", "parley.cli.main", "serve", source, "--port", "0"]
+    command += ["--max-num-seqs", str(max_num_seqs)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
@@ -60,63 +61,63 @@ def serve(source: str, slots: int) -> tuple[subprocess.Popen[str], str, float]:
 
 
 def questions(models: list[str]) -> list[dict[str, Any]]:
-    """Requests, greedy and drawn, of each model."""
-    asked = []
+    """Requests to each model, greedy and sampled with a seed."""
+    requests = []
     for number, question in enumerate(heldout_questions()[:QUESTIONS]):
         for model in models:
             sampling = {"temperature": 0} if number % 2 else {"temperature": 1.0, "seed": number}
-            asked.append({"model": model, "messages": question.messages, "max_tokens": LONGEST, **sampling})
-    return asked
+            requests.append({"model": model, "messages": question.messages, "max_tokens": LONGEST, **sampling})
+    return requests
 
 
-async def say(client: openai.AsyncOpenAI, asked: dict[str, Any], stream: bool, tally: Tally) -> str:
+async def complete(client: openai.AsyncOpenAI, request: dict[str, Any], stream: bool, tally: Tally) -> str:
     begun = perf_counter()
     if not stream:
-        reply = await client.chat.completions.create(**asked)
+        reply = await client.chat.completions.create(**request)
         tally.tokens += reply.usage.completion_tokens
         tally.whole_s.append(perf_counter() - begun)
         return reply.choices[0].message.content
-    said = ""
+    text = ""
     async for chunk in await client.chat.completions.create(
-        **asked, stream=True, stream_options={"include_usage": True}
+        **request, stream=True, stream_options={"include_usage": True}
     ):
         if chunk.usage:
             tally.tokens += chunk.usage.completion_tokens
         elif chunk.choices[0].delta.content:
-            if not said:
+            if not text:
                 tally.first_s.append(perf_counter() - begun)
-            said += chunk.choices[0].delta.content
+            text += chunk.choices[0].delta.content
     tally.whole_s.append(perf_counter() - begun)
-    return said
+    return text
 
 
 async def client_of(
-    number: int, url: str, asked: list[dict[str, Any]], alone: list[str], until: float, tally: Tally
+    number: int, url: str, requests: list[dict[str, Any]], expected: list[str], until: float, tally: Tally
 ) -> None:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
-        turn = number
+        index = number
         while perf_counter() < until:
-            turn = (turn + 1) % len(asked)
+            index = (index + 1) % len(requests)
             try:
-                said = await say(client, asked[turn], bool(number % 2), tally)
+                text = await complete(client, requests[index], bool(number % 2), tally)
             except openai.OpenAIError as error:
-                tally.lost.append(f"{asked[turn]}: {error}")
+                tally.lost.append(f"{requests[index]}: {error}")
                 continue
-            if said != alone[turn]:
-                tally.mixed.append(f"{asked[turn]}: {said!r}, alone {alone[turn]!r}")
+            if text != expected[index]:
+                tally.mixed.append(f"{requests[index]}: {text!r}, expected {expected[index]!r}")
 
 
 async def load(url: str, clients: int, seconds: float) -> tuple[Tally, Tally, float]:
-    """Tallies of asking alone and of all clients together, and the seconds the latter took."""
+    """Tallies of one client alone and of all clients together, and the seconds the latter took."""
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", timeout=120) as client:
-        asked = questions([model.id async for model in client.models.list()])
+        requests = questions([model.id async for model in client.models.list()])
         first, again = Tally(), Tally()
-        alone = [await say(client, each, stream=False, tally=first) for each in asked]
-        streamed = [await say(client, each, stream=True, tally=again) for each in asked]
-        assert streamed == alone, "an answer alone is not the same twice"
+        alone = [await complete(client, request, stream=False, tally=first) for request in requests]
+        streamed = [await complete(client, request, stream=True, tally=again) for request in requests]
+        assert streamed == alone, "the same request alone gave two different answers"
     together, begun = Tally(), perf_counter()
     until = begun + seconds
-    await asyncio.gather(*(client_of(number, url, asked, alone, until, together) for number in range(clients)))
+    await asyncio.gather(*(client_of(number, url, requests, alone, until, together) for number in range(clients)))
     return again, together, perf_counter() - begun
 
 
@@ -137,9 +138,9 @@ def main() -> None:
     parser.add_argument("source", nargs="?", default="parley-demo")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--max-num-seqs", type=int, default=32)
     arguments = parser.parse_args()
-    process, url, ready_s = serve(arguments.source, arguments.slots)
+    process, url, ready_s = serve(arguments.source, arguments.max_num_seqs)
     try:
         server = psutil.Process(process.pid)
         before = server.memory_info().rss
@@ -153,7 +154,7 @@ def main() -> None:
         "source": arguments.source,
         "clients": arguments.clients,
         "seconds": round(took, 1),
-        "slots": arguments.slots,
+        "max_num_seqs": arguments.max_num_seqs,
         "answers": len(together.whole_s),
         "lost": len(together.lost),
         "mixed_up": len(together.mixed),

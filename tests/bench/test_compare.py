@@ -7,23 +7,23 @@ from typing import Any
 import pytest
 import torch
 
-from parley.bench.compare import _in_own_process, check, compare, table
+from parley.bench.compare import _run_in_subprocess, check, compare, table
 from parley.bench.jobs import JOBS, find_job
 from parley.bench.rows import as_text, read_rows, write_rows
 from parley.bench.worker import step_times
 from parley.errors import DataError, DeviceError, RunError, UsageError
 
 KEYS = {
-    *("who", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s"),
+    *("trainer", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s"),
     *("train_wall_s", "steps", "peak_allocated_gib", "peak_reserved_gib", "predicted_gib"),
     *("first_losses", "last_losses"),
     *("step_ms", "tokens", "losses", "grad_norms", "machine", "versions", "commit"),
 }
 
 
-def report(who: str, median: float | None, losses: list[float], run: int = 1) -> dict[str, Any]:
+def report(trainer: str, median: float | None, losses: list[float], run: int = 1) -> dict[str, Any]:
     return {
-        "who": who,
+        "trainer": trainer,
         "run": run,
         "median_step_ms": median,
         "mean_step_ms": median,
@@ -50,7 +50,7 @@ def test_the_table_says_what_was_measured_and_nothing_else() -> None:
     assert lines[2] == "| parley | 10.0 | 10.0 | 5.25 |  | 1,234.5 | 2.0000, 1.0000 | 2.0000, 1.0000 |"
     assert lines[3].startswith("| parley, run 2 | 9.0 |")
     assert "3.0 times the steps per second of trl" in lines[-1]
-    assert "9.09% apart at any of 2 steps" in lines[-1]
+    assert "differ by at most 9.09% at any of 2 steps" in lines[-1]
 
 
 def test_no_speed_is_claimed_where_none_was_measured() -> None:
@@ -64,21 +64,21 @@ def test_the_first_steps_are_left_out_of_the_median() -> None:
     assert step_times([0.0, 9.0], skip=1) == {"median_step_ms": None, "mean_step_ms": None}
 
 
-@pytest.mark.parametrize("who", ["parley", "parley-low", "parley-plain", "parley-5.5", "trl"])
-def test_everyone_who_can_run_is_let_through(who: str) -> None:
-    check(JOBS["demo"], [who])
+@pytest.mark.parametrize("name", ["parley", "parley-low", "parley-plain", "parley-5.5", "trl"])
+def test_known_trainers_are_accepted(name: str) -> None:
+    check(JOBS["demo"], [name])
 
 
-@pytest.mark.parametrize("who", ["parlay", "parley-fast", "parley-0", "parley--3", "unsloth-2", "trl-5"])
-def test_a_name_that_is_nobody_s_is_refused(who: str) -> None:
-    with pytest.raises(UsageError, match=r"nobody is called.*parley-GIB.*unsloth"):
-        check(JOBS["demo"], [who])
+@pytest.mark.parametrize("name", ["parlay", "parley-fast", "parley-0", "parley--3", "unsloth-2", "trl-5"])
+def test_unknown_trainers_are_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=r"unknown trainer.*parley-GIB.*unsloth"):
+        check(JOBS["demo"], [name])
 
 
 def test_what_is_wrong_is_said_in_one_line() -> None:
-    with pytest.raises(UsageError, match=r"no job is called 'sed'; there are demo, seed"):
+    with pytest.raises(UsageError, match=r"unknown job 'sed'; there are demo, seed"):
         find_job("sed")
-    with pytest.raises(UsageError, match="nobody to time"):
+    with pytest.raises(UsageError, match="no trainer to time"):
         check(JOBS["demo"], [])
     with pytest.raises(UsageError, match="unsloth"):
         check(JOBS["demo"], ["unsloth"])
@@ -130,7 +130,7 @@ def test_the_demo_job_is_timed_in_processes_of_their_own() -> None:
         assert found.keys() >= KEYS
         assert found["steps"] == len(found["losses"]) == 3
         assert found["first_step_after_start_s"] > found["first_step_s"]
-        assert found["median_step_ms"] is None  # fewer steps than the job leaves out
+        assert found["median_step_ms"] is None  # fewer steps than the job skips
         assert found["versions"]["trl"]
     assert ours["plain_because"] is None
     assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-4)
@@ -139,4 +139,4 @@ def test_the_demo_job_is_timed_in_processes_of_their_own() -> None:
 
 def test_a_trainer_that_fails_is_named_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"trl failed on job demo: .*gone\.yaml: no such file"):
-        _in_own_process("trl", JOBS["demo"], tmp_path / "gone.yaml", tmp_path)
+        _run_in_subprocess("trl", JOBS["demo"], tmp_path / "gone.yaml", tmp_path)

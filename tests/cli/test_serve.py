@@ -63,9 +63,9 @@ def serve() -> Iterator[Callable[..., Process]]:
 
 
 def test_a_run_is_served_and_sigterm_lets_answers_end(run: RunFolder, serve: Callable[..., Process]) -> None:
-    server = serve(run.path, "--api-key", "sesame", "--slots", 2, "--length", 2048)
+    server = serve(run.path, "--api-key", "sesame", "--max-num-seqs", 2, "--max-model-len", 2048)
     assert "tuned and llama at http://127.0.0.1" in server.banner
-    assert "2 answers at a time, 2048 tokens each" in server.banner
+    assert "2 requests at a time, 2048 tokens each" in server.banner
     assert "Bearer KEY" in server.banner
     assert "sesame" not in server.banner
     assert [model.id for model in server.client.models.list()] == ["tuned", "llama"]
@@ -115,7 +115,7 @@ def test_a_run_that_is_not_as_it_was_trained_is_not_served(
         (["--host", "0.0.0.0"], 2, "--host 0.0.0.0 can be reached from elsewhere; give --api-key"),
         (["--api-key", "a b\n"], 2, "--api-key: wanted printable ASCII"),
         (["--engine", "vllm"], 2, "vLLM is not installed"),
-        (["--slots", "0"], 2, "Invalid value for '--slots'"),
+        (["--max-num-seqs", "0"], 2, "Invalid value for '--max-num-seqs'"),
     ],
 )
 def test_wrong_options_are_told_in_one_line(
@@ -142,7 +142,7 @@ def test_what_cannot_be_loaded_ends_it(parley: Callable[..., Any], tmp_path: Pat
 def test_a_second_ctrl_c_ends_answers_at_once_and_tells_their_clients(
     tiny_llama_folder: Path, serve: Callable[..., Process]
 ) -> None:
-    server = serve(tiny_llama_folder, "--slots", 1, "--drain", 60)
+    server = serve(tiny_llama_folder, "--max-num-seqs", 1, "--drain", 60)
     asked: Any = {"model": "llama", "messages": HELLO, "max_tokens": 2000, "temperature": 0, "stream": True}
     streams = [server.client.chat.completions.create(**asked) for _ in range(12)]
     server.process.send_signal(signal.SIGINT)
@@ -151,3 +151,50 @@ def test_a_second_ctrl_c_ends_answers_at_once_and_tells_their_clients(
     assert server.end(seconds=15) == (0, "")
     with pytest.raises(openai.APIError, match="stopped before the answer was finished"):
         list(streams[-1])
+
+
+def test_old_option_names_are_read_with_a_line_that_says_the_new(
+    parley: Callable[..., Any], tiny_llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "vllm"
+    program.write_text("")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    executed: list[list[str]] = []
+
+    def execve(path: str, arguments: list[str], environment: dict[str, str]) -> None:
+        executed.append(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execve", execve)
+    parley("serve", tiny_llama_folder, "--engine", "vllm", "--max-num-seqs", 3, "--max-model-len", 99)
+    ended = parley("serve", tiny_llama_folder, "--engine", "vllm", "--slots", 3, "--length", 99, "--queue", 7)
+    assert executed[0] == executed[1]
+    assert ended.err.splitlines() == [
+        f"parley: {old} is now {new}; the old name goes with the next version"
+        for old, new in [("--slots", "--max-num-seqs"), ("--length", "--max-model-len"), ("--queue", "--max-queue")]
+    ]
+    assert "--slots" not in parley("serve", "--help").out
+
+
+def test_a_missing_extra_is_one_line_with_the_pip_command(
+    parley: Callable[..., Any], tiny_llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    ended = parley("serve", tiny_llama_folder, "--port", 0)
+    assert ended.code == 2
+    assert ended.err == ("parley: error: fastapi, prometheus_client: not installed; pip install 'parley-llm[serve]'\n")
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_other_commands_need_no_extra(command: str) -> None:
+    """In a process without the packages of [serve] and [bench], they still load what they work with."""
+    code = (
+        "import sys\n"
+        "for name in ('fastapi', 'uvicorn', 'starlette', 'prometheus_client', 'openai'): sys.modules[name] = None\n"
+        f"import parley.cli.{command}, parley.serving.loading, parley.serving.golden, parley.serving.vllm\n"
+        "import parley.inference.generate, parley.bench.compare, parley.pipeline\n"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert process.returncode == 0, process.stderr

@@ -1,4 +1,4 @@
-"""A server on this machine's loopback, in a thread, with real models behind it and OpenAI's client before it."""
+"""A server on the loopback interface, in a thread, with real models and OpenAI's client."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ from parley.inference.hf_decoder import decoder_for
 from parley.inference.prompts import end_of_turn_ids
 from parley.inference.scheduler import Scheduler
 from parley.models.load import load_model
+from parley.serving.address import bind
 from parley.serving.app import create_app
-from parley.serving.loading import open_source
+from parley.serving.loading import load_for_inference
 from parley.serving.middleware import Limits
-from parley.serving.server import Server, bind
-from parley.serving.service import Served, Service
+from parley.serving.server import Server
+from parley.serving.service import ServedModel, Service
 from parley.training.run_folder import RunFolder
 
 WEATHER = {
@@ -89,7 +90,7 @@ def config_of(output: Path) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def tuned_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run whose adapter speaks otherwise than its base."""
+    """A run whose adapter answers differently from its base model."""
     from peft import LoraConfig, get_peft_model
 
     config = config_of(tmp_path_factory.mktemp("runs") / "pirate")
@@ -112,7 +113,7 @@ def calling_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         table = model.get_input_embeddings().weight
-        table += 0.05 * torch.randn_like(table)  # braces, which it never saw, are told from quotes
+        table += 0.05 * torch.randn_like(table)  # untrained braces get embeddings apart from those of quotes
     call = {"type": "function", "function": {"name": "get_weather", "arguments": {"place": "sea"}}}
     turns = [{"role": "user", "content": ASKED}, {"role": "assistant", "content": "", "tool_calls": [call]}]
     teach(model, tokenizer, turns, [WEATHER], rate=2e-3, steps=30)
@@ -123,42 +124,43 @@ def calling_run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 @pytest.fixture(scope="module")
 def serving() -> Iterator[Callable[..., Running]]:
-    """`serving(source, slots=4, ...)`: a server for it, stopped at the end of the module."""
+    """`serving(source, max_num_seqs=4, ...)`: a server for it, stopped at the end of the module."""
     running: list[tuple[Running, threading.Thread]] = []
 
     def start(
         source: str | Path,
         *,
         drain: float = 5,
-        ends: list[int] | None = None,
-        slots: int = 4,
-        length: int = 512,
-        queue: int = 64,
+        stop_ids: list[int] | None = None,
+        max_num_seqs: int = 4,
+        max_model_len: int = 512,
+        max_queue: int = 64,
         api_key: str | None = None,
         **limits: Any,
     ) -> Running:
-        opened = open_source(str(source))
-        decoder = decoder_for(opened.model, slots=slots, length=length)
-        ends = end_of_turn_ids(opened.model, opened.tokenizer) if ends is None else ends
-        scheduler = Scheduler(decoder, opened.tokenizer, ends, queue_limit=queue)
-        vocabulary = opened.model.get_input_embeddings().num_embeddings
-        served = Served(opened.tokenizer, opened.names, opened.settings, opened.system, decoder.length, vocabulary)
-        service = Service(served, scheduler)
+        loaded = load_for_inference(str(source))
+        decoder = decoder_for(loaded.model, slots=max_num_seqs, length=max_model_len)
+        if stop_ids is None:
+            stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
+        scheduler = Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue)
+        vocab_size = loaded.model.get_input_embeddings().num_embeddings
+        model = ServedModel(loaded.tokenizer, loaded.names, loaded.settings, loaded.system, decoder.length, vocab_size)
+        service = Service(model, scheduler)
         bound, ready = bind("127.0.0.1", 0), threading.Event()
-        app = create_app(service, limits=Limits(open=limits.pop("open", slots + queue), **limits), api_key=api_key)
-        server = Server(app, bound, scheduler, drain_seconds=drain, ready=ready.set)
+        app = create_app(service, limits=Limits(max_open_requests=max_num_seqs + max_queue, **limits), api_key=api_key)
+        server = Server(app, bound, scheduler, drain_seconds=drain, on_ready=ready.set)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
-        started = Running(server, service, bound.getsockname()[1], api_key or "none")
+        handle = Running(server, service, bound.getsockname()[1], api_key or "none")
         thread.start()
-        running.append((started, thread))
+        running.append((handle, thread))
         assert ready.wait(20)
-        return started
+        return handle
 
     yield start
-    for each, thread in running:
-        each.server.should_exit = True
+    for handle, thread in running:
+        handle.server.should_exit = True
         thread.join(20)
-        each.scheduler.close(drain=False)
+        handle.scheduler.close(drain=False)
         assert not thread.is_alive()
 
 
@@ -175,9 +177,15 @@ def caller(serving: Callable[..., Running], calling_run: RunFolder) -> Running:
 
 @pytest.fixture(scope="module")
 def endless(serving: Callable[..., Running], tiny_llama_folder: Path) -> Running:
-    """A model that never ends an answer by itself, and room for long ones."""
+    """A model that never ends an answer by itself, and a context for long ones."""
     return serving(
-        tiny_llama_folder, length=2048, ends=[], queue=4, body_bytes=2**20, body_seconds=1, stalled_seconds=1
+        tiny_llama_folder,
+        max_model_len=2048,
+        stop_ids=[],
+        max_queue=4,
+        max_body_bytes=2**20,
+        body_timeout=1,
+        send_timeout=1,
     )
 
 

@@ -36,7 +36,7 @@ def test_two_names_answer_as_the_model_with_and_without_its_adapter(tuned: Runni
 
 
 def test_usage_counts_the_templates_tokens_and_the_end_of_turn(tuned: Running) -> None:
-    tokenizer = tuned.service.served.tokenizer
+    tokenizer = tuned.service.model.tokenizer
     reply = tuned.client.chat.completions.create(**ask())
     prompt = tokenizer.apply_chat_template(ask()["messages"], add_generation_prompt=True, return_dict=True)
     assert reply.usage is not None
@@ -187,7 +187,7 @@ def test_a_conversation_goes_on_after_a_tool_call(caller: Running) -> None:
         {"role": "assistant", "content": "", "tool_calls": [_as_object(first.tool_calls[0])]},
         turns[2],
     ]
-    ids = caller.service.served.tokenizer.apply_chat_template(
+    ids = caller.service.model.tokenizer.apply_chat_template(
         templated, tools=[WEATHER], add_generation_prompt=True, return_dict=True
     )["input_ids"]
     assert reply.usage is not None
@@ -211,7 +211,7 @@ def test_answers_in_words_are_streamed_with_tools_too(tuned: Running) -> None:
 
 
 def test_text_is_completed_from_text_and_from_ids(tuned: Running) -> None:
-    tokenizer = tuned.service.served.tokenizer
+    tokenizer = tuned.service.model.tokenizer
     text = tokenizer.apply_chat_template(ask()["messages"], add_generation_prompt=True, tokenize=False)
     text = text.removeprefix(tokenizer.bos_token)
     ids = tokenizer(text)["input_ids"]
@@ -249,7 +249,7 @@ def test_the_runs_system_turn_is_given_to_those_without_one(tuned: Running, monk
 
     turns = [{"role": "system", "content": "Be a pirate."}, *ask()["messages"]]
     said = tuned.client.chat.completions.create(**{**ask(), "messages": turns})
-    monkeypatch.setattr(tuned.service, "served", replace(tuned.service.served, system="Be a pirate."))
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, system="Be a pirate."))
     given = tuned.client.chat.completions.create(**ask())
     own = tuned.client.chat.completions.create(**{**ask(), "messages": turns})
     assert given.usage == said.usage == own.usage

@@ -63,7 +63,7 @@ def answers_on(tuned: Running) -> Iterator[None]:
         ({"messages": []}, "messages", "messages: got a list of 0; list should have at least 1 item"),
         ({"messages": "Hello!"}, "messages", "messages: got 'Hello!'; wanted a valid list"),
         ({"messages": [{"role": "captain", "content": "Hello!"}]}, "messages", "messages: turn 1 has role 'captain'"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages", "messages: no turn has words"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "messages: all turns are empty"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "half a character"),
         ({"top_logprobs": 3}, "top_logprobs", "top_logprobs: only with logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs: got 21; wanted less than"),
@@ -144,7 +144,7 @@ def test_unknown_models_and_routes_are_not_found(tuned: Running) -> None:
 
 def test_a_prompt_longer_than_the_context_is_refused(tuned: Running) -> None:
     long = [{"role": "user", "content": "What is the opposite of hot? " * 100}]
-    with pytest.raises(openai.BadRequestError, match=r"tokens and the context is 512, the answer included") as told:
+    with pytest.raises(openai.BadRequestError, match=r"tokens and the context is 512, output included") as told:
         tuned.client.chat.completions.create(model="pirate", messages=long)  # type: ignore[arg-type]
     assert (told.value.code, told.value.param) == ("context_length_exceeded", "messages")
     with pytest.raises(openai.BadRequestError) as told:
@@ -180,8 +180,8 @@ def test_extreme_values_are_answered(tuned: Running, extreme: dict[str, Any]) ->
 
 
 def test_tools_that_the_template_does_not_write_are_refused(endless: Running) -> None:
-    name = next(iter(endless.service.served.names))
-    with pytest.raises(openai.BadRequestError, match="the model's chat template writes no tools"):
+    name = next(iter(endless.service.model.names))
+    with pytest.raises(openai.BadRequestError, match="the model's chat template ignores tools"):
         endless.client.chat.completions.create(model=name, messages=HELLO, tools=[WEATHER])  # type: ignore[arg-type]
 
 
@@ -191,14 +191,14 @@ def test_a_base_model_without_a_template_completes_and_does_not_chat(
     folder = tmp_path / "base"
     shutil.copytree(tiny_llama_folder, folder)
     (folder / "chat_template.jinja").unlink()
-    running = serving(folder, slots=1, length=64)
+    running = serving(folder, max_num_seqs=1, max_model_len=64)
     assert running.client.completions.create(model="base", prompt="Ahoy", max_tokens=3).choices[0].text
     with pytest.raises(openai.BadRequestError, match="has no chat template"):
         running.client.chat.completions.create(model="base", messages=HELLO)  # type: ignore[arg-type]
 
 
 def test_a_key_is_asked_for_everywhere_but_at_health(serving: Callable[..., Running], tiny_llama_folder: Path) -> None:
-    running = serving(tiny_llama_folder, slots=1, length=64, api_key="open sesame")
+    running = serving(tiny_llama_folder, max_num_seqs=1, max_model_len=64, api_key="open sesame")
     assert len(running.client.models.list().data) == 1
     for wrong in ("none", "open sesam", "open sesame!", "", "ключ"):
         error = refused(running, {}, Authorization=f"Bearer {wrong}".encode().decode("latin-1"))

@@ -30,7 +30,7 @@ def test_a_changed_template_is_shown_at_its_first_difference(golden: Path, tiny_
     assert difference is not None
     assert difference.conversation == 1
     stored = json.loads(golden.read_text())[0]["input_ids"]
-    place = difference.place
+    place = difference.position
     assert stored[place] == tiny_tokenizer.convert_tokens_to_ids("<|eot_id|>")
     said, trained, served = difference.lines()
     assert f"token {place}" in said
@@ -46,7 +46,7 @@ def test_a_changed_generation_prompt_is_found_too(golden: Path, tiny_tokenizer: 
     assert difference is not None
     assert "(ends here)" not in difference.lines()[1]
     prompt = json.loads(golden.read_text())[0]["prompt_ids"]
-    assert difference.place < len(prompt)
+    assert difference.position < len(prompt)
 
 
 def test_a_changed_vocabulary_is_found(golden: Path, tiny_tokenizer: Any) -> None:

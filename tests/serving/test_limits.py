@@ -21,7 +21,7 @@ HELLO: Any = [{"role": "user", "content": "Hello!"}]
 
 def long_answer(running: Running, **more: Any) -> bytes:
     """A request whose answer takes the model a while."""
-    name = next(iter(running.service.served.names))
+    name = next(iter(running.service.model.names))
     body = json.dumps({"model": name, "messages": HELLO, "temperature": 0, "max_tokens": 1900, **more}).encode()
     return (
         b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
@@ -75,7 +75,7 @@ def test_a_client_that_goes_away_while_it_waits_leaves_the_queue(endless: Runnin
 def test_a_full_queue_is_told_with_when_to_try_again(endless: Running) -> None:
     """Four slots, four that wait: one request of 4 answers holds the slots, one of 5 does not fit the queue."""
     endless.until_idle()
-    name = next(iter(endless.service.served.names))
+    name = next(iter(endless.service.model.names))
     with connect(endless) as holding:
         holding.sendall(long_answer(endless, n=4))
         until_active(endless, 4)
@@ -89,7 +89,7 @@ def test_a_full_queue_is_told_with_when_to_try_again(endless: Running) -> None:
 
 def test_only_so_many_requests_are_open(endless: Running) -> None:
     endless.until_idle()
-    name = next(iter(endless.service.served.names))
+    name = next(iter(endless.service.model.names))
     idle = [connect(endless) for _ in range(8)]  # slots and queue together
     for each in idle:
         each.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Length: 9\r\n\r\n")
@@ -130,7 +130,7 @@ def test_a_body_without_end_is_cut_off(endless: Running) -> None:
 def test_a_slow_reader_holds_up_nobody_and_is_given_up(endless: Running) -> None:
     """It asks for megabytes of log-probabilities and reads none of them."""
     endless.until_idle()
-    name = next(iter(endless.service.served.names))
+    name = next(iter(endless.service.model.names))
     ask = {"model": name, "messages": HELLO, "max_tokens": 16, "temperature": 0}
     expected = endless.client.chat.completions.create(**ask).choices[0].message.content  # type: ignore[call-overload]
     slow = socket.socket()
@@ -210,7 +210,7 @@ def test_metrics_and_health_tell_what_happens(endless: Running) -> None:
 
     endless.until_idle()
     before = metrics()
-    name = next(iter(endless.service.served.names))
+    name = next(iter(endless.service.model.names))
     endless.client.chat.completions.create(model=name, messages=HELLO, max_tokens=5, temperature=0)
     refused(endless, b"{")
     with connect(endless) as holding:
@@ -237,8 +237,8 @@ def test_metrics_and_health_tell_what_happens(endless: Running) -> None:
 def test_a_decoder_that_fails_is_told_and_starts_anew_where_it_can(
     serving: Any, tiny_llama_folder: Any, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
-    running = serving(tiny_llama_folder, slots=2, length=256, ends=[])
-    name = next(iter(running.service.served.names))
+    running = serving(tiny_llama_folder, max_num_seqs=2, max_model_len=256, stop_ids=[])
+    name = next(iter(running.service.model.names))
     stream = running.client.chat.completions.create(
         model=name, messages=HELLO, max_tokens=240, temperature=0, stream=True
     )

@@ -13,8 +13,8 @@ from tests.serving.conftest import Running
 
 from parley.config import DEMO_MODEL
 from parley.errors import UsageError
-from parley.serving.loading import names_of
-from parley.serving.server import bind, check_key, is_loopback
+from parley.serving.address import bind, check_api_key, is_loopback
+from parley.serving.loading import served_names
 
 
 def test_loopback_is_known_by_its_address() -> None:
@@ -23,13 +23,13 @@ def test_loopback_is_known_by_its_address() -> None:
 
 
 def test_a_key_is_required_beyond_this_machine() -> None:
-    check_key("127.0.0.1", None)
-    check_key("0.0.0.0", "sesame")
+    check_api_key("127.0.0.1", None)
+    check_api_key("0.0.0.0", "sesame")
     with pytest.raises(UsageError, match=r"--host 0\.0\.0\.0 can be reached from elsewhere; give --api-key"):
-        check_key("0.0.0.0", None)
+        check_api_key("0.0.0.0", None)
     for useless in ("", " sesame", "sésame", "a\nb"):
         with pytest.raises(UsageError, match="printable ASCII"):
-            check_key("127.0.0.1", useless)
+            check_api_key("127.0.0.1", useless)
 
 
 def test_a_taken_port_and_a_wrong_host_are_told() -> None:
@@ -42,22 +42,22 @@ def test_a_taken_port_and_a_wrong_host_are_told() -> None:
 
 
 def test_names_are_the_folders_and_the_bases() -> None:
-    assert names_of(DEMO_MODEL, None) == {DEMO_MODEL: False}
-    assert names_of("owner/model", None) == {"owner/model": False}
+    assert served_names(DEMO_MODEL, None) == {DEMO_MODEL: False}
+    assert served_names("owner/model", None) == {"owner/model": False}
 
 
 def test_a_run_named_as_its_base_does_not_hide_it(tmp_path: Path) -> None:
     folder, name = str(tmp_path), tmp_path.name
-    assert names_of(folder, "owner/model") == {name: False, "owner/model": True}
-    assert names_of(folder, folder) == {name: False, f"{name}-base": True}
+    assert served_names(folder, "owner/model") == {name: False, "owner/model": True}
+    assert served_names(folder, folder) == {name: False, f"{name}-base": True}
 
 
 @pytest.mark.parametrize("hurried", [False, True])
 def test_answers_that_time_runs_out_for_are_ended_and_their_clients_told(
     serving: Callable[..., Running], tiny_llama_folder: Path, hurried: bool
 ) -> None:
-    running = serving(tiny_llama_folder, slots=1, length=2048, ends=[], drain=60 if hurried else 0.5)
-    name = next(iter(running.service.served.names))
+    running = serving(tiny_llama_folder, max_num_seqs=1, max_model_len=2048, stop_ids=[], drain=60 if hurried else 0.5)
+    name = next(iter(running.service.model.names))
     asked: Any = {
         "model": name,
         "messages": [{"role": "user", "content": "Ahoy!"}],

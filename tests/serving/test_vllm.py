@@ -17,7 +17,7 @@ from parley.models.demo import demo_model_path
 from parley.serving.vllm import find_vllm, vllm_arguments
 from parley.training.run_folder import RunFolder
 
-WHERE: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, "slots": 64, "length": 2048}
+WHERE: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, "max_num_seqs": 64, "max_model_len": 2048}
 
 
 def options(arguments: list[str]) -> dict[str, str]:
@@ -49,7 +49,7 @@ def test_a_run_goes_with_adapter_template_and_defaults(tuned_run: RunFolder) -> 
 
 
 def test_a_run_of_all_weights_is_a_model(calling_run: RunFolder) -> None:
-    arguments = vllm_arguments(str(calling_run.path), **{**WHERE, "length": None, "slots": None})
+    arguments = vllm_arguments(str(calling_run.path), **{**WHERE, "max_model_len": None, "max_num_seqs": None})
     given = options(arguments)
     assert arguments[1] == given["--tokenizer"] == str(calling_run.model.resolve())
     assert given["--served-model-name"] == "caller"

@@ -1,1 +1,1 @@
-"""One training job on several trainers, each in a process of its own, in turn, on the same rows."""
+"""Times one training job with several trainers, each in its own process, one after the other, on the same rows."""

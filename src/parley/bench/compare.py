@@ -1,4 +1,4 @@
-"""A job on one trainer after the other, and the table of what came out."""
+"""Runs a job with one trainer after the other and formats the table of results."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 from parley.bench.jobs import Job
 from parley.bench.rows import write_rows
-from parley.bench.trainers import PARLEY, check_who
+from parley.bench.trainers import PARLEY, check_trainer
 from parley.config import RunConfig
-from parley.errors import DeviceError, RunError, UsageError
+from parley.errors import DeviceError, RunError, UsageError, one_line
 
 COLUMNS = {
     "ms a step, median": "median_step_ms",
@@ -26,34 +26,34 @@ COLUMNS = {
 }
 
 
-def compare(job: Job, config: RunConfig, who: Sequence[str], repeat: int = 1) -> Iterator[dict[str, Any]]:
-    """The report of each trainer in `who` as it ends; `run` counts its repetitions, of which later ones find caches.
+def compare(job: Job, config: RunConfig, trainers: Sequence[str], repeat: int = 1) -> Iterator[dict[str, Any]]:
+    """Yields the report of each trainer as it ends; its key `run` counts repetitions, of which later ones find caches.
 
-    Raises UsageError for a trainer that is unknown or not installed, DeviceError where the job needs a GPU, what
-    `write_rows` raises, and RunError for a trainer that failed.
+    Raises UsageError for a trainer that is unknown or not installed, DeviceError where the job needs a GPU, RunError
+    for a trainer that failed, and the errors of `write_rows`.
     """
-    check(job, who)
+    check(job, trainers)
     with tempfile.TemporaryDirectory(prefix="parley-bench-") as temporary:
         folder = Path(temporary)
         write_rows(job, config, folder / "data")
         settings = folder / "run.yaml"
         settings.write_text(config.to_yaml(), encoding="utf-8")
         commit = _commit()
-        for name in who:
+        for name in trainers:
             for run in range(1, repeat + 1):
-                report = _in_own_process(name, job, settings, folder / "data")
+                report = _run_in_subprocess(name, job, settings, folder / "data")
                 yield {**report, "run": run, "commit": commit}
 
 
-def check(job: Job, who: Sequence[str]) -> None:
-    """What can be wrong before anything is loaded."""
-    if not who:
-        raise UsageError("nobody to time; name someone with --who or --against")
-    for name in who:
-        check_who(name)
-    if "unsloth" in who and importlib.util.find_spec("unsloth") is None:
+def check(job: Job, trainers: Sequence[str]) -> None:
+    """Everything that can be refused before a model is loaded."""
+    if not trainers:
+        raise UsageError("no trainer to time; name one with --trainers or --against")
+    for name in trainers:
+        check_trainer(name)
+    if "unsloth" in trainers and importlib.util.find_spec("unsloth") is None:
         raise UsageError("unsloth is not installed; pip install unsloth, or leave it out of --against")
-    if "unsloth" in who and not job.needs_gpu:
+    if "unsloth" in trainers and not job.needs_gpu:
         raise UsageError(f"unsloth needs a GPU, and job {job.name} is the CPU's; leave it out of --against")
     if job.needs_gpu:
         import torch
@@ -63,48 +63,49 @@ def check(job: Job, who: Sequence[str]) -> None:
 
 
 def table(reports: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table of `reports`, and how Parley compares with each peer."""
+    """A Markdown table of `reports`, and a line that compares Parley with each peer."""
     head = ["trainer", *COLUMNS, "first losses", "last losses"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for report in reports:
-        name = report["who"] if report["run"] == 1 else f"{report['who']}, run {report['run']}"
+        name = report["trainer"] if report["run"] == 1 else f"{report['trainer']}, run {report['run']}"
         figures = ["" if report[key] is None else f"{report[key]:,}" for key in COLUMNS.values()]
         losses = [", ".join(f"{loss:.4f}" for loss in report[key]) for key in ("first_losses", "last_losses")]
         lines.append("| " + " | ".join([name, *figures, *losses]) + " |")
-    firsts = {report["who"]: report for report in reversed(reports)}
-    ours = firsts.get(PARLEY)
-    for name, theirs in firsts.items():
+    first_runs = {report["trainer"]: report for report in reversed(reports)}
+    ours = first_runs.get(PARLEY)
+    for name, peer in first_runs.items():
         if ours is not None and not name.startswith(PARLEY):
-            lines += ["", _against(ours, theirs)]
+            lines += ["", _comparison(ours, peer)]
     return "\n".join(lines)
 
 
-def _against(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    pairs = list(zip(ours["losses"], theirs["losses"], strict=False))
-    apart = max(abs(a - b) / abs(b) for a, b in pairs)
-    words = f"losses at most {apart:.2%} apart at any of {len(pairs)} steps."
-    if ours["median_step_ms"] is None or theirs["median_step_ms"] is None:
-        return f"Parley and {theirs['who']}: {words}"
-    faster = theirs["median_step_ms"] / ours["median_step_ms"]
-    return f"Parley takes {faster:.1f} times the steps per second of {theirs['who']} (medians); {words}"
+def _comparison(ours: dict[str, Any], peer: dict[str, Any]) -> str:
+    pairs = list(zip(ours["losses"], peer["losses"], strict=False))
+    difference = max(abs(a - b) / abs(b) for a, b in pairs)
+    losses = f"losses differ by at most {difference:.2%} at any of {len(pairs)} steps."
+    if ours["median_step_ms"] is None or peer["median_step_ms"] is None:
+        return f"Parley and {peer['trainer']}: {losses}"
+    speedup = peer["median_step_ms"] / ours["median_step_ms"]
+    return f"Parley takes {speedup:.1f} times the steps per second of {peer['trainer']} (medians); {losses}"
 
 
-def _in_own_process(who: str, job: Job, settings: Path, folder: Path) -> dict[str, Any]:
+def _run_in_subprocess(trainer: str, job: Job, settings: Path, folder: Path) -> dict[str, Any]:
     result = folder / "result.json"
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "parley.bench.worker", who, job.name, str(settings), str(folder), str(result)]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    if ran.returncode or not result.is_file():
-        said = [line.strip() for line in ran.stdout.splitlines() if line.strip()]
-        raise RunError(f"{who} failed on job {job.name}: {said[-1] if said else f'exit code {ran.returncode}'}")
+    command = [sys.executable, "-m", "parley.bench.worker", trainer, job.name, str(settings), str(folder), str(result)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    if process.returncode or not result.is_file():
+        lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"exit code {process.returncode}"
+        raise RunError(f"{trainer} failed on job {job.name}: {one_line(reason)}")
     return json.loads(result.read_text(encoding="utf-8"))
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this code lies in; None where it was installed without one."""
+    """The commit of the source checkout; None for an installed package."""
     here = Path(__file__).parent
     try:
-        ran = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+        process = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
     except OSError:
         return None
-    return ran.stdout.strip() or None
+    return process.stdout.strip() or None

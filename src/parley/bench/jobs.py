@@ -1,10 +1,10 @@
-"""The jobs that trainers are timed on.
+"""The jobs that trainers are timed with.
 
 demo      the embedded model on its own data: needs no GPU and no download
-seed      1B, NF4, 2 x 4 conversations a step, at most 2,048 tokens each (the course's job as a user runs it)
-tuned     the same conversations, 8 x 1, no checkpointing: what suits the peers best on a large card
-long      1B, NF4, one conversation of 32,768 tokens a step
-8b        8B, NF4, 2 conversations of 4,096 tokens a step
+seed      1B, NF4, 2 x 4 conversations per step, at most 2,048 tokens each (the course's job as a user runs it)
+tuned     the same conversations, 8 x 1, no checkpointing: the fastest setting of the peers on a large card
+long      1B, NF4, one conversation of 32,768 tokens per step
+8b        8B, NF4, 2 conversations of 4,096 tokens per step
 8b-short  8B, NF4, 8 x 1 short conversations
 """
 
@@ -24,7 +24,7 @@ ROWS = 4000
 
 @dataclass(frozen=True)
 class Job:
-    """`skip`: steps that the median leaves out. `length`: tokens that each conversation is made to have."""
+    """`skip`: warm-up steps that the median excludes. `length`: tokens per conversation, None for the data's own."""
 
     name: str
     model: str
@@ -44,7 +44,7 @@ class Job:
         return self.quantization == "nf4"
 
     def config(self, model: str | None, data: str | None, steps: int | None) -> RunConfig:
-        """The run's settings; `model`, `data` and `steps` take the place of the job's own."""
+        """The run's settings; `model`, `data` and `steps` override the job's."""
         training: dict[str, Any] = {
             "max_steps": steps or self.steps,
             "per_device_train_batch_size": self.batch,
@@ -79,7 +79,7 @@ JOBS = {
 
 
 def find_job(name: str) -> Job:
-    """Raises UsageError for a name that no job has."""
+    """Raises UsageError for an unknown name."""
     if name not in JOBS:
-        raise UsageError(f"no job is called {name!r}; there are {', '.join(JOBS)}")
+        raise UsageError(f"unknown job {name!r}; there are {', '.join(JOBS)}")
     return JOBS[name]

@@ -1,4 +1,4 @@
-"""The rows of a job: rendered once, so that every trainer reads the same ids in the same order."""
+"""The rows of a job, rendered once so that every trainer reads the same ids in the same order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from parley.errors import DataError
 from parley.models.load import load_tokenizer
 
 LONG_ROWS = 32
-FRAME = 60  # tokens that a template writes around a long answer, at most
+TEMPLATE_TOKENS = 60  # upper bound of what a template adds to one answer
 
 
 def write_rows(job: Job, config: RunConfig, folder: Path) -> None:
-    """Render the job's rows into `folder`, which is new. Raises DataError and ModelError."""
+    """Render the job's rows into the new `folder`. Raises DataError and ModelError."""
     tokenizer = load_tokenizer(config.model)
     data = config.data
     folder.mkdir()
@@ -32,9 +32,11 @@ def write_rows(job: Job, config: RunConfig, folder: Path) -> None:
                 file.write(json.dumps({"instruction": "Continue.", "response": text}) + "\n")
         data = data.model_copy(update={"source": str(long), "limit": None})
     rows = prepare(data, tokenizer, config.model.max_seq_length).train
-    needed = job.batch * job.accumulate
-    if len(rows) < needed:
-        raise DataError(f"{config.data.source}: {len(rows)} rows are left, and a step of job {job.name} takes {needed}")
+    rows_per_step = job.batch * job.accumulate
+    if len(rows) < rows_per_step:
+        raise DataError(
+            f"{config.data.source}: {len(rows)} rows are left, and a step of job {job.name} takes {rows_per_step}"
+        )
     rows.save_to_disk(str(folder / "rows"))
 
 
@@ -43,19 +45,19 @@ def read_rows(folder: Path) -> Dataset:
 
 
 def as_text(rows: Dataset, tokenizer: Any) -> Dataset:
-    """The same rows as text, for a trainer that makes its own tokens of it."""
+    """The same rows as text, for a trainer that tokenizes by itself."""
     return Dataset.from_list([{"text": tokenizer.decode(ids)} for ids in rows["input_ids"]])
 
 
 def _long_texts(length: int, data: DataSection, tokenizer: Any) -> Iterator[str]:
-    """Texts of nearly `length` tokens: all answers end to end, cut at places drawn with a fixed seed."""
+    """Texts of nearly `length` tokens, cut from all answers joined, at offsets sampled with a fixed seed."""
     _, examples = read_examples(data)
     answers = [example.messages[-1]["content"] for example in examples if example.messages]
     if not answers:
         raise DataError(f"{data.source}: no conversations to make long ones of; give rows with an answer")
     ids = tokenizer(" ".join(answers), add_special_tokens=False)["input_ids"]
     ids = ids * (2 + length // len(ids))
-    draw = random.Random(0)
+    generator = random.Random(0)
     for _ in range(LONG_ROWS):
-        begin = draw.randrange(len(ids) - length)
-        yield tokenizer.decode(ids[begin : begin + length - FRAME])
+        start = generator.randrange(len(ids) - length)
+        yield tokenizer.decode(ids[start : start + length - TEMPLATE_TOKENS])

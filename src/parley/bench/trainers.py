@@ -1,4 +1,4 @@
-"""Who is timed: Parley and its peers, each as its own users would run it."""
+"""The timed trainers: Parley and its peers, each set up as its own users would."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ PEERS = ("trl", "unsloth")
 PARLEY = "parley"
 
 
-def check_who(who: str) -> None:
-    """Raises UsageError for a name that is nobody's: parley, parley-low, parley-plain, parley-5.5, trl, unsloth."""
-    if who not in PEERS:
-        _variant(who)
+def check_trainer(name: str) -> None:
+    """Raises UsageError for a name that is none of parley, parley-low, parley-plain, parley-GIB, trl, unsloth."""
+    if name not in PEERS:
+        _variant_options(name)
 
 
-def build(who: str, job: Job, config: RunConfig, folder: Path) -> Any:
-    """The trainer called `who`, ready to train on the rows in `folder`."""
-    return _unsloth(job, config, folder) if who == "unsloth" else _on_ids(who, config, folder)
+def build(name: str, job: Job, config: RunConfig, folder: Path) -> Any:
+    """The trainer `name`, ready to train on the rows in `folder`."""
+    return _unsloth(job, config, folder) if name == "unsloth" else _parley_or_trl(name, config, folder)
 
 
-def _variant(who: str) -> dict[str, Any]:
-    """What the part after `parley-` tells Parley's trainer."""
-    name, _, kind = who.partition("-")
-    if name == PARLEY and kind in ("", "low"):
-        return {"memory": kind or "auto"}
-    if name == PARLEY and kind == "plain":
+def _variant_options(name: str) -> dict[str, Any]:
+    """The trainer options that the part after `parley-` stands for."""
+    family, _, variant = name.partition("-")
+    if family == PARLEY and variant in ("", "low"):
+        return {"memory": variant or "auto"}
+    if family == PARLEY and variant == "plain":
         return {"engine": "plain"}
     try:
-        gib = float(kind) if name == PARLEY else 0.0
+        gib = float(variant) if family == PARLEY else 0.0
     except ValueError:
         gib = 0.0
     if gib <= 0:
         raise UsageError(
-            f"nobody is called {who!r}; there are parley, parley-low, parley-plain, parley-GIB such as parley-5.5, "
+            f"unknown trainer {name!r}; there are parley, parley-low, parley-plain, parley-GIB such as parley-5.5, "
             f"{' and '.join(PEERS)}"
         )
     return {"memory": gib}
 
 
-def _on_ids(who: str, config: RunConfig, folder: Path) -> Any:
-    """Parley, or stock TRL with its own padding collator, on one and the same model, adapter and ids."""
+def _parley_or_trl(name: str, config: RunConfig, folder: Path) -> Any:
+    """Parley, or stock TRL with its own padding collator, with the same model, adapter and ids."""
     import trl
 
     from parley.models.adapters import attach_lora
@@ -57,16 +57,16 @@ def _on_ids(who: str, config: RunConfig, folder: Path) -> Any:
     model, tokenizer = load_model(config.model)
     assert config.lora is not None
     model = attach_lora(model, config.lora, seed=config.training.seed)
-    args, _ = sft_config(config, folder / who, pick_device(config.model.device))
+    args, _ = sft_config(config, folder / name, pick_device(config.model.device))
     data = {"train_dataset": read_rows(folder), "processing_class": tokenizer}
-    if who == "trl":
-        args.max_length = None  # no row is longer, and TRL would map over them once more
+    if name == "trl":
+        args.max_length = None  # no row is longer; TRL would map over all of them again
         return trl.SFTTrainer(model, args, **data)
-    return SFTTrainer(model, args, **data, **_variant(who))
+    return SFTTrainer(model, args, **data, **_variant_options(name))
 
 
 def _unsloth(job: Job, config: RunConfig, folder: Path) -> Any:
-    """Unsloth as its notebooks go: its own loader, adapters and checkpointing, on the same conversations as text."""
+    """Unsloth as in its notebooks: its loader, adapters and checkpointing, on the same conversations as text."""
     from transformers import DataCollatorForSeq2Seq
     from trl import SFTConfig, SFTTrainer
     from unsloth import FastLanguageModel

@@ -1,4 +1,4 @@
-"""One trainer on one job in this process: python -m parley.bench.worker WHO JOB SETTINGS.yaml FOLDER RESULT.json"""
+"""Runs one trainer on one job: python -m parley.bench.worker TRAINER JOB SETTINGS.yaml FOLDER RESULT.json"""
 
 from __future__ import annotations
 
@@ -21,63 +21,64 @@ from parley.units import GIB
 PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "unsloth", "parley-llm")
 
 
-def main(who: str, job_name: str, settings: str, folder: str, result: str) -> None:
-    if who == "unsloth":
-        importlib.import_module(who)  # it wants to be imported before the libraries that it rewrites
-    report = run(who, JOBS[job_name], RunConfig.from_yaml(settings), Path(folder))
+def main(name: str, job_name: str, settings: str, folder: str, result: str) -> None:
+    if name == "unsloth":
+        importlib.import_module(name)  # it must be imported before the libraries that it patches
+    report = run(name, JOBS[job_name], RunConfig.from_yaml(settings), Path(folder))
     Path(result).write_text(json.dumps(report), encoding="utf-8")
 
 
-def run(who: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
-    """Train and say how it went, in the keys that benchmarks/results/ keeps. None is what was not measured."""
+def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Train and return the report, with the keys of benchmarks/results/. None: not measured."""
     from transformers import TrainerCallback
 
-    from parley.bench.trainers import build
+    from parley.bench.trainers import PARLEY, build
 
-    class Clock(TrainerCallback):
+    class StepClock(TrainerCallback):
         def __init__(self) -> None:
-            self.stamps: list[float] = []
+            self.times: list[float] = []
             self.logs: list[dict[str, float]] = []
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.stamps.append(time.time())
+            self.times.append(time.time())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" in logs:
                 self.logs.append(logs)
 
-    trainer, clock = build(who, job, config, folder), Clock()
+    trainer, clock = build(name, job, config, folder), StepClock()
     trainer.add_callback(clock)
-    begun = time.time()
+    started = time.time()
     trainer.train()
-    wall = time.time() - begun
-    fast = vars(trainer).get("fast")  # Parley's alone
+    wall = time.time() - started
+    is_parley = name.startswith(PARLEY)
+    plan = trainer.fast.plan if is_parley and trainer.fast else None
     losses = [round(float(logs["loss"]), 5) for logs in clock.logs]
     return {
-        "who": who,
+        "trainer": name,
         "job": job.name,
-        **step_times(clock.stamps, job.skip),
-        "step_ms": [round(1000 * (b - a), 2) for a, b in pairwise(clock.stamps)],
-        "first_step_s": round(clock.stamps[0] - begun, 1),
-        "first_step_after_start_s": round(clock.stamps[0] - psutil.Process(os.getpid()).create_time(), 1),
+        **step_times(clock.times, job.skip),
+        "step_ms": [round(1000 * (b - a), 2) for a, b in pairwise(clock.times)],
+        "first_step_s": round(clock.times[0] - started, 1),
+        "first_step_after_start_s": round(clock.times[0] - psutil.Process(os.getpid()).create_time(), 1),
         "train_wall_s": round(wall, 1),
-        "steps": len(clock.stamps),
+        "steps": len(clock.times),
         **peak_memory(),
-        "predicted_gib": None if fast is None else round(fast.plan.predicted / GIB, 2),
+        "predicted_gib": None if plan is None else round(plan.predicted / GIB, 2),
         "first_losses": losses[:3],
         "last_losses": losses[-2:],
         "losses": losses,
         "tokens": int(clock.logs[-1]["num_tokens"]) if clock.logs and "num_tokens" in clock.logs[-1] else None,
         "grad_norms": [round(float(logs["grad_norm"]), 5) for logs in clock.logs if "grad_norm" in logs],
-        "plain_because": vars(trainer).get("plain_because"),
+        "plain_because": trainer.plain_because if is_parley else None,
         "machine": machine(),
-        "versions": {name: found for name in PACKAGES if (found := installed(name)) is not None},
+        "versions": {package: found for package in PACKAGES if (found := installed_version(package)) is not None},
     }
 
 
-def step_times(stamps: list[float], skip: int) -> dict[str, float | None]:
-    """Median and mean time between the ends of steps, in ms, the first `skip` steps left out."""
-    steps = sorted(b - a for a, b in pairwise(stamps[skip:]))
+def step_times(times: list[float], skip: int) -> dict[str, float | None]:
+    """Median and mean time between the ends of steps, in ms, without the first `skip` steps."""
+    steps = sorted(b - a for a, b in pairwise(times[skip:]))
     if not steps:
         return {"median_step_ms": None, "mean_step_ms": None}
     return {
@@ -105,9 +106,9 @@ def machine() -> str:
     return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def installed(name: str) -> str | None:
+def installed_version(package: str) -> str | None:
     try:
-        return version(name)
+        return version(package)
     except PackageNotFoundError:
         return None
 

@@ -8,24 +8,26 @@ from typing import Annotated
 
 import typer
 
-from parley.cli.terminal import err, quiet_libraries
+from parley.cli.terminal import err, quiet_libraries, renamed_option
 from parley.errors import UsageError
 
 
 def bench(
     job: Annotated[str, typer.Argument(help="demo, seed, tuned, long, 8b or 8b-short.")] = "demo",
     against: Annotated[str, typer.Option(help="Peers on the same rows: trl,unsloth.")] = "",
-    who: Annotated[str, typer.Option(help="Of parley, parley-low, parley-plain, parley-5.5 (GiB).")] = "parley",
-    model: Annotated[str | None, typer.Option(help="Folder or hub id in place of the job's model.")] = None,
-    data: Annotated[str | None, typer.Option(help="Rows in place of the job's data.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps in place of the job's.")] = None,
+    trainers: Annotated[str, typer.Option(help="Of parley, parley-low, parley-plain, parley-5.5 (GiB).")] = "parley",
+    model: Annotated[str | None, typer.Option(help="Folder or hub id instead of the job's model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows instead of the job's data.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps instead of the job's.")] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each trainer; later ones find warm caches.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Also append the JSON lines to this file.")] = None,
+    who: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Time a training job on Parley and its peers, each in its own process, in turn.
 
     JSON lines on stdout, a Markdown table on stderr. Example: parley bench demo --against trl
     """
+    trainers = renamed_option("--who", who, "--trainers", trainers)
     quiet_libraries()
     from parley.bench.compare import compare, table
     from parley.bench.jobs import find_job
@@ -33,7 +35,7 @@ def bench(
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such folder; make it, or choose another --output")
     found = find_job(job)
-    names = [name.strip() for name in f"{who},{against}".split(",") if name.strip()]
+    names = [name.strip() for name in f"{trainers},{against}".split(",") if name.strip()]
     reports = []
     with err.status(f"{job}: {', '.join(names)}"):
         for report in compare(found, found.config(model, data, steps), names, repeat):

@@ -19,7 +19,7 @@ from parley.text import print_text
 if TYPE_CHECKING:
     from parley.data.conversation import Message
     from parley.inference.prompt_file import PromptRow
-    from parley.serving.loading import Source
+    from parley.serving.loading import LoadedModel
 
 
 def generate(
@@ -59,7 +59,7 @@ def generate(
         _write(output, asked, n, answers)
 
 
-def _with_system(one: PromptRow, opened: Source) -> list[Message]:
+def _with_system(one: PromptRow, opened: LoadedModel) -> list[Message]:
     if opened.system is None or one.messages[0]["role"] == "system":
         return one.messages
     return [{"role": "system", "content": opened.system}, *one.messages]

@@ -1,4 +1,4 @@
-"""What `chat` and `generate` share: a run or model by name, and settings changed one by one."""
+"""What `chat` and `generate` share: loading a run or model by name, and changing single generation settings."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from parley.errors import UsageError
 
 if TYPE_CHECKING:
     from parley.config import GenerationSection
-    from parley.serving.loading import Source
+    from parley.serving.loading import LoadedModel
 
 
-def open_model(name: str | None, system: str | None, changes: Iterable[str]) -> Source:
-    """The run, adapter or model called `name`, the embedded one without; `changes` are KEY=VALUE of its settings."""
+def open_model(name: str | None, system: str | None, changes: Iterable[str]) -> LoadedModel:
+    """Load a run, adapter or model, the embedded one without `name`; `changes` are KEY=VALUE of its settings."""
     from dataclasses import replace
 
     from parley.config import DEMO_MODEL, GenerationSection
-    from parley.serving.loading import open_source
+    from parley.serving.loading import load_for_inference
 
-    change_settings(GenerationSection(), changes)  # a wrong key is told before anything is loaded
-    source = open_source(name or DEMO_MODEL)
+    change_settings(GenerationSection(), changes)  # a wrong key fails before anything is loaded
+    loaded = load_for_inference(name or DEMO_MODEL)
     return replace(
-        source,
-        settings=change_settings(source.settings, changes),
-        system=source.system if system is None else system or None,
+        loaded,
+        settings=change_settings(loaded.settings, changes),
+        system=loaded.system if system is None else system or None,
     )
 
 

@@ -8,16 +8,19 @@ import warnings
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from parley.cli.terminal import err, importing, out
+from parley.cli.terminal import err, importing, out, renamed_option, require_extra
 from parley.errors import ModelError
 from parley.text import print_text
 
 if TYPE_CHECKING:
-    from parley.serving.service import Served
+    from parley.serving.service import ServedModel
+
+DEFAULT_MAX_NUM_SEQS = 32
+DEFAULT_MAX_MODEL_LEN = 4096
 
 
 class Engine(StrEnum):
@@ -34,80 +37,104 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="PARLEY_API_KEY", help="Clients must send it.", show_envvar=True)
     ] = None,
-    slots: Annotated[int | None, typer.Option(min=1, help="Answers written at a time; without: 32.")] = None,
-    length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of a prompt and its answer; without: the model's, up to 4096.")
+    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests decoded at a time; without: 32.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of a prompt and its output; without: the model's, up to 4096.")
     ] = None,
-    queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 256,
-    drain: Annotated[float, typer.Option(min=1, help="Seconds to finish answers in when stopped.")] = 30,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 256,
+    drain: Annotated[float, typer.Option(min=1, help="Seconds to finish open requests in when stopped.")] = 30,
     engine: Annotated[Engine, typer.Option(help="vllm hands the run to `vllm serve`.")] = Engine.parley,
+    slots: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
+    length: Annotated[int | None, typer.Option(min=8, hidden=True)] = None,
+    queue: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
 ) -> None:
     """Serve a run, tuned and base, to OpenAI's clients.
 
     Example: parley serve runs/demo
     """
-    from parley.serving.server import bind, check_key
+    max_num_seqs = renamed_option("--slots", slots, "--max-num-seqs", max_num_seqs)
+    max_model_len = renamed_option("--length", length, "--max-model-len", max_model_len)
+    max_queue = renamed_option("--queue", queue, "--max-queue", max_queue)
+    from parley.serving.address import bind, check_api_key
 
-    check_key(host, api_key)
+    check_api_key(host, api_key)
     if engine is Engine.vllm:
-        _hand_to_vllm(source, host, port, api_key, slots, length)
+        _serve_with_vllm(source, api_key, host=host, port=port, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+    require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
     bound = bind(host, port)
-    _quiet()
-    _serve(source, bound, api_key, slots or 32, length or 4096, queue, drain)
+    _quiet_libraries()
+    _serve(
+        source,
+        bound,
+        api_key,
+        max_num_seqs=max_num_seqs or DEFAULT_MAX_NUM_SEQS,
+        max_model_len=max_model_len or DEFAULT_MAX_MODEL_LEN,
+        max_queue=max_queue,
+        drain=drain,
+    )
 
 
 def _serve(
-    source: str, bound: socket.socket, api_key: str | None, slots: int, length: int, queue: int, drain: float
+    source: str,
+    bound: socket.socket,
+    api_key: str | None,
+    *,
+    max_num_seqs: int,
+    max_model_len: int,
+    max_queue: int,
+    drain: float,
 ) -> None:
     with importing():
         from parley.inference.hf_decoder import decoder_for
         from parley.inference.prompts import end_of_turn_ids
         from parley.inference.scheduler import Scheduler
         from parley.serving.app import create_app
-        from parley.serving.loading import open_source
+        from parley.serving.loading import load_for_inference
         from parley.serving.middleware import Limits
         from parley.serving.server import Server
-        from parley.serving.service import Served, Service
+        from parley.serving.service import ServedModel, Service
 
-    opened = open_source(source)
-    if opened.golden is not None:
-        _check(opened.golden, opened.tokenizer)
-    decoder = decoder_for(opened.model, slots=slots, length=length)
-    served = Served(
-        tokenizer=opened.tokenizer,
-        names=opened.names,
-        settings=opened.settings,
-        system=opened.system,
-        length=decoder.length,
-        vocabulary=opened.model.get_input_embeddings().num_embeddings,
+    loaded = load_for_inference(source)
+    if loaded.golden is not None:
+        _check_golden(loaded.golden, loaded.tokenizer)
+    decoder = decoder_for(loaded.model, slots=max_num_seqs, length=max_model_len)
+    model = ServedModel(
+        tokenizer=loaded.tokenizer,
+        names=loaded.names,
+        settings=loaded.settings,
+        system=loaded.system,
+        max_model_len=decoder.length,
+        vocab_size=loaded.model.get_input_embeddings().num_embeddings,
     )
-    ends = end_of_turn_ids(opened.model, opened.tokenizer)
-    with Scheduler(decoder, opened.tokenizer, ends, queue_limit=queue) as scheduler:
-        app = create_app(Service(served, scheduler), limits=Limits(open=slots + queue), api_key=api_key)
-        greet = partial(_greet, served, bound, slots, api_key)
-        Server(app, bound, scheduler, drain_seconds=drain, ready=greet).run_to_end()
+    stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
+    with Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue) as scheduler:
+        limits = Limits(max_open_requests=max_num_seqs + max_queue)
+        app = create_app(Service(model, scheduler), limits=limits, api_key=api_key)
+        on_ready = partial(_print_banner, model, bound, max_num_seqs, api_key)
+        Server(app, bound, scheduler, drain_seconds=drain, on_ready=on_ready).run_until_signal()
 
 
-def _check(golden: Path, tokenizer: object) -> None:
+def _check_golden(golden: Path, tokenizer: object) -> None:
+    """Raises ModelError where the run's golden conversations get other token ids than in training."""
     from parley.serving.golden import check_golden
 
-    difference = check_golden(golden, tokenizer)
-    if difference is not None:
-        for line in difference.lines():
+    mismatch = check_golden(golden, tokenizer)
+    if mismatch is not None:
+        for line in mismatch.lines():
             print_text(err, line, wrap=False)
         raise ModelError(
             f"{golden}: the tokenizer or its template is not the one the run was trained with; restore the run's files"
         )
 
 
-def _greet(served: Served, bound: socket.socket, slots: int, api_key: str | None) -> None:
+def _print_banner(model: ServedModel, bound: socket.socket, max_num_seqs: int, api_key: str | None) -> None:
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    name = next(iter(served.names))
+    name = next(iter(model.names))
     key = " -H 'Authorization: Bearer KEY'" if api_key else ""
     lines = [
-        f"Parley serves {' and '.join(served.names)} at {address}/v1",
-        f"{slots} answers at a time, {served.length} tokens each, prompt included; Ctrl-C stops",
+        f"Parley serves {' and '.join(model.names)} at {address}/v1",
+        f"{max_num_seqs} requests at a time, {model.max_model_len} tokens each, prompt included; Ctrl-C stops",
         "",
         f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} \\",
         f"""  -d '{{"model": "{name}", "messages": [{{"role": "user", "content": "Hello!"}}]}}'""",
@@ -116,24 +143,22 @@ def _greet(served: Served, bound: socket.socket, slots: int, api_key: str | None
         print_text(out, line, wrap=False)
 
 
-def _hand_to_vllm(
-    source: str, host: str, port: int, api_key: str | None, slots: int | None, length: int | None
-) -> None:
+def _serve_with_vllm(source: str, api_key: str | None, **options: Any) -> None:
     from transformers import AutoTokenizer
 
     from parley.serving.vllm import find_vllm, run_vllm, vllm_arguments
     from parley.training.run_folder import RunFolder
 
     program = find_vllm()
-    arguments = vllm_arguments(source, host=host, port=port, slots=slots, length=length)
+    arguments = vllm_arguments(source, **options)
     if RunFolder.is_run(source):
         run = RunFolder.open(source)
-        _check(run.golden, AutoTokenizer.from_pretrained(run.weights, local_files_only=True))
+        _check_golden(run.golden, AutoTokenizer.from_pretrained(run.weights, local_files_only=True))
     run_vllm(program, arguments, api_key)
 
 
-def _quiet() -> None:
-    """Errors only, from the libraries; what Parley decided is said. (`datasets` is not wanted here, and slow.)"""
+def _quiet_libraries() -> None:
+    """As terminal.quiet_libraries, but on stderr and without importing `datasets`, which serving does not need."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

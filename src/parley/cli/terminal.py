@@ -1,4 +1,4 @@
-"""The terminal: where commands write, and what the libraries below may say there."""
+"""What commands share: consoles, error lines, renamed options, missing extras, quiet libraries."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import TypeVar
 
 from rich.console import Console, ConsoleRenderable
 from rich.logging import RichHandler
 from rich.text import Text
 
-from parley.errors import LONGEST
-from parley.text import one_line, shorten_middle, visible
+from parley.errors import LONGEST, UsageError
+from parley.text import one_line, print_text, shorten_middle, visible
 
 # Neither markup nor emoji codes: names of files, columns and models are printed as they are.
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+Value = TypeVar("Value")
 
 
 class Stopped(Exception):
@@ -25,23 +29,36 @@ class Stopped(Exception):
 
 
 def complain(message: str) -> None:
-    """One visible line on stderr, at most LONGEST characters and not wrapped, whatever the message holds."""
+    """Print an error on one visible line of stderr, unwrapped and at most LONGEST characters long."""
     line = shorten_middle(one_line(message, len(message) + 1), LONGEST)
     err.print(Text.assemble(("parley: error: ", "bold red"), line), soft_wrap=True)
 
 
 class VisibleHandler(RichHandler):
-    """Log records as they are: names of models and columns reach the terminal through them too."""
+    """Escapes control characters in log records, which may hold names of models and columns."""
 
     def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
         return super().render_message(record, visible(message))
 
 
+def renamed_option(old: str, old_value: Value | None, new: str, new_value: Value) -> Value:
+    """The value of an option whose old name is read for one more version, with a line that says the new one."""
+    if old_value is None:
+        return new_value
+    print_text(err, f"parley: {old} is now {new}; the old name goes with the next version", wrap=False)
+    return old_value
+
+
+def require_extra(extra: str, *modules: str) -> None:
+    """Raises UsageError where a package of an optional dependency group is not installed."""
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UsageError(f"{', '.join(missing)}: not installed; pip install 'parley-llm[{extra}]'")
+
+
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import in the block what a command works with. Nothing in there is garbage, and looking for some a dozen times
-    over takes a quarter of the time.
-    """
+    """Import a command's libraries without garbage collection, which would take a quarter of the import time."""
     gc.disable()
     try:
         yield
@@ -50,9 +67,9 @@ def importing() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Leave the terminal to Parley: the libraries' warnings and bars off, their errors on.
+    """Turn off the libraries' warnings and progress bars; their errors stay.
 
-    The hub's download bars stay, since they are what a newcomer waits for.
+    The hub's download bars stay too, since a first run waits for downloads.
     """
     import datasets
     import transformers
@@ -61,9 +78,9 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells of kernels that nobody asked for
-    ours = logging.getLogger("parley")  # what Parley decided is printed
-    ours.handlers = [VisibleHandler(console=out, show_time=False, show_level=False, show_path=False)]
-    ours.setLevel(logging.INFO)
-    ours.propagate = False
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not used
+    parley_logger = logging.getLogger("parley")  # Parley's own decisions are printed
+    parley_logger.handlers = [VisibleHandler(console=out, show_time=False, show_level=False, show_path=False)]
+    parley_logger.setLevel(logging.INFO)
+    parley_logger.propagate = False
     warnings.filterwarnings("ignore", module=r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl)\b")

@@ -13,62 +13,61 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
-from parley.serving.errors import ApiError, of_validation
+from parley.serving.errors import ApiError, from_validation_error
 from parley.serving.metrics import Metrics
-from parley.serving.middleware import Gone, Guard, Limits, unless_gone
-from parley.serving.protocol import Asking, ChatRequest, CompletionRequest
-from parley.serving.responses import ChatReply, CompletionReply, Reply
+from parley.serving.middleware import AdmissionMiddleware, Limits, run_until_disconnect
+from parley.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from parley.serving.responses import ChatResponse, CompletionResponse, GenerationResponse
 from parley.serving.service import Service
-from parley.serving.streams import Answers
+from parley.serving.streams import OutputStream
 
 
 def create_app(service: Service, *, limits: Limits, api_key: str | None = None) -> FastAPI:
-    """The application; with `api_key`, every route but /health asks for it."""
+    """The application; with `api_key`, every route but /health requires it."""
     app = FastAPI(title="Parley", docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, api_key=api_key, limits=limits, metrics=service.metrics)
-    _tell_errors(app)
-    _add_facts(app, service)
+    app.add_middleware(AdmissionMiddleware, api_key=api_key, limits=limits, metrics=service.metrics)
+    _add_error_handlers(app)
+    _add_read_routes(app, service)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        service.uses_base(asked.model)
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        service.uses_base(body.model)
         started = perf_counter()
-        prompt = await asyncio.to_thread(service.chat_prompt, asked)
-        answers = service.submit([prompt], asked, asked.alternatives)
-        reply = ChatReply(
-            asked.model, asked.answers, len(prompt), service.texts, bool(asked.logprobs), tools=asked.offered
+        prompt = await asyncio.to_thread(service.chat_prompt, body)
+        outputs = service.submit([prompt], body, body.num_top_logprobs)
+        response = ChatResponse(
+            body.model, body.num_choices, len(prompt), service.texts, bool(body.logprobs), tools=body.offered_tools
         )
-        return await _replied(_Run(answers, reply, service.metrics, started), asked, request)
+        return await _respond(_Generation(outputs, response, service.metrics, started), body, request)
 
     @app.post("/v1/completions", response_model=None)
-    async def complete(asked: CompletionRequest, request: Request) -> Response:
-        service.uses_base(asked.model)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        service.uses_base(body.model)
         started = perf_counter()
-        prompts = await asyncio.to_thread(service.completion_prompts, asked)
-        answers = service.submit(prompts, asked, asked.logprobs)
-        count, tokens = len(prompts) * asked.answers, sum(map(len, prompts))
-        reply = CompletionReply(asked.model, count, tokens, service.texts, asked.logprobs is not None)
-        return await _replied(_Run(answers, reply, service.metrics, started), asked, request)
+        prompts = await asyncio.to_thread(service.completion_prompts, body)
+        outputs = service.submit(prompts, body, body.logprobs)
+        num_choices, prompt_tokens = len(prompts) * body.num_choices, sum(map(len, prompts))
+        response = CompletionResponse(body.model, num_choices, prompt_tokens, service.texts, body.logprobs is not None)
+        return await _respond(_Generation(outputs, response, service.metrics, started), body, request)
 
     return app
 
 
-def _add_facts(app: FastAPI, service: Service) -> None:
-    """The routes that only read."""
-
-    def model(name: str) -> dict[str, Any]:
+def _add_read_routes(app: FastAPI, service: Service) -> None:
+    def model_object(name: str) -> dict[str, Any]:
         return {"id": name, "object": "model", "created": service.started, "owned_by": "parley"}
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [model(name) for name in service.served.names]}
+    async def list_models() -> dict[str, Any]:
+        return {"object": "list", "data": [model_object(name) for name in service.model.names]}
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> dict[str, Any]:
+    async def retrieve_model(name: str) -> dict[str, Any]:
         service.uses_base(name)
-        return model(name)
+        return model_object(name)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -81,94 +80,96 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _tell_errors(app: FastAPI) -> None:
-    """Whatever goes wrong is told in OpenAI's form."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Every error is answered in OpenAI's form."""
 
     @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         if not isinstance(error, ApiError):
-            where = f"{request.method} {request.url.path[:80]}"
-            message = f"{where}: no such route" if error.status_code == 404 else f"{where}: {error.detail}"
+            route = f"{request.method} {request.url.path[:80]}"
+            message = f"{route}: no such route" if error.status_code == 404 else f"{route}: {error.detail}"
             error = ApiError(error.status_code, message, headers=error.headers)
         return error.response()
 
     @app.exception_handler(RequestValidationError)
-    async def validation(request: Request, error: RequestValidationError) -> Response:
-        return of_validation(error).response()
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
+        return from_validation_error(error).response()
 
-    @app.exception_handler(Gone)
-    async def gone(request: Request, error: Gone) -> Response:
-        return Response(status_code=499)  # nginx's number for it; nobody reads it but the metrics
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nginx's number for it; only the metrics see it
 
     @app.exception_handler(Exception)
-    async def fault(request: Request, error: Exception) -> Response:
-        return ApiError(500, f"a fault of the server's own ({type(error).__name__}); see its log").response()
+    async def internal_error(request: Request, error: Exception) -> Response:
+        return ApiError(500, f"internal server error ({type(error).__name__}); see the server's log").response()
 
 
-class _Run:
-    """Answers on their way into a reply."""
+class _Generation:
+    """One request's outputs on their way into its response."""
 
-    def __init__(self, answers: Answers, reply: Reply, metrics: Metrics, started: float) -> None:
-        self.answers, self.reply = answers, reply
+    def __init__(self, outputs: OutputStream, response: GenerationResponse, metrics: Metrics, started: float) -> None:
+        self.outputs, self.response = outputs, response
         self._metrics, self._started = metrics, started
-        self._begun = False
+        self._has_first_token = False
 
-    async def read(self) -> AsyncIterator[list[int]]:
-        """Add what was written to the reply; to which of its answers."""
-        async for chunks in self.answers:
-            if not self._begun:
+    async def updates(self) -> AsyncIterator[list[int]]:
+        """Add outputs to the response as they come; yields the indices of the choices that grew."""
+        async for chunks in self.outputs:
+            if not self._has_first_token:
                 self._metrics.first_token.observe(perf_counter() - self._started)
-                self._begun = True
+                self._has_first_token = True
             for index, chunk in chunks:
-                self.reply.add(index, chunk)
+                self.response.add(index, chunk)
             yield list(dict.fromkeys(index for index, _ in chunks))
 
-    async def read_all(self) -> None:
-        async for _ in self.read():
+    async def finish(self) -> None:
+        async for _ in self.updates():
             pass
 
     async def events(self, include_usage: bool) -> AsyncIterator[str]:
-        for chunk in self.reply.opening():
+        for chunk in self.response.first_chunks():
             yield _event(chunk)
         try:
-            async for indices in self.read():
+            async for indices in self.updates():
                 for index in indices:
-                    for chunk in self.reply.chunks(index):
+                    for chunk in self.response.new_chunks(index):
                         yield _event(chunk)
-        except ApiError as error:  # the status was told long ago
+        except ApiError as error:  # the status line is already sent, so the error is an event
             yield _event(error.body())
             return
         if include_usage:
-            yield _event(self.reply.usage_chunk())
+            yield _event(self.response.usage_chunk())
         yield "data: [DONE]\n\n"
 
 
-async def _replied(run: _Run, asked: Asking, request: Request) -> Response:
-    if asked.stream:
-        return _EventStream(run, asked.include_usage)
+async def _respond(generation: _Generation, body: GenerationRequest, request: Request) -> Response:
+    if body.stream:
+        return _EventStream(generation, body.include_usage)
     try:
-        await unless_gone(request.receive, asyncio.create_task(run.read_all()))
+        await run_until_disconnect(request.receive, asyncio.create_task(generation.finish()))
     finally:
-        run.answers.cancel()
-    return JSONResponse(run.reply.whole())
+        generation.outputs.cancel()
+    return JSONResponse(generation.response.body())
 
 
 class _EventStream(StreamingResponse):
-    """Server-sent events, until the answers end or the client is gone; either way their slots are free then."""
+    """Server-sent events until the outputs end or the client is gone; both free the slots."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, run: _Run, include_usage: bool) -> None:
-        super().__init__(run.events(include_usage), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-        self._run = run
+    def __init__(self, generation: _Generation, include_usage: bool) -> None:
+        # X-Accel-Buffering: nginx would hold the events back otherwise.
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(generation.events(include_usage), headers=headers)
+        self._generation = generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await unless_gone(receive, asyncio.create_task(self.stream_response(send)))
-        except (Gone, TimeoutError, asyncio.CancelledError):  # the last when the server's own end waits no longer
+            await run_until_disconnect(receive, asyncio.create_task(self.stream_response(send)))
+        except (ClientDisconnect, TimeoutError, asyncio.CancelledError):  # CancelledError: the server's own shutdown
             pass
         finally:
-            self._run.answers.cancel()
+            self._generation.outputs.cancel()
 
 
 def _event(data: dict[str, Any]) -> str:

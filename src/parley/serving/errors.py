@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API writes them, so that its clients raise the exception they have for each."""
+"""Errors in the form of OpenAI's API, so that its clients raise the matching exception."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from starlette.exceptions import HTTPException
 from parley.errors import ParleyError, one_line
 from parley.inference.scheduler import Closed, QueueFull
 
-SHOWN = 160  # characters of what was sent that an error repeats
+MAX_SHOWN = 160  # characters of a client's value that an error repeats
 
-_KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+_ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ApiError(HTTPException):
-    """What a client gets: an HTTP status and {"error": {message, type, param, code}}."""
+    """An HTTP status and a body {"error": {message, type, param, code}}."""
 
     def __init__(
         self,
@@ -33,17 +33,19 @@ class ApiError(HTTPException):
         self.param, self.code = param, code
 
     def body(self) -> dict[str, dict[str, str | None]]:
-        kind = "server_error" if self.status_code >= 500 else _KINDS.get(self.status_code, "invalid_request_error")
-        return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
+        error_type = (
+            "server_error" if self.status_code >= 500 else _ERROR_TYPES.get(self.status_code, "invalid_request_error")
+        )
+        return {"error": {"message": self.detail, "type": error_type, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status_code, headers=self.headers)
 
 
-def api_error(error: Exception, param: str | None = None) -> ApiError:
-    """What a client is told of an error below the server. `param`: the field that a user's mistake stands in."""
+def to_api_error(error: Exception, param: str | None = None) -> ApiError:
+    """The response to an error raised below the server. `param`: the request field that caused it."""
     if isinstance(error, QueueFull):
-        return too_many(str(error))
+        return too_many_requests(str(error))
     if isinstance(error, Closed):
         return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, ParleyError):
@@ -51,40 +53,40 @@ def api_error(error: Exception, param: str | None = None) -> ApiError:
     return ApiError(500, f"the decoder failed ({type(error.__cause__ or error).__name__}); see the server's log")
 
 
-def too_many(what: str) -> ApiError:
-    return ApiError(429, f"{what}; try again shortly", code="queue_full", headers={"Retry-After": "1"})
+def too_many_requests(reason: str) -> ApiError:
+    return ApiError(429, f"{reason}; try again shortly", code="queue_full", headers={"Retry-After": "1"})
 
 
-def of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a request, in one line."""
+def from_validation_error(error: RequestValidationError) -> ApiError:
+    """The first problem of a request, in one line."""
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][1]}")
-    place = [part for part in first["loc"][1:] if not _names_a_type(part)]
-    if not place:
+    location = [part for part in first["loc"][1:] if not _is_type_name(part)]
+    if not location:
         message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error":  # a check across fields, which begins with the field's name
+        if first["type"] == "value_error":  # from a model validator, whose messages begin with the field's name
             return ApiError(400, message, param=message.partition(":")[0])
         return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
-    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
+    param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "missing":
         return ApiError(400, f"{param}: missing; it is required", param=param)
     if first["type"] == "extra_forbidden":
         return ApiError(400, f"{param}: no such field; leave it out or correct its name", param=param)
     message = first["msg"].removeprefix("Value error, ")
     wanted = message.removeprefix("Input should be ")
-    told = f"wanted {wanted}" if wanted != message else message[0].lower() + message[1:]
-    return ApiError(400, f"{param}: got {_shown(first['input'])}; {told}", param=param)
+    expected = f"wanted {wanted}" if wanted != message else message[0].lower() + message[1:]
+    return ApiError(400, f"{param}: got {_shown(first['input'])}; {expected}", param=param)
 
 
-def _names_a_type(part: Any) -> bool:
-    """pydantic adds the alternatives of a union, and checks that are functions, to the place."""
+def _is_type_name(part: Any) -> bool:
+    """pydantic adds union members and function validators to an error's location."""
     return isinstance(part, str) and ("[" in part or "(" in part or part in ("str", "int"))
 
 
 def _shown(value: Any) -> str:
-    """What was sent, on one line and short enough to repeat."""
+    """A client's value, bounded and on one line."""
     if isinstance(value, list | dict):
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = repr(value[:SHOWN] if isinstance(value, str) else value)
-    return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
+    text = repr(value[:MAX_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

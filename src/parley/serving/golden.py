@@ -1,4 +1,4 @@
-"""Serve what was trained: a run's golden conversations, rendered anew, must give the token ids stored at training."""
+"""Checks that a run is served with the token ids it was trained with, on its golden conversations."""
 
 from __future__ import annotations
 
@@ -10,31 +10,36 @@ from typing import Any
 from parley.data.render import render, render_prompt
 from parley.errors import ParleyError, RunError
 
-AROUND = 6  # tokens shown on each side of the first difference
+CONTEXT_TOKENS = 6  # shown on each side of the first difference
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Where the ids of one golden conversation first differ, and both sides around there: (id, token) each."""
+class GoldenMismatch:
+    """The first difference of one golden conversation.
+
+    Attributes:
+        conversation: its number, from 1.
+        position: index of the first token that differs.
+        trained, served: (id, text) of the tokens around it.
+    """
 
     conversation: int
-    place: int
+    position: int
     trained: list[tuple[int, str]]
     served: list[tuple[int, str]]
 
     def lines(self) -> list[str]:
         return [
-            f"golden conversation {self.conversation} differs from token {self.place} on",
-            f"  trained: {_line(self.trained)}",
-            f"  served:  {_line(self.served)}",
+            f"golden conversation {self.conversation} differs from token {self.position} on",
+            f"  trained: {_format_tokens(self.trained)}",
+            f"  served:  {_format_tokens(self.served)}",
         ]
 
 
-def check_golden(path: Path, tokenizer: Any) -> Difference | None:
-    """The first difference between the ids in `path` (a run's golden.json) and those of `tokenizer`, None for none.
+def check_golden(path: Path, tokenizer: Any) -> GoldenMismatch | None:
+    """The first difference between the ids in `path` (a run's golden.json) and those of `tokenizer`; None without one.
 
-    Raises RunError where the file is missing or is not what training writes; ParleyError's kinds where the tokenizer
-    cannot render at all what was trained.
+    Raises RunError where the file is missing or malformed, or the tokenizer cannot render a conversation.
     """
     for number, (messages, trained, prompt) in enumerate(_read(path), 1):
         try:
@@ -44,9 +49,9 @@ def check_golden(path: Path, tokenizer: Any) -> Difference | None:
             ]
         except ParleyError as error:
             raise RunError(f"golden conversation {number} cannot be rendered as it was trained: {error}") from error
-        for before, now in pairs:
-            if before != now:
-                return _difference(tokenizer, number, before, now)
+        for stored, rendered in pairs:
+            if stored != rendered:
+                return _mismatch(tokenizer, number, stored, rendered)
     return None
 
 
@@ -56,22 +61,22 @@ def _read(path: Path) -> list[tuple[Any, list[int], list[int]]]:
         return [(entry["messages"], entry["input_ids"], entry["prompt_ids"]) for entry in stored]
     except OSError as error:
         raise RunError(
-            f"{path}: cannot be read ({error.strerror}), so nothing shows what was trained; restore it"
+            f"{path}: cannot be read ({error.strerror}); restore it, as it holds the token ids the run was trained with"
         ) from None
     except (ValueError, KeyError, TypeError):
         raise RunError(f"{path}: not what training writes; restore it, or train again") from None
 
 
-def _difference(tokenizer: Any, number: int, trained: list[int], served: list[int]) -> Difference:
-    same = zip(trained, served, strict=False)
-    place = next((at for at, (one, other) in enumerate(same) if one != other), min(len(trained), len(served)))
-    window = slice(max(place - AROUND, 0), place + AROUND)
+def _mismatch(tokenizer: Any, number: int, trained: list[int], served: list[int]) -> GoldenMismatch:
+    pairs = enumerate(zip(trained, served, strict=False))
+    position = next((i for i, (a, b) in pairs if a != b), min(len(trained), len(served)))
+    window = slice(max(position - CONTEXT_TOKENS, 0), position + CONTEXT_TOKENS)
 
-    def named(ids: list[int]) -> list[tuple[int, str]]:
+    def with_text(ids: list[int]) -> list[tuple[int, str]]:
         return [(token, tokenizer.decode([token])) for token in ids[window]]
 
-    return Difference(number, place, named(trained), named(served))
+    return GoldenMismatch(number, position, with_text(trained), with_text(served))
 
 
-def _line(side: list[tuple[int, str]]) -> str:
-    return " ".join(f"{token}:{text!r}" for token, text in side) or "(ends here)"
+def _format_tokens(tokens: list[tuple[int, str]]) -> str:
+    return " ".join(f"{token}:{text!r}" for token, text in tokens) or "(ends here)"

@@ -1,4 +1,4 @@
-"""From what a user names, a run's folder or any model, to what the server answers with."""
+"""Loads what a user names, a run's folder or any model, with the settings it is served with."""
 
 from __future__ import annotations
 
@@ -19,8 +19,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
-    """A loaded model and what is known of it. `names`: as in Served; `golden`: the run's golden ids."""
+class LoadedModel:
+    """A model and the settings that its run kept.
+
+    Attributes:
+        names: names it is served under; True marks the base model, the adapter switched off.
+        settings: generation settings.
+        system: system turn of conversations that bring none.
+        golden: file of the run's golden token ids.
+    """
 
     model: Any
     tokenizer: Any
@@ -30,40 +37,40 @@ class Source:
     golden: Path | None = None
 
 
-def open_source(source: str) -> Source:
-    """Load a run, an adapter or a model. A run answers under its folder's name, its base under the base's own.
+def load_for_inference(source: str) -> LoadedModel:
+    """Load a run, an adapter or a model. A run is named after its folder, its base model as in the run's settings.
 
     Raises ModelError, RunError or DeviceError.
     """
     if not RunFolder.is_run(source):
         model, tokenizer = load_model(ModelSection(name=source))
-        base = model.get_base_model().name_or_path if _offers_base(model) else None
-        return Source(model, tokenizer, names_of(source, base), GenerationSection())
+        base = model.get_base_model().name_or_path if _serves_base(model) else None
+        return LoadedModel(model, tokenizer, served_names(source, base), GenerationSection())
     run = RunFolder.open(source)
     config = run.config
     model, tokenizer = run.load()
-    names = names_of(source, config.model.name if _offers_base(model) else None)
-    return Source(model, tokenizer, names, config.generation, config.data.system, run.golden)
+    names = served_names(source, config.model.name if _serves_base(model) else None)
+    return LoadedModel(model, tokenizer, names, config.generation, config.data.system, run.golden)
 
 
-def _offers_base(model: Any) -> bool:
-    """Whether the base can answer too; where its adapter stands in the way, says so."""
+def _serves_base(model: Any) -> bool:
+    """Whether the base model can be served too; logs why not where the adapter changed it."""
     reason = base_obstacle(model)
     if reason is not None and isinstance(model, PeftModel):
-        logger.warning("only the tuned model answers: %s", reason)
+        logger.warning("only the tuned model is served: %s", reason)
     return reason is None
 
 
-def names_of(tuned: str, base: str | None) -> dict[str, bool]:
-    """The names a model answers under, the tuned one first; the base's is marked."""
-    name = name_of(tuned)
+def served_names(source: str, base: str | None) -> dict[str, bool]:
+    """The names of a model and of its base model, if any; the base's is marked True."""
+    name = short_name(source)
     if base is None:
         return {name: False}
-    other = name_of(base)
-    return {name: False, other if other != name else f"{other}-base": True}
+    base_name = short_name(base)
+    return {name: False, base_name if base_name != name else f"{base_name}-base": True}
 
 
-def name_of(source: str) -> str:
-    """A folder's own name; a hub id as it is."""
+def short_name(source: str) -> str:
+    """The last part of a folder's path; a hub id unchanged."""
     folder = None if source == DEMO_MODEL else local_folder(source)
     return source if folder is None else folder.name

@@ -1,4 +1,4 @@
-"""What stands between the network and the routes: the key, limits on bodies, readers and numbers, and the counting."""
+"""Admission control in front of the routes: API key, limits on bodies, readers and open requests, request metrics."""
 
 from __future__ import annotations
 
@@ -7,36 +7,40 @@ import hmac
 from dataclasses import dataclass
 from time import perf_counter
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from parley.serving.errors import ApiError, too_many
+from parley.serving.errors import ApiError, too_many_requests
 from parley.serving.metrics import Metrics
 
-OPEN_TO_ALL = "/health"
-CLOSE = {"Connection": "close"}  # what else the client sends is not read
+PUBLIC_PATH = "/health"  # the one route without a key
+CLOSE = {"Connection": "close"}  # the rest of the request is not read
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`open`: requests at a time, from their first byte to the last that is read of their reply.
+    """Bounds on what clients can hold; times are in seconds.
 
-    `body_bytes`, `body_seconds`: a request's size, and how long it may take to send. `stalled_seconds`: how long a
-    client may read nothing of a reply that is ready before it is given up.
+    Attributes:
+        max_open_requests: POST requests at a time, from their first byte to the last byte read of their response.
+        max_body_bytes: size of a request body.
+        body_timeout: time in which the whole body must arrive.
+        send_timeout: time for which a client may read nothing of a response that is ready.
     """
 
-    open: int
-    body_bytes: int = 4 * 2**20
-    body_seconds: float = 30
-    stalled_seconds: float = 60
+    max_open_requests: int
+    max_body_bytes: int = 4 * 2**20
+    body_timeout: float = 30
+    send_timeout: float = 60
 
 
-class Guard:
-    """An ASGI middleware around the routes."""
+class AdmissionMiddleware:
+    """ASGI middleware that refuses requests without a key or beyond the limits, and counts all of them."""
 
     def __init__(self, app: ASGIApp, *, api_key: str | None, limits: Limits, metrics: Metrics) -> None:
         self._app, self._limits, self._metrics = app, limits, metrics
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
-        self._open = 0
+        self._open_requests = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,16 +48,17 @@ class Guard:
             return
         started, status = perf_counter(), 500
 
-        async def counting(message: Message) -> None:
+        async def timed_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-            async with asyncio.timeout(self._limits.stalled_seconds):
+            async with asyncio.timeout(self._limits.send_timeout):
                 await send(message)
 
         try:
-            await self._admit(scope, receive, counting)
+            await self._admit(scope, receive, timed_send)
         finally:
+            # Labels are routes, not paths: clients must not be able to create time series.
             route = scope["route"].path if "route" in scope else "other"
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.seconds.labels(route).observe(perf_counter() - started)
@@ -63,82 +68,80 @@ class Guard:
         if refusal is not None:
             await refusal.response()(scope, receive, send)
             return
-        costs = scope["method"] == "POST"
-        self._open += costs
+        counted = scope["method"] == "POST"  # reads stay possible while all generation requests are taken
+        self._open_requests += counted
         try:
-            await self._app(scope, _Body(receive, self._limits).receive, send)
+            await self._app(scope, _BodyReader(receive, self._limits).receive, send)
         finally:
-            self._open -= costs
+            self._open_requests -= counted
 
     def _refusal(self, scope: Scope) -> ApiError | None:
-        if self._key is not None and scope["path"] != OPEN_TO_ALL:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, self._key):
-                wrong = "the API key is wrong" if given else "no API key was sent"
-                message = f"{wrong}; send the server's as Authorization: Bearer KEY"
+        if self._key is not None and scope["path"] != PUBLIC_PATH:
+            sent_key = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(sent_key, self._key):
+                problem = "the API key is wrong" if sent_key else "no API key was sent"
+                message = f"{problem}; send the server's as Authorization: Bearer KEY"
                 return ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-        if scope["method"] == "POST" and self._open >= self._limits.open:
-            return too_many(f"{self._open} requests are open, as many as this server takes")
+        if scope["method"] == "POST" and self._open_requests >= self._limits.max_open_requests:
+            return too_many_requests(f"{self._open_requests} requests are open, the most this server takes")
         return None
 
 
-class _Body:
-    """A request's body, received within its limits. A body that is too large is read away, so that the client sends
-    all of it and then reads why it was refused; one that is far too large is not."""
+class _BodyReader:
+    """Receives a request body within the limits.
+
+    A body over the limit is read to its end and discarded, because most clients only read a response after having
+    sent everything. Beyond 16 times the limit the connection is closed.
+    """
 
     def __init__(self, receive: Receive, limits: Limits) -> None:
         self._receive, self._limits = receive, limits
-        self._deadline = asyncio.get_running_loop().time() + limits.body_seconds
-        self._whole = False
+        self._deadline = asyncio.get_running_loop().time() + limits.body_timeout
+        self._complete = False
 
     async def receive(self) -> Message:
-        if self._whole:  # what comes now is the client's going away
+        if self._complete:  # the only message left is the disconnect
             return await self._receive()
         try:
             async with asyncio.timeout_at(self._deadline):
-                return await self._within_limits()
+                return await self._read_body()
         except TimeoutError:
-            self._whole = True
-            seconds = self._limits.body_seconds
-            late = f"the body did not come within {seconds:g} seconds"
-            raise ApiError(408, late, code="body_timeout", headers=CLOSE) from None
+            self._complete = True
+            message = f"the body did not arrive within {self._limits.body_timeout:g} seconds"
+            raise ApiError(408, message, code="body_timeout", headers=CLOSE) from None
 
-    async def _within_limits(self) -> Message:
-        most, body, size = self._limits.body_bytes, bytearray(), 0
-        while not self._whole:
+    async def _read_body(self) -> Message:
+        limit, body, size = self._limits.max_body_bytes, bytearray(), 0
+        while not self._complete:
             message = await self._receive()
             if message["type"] != "http.request":
                 return message
             size += len(message.get("body", b""))
-            if size <= most:
+            if size <= limit:
                 body += message.get("body", b"")
-            self._whole = not message.get("more_body", False) or size > 16 * most
-        if size > most:
-            large = f"the body is larger than {most} bytes; send less"
-            raise ApiError(413, large, code="body_too_large", headers=CLOSE)
+            self._complete = not message.get("more_body", False) or size > 16 * limit
+        if size > limit:
+            message_text = f"the body is larger than {limit} bytes; send less"
+            raise ApiError(413, message_text, code="body_too_large", headers=CLOSE)
         return {"type": "http.request", "body": bytes(body), "more_body": False}
 
 
-class Gone(Exception):
-    """The client went away."""
+async def run_until_disconnect(receive: Receive, work: asyncio.Task[None]) -> None:
+    """Wait for `work`; cancel it and raise ClientDisconnect as soon as the client goes away.
 
-
-async def unless_gone(receive: Receive, work: asyncio.Task[None]) -> None:
-    """Wait for `work`, to be cancelled as soon as the client goes away, which raises Gone.
-
-    Only for requests whose body was received.
+    Only for requests whose body was received: `receive` must yield nothing but the disconnect.
     """
-    gone = asyncio.create_task(_gone(receive))
+    disconnect = asyncio.create_task(_wait_for_disconnect(receive))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise Gone
+            raise ClientDisconnect
         work.result()
     finally:
-        gone.cancel()
+        disconnect.cancel()
         work.cancel()
 
 
-async def _gone(receive: Receive) -> None:
+async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass

@@ -1,8 +1,8 @@
-"""What clients may ask: OpenAI's chat and completion requests, checked field by field.
+"""OpenAI's chat and completion requests, validated field by field.
 
 Fields as in OpenAI's API reference (platform.openai.com/docs/api-reference); `top_k`, `min_p` and `repetition_penalty`
-are the extensions that other servers have under the same names. What this server cannot do is refused, not ignored,
-unless it is asked for in its neutral value. Unknown fields are refused too: they are mostly misspelt.
+are vLLM's extensions under the same names. Unsupported fields are refused unless they have their neutral value, and so
+are unknown fields, which are mostly misspelt.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from parley.config import GenerationSection
 
-MOST_STOPS = 4
-LONGEST_STOP = 256  # characters
-MOST_ANSWERS = 16  # prompts times n, in one request
-MOST_LOGPROBS = 20
-COLDEST = 1e-3  # temperatures below are greedy: dividing by them would only overflow
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 256  # characters
+MAX_CHOICES = 16  # prompts times n, in one request
+MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-3  # below it sampling is greedy: dividing logits by less would only overflow
 
 
 def _as_list(value: Any) -> Any:
@@ -26,12 +26,12 @@ def _as_list(value: Any) -> Any:
 
 
 def _as_prompts(value: Any) -> Any:
-    """One prompt as a list of one; a list of ids is one prompt."""
-    one = isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int))
-    return [value] if one else value
+    """Wrap a single prompt, a text or a list of ids, in a list."""
+    is_single = isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], int))
+    return [value] if is_single else value
 
 
-def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _check_functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for tool in tools:
         function = tool.get("function") if tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -39,25 +39,25 @@ def _functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return tools
 
 
-Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
-Stops = Annotated[list[Stop], Field(max_length=MOST_STOPS), BeforeValidator(_as_list)]
-Prompts = Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=MOST_ANSWERS)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS), BeforeValidator(_as_list)]
+Prompts = Annotated[list[str] | list[list[int]], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool = False
-    include_obfuscation: bool = False  # padding against eavesdroppers; none is written
+    include_obfuscation: bool = False  # padding against traffic analysis; this server writes none
 
 
-class Asking(Strict):
-    """What both kinds of request have."""
+class GenerationRequest(StrictModel):
+    """Fields of chat and text completions alike."""
 
     model: str
-    n: int | None = Field(None, ge=1, le=MOST_ANSWERS)
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -79,28 +79,30 @@ class Asking(Strict):
     prompt_cache_key: Any = None
 
     @model_validator(mode="after")
-    def _only_what_can_be_done(self) -> Asking:
+    def _refuse_unsupported(self) -> GenerationRequest:
         _refuse(self, frequency_penalty=(None, 0), presence_penalty=(None, 0), logit_bias=(None, {}))
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream: true")
         return self
 
     @property
-    def answers(self) -> int:
+    def num_choices(self) -> int:
         return self.n or 1
 
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def most_tokens(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_tokens
 
-    def settings(self, defaults: GenerationSection) -> GenerationSection:
-        """The server's settings with what was asked for in their place."""
-        asked = {
-            "max_new_tokens": self.most_tokens(),
-            "temperature": 0.0 if self.temperature is not None and self.temperature < COLDEST else self.temperature,
+    def generation_settings(self, defaults: GenerationSection) -> GenerationSection:
+        """`defaults` with the fields that the request sets."""
+        requested = {
+            "max_new_tokens": self.token_limit(),
+            "temperature": 0.0
+            if self.temperature is not None and self.temperature < MIN_TEMPERATURE
+            else self.temperature,
             "top_p": self.top_p,
             "top_k": None if self.top_k is None else max(self.top_k, 0),
             "min_p": self.min_p,
@@ -108,66 +110,66 @@ class Asking(Strict):
             "stop": self.stop,
             "seed": self.seed,
         }
-        return defaults.model_copy(update={name: value for name, value in asked.items() if value is not None})
+        return defaults.model_copy(update={name: value for name, value in requested.items() if value is not None})
 
 
-class ChatRequest(Asking):
-    """POST /v1/chat/completions. Messages are read as training data is (parley.data.messages)."""
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions. Messages are parsed by the code that parses training data (parley.data.messages)."""
 
     messages: list[dict[str, Any]] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
-    tools: Annotated[list[dict[str, Any]], AfterValidator(_functions)] | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    tools: Annotated[list[dict[str, Any]], AfterValidator(_check_functions)] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
 
     @model_validator(mode="after")
-    def _only_chat(self) -> ChatRequest:
+    def _check_chat(self) -> ChatRequest:
         _refuse(self, response_format=(None, {"type": "text"}), modalities=(None, ["text"]))
         for name, value in (("messages", self.messages), ("tools", self.tools)):
-            if not _readable(value):
+            if not _is_encodable(value):
                 raise ValueError(f"{name}: holds half a character (a lone surrogate); repair the text")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs: true")
         return self
 
-    def most_tokens(self) -> int | None:
+    def token_limit(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def offered(self) -> list[dict[str, Any]] | None:
+    def offered_tools(self) -> list[dict[str, Any]] | None:
         """The tools that the model may call."""
         return self.tools if self.tools and self.tool_choice != "none" else None
 
     @property
-    def alternatives(self) -> int | None:
+    def num_top_logprobs(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
 
-class CompletionRequest(Asking):
-    """POST /v1/completions. A prompt is text, encoded with the tokenizer's beginning-of-text token, or ids."""
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions. A prompt is text or token ids."""
 
     prompt: Annotated[Prompts, BeforeValidator(_as_prompts)]
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = None
     best_of: int | None = None
     suffix: str | None = None
 
     @model_validator(mode="after")
-    def _only_completions(self) -> CompletionRequest:
-        _refuse(self, echo=(None, False), best_of=(None, self.answers), suffix=(None, ""))
-        if len(self.prompt) * self.answers > MOST_ANSWERS:
+    def _check_completion(self) -> CompletionRequest:
+        _refuse(self, echo=(None, False), best_of=(None, self.num_choices), suffix=(None, ""))
+        if len(self.prompt) * self.num_choices > MAX_CHOICES:
             raise ValueError(
-                f"n: got {self.answers} answers to each of {len(self.prompt)} prompts, wanted at most {MOST_ANSWERS} "
-                "answers in all; send fewer"
+                f"n: got {self.num_choices} choices for each of {len(self.prompt)} prompts, wanted at most "
+                f"{MAX_CHOICES} in all; send fewer"
             )
         return self
 
 
-def _readable(value: Any) -> bool:
+def _is_encodable(value: Any) -> bool:
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -175,7 +177,7 @@ def _readable(value: Any) -> bool:
     return True
 
 
-def _refuse(request: Asking, **neutral: tuple[Any, ...]) -> None:
+def _refuse(request: GenerationRequest, **neutral: tuple[Any, ...]) -> None:
     for name, values in neutral.items():
         if dict(request)[name] not in values:
             raise ValueError(f"{name}: not supported by this server; leave it out")

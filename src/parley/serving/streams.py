@@ -1,4 +1,4 @@
-"""From the scheduler's thread to the server's event loop: the answers to one HTTP request, as they come."""
+"""From the scheduler's thread to the server's event loop: the outputs of one HTTP request, as they come."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from functools import partial
 
 from parley.inference.fan_in import FanIn, IndexedOutput
 from parley.inference.scheduler import OutputChunk, Request, Scheduler
-from parley.serving.errors import api_error
+from parley.serving.errors import to_api_error
 
 
-class Answers:
-    """Several answers under way, to be iterated once: what was written since the last look, as (which, chunk).
+class OutputStream:
+    """The outputs of several requests, to be iterated once: lists of (request index, chunk).
 
-    A reader that looks seldom gets more at a time and so keeps up. ApiError ends all answers.
-
-    What waits here for a slow reader is at most the answers themselves, whose length the decoder's slots bound.
-    The constructor raises what Scheduler.submit raises, after having cancelled the requests already submitted.
+    A slow reader gets more chunks at a time. What waits for it is at most the outputs themselves, whose length the
+    decoder bounds. An error of any request ends the iteration with an ApiError. The constructor raises what
+    Scheduler.submit raises, after having cancelled the requests already submitted.
     """
 
     def __init__(self, scheduler: Scheduler, requests: Sequence[Request]) -> None:
@@ -25,7 +24,7 @@ class Answers:
         self._fan_in = FanIn(scheduler, requests, partial(self._put, asyncio.get_running_loop()))
 
     def _put(self, loop: asyncio.AbstractEventLoop, item: IndexedOutput) -> None:
-        if not loop.is_closed():  # a server that was told twice to stop waits for nobody
+        if not loop.is_closed():  # a forced shutdown closes it before the scheduler
             loop.call_soon_threadsafe(self._queue.put_nowait, item)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, OutputChunk]]]:
@@ -36,10 +35,10 @@ class Answers:
             chunks = []
             for index, output in map(self._fan_in.receive, items):
                 if isinstance(output, Exception):
-                    raise api_error(output) from output
+                    raise to_api_error(output) from output
                 chunks.append((index, output))
             yield chunks
 
     def cancel(self) -> None:
-        """Give back the slots of answers that are not finished."""
+        """Free the slots of unfinished requests."""
         self._fan_in.cancel()

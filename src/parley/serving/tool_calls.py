@@ -1,7 +1,6 @@
-"""Tool calls in an answer's text, in the JSON form that Llama 3 writes: {"name": ..., "parameters": {...}}.
+"""Parses tool calls in Llama 3's JSON form: {"name": ..., "parameters": {...}}, several separated by ";".
 
-The form is that of Meta's "Llama 3.1: JSON based tool calling" (llama.com/docs/model-cards-and-prompt-formats); several
-calls are written one after the other with ";" between them.
+Form: Meta, "Llama 3.1: JSON based tool calling" (llama.com/docs/model-cards-and-prompt-formats).
 """
 
 from __future__ import annotations
@@ -14,15 +13,15 @@ _DECODER = json.JSONDecoder()
 
 
 def may_be_call(text: str) -> bool:
-    """Whether an answer that begins with `text` may still turn out to be calls."""
-    begun = text.lstrip()
-    return not begun or begun.startswith("{")
+    """Whether an output that begins with `text` may still turn out to be tool calls."""
+    stripped = text.lstrip()
+    return not stripped or stripped.startswith("{")
 
 
 def tool_calls(text: str, tools: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    """The calls that `text` consists of, as OpenAI writes them; None where it is anything else.
+    """The calls that `text` consists of, in OpenAI's form; None where it is anything else.
 
-    Names must be those of `tools`, so that JSON that was asked for in words stays an answer.
+    Names must be those of `tools`, so that JSON output that is not a call stays text.
     """
     names = {tool["function"]["name"] for tool in tools}
     calls, rest = [], text.strip()

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from parley.serving.tokens import TokenTexts
+from parley.serving.token_text import TokenTexts
 
 SAID = "Ahoy, naïve café – 42 °C ☕ 👩‍👩‍👧!\n\n  漢字."
 
