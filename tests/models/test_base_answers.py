@@ -11,7 +11,7 @@ from parley.inference.chat import ChatSession
 from parley.inference.generate import generate
 from parley.models.adapters import attach_lora, base_obstacle, load_adapter, require_base
 from parley.models.load import load_model
-from parley.serving.loading import open_source
+from parley.serving.loading import load_for_inference
 
 QUESTIONS = [[{"role": "user", "content": text}] for text in ("Ahoy", "How many apples?")]
 GREEDY = GenerationSection(max_new_tokens=6, temperature=0)
@@ -98,8 +98,8 @@ def test_a_server_offers_no_base_that_was_changed(build_family, tmp_path, caplog
         adapter = tmp_path / str(number)
         model.save_pretrained(adapter)
         tokenizer.save_pretrained(adapter)
-        source = open_source(str(adapter))
+        source = load_for_inference(str(adapter))
         assert len(source.names) == names
         assert (base_obstacle(source.model) is None) == (names == 2)
-    assert ["only the tuned model answers" in record.getMessage() for record in caplog.records].count(True) == 1
+    assert ["only the tuned model is served" in record.getMessage() for record in caplog.records].count(True) == 1
     assert base_obstacle(load_adapter(load(folder)[0], tmp_path / "1")) is None
