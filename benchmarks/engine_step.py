@@ -25,10 +25,10 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parley.config import LLAMA_PROJECTIONS
+from parley.data.packing import Document
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
-from parley.train_step.memory_plan import Plan, make_plan
-from parley.train_step.packed_batch import Example
+from parley.train_step.memory_plan import MemoryPlan, make_plan
 
 GIB = 2**30
 SHAPES: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ def _linear(linear: nn.Linear, quantization: str) -> nn.Linear:
     return new
 
 
-def conversations(tokens: int, documents: int, supervised: float, seed: int, *, even: bool = False) -> list[Example]:
+def conversations(tokens: int, documents: int, supervised: float, seed: int, *, even: bool = False) -> list[Document]:
     """Random documents, of uneven length unless `even`, that add up to `tokens`, the tail of each supervised."""
     rng = np.random.default_rng(seed)
     shares = np.full(documents, 1 / documents) if even else rng.dirichlet(np.full(documents, 3.0))
@@ -111,13 +111,13 @@ def conversations(tokens: int, documents: int, supervised: float, seed: int, *, 
     for length in lengths:
         ids = rng.integers(0, 128000, length)
         labels = np.where(np.arange(length) >= length * (1 - supervised), ids, -100)
-        examples.append(Example.of(ids, labels))
+        examples.append(Document.from_lists(ids, labels))
     return examples
 
 
-def plain_gradient(model: PeftModel, examples: list[Example], dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+def plain_gradient(model: PeftModel, examples: list[Document], dtype: torch.dtype) -> tuple[float, torch.Tensor]:
     """Loss and all adapter gradients in a row, through transformers, PEFT and autograd, a document at a time."""
-    count = sum(e.supervised for e in examples)
+    count = sum(e.supervised_tokens for e in examples)
     loss_sum = 0.0
     for e in examples:
         ids = torch.tensor(e.ids_L, device="cuda").long()[None]
@@ -132,15 +132,17 @@ def plain_gradient(model: PeftModel, examples: list[Example], dtype: torch.dtype
     return loss_sum, gradient
 
 
-def fast_gradient(model: PeftModel, examples: list[Example], plan: Plan, passes: int = 1) -> tuple[float, torch.Tensor]:
+def fast_gradient(
+    model: PeftModel, examples: list[Document], plan: MemoryPlan, passes: int = 1
+) -> tuple[float, torch.Tensor]:
     step = FusedStep(bind(model), plan)
-    count = sum(e.supervised for e in examples)
+    count = sum(e.supervised_tokens for e in examples)
     for _ in range(passes):
-        step.run(examples, count)
-    step.bound.flat.show_gradients()
+        step.forward_backward(examples, count)
+    step.bound.flat.expose_gradients()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     model.zero_grad(set_to_none=True)
-    return float(step.figures_3[0]) / count, gradient
+    return float(step.metrics_3[0]) / count, gradient
 
 
 def check(shape: str, quantization: str) -> None:
@@ -151,20 +153,22 @@ def check(shape: str, quantization: str) -> None:
             parameter.data.normal_(0, 0.01)
     examples = conversations(1601, 7, 0.4, 0)
     plans = {
-        "eager": Plan(),
-        "graph": Plan(graph_tokens=8192),
-        "products": Plan(keep="products", keep_matrices=False, head_rows=100),
-        "inputs, split": Plan(keep="inputs", keep_matrices=False, tokens=500),
-        "inputs, graph": Plan(keep="inputs", keep_matrices=False, tokens=900, graph_tokens=8192),
-        "offloaded": Plan(keep="offloaded", keep_matrices=False, feed_rows=512, head_rows=100),
+        "eager": MemoryPlan(),
+        "graph": MemoryPlan(graph_tokens=8192),
+        "linear": MemoryPlan(saved="linear", cache_matrices=False, logits_rows=100),
+        "inputs, split": MemoryPlan(saved="layer_inputs", cache_matrices=False, tokens=500),
+        "inputs, graph": MemoryPlan(saved="layer_inputs", cache_matrices=False, tokens=900, graph_tokens=8192),
+        "attention_offloaded": MemoryPlan(
+            saved="attention_offloaded", cache_matrices=False, mlp_rows=512, logits_rows=100
+        ),
     }
     results = {"plain bf16": plain_gradient(model, examples, torch.bfloat16)}
     for name, plan in plans.items():
         results[name] = fast_gradient(model, examples, plan, passes=3 if plan.graph_tokens else 1)
-    results["one document at a time"] = fast_gradient(model, examples, Plan(tokens=1))
+    results["one document at a time"] = fast_gradient(model, examples, MemoryPlan(tokens=1))
     long = conversations(6000, 2, 0.4, 0)
     results["long plain"] = plain_gradient(model, long, torch.bfloat16)
-    results["long"] = fast_gradient(model, long, Plan(positions=8192))
+    results["long"] = fast_gradient(model, long, MemoryPlan(positions=8192))
     if quantization == "none":
         loss, exact = plain_gradient(model.float(), examples, torch.float32)
         long_loss, long_exact = plain_gradient(model, long, torch.float32)
@@ -179,24 +183,24 @@ def check(shape: str, quantization: str) -> None:
 class Timed:
     """A model with its step and optimizer, as a trainer would drive them."""
 
-    def __init__(self, shape: str, quantization: str, memory: Any, examples: list[Example]) -> None:
+    def __init__(self, shape: str, quantization: str, memory: Any, examples: list[Document]) -> None:
         torch.cuda.reset_peak_memory_stats()
         bound = bind(build(shape, quantization))
         lengths = np.array([len(example.ids_L) for example in examples])
         plan = make_plan(bound, memory, lengths, len(examples))
-        print("\n".join(plan.lines()), flush=True)
+        print("\n".join(plan.describe()), flush=True)
         self.step = FusedStep(bound, plan)
         self.flat = self.step.bound.flat
-        self.optimizer = bitsandbytes.optim.AdamW8bit([self.flat.weight_G], lr=2e-4, weight_decay=0.01)
+        self.optimizer = bitsandbytes.optim.AdamW8bit([self.flat.weight_Z], lr=2e-4, weight_decay=0.01)
 
-    def __call__(self, examples: list[Example]) -> None:
-        self.step.run(examples, sum(e.supervised for e in examples))
-        norm = torch.linalg.vector_norm(self.flat.grad_G)
-        self.flat.grad_G.mul_(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
+    def __call__(self, examples: list[Document]) -> None:
+        self.step.forward_backward(examples, sum(e.supervised_tokens for e in examples))
+        norm = torch.linalg.vector_norm(self.flat.grad_Z)
+        self.flat.grad_Z.mul_(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
         self.optimizer.step()
 
 
-def milliseconds(timed: Timed, examples: list[Example], repeats: int) -> tuple[float, float, float]:
+def milliseconds(timed: Timed, examples: list[Document], repeats: int) -> tuple[float, float, float]:
     """Median over `repeats` steps that each wait for the device as logging does, the host's share of one, the first."""
     start = time.perf_counter()
     timed(examples)
@@ -212,7 +216,7 @@ def milliseconds(timed: Timed, examples: list[Example], repeats: int) -> tuple[f
     return 1000 * statistics.median(walls), 1000 * statistics.median(hosts), 1000 * first
 
 
-def report(shape: str, quantization: str, memory: Any, sizes: list[list[Example]], repeats: int, listed: int) -> None:
+def report(shape: str, quantization: str, memory: Any, sizes: list[list[Document]], repeats: int, listed: int) -> None:
     timed = Timed(shape, quantization, memory, max(sizes, key=lambda examples: sum(len(e.ids_L) for e in examples)))
     for examples in sizes:
         timed(examples)
@@ -221,16 +225,16 @@ def report(shape: str, quantization: str, memory: Any, sizes: list[list[Example]
             shape=shape,
             quantization=quantization,
             memory=memory,
-            keep=timed.step.plan.keep,
+            saved=timed.step.plan.saved,
             tokens=sum(len(e.ids_L) for e in examples),
             documents=len(examples),
-            supervised=sum(e.supervised for e in examples),
+            supervised=sum(e.supervised_tokens for e in examples),
             step_ms=round(wall, 2),
             host_ms=round(host, 2),
             first_ms=round(first, 1),
-            loss=round(float(timed.step.figures_3[0]) / sum(e.supervised for e in examples), 4),
+            loss=round(float(timed.step.metrics_3[0]) / sum(e.supervised_tokens for e in examples), 4),
             peak_allocated_gib=round(torch.cuda.max_memory_allocated() / GIB, 2),
-            predicted_gib=round(timed.step.plan.predicted / GIB, 2),
+            predicted_gib=round(timed.step.plan.predicted_bytes / GIB, 2),
             peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
         )
         print("RESULT " + json.dumps(result), flush=True)
@@ -238,7 +242,7 @@ def report(shape: str, quantization: str, memory: Any, sizes: list[list[Example]
             list_kernels(timed, examples, listed)
 
 
-def list_kernels(timed: Timed, examples: list[Example], listed: int) -> None:
+def list_kernels(timed: Timed, examples: list[Document], listed: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 

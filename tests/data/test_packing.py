@@ -2,9 +2,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
-from parley.data.packing import IGNORE_INDEX, PackedCollator, split_documents
+from parley.data.packing import IGNORE_INDEX, PackedCollator, split_by_tokens, split_documents
 
 
 def test_documents_become_one_row_with_positions_that_restart() -> None:
@@ -28,6 +29,22 @@ def test_documents_of_a_row_do_not_see_each_other(family_folder: Any) -> None:
         packed_TV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits[0]
         alone_TV = torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in documents])
     torch.testing.assert_close(packed_TV, alone_TV, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "runs"),
+    [
+        ([3, 4, 9], 100, [[3, 4, 9]]),
+        ([3, 4, 9], 7, [[3, 4], [9]]),  # exactly full is full, not over
+        ([3, 4, 9], 1, [[3], [4], [9]]),
+        ([9, 3, 8, 2], 8, [[9], [3], [8], [2]]),
+        ([], 7, []),
+    ],
+)
+def test_a_split_by_tokens_keeps_order_and_never_cuts_a_document(
+    lengths: list[int], max_tokens: int, runs: list[list[int]]
+) -> None:
+    assert [lengths[run] for run in split_by_tokens(lengths, max_tokens)] == runs
 
 
 def test_rows_are_split_only_between_documents() -> None:

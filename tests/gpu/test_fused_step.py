@@ -7,10 +7,10 @@ from peft import PeftModel
 from tests.gpu import models
 from torch.nn import functional
 
+from parley.data.packing import Document
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
-from parley.train_step.memory_plan import Plan
-from parley.train_step.packed_batch import Example
+from parley.train_step.memory_plan import MemoryPlan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VOCABULARY = 1000
@@ -20,19 +20,19 @@ def llama() -> PeftModel:
     return models.adapted(models.llama(VOCABULARY, torch.bfloat16), 0.02)
 
 
-def documents(lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
+def documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
     rng = np.random.default_rng(seed)
     made = []
     for length in lengths:
         ids = rng.integers(0, VOCABULARY, length)
-        made.append(Example.of(ids, np.where(rng.random(length) < 0.5, ids, -100)))
+        made.append(Document.from_lists(ids, np.where(rng.random(length) < 0.5, ids, -100)))
     return made
 
 
-def exact_gradient(model: PeftModel, examples: list[Example]) -> tuple[float, torch.Tensor]:
+def exact_gradient(model: PeftModel, examples: list[Document]) -> tuple[float, torch.Tensor]:
     """In float32, of weights rounded as the step reads them."""
     model.float()
-    count = sum(example.supervised for example in examples)
+    count = sum(example.supervised_tokens for example in examples)
     total = 0.0
     for example in examples:
         logits_LV = model(torch.tensor(example.ids_L, device="cuda").long()[None]).logits[0, :-1]
@@ -43,11 +43,11 @@ def exact_gradient(model: PeftModel, examples: list[Example]) -> tuple[float, to
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def fast_gradient(step: FusedStep, model: PeftModel, examples: list[Example]) -> tuple[float, torch.Tensor]:
-    count = sum(example.supervised for example in examples)
-    step.run(examples, count)
-    step.bound.flat.show_gradients()
-    return float(step.figures_3[0]) / count, torch.cat(
+def fast_gradient(step: FusedStep, model: PeftModel, examples: list[Document]) -> tuple[float, torch.Tensor]:
+    count = sum(example.supervised_tokens for example in examples)
+    step.forward_backward(examples, count)
+    step.bound.flat.expose_gradients()
+    return float(step.metrics_3[0]) / count, torch.cat(
         [p.grad.flatten() for p in model.parameters() if p.requires_grad]
     )
 
@@ -55,9 +55,12 @@ def fast_gradient(step: FusedStep, model: PeftModel, examples: list[Example]) ->
 @pytest.mark.parametrize("lengths", [(3, 70, 1, 129, 64), (2500, 90, 33)])
 @pytest.mark.parametrize(
     "plan",
-    [Plan(positions=4096), Plan(positions=4096, keep="inputs", keep_matrices=False, head_rows=50, tokens=200)],
+    [
+        MemoryPlan(positions=4096),
+        MemoryPlan(positions=4096, saved="layer_inputs", cache_matrices=False, logits_rows=50, tokens=200),
+    ],
 )
-def test_gradients(lengths: tuple[int, ...], plan: Plan) -> None:
+def test_gradients(lengths: tuple[int, ...], plan: MemoryPlan) -> None:
     examples, model = documents(lengths), llama()
     loss, gradient = fast_gradient(FusedStep(bind(model), plan), model, examples)
     model.zero_grad()
@@ -69,8 +72,8 @@ def test_gradients(lengths: tuple[int, ...], plan: Plan) -> None:
 def test_a_replayed_graph_reads_new_documents_weights_and_counts() -> None:
     """The same graph, replayed after everything it reads has changed, equals the eager step on a fresh model."""
     model, fresh = llama(), llama()
-    graphed = FusedStep(bind(model), Plan(graph_tokens=1024, tokens=250))
-    eager = FusedStep(bind(fresh), Plan())
+    graphed = FusedStep(bind(model), MemoryPlan(graph_tokens=1024, tokens=250))
+    eager = FusedStep(bind(fresh), MemoryPlan())
     for seed, lengths in enumerate([(100, 20, 130), (100, 20, 130), (60, 60, 60, 60), (7, 240), (3, 3, 190)]):
         examples = documents(lengths, seed)
         results = [fast_gradient(step, m, examples) for step, m in ((graphed, model), (eager, fresh))]
@@ -78,23 +81,26 @@ def test_a_replayed_graph_reads_new_documents_weights_and_counts() -> None:
         assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
         for step in (graphed, eager):
             with torch.no_grad():
-                step.bound.flat.weight_G.add_(eager.bound.flat.grad_G, alpha=-0.1)
+                step.bound.flat.weight_Z.add_(eager.bound.flat.grad_Z, alpha=-0.1)
     assert graphed.graphs is not None
-    assert list(graphed.graphs.pairs) == [256]
+    assert list(graphed.graphs.captured) == [256]
 
 
 def test_compiling_ahead_launches_nothing_and_leaves_the_gradient_as_it_is() -> None:
     """The dry passes share the buffers, matrices and graphs of the real ones."""
     examples = documents((100, 20, 130))
-    for plan in (Plan(graph_tokens=1024, tokens=250), Plan(keep="inputs", keep_matrices=False, feed_rows=64)):
+    for plan in (
+        MemoryPlan(graph_tokens=1024, tokens=250),
+        MemoryPlan(saved="layer_inputs", cache_matrices=False, mlp_rows=64),
+    ):
         results = []
         for ahead in (False, True):
             model = llama()
             step = FusedStep(bind(model), plan)
             if ahead:
                 step.compile()
-                assert not step.bound.flat.grad_G.any()
-                assert not step.figures_3.any()
+                assert not step.bound.flat.grad_Z.any()
+                assert not step.metrics_3.any()
             results.append([fast_gradient(step, model, examples) for _ in range(2)][-1])
         assert results[0][0] == results[1][0]
         assert torch.equal(results[0][1], results[1][1])
@@ -112,15 +118,15 @@ def test_all_that_a_pass_launches_is_compiled_ahead() -> None:
         for kernel in vars(module).values():
             if isinstance(kernel, compiling.Kernel):
                 kernel.function.device_caches.clear()
-    step = FusedStep(bind(llama()), Plan(graph_tokens=1024, tokens=1000))
+    step = FusedStep(bind(llama()), MemoryPlan(graph_tokens=1024, tokens=1000))
     step.compile()
     compiled: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **said: compiled.append(said["fn"].name)
     try:
         for lengths in ((100, 20, 130), (3, 7), (999,)):
             examples = documents(lengths)
-            step.run(examples, 100)
-            step.measure(examples)
+            step.forward_backward(examples, 100)
+            step.forward_only(examples)
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
     assert compiled == []

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parley.config import LLAMA_PROJECTIONS
-from parley.train_step.packed_batch import Example
+from parley.data.packing import Document
 
 VOCABULARY = 131
 LLAMA3 = {
@@ -60,18 +60,18 @@ def family(name: str, targets: list[str] | None = None, layers: int = 2, **lora:
     return model
 
 
-def examples(lengths: tuple[int, ...] = (1, 17, 5, 29), seed: int = 0) -> list[Example]:
+def examples(lengths: tuple[int, ...] = (1, 17, 5, 29), seed: int = 0) -> list[Document]:
     rng = np.random.default_rng(seed)
     made = []
     for length in lengths:
         ids = rng.integers(0, VOCABULARY, length)
-        made.append(Example.of(ids, np.where(rng.random(length) < 0.5, ids, -100)))
+        made.append(Document.from_lists(ids, np.where(rng.random(length) < 0.5, ids, -100)))
     return made
 
 
-def plain(model: PeftModel, documents: list[Example]) -> tuple[float, dict[str, torch.Tensor]]:
+def plain(model: PeftModel, documents: list[Document]) -> tuple[float, dict[str, torch.Tensor]]:
     """Summed loss, and the gradient of its mean over supervised tokens, through transformers, PEFT and autograd."""
-    count = sum(document.supervised for document in documents)
+    count = sum(document.supervised_tokens for document in documents)
     loss = torch.zeros(())
     for document in documents:
         logits_LV = model(torch.tensor(document.ids_L).long()[None]).logits[0, :-1]
@@ -90,7 +90,7 @@ def build_adapted() -> Callable[..., PeftModel]:
 
 
 @pytest.fixture
-def make_examples() -> Callable[..., list[Example]]:
+def make_examples() -> Callable[..., list[Document]]:
     return examples
 
 

@@ -10,9 +10,9 @@ import torch
 import parley.train_step.fused_step as step_module
 from parley.train_step.bind import Unsupported, bind
 from parley.train_step.fused_step import FusedStep
-from parley.train_step.lm_head import head
-from parley.train_step.memory_plan import KINDS, Plan
-from parley.train_step.reference_attention import SHORT
+from parley.train_step.lm_head import loss_and_gradient
+from parley.train_step.memory_plan import SAVED_POLICIES, MemoryPlan
+from parley.train_step.reference_attention import MAX_FULL_SCORES
 
 TOLERANCE = 1e-5
 
@@ -32,10 +32,10 @@ def test_every_family_and_choice_of_projections(
 ) -> None:
     model, documents = build_adapted(name, targets), make_examples()
     loss, wanted = plain_gradient(model, documents)
-    step = FusedStep(bind(model), Plan())
-    step.run(documents, sum(document.supervised for document in documents))
-    step.bound.flat.show_gradients()
-    assert float(step.figures_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    step = FusedStep(bind(model), MemoryPlan())
+    step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
+    step.bound.flat.expose_gradients()
+    assert float(step.metrics_3[0]) == pytest.approx(loss, rel=TOLERANCE)
     assert worst(model, wanted) < TOLERANCE
 
 
@@ -43,38 +43,40 @@ def test_every_family_and_choice_of_projections(
 def test_long_documents_take_another_attention(
     build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str
 ) -> None:
-    model, documents = build_adapted(name), make_examples((3, SHORT + 22, 40))
+    model, documents = build_adapted(name), make_examples((3, MAX_FULL_SCORES + 22, 40))
     loss, wanted = plain_gradient(model, documents)
-    step = FusedStep(bind(model), Plan())
-    step.run(documents, sum(document.supervised for document in documents))
-    step.bound.flat.show_gradients()
-    assert float(step.figures_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    step = FusedStep(bind(model), MemoryPlan())
+    step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
+    step.bound.flat.expose_gradients()
+    assert float(step.metrics_3[0]) == pytest.approx(loss, rel=TOLERANCE)
     assert worst(model, wanted) < TOLERANCE
 
 
-@pytest.mark.parametrize("keep", KINDS)
-@pytest.mark.parametrize("keep_matrices", [True, False])
-@pytest.mark.parametrize(("tokens", "feed_rows"), [(30, 0), (1000, 0), (1000, 16)])
+@pytest.mark.parametrize("saved", SAVED_POLICIES)
+@pytest.mark.parametrize("cache_matrices", [True, False])
+@pytest.mark.parametrize(("tokens", "mlp_rows"), [(30, 0), (1000, 0), (1000, 16)])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_a_plan_changes_no_gradient(
     build_adapted: Any,
     make_examples: Any,
     plain_gradient: Any,
-    keep: str,
-    keep_matrices: bool,
+    saved: str,
+    cache_matrices: bool,
     tokens: int,
-    feed_rows: int,
+    mlp_rows: int,
     name: str,
 ) -> None:
-    if feed_rows and keep in ("everything", "products"):
+    if mlp_rows and saved in ("all", "linear"):
         pytest.skip("whole products are kept whole")
     model, documents = build_adapted(name, layers=5), make_examples((3, 17, 5, 29, 1))
     _, wanted = plain_gradient(model, documents)
-    plan = Plan(keep=keep, keep_matrices=keep_matrices, tokens=tokens, feed_rows=feed_rows, head_rows=7, granule=8)
+    plan = MemoryPlan(
+        saved=saved, cache_matrices=cache_matrices, tokens=tokens, mlp_rows=mlp_rows, logits_rows=7, pad_multiple=8
+    )
     step = FusedStep(bind(model), plan)
     for _ in range(2):  # a second step starts from nothing
-        step.run(documents, sum(document.supervised for document in documents))
-    step.bound.flat.show_gradients()
+        step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
+    step.bound.flat.expose_gradients()
     assert worst(model, wanted) < TOLERANCE
 
 
@@ -85,9 +87,9 @@ def test_figures_are_loss_hits_and_entropy(build_adapted: Any, make_examples: An
     target_L = torch.tensor(documents[0].label_L[1:]).long()
     real_L = target_L != -100
     p_LV = logits_LV.softmax(-1)
-    step = FusedStep(bind(model), Plan())
-    step.run(documents, 1)
-    _, hits, entropy = step.figures_3.tolist()
+    step = FusedStep(bind(model), MemoryPlan())
+    step.forward_backward(documents, 1)
+    _, hits, entropy = step.metrics_3.tolist()
     assert hits == int(((logits_LV.argmax(-1) == target_L) & real_L).sum())
     assert entropy == pytest.approx(float(-(p_LV * p_LV.log()).sum(-1)[real_L].sum()), rel=1e-4)
 
@@ -95,22 +97,22 @@ def test_figures_are_loss_hits_and_entropy(build_adapted: Any, make_examples: An
 def test_training_moves_peft_s_own_parameters(build_adapted: Any, make_examples: Any, plain_gradient: Any) -> None:
     model, documents = build_adapted("llama"), make_examples()
     bound = bind(model)
-    step, count = FusedStep(bound, Plan()), sum(document.supervised for document in documents)
-    optimizer = torch.optim.SGD([bound.flat.weight_G], lr=0.1)
-    step.run(documents, count)
-    first = float(step.figures_3[0])
+    step, count = FusedStep(bound, MemoryPlan()), sum(document.supervised_tokens for document in documents)
+    optimizer = torch.optim.SGD([bound.flat.weight_Z], lr=0.1)
+    step.forward_backward(documents, count)
+    first = float(step.metrics_3[0])
     optimizer.step()
     loss_sum, _ = plain_gradient(model, documents)
-    step.run(documents, count)
-    assert float(step.figures_3[0]) == pytest.approx(loss_sum, rel=TOLERANCE)
+    step.forward_backward(documents, count)
+    assert float(step.metrics_3[0]) == pytest.approx(loss_sum, rel=TOLERANCE)
     assert loss_sum < first
 
 
 def test_a_step_without_supervised_tokens_has_no_gradient(build_adapted: Any, make_examples: Any) -> None:
-    step = FusedStep(bind(build_adapted("llama")), Plan())
-    step.bound.flat.grad_G.fill_(1.0)
-    step.run(make_examples((1,)), 1)
-    assert not step.bound.flat.grad_G.any()
+    step = FusedStep(bind(build_adapted("llama")), MemoryPlan())
+    step.bound.flat.grad_Z.fill_(1.0)
+    step.forward_backward(make_examples((1,)), 1)
+    assert not step.bound.flat.grad_Z.any()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_a_model_without_adapters_is_refused(build_adapted: Any) -> None:
         bind(build_adapted("llama").get_base_model())
 
 
-@pytest.mark.parametrize("lengths", [(1, 17, 5, 29), (3, SHORT + 22, 40)])
+@pytest.mark.parametrize("lengths", [(1, 17, 5, 29), (3, MAX_FULL_SCORES + 22, 40)])
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
 def test_all_rows_may_go_on_from_the_last_attention_or_the_supervised_ones_alone(
     build_adapted: Any, make_examples: Any, monkeypatch: pytest.MonkeyPatch, name: str, lengths: tuple[int, ...]
@@ -140,13 +142,15 @@ def test_all_rows_may_go_on_from_the_last_attention_or_the_supervised_ones_alone
     documents = [replace(e, label_L=np.where(e.ids_L % 3, -100, e.label_L)) for e in make_examples(lengths)]
     documents[1].label_L[-1] = documents[1].ids_L[-1]  # so that few rows are supervised, and many needed
     gone_on: list[int] = []
-    monkeypatch.setattr(step_module, "head", lambda *given: (gone_on.append(len(given[4])), head(*given)))
+    monkeypatch.setattr(
+        step_module, "loss_and_gradient", lambda *given: (gone_on.append(len(given[4])), loss_and_gradient(*given))
+    )
     gradients = []
     for narrow in (False, True):
-        step = FusedStep(bind(build_adapted(name)), Plan())
-        step.narrow = step.narrow and narrow
-        step.run(documents, sum(document.supervised for document in documents))
-        gradients.append((float(step.figures_3[0]), step.bound.flat.grad_G))
+        step = FusedStep(bind(build_adapted(name)), MemoryPlan())
+        step.skip_unsupervised = step.skip_unsupervised and narrow
+        step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
+        gradients.append((float(step.metrics_3[0]), step.bound.flat.grad_Z))
     assert gone_on[1] < gone_on[0]
     assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-6)
     torch.testing.assert_close(gradients[1][1], gradients[0][1], rtol=1e-4, atol=1e-7)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from parley.data.packing import Document
 from parley.train_step import reference_ops as reference
-from parley.train_step.ops import Adapter, AttentionShape, Rope, Slot
-from parley.train_step.packed_batch import Example, Rows, Staging, pack
+from parley.train_step.ops import Adapter, AdapterSlice, AttentionShape, RopeTable
+from parley.train_step.packed_batch import DeviceBatch, StagingBuffer, pack
 
 triton = pytest.importorskip("triton", reason="no Triton here")
 kernels = pytest.importorskip("parley.train_step.kernels")
@@ -24,9 +25,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 T = 71
 
 
-def rows_of(lengths: tuple[int, ...]) -> Rows:
-    packed = pack([Example.of(np.zeros(length), np.zeros(length)) for length in lengths])
-    return Staging(DEVICE, len(packed.ids_T)).send(packed, 1.0, packed.lengths)
+def rows_of(lengths: tuple[int, ...]) -> DeviceBatch:
+    packed = pack([Document.from_lists(np.zeros(length), np.zeros(length)) for length in lengths])
+    return StagingBuffer(DEVICE, len(packed.ids_T)).upload(packed, 1.0, packed.lengths)
 
 
 def draw(*shape: int, seed: int) -> torch.Tensor:
@@ -85,27 +86,29 @@ def test_cross_entropy() -> None:
     ],
 )
 def test_adapters(sizes: tuple[int, ...], rank: int, scales: tuple[float, ...], tokens: int) -> None:
-    columns_in, columns_out = 96, sum(sizes)
-    spare = rank * len(sizes) + 3
-    dy, x = draw(tokens, columns_out + spare, seed=0), draw(tokens, columns_in + spare, seed=1)
+    in_features, out_features = 96, sum(sizes)
+    lora_columns = rank * len(sizes) + 3
+    dy, x = draw(tokens, out_features + lora_columns, seed=0), draw(tokens, in_features + lora_columns, seed=1)
     results = []
     for ops in BOTH:
-        weights = draw(rank * (columns_in * len(sizes) + columns_out), seed=2)
+        weights = draw(rank * (in_features * len(sizes) + out_features), seed=2)
         gradients = draw(len(weights), seed=3)
-        parts = [rank * columns_in] * len(sizes) + [rank * size for size in sizes]
-        shapes = [(rank, columns_in)] * len(sizes) + [(size, rank) for size in sizes]
+        parts = [rank * in_features] * len(sizes) + [rank * size for size in sizes]
+        shapes = [(rank, in_features)] * len(sizes) + [(size, rank) for size in sizes]
         w, g = ([p.view(s) for p, s in zip(flat.split(parts), shapes, strict=True)] for flat in (weights, gradients))
-        slots, row = [], 0
+        adapter_slices, row = [], 0
         for i, size in enumerate(sizes):
             adapter = Adapter(w[i], w[len(sizes) + i], g[i], g[len(sizes) + i], scales[i])
-            slots.append(Slot(adapter, slice(row, row + size), slice(i * rank, (i + 1) * rank)))
+            adapter_slices.append(AdapterSlice(adapter, slice(row, row + size), slice(i * rank, (i + 1) * rank)))
             row += size
-        ops.add_adapter_gradients(dy, x, slots, columns_out, columns_in)
-        copied = torch.zeros(columns_out, rank + 7, device=DEVICE)
+        ops.add_adapter_gradients(dy, x, adapter_slices, out_features, in_features)
+        copied = torch.zeros(out_features, rank + 7, device=DEVICE)
         ops.copy_scaled(w[-1], copied[: sizes[-1], 2 : 2 + rank], 0.3)
-        matrix = torch.zeros(columns_out + rank, columns_in + rank, device=DEVICE)
-        table = ops.copy_table([(w[0], matrix[-rank:, :columns_in], 1.0), (w[-1], matrix[: sizes[-1], -rank:], 0.7)])
-        ops.copy_all(table)
+        matrix = torch.zeros(out_features + rank, in_features + rank, device=DEVICE)
+        table = ops.prepare_copies(
+            [(w[0], matrix[-rank:, :in_features], 1.0), (w[-1], matrix[: sizes[-1], -rank:], 0.7)]
+        )
+        ops.run_copies(table)
         results.append(torch.cat([gradients, copied.flatten(), matrix.flatten()]))
     assert off(results[1], results[0]) < 1e-5
 
@@ -117,7 +120,7 @@ def test_nf4() -> None:
     wanted = functional.dequantize_4bit(packed, state)
     for ops in BOTH:
         out = torch.zeros(48, 200, device=DEVICE)
-        ops.write_nf4(packed, state.absmax, state.code, 64, out[:, :192])
+        ops.dequantize_nf4(packed, state.absmax, state.code, 64, out[:, :192])
         assert torch.equal(out[:, :192], wanted)
         assert not out[:, 192:].any()
 
@@ -125,7 +128,7 @@ def test_nf4() -> None:
 @pytest.mark.parametrize("inverse", [False, True])
 def test_rope(inverse: bool) -> None:
     shape, rows = AttentionShape(6, 2, 16, 0.25), rows_of((3, 60, 8))
-    rope = Rope(draw(64, 8, seed=0), draw(64, 8, seed=1))
+    rope = RopeTable(draw(64, 8, seed=0), draw(64, 8, seed=1))
     results = []
     for ops in BOTH:
         x = draw(T, shape.columns + 3, seed=2)
@@ -146,8 +149,8 @@ def test_attention(heads: int, kv_heads: int, size: int, window: int | None) -> 
         rows = rows_of(lengths)
         on = [t.to(device) for t in (x, dout)]
         if device.type == "cpu":
-            packed = pack([Example.of(np.zeros(length), np.zeros(length)) for length in lengths])
-            rows = Staging(device, tokens).send(packed, 1.0, packed.lengths)
+            packed = pack([Document.from_lists(np.zeros(length), np.zeros(length)) for length in lengths])
+            rows = StagingBuffer(device, tokens).upload(packed, 1.0, packed.lengths)
         out = torch.zeros(tokens, columns + 3, device=device)
         dx = torch.zeros(tokens, shape.columns + 5, device=device)
         saved = ops.attention(on[0], rows, shape, out[:, :columns])

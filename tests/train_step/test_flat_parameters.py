@@ -8,7 +8,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parley.train_step.bind import bind
-from parley.train_step.flat_parameters import BLOCK, FlatAdapters
+from parley.train_step.flat_parameters import OPTIMIZER_BLOCK, FlatAdapters
 
 
 def llama() -> PeftModel:
@@ -31,21 +31,21 @@ def test_parameters_keep_their_values_and_share_the_buffer() -> None:
     flat = FlatAdapters(parameters)
     assert all(torch.equal(now, then) for now, then in zip(parameters, before, strict=True))
     with torch.no_grad():
-        flat.weight_G.add_(1.0)
+        flat.weight_Z.add_(1.0)
     assert all(torch.equal(now, then + 1) for now, then in zip(parameters, before, strict=True))
 
 
 def test_no_optimizer_block_spans_two_parameters() -> None:
-    flat = FlatAdapters([nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(BLOCK + 1))])
-    assert all(offset % BLOCK == 0 for offset in flat.offsets)
-    assert flat.weight_G.numel() == 3 * BLOCK
+    flat = FlatAdapters([nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(OPTIMIZER_BLOCK + 1))])
+    assert all(offset % OPTIMIZER_BLOCK == 0 for offset in flat.offsets)
+    assert flat.weight_Z.numel() == 3 * OPTIMIZER_BLOCK
 
 
 def test_gradients_are_shown_where_peft_s_parameters_look() -> None:
     parameters = [nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(3))]
     flat = FlatAdapters(parameters)
-    flat.grad_G.fill_(4.0)
-    flat.show_gradients()
+    flat.grad_Z.fill_(4.0)
+    flat.expose_gradients()
     assert [parameter.grad.sum().item() for parameter in parameters if parameter.grad is not None] == [16.0, 12.0]
 
 
@@ -53,7 +53,7 @@ def test_saving_and_loading_through_peft_is_exact(tmp_path: Path) -> None:
     model = llama()
     bound = bind(model)
     with torch.no_grad():
-        bound.flat.weight_G.normal_()
+        bound.flat.weight_Z.normal_()
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == sum(p.numel() for p in bound.flat.parameters)
@@ -63,8 +63,8 @@ def test_saving_and_loading_through_peft_is_exact(tmp_path: Path) -> None:
     other.load_adapter(tmp_path, "default", is_trainable=True)
     for ours, theirs in zip(again.flat.parameters, bound.flat.parameters, strict=True):
         assert torch.equal(ours, theirs)
-    views = [again.flat.view(again.flat.weight_G.data, i) for i in range(len(again.flat.parameters))]
-    wanted = [bound.flat.view(bound.flat.weight_G.data, i) for i in range(len(bound.flat.parameters))]
+    views = [again.flat.view(again.flat.weight_Z.data, i) for i in range(len(again.flat.parameters))]
+    wanted = [bound.flat.view(bound.flat.weight_Z.data, i) for i in range(len(bound.flat.parameters))]
     for ours, theirs in zip(views, wanted, strict=True):  # loading wrote into the buffer, not beside it
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -72,6 +72,6 @@ def test_saving_and_loading_through_peft_is_exact(tmp_path: Path) -> None:
 def test_binding_twice_keeps_what_was_learned() -> None:
     model = llama()
     with torch.no_grad():
-        bind(model).flat.weight_G.fill_(0.5)
+        bind(model).flat.weight_Z.fill_(0.5)
     second = bind(model).flat
-    assert second.view(second.weight_G.data, 0).unique().tolist() == pytest.approx([0.5])
+    assert second.view(second.weight_Z.data, 0).unique().tolist() == pytest.approx([0.5])

@@ -2,12 +2,13 @@ import numpy as np
 import pytest
 import torch
 
-from parley.train_step.packed_batch import Example, Staging, pack, split
+from parley.data.packing import Document
+from parley.train_step.packed_batch import StagingBuffer, pack
 
 
-def example(length: int, learned: list[int]) -> Example:
+def example(length: int, learned: list[int]) -> Document:
     ids = np.arange(10, 10 + length)
-    return Example.of(ids, np.where(np.isin(np.arange(length), learned), ids, -100))
+    return Document.from_lists(ids, np.where(np.isin(np.arange(length), learned), ids, -100))
 
 
 def test_a_pack_predicts_each_supervised_token_from_the_row_before_it() -> None:
@@ -20,7 +21,7 @@ def test_a_pack_predicts_each_supervised_token_from_the_row_before_it() -> None:
 
 
 def test_the_first_token_of_a_document_is_never_counted() -> None:
-    assert example(3, [0, 2]).supervised == 1
+    assert example(3, [0, 2]).supervised_tokens == 1
 
 
 def test_padding_is_documents_of_their_own_that_teach_nothing() -> None:
@@ -32,7 +33,7 @@ def test_padding_is_documents_of_their_own_that_teach_nothing() -> None:
 
 def test_what_stands_behind_the_last_supervised_token_of_a_document_is_not_needed() -> None:
     packed = pack([example(3, []), example(5, [1, 3]), example(2, []), example(3, [2])])
-    needed = packed.needed()
+    needed = packed.trimmed()
     assert needed.lengths == (3, 2)  # rows that predict the tokens 1 to 3, and 1 to 2
     assert needed.ids_T.tolist() == [10, 11, 12, 10, 11]
     assert needed.position_T.tolist() == [0, 1, 2, 0, 1]
@@ -42,29 +43,21 @@ def test_what_stands_behind_the_last_supervised_token_of_a_document_is_not_neede
     assert needed.target_S.tolist() == packed.target_S.tolist() == [11, 13, 12]
 
 
-@pytest.mark.parametrize(
-    ("room", "runs"), [(100, [[3, 4, 9]]), (7, [[3, 4], [9]]), (5, [[3], [4], [9]]), (1, [[3], [4], [9]])]
-)
-def test_split_keeps_order_and_room(room: int, runs: list[list[int]]) -> None:
-    got = split([example(length, []) for length in (3, 4, 9)], room)
-    assert [[len(e.ids_L) for e in run] for run in got] == runs
-
-
 def test_staging_hands_out_what_was_sent_and_grows() -> None:
-    staging = Staging(torch.device("cpu"), tokens=4)
+    staging = StagingBuffer(torch.device("cpu"), tokens=4)
     packed = pack([example(9, [4, 5])])
     assert staging.reserve(9)
     assert not staging.reserve(9)
-    rows = staging.send(packed, 0.25, packed.lengths)
-    assert rows.ids_T.tolist() == packed.ids_T.tolist()
-    assert rows.target_S.tolist() == [14, 15]
-    assert float(rows.scale) == 0.25
+    batch = staging.upload(packed, 0.25, packed.lengths)
+    assert batch.ids_T.tolist() == packed.ids_T.tolist()
+    assert batch.target_S.tolist() == [14, 15]
+    assert float(batch.scale) == 0.25
 
 
 def test_a_padded_pack_needs_its_own_room() -> None:
-    staging = Staging(torch.device("cpu"), tokens=9)
+    staging = StagingBuffer(torch.device("cpu"), tokens=9)
     packed = pack([example(9, list(range(9)))]).padded(128)
     with pytest.raises(AssertionError, match="reserve"):
-        staging.send(packed, 1.0, None)
+        staging.upload(packed, 1.0, None)
     staging.reserve(128)
-    assert staging.send(packed, 1.0, None).tokens == 128
+    assert staging.upload(packed, 1.0, None).tokens == 128

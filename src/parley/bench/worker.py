@@ -64,7 +64,7 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         "train_wall_s": round(wall, 1),
         "steps": len(clock.times),
         **peak_memory(),
-        "predicted_gib": None if plan is None else round(plan.predicted / GIB, 2),
+        "predicted_gib": None if plan is None else round(plan.predicted_bytes / GIB, 2),
         "first_losses": losses[:3],
         "last_losses": losses[-2:],
         "losses": losses,

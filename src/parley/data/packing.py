@@ -1,15 +1,56 @@
-"""Padding-free batches: the documents of a batch become one row. Shapes: T tokens in the row."""
+"""Packing: documents of a batch in one row without padding, and the greedy split of a list of documents by tokens.
+
+Shape suffixes: T tokens of the packed row, L tokens of one document.
+"""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from parley.data.tokens import IGNORE_INDEX
 
-__all__ = ["IGNORE_INDEX", "PackedCollator", "split_documents"]
+__all__ = ["IGNORE_INDEX", "Document", "PackedCollator", "split_by_tokens", "split_documents"]
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one conversation and their labels, IGNORE_INDEX where a token is not supervised."""
+
+    ids_L: NDArray[np.int32]
+    label_L: NDArray[np.int32]
+
+    @classmethod
+    def from_lists(cls, input_ids: Sequence[int], labels: Sequence[int]) -> Document:
+        return cls(np.asarray(input_ids, dtype=np.int32), np.asarray(labels, dtype=np.int32))
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that are predicted. The first token of a document never is."""
+        return int((self.label_L[1:] != IGNORE_INDEX).sum())
+
+
+def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[slice]:
+    """Greedy split of documents, in order, into runs of at most `max_tokens`; a longer document is a run of its own.
+
+    Args:
+        lengths: tokens of each document.
+
+    Returns the run of each micro-batch as a slice of `lengths`.
+    """
+    cuts, tokens = [0], 0
+    for index, length in enumerate(lengths):
+        if tokens + length > max_tokens and index > cuts[-1]:
+            cuts.append(index)
+            tokens = 0
+        tokens += length
+    return [slice(begin, end) for begin, end in itertools.pairwise([*cuts, len(lengths)])] if lengths else []
 
 
 class PackedCollator:
@@ -41,10 +82,6 @@ class PackedCollator:
 def split_documents(batch: dict[str, torch.Tensor], max_tokens: int) -> list[dict[str, torch.Tensor]]:
     """Cut a packed row between documents into rows of at most `max_tokens`; a longer document gets its own."""
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-    ends = [*starts[1:], batch["position_ids"].shape[1]]
-    cuts = [0]
-    for start, end in zip(starts, ends, strict=True):
-        if end - cuts[-1] > max_tokens and start > cuts[-1]:
-            cuts.append(start)
-    cuts.append(ends[-1])
-    return [{name: row_1T[:, begin:end] for name, row_1T in batch.items()} for begin, end in itertools.pairwise(cuts)]
+    bounds = [*starts, batch["position_ids"].shape[1]]
+    runs = split_by_tokens([end - start for start, end in itertools.pairwise(bounds)], max_tokens)
+    return [{name: row_1T[:, bounds[run.start] : bounds[run.stop]] for name, row_1T in batch.items()} for run in runs]

@@ -12,7 +12,6 @@ from parley.data.conversation import Message
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised: cross-entropy skips it."""
-IGNORED = IGNORE_INDEX  # until train_step imports the new name
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from parley.inference.model import Model, PlainStep, Voices, prefill
 from parley.inference.sampling import Needs
 from parley.inference.slot_state import LIVE, Row, State, room
 from parley.inference.step_runner import MOST_TOKENS, Burst, Eager, Runner, take
-from parley.train_step.bind import read
-from parley.train_step.fused_step import operations
-from parley.train_step.packed_batch import Staging
+from parley.train_step.bind import read_weights
+from parley.train_step.fused_step import ops_for
+from parley.train_step.packed_batch import StagingBuffer
 
 
 class FastDecoder:
@@ -40,7 +40,7 @@ class FastDecoder:
         self.model, self.runner, self.cache, self.state = model, runner, cache, state
         self._length = length
         self.reader = reader  # gives first tokens with their prompts; without it they come from a step, as all others
-        self.staging = Staging(model.weights.device, 256)
+        self.staging = StagingBuffer(model.weights.device, 256)
         self.rows: list[Row] = []
         self.bursts: list[Burst] = []
         self.fresh = False  # an answer waits for its first token
@@ -61,12 +61,12 @@ class FastDecoder:
 
         Raises engine.bind.Unsupported, with the reason in a few words, for models that it does not know.
         """
-        weights = read(model)
+        weights = read_weights(model)
         length = min(length, model.config.max_position_embeddings)
         device = weights.device
-        ops = operations(device)
+        ops = ops_for(device)
         products, head = make_products(weights, ops, copies=copies)
-        answering = Model(weights, products, head, weights.rope(length), ops)
+        answering = Model(weights, products, head, weights.rope_table(length), ops)
         cache = Cache([layer.shape for layer in weights.layers], slots, length, weights.dtype, device)
         eager = eager or device.type != "cuda"
         state = State.empty(slots, weights.head_VD.shape[0], MOST_TOKENS, torch.device("cpu") if eager else device)

@@ -17,7 +17,7 @@ class Cache:
         self, shapes: list[AttentionShape], rows: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.layers = [
-            torch.zeros(rows, 2, shape.kv_heads, length, shape.size, dtype=dtype, device=device) for shape in shapes
+            torch.zeros(rows, 2, shape.kv_heads, length, shape.head_dim, dtype=dtype, device=device) for shape in shapes
         ]
 
     def move(self, source: int, target: int, positions: int) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parley.train_step.bind import Weights
-from parley.train_step.fused_linear import Dense, FusedLinear
+from parley.train_step.bind import ModelWeights
+from parley.train_step.fused_linear import DenseWeight, FusedLinear
 from parley.train_step.ops import Ops
 
 SHARE_OF_FREE = 0.5  # of the free memory may go to copies of weights
@@ -36,18 +36,18 @@ class Product:
         self.packed: Tensor | None = None
         self.scratch: Tensor | None = None
         first = linear.bases[0]
-        if len(linear.bases) == 1 and isinstance(first, Dense):
+        if len(linear.bases) == 1 and isinstance(first, DenseWeight):
             self.matrix_NK = first.weight_NK
         self.a_PK: Tensor | None = None
         self.sb_NP: Tensor | None = None
-        if linear.slots:
+        if linear.adapter_slices:
             self._copy_adapters(linear)
 
     def _copy_adapters(self, linear: FusedLinear) -> None:
-        ranks = linear.slots[-1].columns.stop
-        self.a_PK = torch.empty(ranks, linear.columns_in, dtype=self.dtype, device=self.device)
-        self.sb_NP = torch.zeros(linear.columns_out, ranks, dtype=self.dtype, device=self.device)
-        for slot in linear.slots:
+        ranks = linear.adapter_slices[-1].columns.stop
+        self.a_PK = torch.empty(ranks, linear.in_features, dtype=self.dtype, device=self.device)
+        self.sb_NP = torch.zeros(linear.out_features, ranks, dtype=self.dtype, device=self.device)
+        for slot in linear.adapter_slices:
             self.a_PK[slot.columns] = slot.adapter.a_RK
             self.sb_NP[slot.rows, slot.columns] = slot.adapter.scale * slot.adapter.b_NR.float()
 
@@ -57,7 +57,7 @@ class Product:
         copies = int(self.matrix_NK is None)
         if self.on_cpu:  # W and its packed form, and both once more with the adapter merged in
             copies += 1 if self.a_PK is None else 3
-        return copies * self.linear.columns_out * self.linear.columns_in * self.dtype.itemsize
+        return copies * self.linear.out_features * self.linear.in_features * self.dtype.itemsize
 
     @property
     def on_cpu(self) -> bool:
@@ -71,11 +71,11 @@ class Product:
         embedded model and 2.4 through MKL (two Zen 5 cores).
         """
         if self.matrix_NK is None:
-            rows, columns = self.linear.columns_out, self.linear.columns_in
+            rows, columns = self.linear.out_features, self.linear.in_features
             self.matrix_NK = torch.empty(rows, columns, dtype=self.dtype, device=self.device)
             row = 0
             for base in self.linear.bases:
-                base.write(self.matrix_NK[row : row + base.shape[0]], self.ops)
+                base.copy_into(self.matrix_NK[row : row + base.shape[0]], self.ops)
                 row += base.shape[0]
         if self.on_cpu:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.matrix_NK.detach())
@@ -86,7 +86,9 @@ class Product:
         if self.a_PK is None or self.sb_NP is None:
             return self
         matrix_NK = torch.addmm(self.matrix_NK, self.sb_NP, self.a_PK) if tuned else self.matrix_NK
-        one = Product(FusedLinear([Dense(matrix_NK)], [None], self.linear.bias_N), self.ops, self.dtype, self.device)
+        one = Product(
+            FusedLinear([DenseWeight(matrix_NK)], [None], self.linear.bias_N), self.ops, self.dtype, self.device
+        )
         if tuned:
             one.copy()
         else:
@@ -97,13 +99,13 @@ class Product:
         """W by pieces: each with the columns of y that it gives."""
         column = 0
         for base in self.linear.bases:
-            rows, columns_in = base.shape
-            if isinstance(base, Dense):
+            rows, in_features = base.shape
+            if isinstance(base, DenseWeight):
                 weight_NK = base.weight_NK
             else:
                 assert self.scratch is not None
-                weight_NK = self.scratch[: rows * columns_in].view(rows, columns_in)
-                base.write(weight_NK, self.ops)
+                weight_NK = self.scratch[: rows * in_features].view(rows, in_features)
+                base.copy_into(weight_NK, self.ops)
             yield weight_NK, slice(column, column + rows)
             column += rows
 
@@ -115,7 +117,7 @@ class Product:
         elif self.matrix_NK is not None:
             y_TN = functional.linear(x_TK, self.matrix_NK, bias_N)
         else:
-            y_TN = x_TK.new_empty(x_TK.shape[0], self.linear.columns_out)
+            y_TN = x_TK.new_empty(x_TK.shape[0], self.linear.out_features)
             for weight_NK, columns in self._pieces():
                 torch.mm(x_TK, weight_NK.t(), out=y_TN[:, columns])
             if bias_N is not None:
@@ -158,7 +160,7 @@ class LayerProducts:
 
 
 @torch.no_grad()
-def make_products(weights: Weights, ops: Ops, *, copies: bool) -> tuple[list[LayerProducts], Product]:
+def make_products(weights: ModelWeights, ops: Ops, *, copies: bool) -> tuple[list[LayerProducts], Product]:
     """The products of each layer, and the head.
 
     `copies`: lay each out in one piece, unpacked, where half of the free memory holds them all; else 4-bit weights
@@ -173,7 +175,7 @@ def make_products(weights: Weights, ops: Ops, *, copies: bool) -> tuple[list[Lay
         )
         for layer in weights.layers
     ]
-    head = Product(FusedLinear([Dense(weights.head_VD)], [None]), ops, weights.dtype, weights.device)
+    head = Product(FusedLinear([DenseWeight(weights.head_VD)], [None]), ops, weights.dtype, weights.device)
     products = [head, *(product for layer in layers for product in layer.all)]
     if copies and sum(product.copy_bytes for product in products) < SHARE_OF_FREE * _free_bytes(weights.device):
         for product in products:
@@ -183,7 +185,7 @@ def make_products(weights: Weights, ops: Ops, *, copies: bool) -> tuple[list[Lay
         for product in products
         if product.matrix_NK is None
         for base in product.linear.bases
-        if not isinstance(base, Dense)
+        if not isinstance(base, DenseWeight)
     ]
     if packed:
         scratch = torch.empty(max(packed), dtype=weights.dtype, device=weights.device)

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parley.data.packing import Document, split_by_tokens
+from parley.data.tokens import IGNORE_INDEX
 from parley.inference.kv_cache import Cache
 from parley.inference.linear import LayerProducts, Product
 from parley.inference.slot_state import POSITION, TOKEN, TUNED, State
-from parley.train_step.bind import Weights
-from parley.train_step.ops import AttentionShape, Ops, Rope
-from parley.train_step.packed_batch import IGNORED, Example, Rows, Staging, pack, split
-from parley.train_step.qk_norm import normalise_heads
+from parley.train_step.bind import ModelWeights
+from parley.train_step.ops import AttentionShape, Ops, RopeTable
+from parley.train_step.packed_batch import DeviceBatch, StagingBuffer, pack
+from parley.train_step.qk_norm import apply_qk_norm
 
 PREFILL_TOKENS = 8192  # of one pass over new prompts
 
@@ -33,10 +35,10 @@ Attend = Callable[[int, Tensor], Tensor | None]  # from a layer's index and its 
 class Model:
     """Everything of the model that answering reads."""
 
-    weights: Weights
+    weights: ModelWeights
     products: list[LayerProducts]
     head: Product
-    rope: Rope
+    rope: RopeTable
     ops: Ops
     eps_11: Tensor = field(init=False)
 
@@ -58,13 +60,13 @@ class Model:
 
     def queries(self, index: int, h_TD: Tensor, tuned_T1: Tensor) -> Tensor:
         """Queries, keys and values of a layer, (T, C)."""
-        return self.products[index].qkv(self._norm(h_TD, self.weights.layers[index].norm_in_D), tuned_T1)
+        return self.products[index].qkv(self._norm(h_TD, self.weights.layers[index].input_norm_D), tuned_T1)
 
     def finish(self, index: int, h_TD: Tensor, attended_TD: Tensor, tuned_T1: Tensor) -> None:
         """Add to `h_TD` what a layer makes of its heads' outputs, in place."""
         products = self.products[index]
         products.o.add_to(h_TD, attended_TD, tuned_T1)
-        gate_up_T2F = products.gate_up(self._norm(h_TD, self.weights.layers[index].norm_mid_D), tuned_T1)
+        gate_up_T2F = products.gate_up(self._norm(h_TD, self.weights.layers[index].post_attention_norm_D), tuned_T1)
         act_TF = gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2)
         self.ops.swiglu(gate_up_T2F, act_TF)
         products.down.add_to(h_TD, act_TF, tuned_T1)
@@ -88,7 +90,7 @@ class Model:
 
 
 def prefill(
-    model: Model, cache: Cache, staging: Staging, prompts: Sequence[Sequence[int]], rows: Sequence[int],
+    model: Model, cache: Cache, staging: StagingBuffer, prompts: Sequence[Sequence[int]], rows: Sequence[int],
     tuned: Sequence[bool],
 ) -> None:  # fmt: skip
     """Write the keys and values of each prompt, but for its last token, into its row of the cache.
@@ -97,35 +99,36 @@ def prefill(
     without padding, up to PREFILL_TOKENS a pass.
     """
     order = [index for index, prompt in enumerate(prompts) if len(prompt) > 1]
-    examples = [Example.of(prompts[index][:-1], [IGNORED] * (len(prompts[index]) - 1)) for index in order]
-    device, done = model.weights.device, 0
-    for run in split(examples, PREFILL_TOKENS):
-        members = order[done : done + len(run)]
-        done += len(run)
-        lengths = [len(example.ids_L) for example in run]
+    documents = [
+        Document.from_lists(prompts[index][:-1], [IGNORE_INDEX] * (len(prompts[index]) - 1)) for index in order
+    ]
+    device = model.weights.device
+    for run in split_by_tokens([len(document.ids_L) for document in documents], PREFILL_TOKENS):
+        members = order[run]
+        lengths = [len(document.ids_L) for document in documents[run]]
         row_T = torch.from_numpy(np.repeat([rows[index] for index in members], lengths)).to(device)
         tuned_T = torch.from_numpy(np.repeat([float(tuned[index]) for index in members], lengths))
-        packed = pack(run)
+        packed = pack(documents[run])
         staging.reserve(len(packed.ids_T))
-        on_device = staging.send(packed, 1.0, packed.lengths)
+        on_device = staging.upload(packed, 1.0, packed.lengths)
         h_TD = model.weights.embedding_VD.index_select(0, on_device.ids_T)
         attend = _attend_in_pack(model, cache, on_device, row_T)
         model.layers(h_TD, tuned_T.to(device, h_TD.dtype)[:, None], attend)
 
 
-def _attend_in_pack(model: Model, cache: Cache, rows: Rows, row_T: Tensor) -> Attend:
+def _attend_in_pack(model: Model, cache: Cache, rows: DeviceBatch, row_T: Tensor) -> Attend:
     position_T = rows.position_T.long()
 
     def attend(index: int, qkv_TC: Tensor) -> Tensor | None:
         layer = model.weights.layers[index]
-        if layer.head_norms is not None:
-            qkv_TC = normalise_heads(qkv_TC, layer.shape, layer.head_norms)
+        if layer.qk_norm is not None:
+            qkv_TC = apply_qk_norm(qkv_TC, layer.shape, layer.qk_norm)
         model.ops.rope(qkv_TC, rows, model.rope, layer.shape)
-        kv_TC = qkv_TC[:, layer.shape.heads * layer.shape.size :]
+        kv_TC = qkv_TC[:, layer.shape.heads * layer.shape.head_dim :]
         cache.layers[index][row_T, :, :, position_T] = kv_TC.unflatten(1, (2, layer.shape.kv_heads, -1))
         if index == len(model.weights.layers) - 1:  # what it would say of the prompt's tokens nobody asks
             return None
-        attended_TD = qkv_TC.new_empty(len(qkv_TC), layer.shape.heads * layer.shape.size)
+        attended_TD = qkv_TC.new_empty(len(qkv_TC), layer.shape.heads * layer.shape.head_dim)
         model.ops.attention(qkv_TC, rows, layer.shape, attended_TD)
         return attended_TD
 
@@ -164,7 +167,7 @@ class Turns:
     keys; values pass unturned.
     """
 
-    def __init__(self, rope: Rope, shapes: list[AttentionShape]) -> None:
+    def __init__(self, rope: RopeTable, shapes: list[AttentionShape]) -> None:
         self.shapes = list(dict.fromkeys(shapes))  # mostly one, in some families two
         self.kinds = [self.shapes.index(shape) for shape in shapes]
         self.tables = [_turns(rope, shape) for shape in self.shapes]
@@ -202,16 +205,16 @@ class PlainStep:
 
         def attend(index: int, qkv_BC: Tensor) -> Tensor:
             layer, shape, cached = weights.layers[index], weights.layers[index].shape, self.cache.layers[index]
-            if layer.head_norms is not None:
-                qkv_BC = normalise_heads(qkv_BC, shape, layer.head_norms)
+            if layer.qk_norm is not None:
+                qkv_BC = apply_qk_norm(qkv_BC, shape, layer.qk_norm)
             x_BHE = self.turns.turn(index, qkv_BC, turns)
-            kv_B2KE = x_BHE[:, shape.heads :].view(rows, 2, shape.kv_heads, shape.size)
+            kv_B2KE = x_BHE[:, shape.heads :].view(rows, 2, shape.kv_heads, shape.head_dim)
             if rows == 1:
                 cached[0, :, :, longest - 1].copy_(kv_B2KE[0])
             else:
                 cached[row_B, :, :, at_B] = kv_B2KE
             # Heads that share keys stand as several queries of one head, so that nothing is repeated.
-            q_BKGE = x_BHE[:, : shape.heads].view(rows, shape.kv_heads, -1, shape.size)
+            q_BKGE = x_BHE[:, : shape.heads].view(rows, shape.kv_heads, -1, shape.head_dim)
             keys, values = cached[:rows, 0, :, :longest], cached[:rows, 1, :, :longest]
             mask = masks[kinds[index]]
             out_BKGE = functional.scaled_dot_product_attention(q_BKGE, keys, values, mask, scale=shape.scale)
@@ -222,12 +225,12 @@ class PlainStep:
         return model.logits(h_BD)
 
 
-def _turns(rope: Rope, shape: AttentionShape) -> tuple[Tensor, Tensor]:
+def _turns(rope: RopeTable, shape: AttentionShape) -> tuple[Tensor, Tensor]:
     """Cosines and signed sines of all positions and heads, (P, H, E)."""
-    cos_PHE = rope.cos_PE.new_ones(len(rope.cos_PE), shape.heads + 2 * shape.kv_heads, shape.size)
+    cos_PHE = rope.cos_LE.new_ones(len(rope.cos_LE), shape.heads + 2 * shape.kv_heads, shape.head_dim)
     sin_PHE = torch.zeros_like(cos_PHE)
-    cos_PHE[:, : -shape.kv_heads] = torch.cat([rope.cos_PE, rope.cos_PE], dim=1)[:, None]
-    sin_PHE[:, : -shape.kv_heads] = torch.cat([-rope.sin_PE, rope.sin_PE], dim=1)[:, None]
+    cos_PHE[:, : -shape.kv_heads] = torch.cat([rope.cos_LE, rope.cos_LE], dim=1)[:, None]
+    sin_PHE[:, : -shape.kv_heads] = torch.cat([-rope.sin_LE, rope.sin_LE], dim=1)[:, None]
     return cos_PHE, sin_PHE
 
 

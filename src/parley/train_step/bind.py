@@ -1,7 +1,7 @@
-"""From a transformers model to the weights that the fast step and the decoder read. Nothing in the model is replaced.
+"""From a transformers model to the weights that the fused step and the decoder read. Nothing in the model is replaced.
 
-Knows the decoders of Llama, Mistral, Qwen2 and Qwen3, bare or with plain LoRA on any of the seven projections. `bind`
-is for training, `read` for answering.
+Takes the families of parley.models.families, bare or with plain LoRA on any of their projections. `bind` is for
+training, `read_weights` for inference.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from parley.library_compat.bitsandbytes import has_inference_layout
+from parley.models.families import ModelFamily, family_of
 from parley.train_step.flat_parameters import FlatAdapters
-from parley.train_step.fused_linear import Adapter, Base, Dense, FusedLinear
-from parley.train_step.nf4 import Nf4
-from parley.train_step.ops import AttentionShape, HeadNorms, Rope
+from parley.train_step.fused_linear import BaseWeight, DenseWeight, FusedLinear
+from parley.train_step.nf4 import Nf4Weight
+from parley.train_step.ops import Adapter, AttentionShape, QkNorm, RopeTable
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPES = ("default", "linear", "llama3", "yarn")  # those whose frequencies do not depend on the text's length
-GROUPS = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)  # tl.arange takes powers of two, tl.dot at least 16
 
 
 class Unsupported(Exception):
@@ -35,32 +34,32 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """One decoder layer: four fused products, two norms and the shape of its attention."""
+class LayerWeights:
+    """One decoder layer: four fused linears, two norms and the shape of its attention."""
 
     qkv: FusedLinear
     o: FusedLinear
     gate_up: FusedLinear
     down: FusedLinear
-    norm_in_D: Tensor
-    norm_mid_D: Tensor
+    input_norm_D: Tensor
+    post_attention_norm_D: Tensor
     eps: float
     shape: AttentionShape
-    head_norms: HeadNorms | None
+    qk_norm: QkNorm | None
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a forward pass reads: all by reference, so that the model stays the source of truth."""
+class ModelWeights:
+    """What a forward pass reads, all by reference: the transformers model stays the source of truth."""
 
-    layers: list[Layer]
+    layers: list[LayerWeights]
     embedding_VD: Tensor
     norm_D: Tensor
     eps: float
     head_VD: Tensor
     rotary: nn.Module
     dtype: torch.dtype
-    head_size: int
+    head_dim: int
 
     @property
     def device(self) -> torch.device:
@@ -68,20 +67,21 @@ class Weights:
 
     @property
     def linears(self) -> list[FusedLinear]:
+        """All fused linears, in the order of the forward pass."""
         return [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
     @torch.no_grad()
-    def rope(self, positions: int) -> Rope:
+    def rope_table(self, positions: int) -> RopeTable:
         """Cosines and sines of the first `positions`, from the model's own rotary module."""
-        position_1P = torch.arange(positions, device=self.device)[None]
-        cos_1PE, sin_1PE = self.rotary(self.embedding_VD[:1], position_1P)
-        half = self.head_size // 2
-        return Rope(cos_1PE[0, :, :half].contiguous(), sin_1PE[0, :, :half].contiguous())
+        position_1L = torch.arange(positions, device=self.device)[None]
+        cos_1LE, sin_1LE = self.rotary(self.embedding_VD[:1], position_1L)
+        half = self.head_dim // 2  # transformers repeats each frequency for both halves of a head
+        return RopeTable(cos_1LE[0, :, :half].contiguous(), sin_1LE[0, :, :half].contiguous())
 
 
 @dataclass(frozen=True)
-class Bound(Weights):
-    """Weights whose adapters are trained: these lie in flat buffers with their gradients."""
+class BoundModel(ModelWeights):
+    """Weights bound for training: the adapters' lie in flat buffers with their gradients."""
 
     flat: FlatAdapters
 
@@ -89,20 +89,24 @@ class Bound(Weights):
 FindAdapter = Callable[[nn.Module], Adapter | None]
 
 
-def bind(model: nn.Module) -> Bound:
-    """Read `model`'s weights for training and move its adapter weights into flat buffers. Raises Unsupported."""
+def bind(model: nn.Module) -> BoundModel:
+    """Read `model`'s weights for training and move its adapter weights into flat buffers.
+
+    Raises Unsupported for whatever the fused step would compute differently from transformers and PEFT.
+    """
     if not isinstance(model, PeftModel):
         raise Unsupported("the model has no PEFT adapters")
-    base = _checked(model.get_base_model())
+    base = model.get_base_model()
+    family = _check(base)
     if base.config.attention_dropout:
         raise Unsupported("attention dropout")
-    parameters = [p for layer in _projections(base) for group in layer for p in _lora_weights(group)]
+    parameters = [p for layer in _projections(base, family) for group in layer for p in _lora_parameters(group)]
     if not parameters:
         raise Unsupported("the model has no LoRA adapters")
     names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
-    strangers = set(names) - {id(p) for p in parameters}
-    if strangers:
-        raise Unsupported(f"{names[strangers.pop()]} is trained, which is no LoRA weight of a decoder projection")
+    others = set(names) - {id(p) for p in parameters}
+    if others:
+        raise Unsupported(f"{names[others.pop()]} is trained, which is no LoRA weight of a decoder projection")
     flat = FlatAdapters(parameters)
     index = {id(p): i for i, p in enumerate(parameters)}
 
@@ -112,12 +116,14 @@ def bind(model: nn.Module) -> Bound:
         a, b = _lora_pair(module)
         return flat.adapter(index[id(a)], index[id(b)], module.scaling[module.active_adapters[0]])
 
-    return Bound(**_weights(base, adapter, 64 if flat.weight_G.is_cuda else 1), flat=flat)
+    # 64 columns keep the rows of the fused matrices aligned to 128 bytes, as tensor cores want them.
+    return BoundModel(**_weights(base, family, adapter, 64 if flat.weight_Z.is_cuda else 1), flat=flat)
 
 
-def read(model: nn.Module) -> Weights:
-    """Read `model`'s weights for answering; adapters, if it has any, stay where they are. Raises Unsupported."""
-    base = _checked(model.get_base_model() if isinstance(model, PeftModel) else model)
+def read_weights(model: nn.Module) -> ModelWeights:
+    """Read `model`'s weights for inference; adapters, if it has any, stay in their own memory. Raises Unsupported."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    family = _check(base)
 
     def adapter(module: nn.Module) -> Adapter | None:
         if not isinstance(module, LoraLayer):
@@ -126,30 +132,29 @@ def read(model: nn.Module) -> Weights:
         no_gradient = a.new_empty(0)
         return Adapter(a, b, no_gradient, no_gradient, module.scaling[module.active_adapters[0]])
 
-    return Weights(**_weights(base, adapter, 1))
+    return ModelWeights(**_weights(base, family, adapter, 1))
 
 
-def _weights(base: PreTrainedModel, adapter: FindAdapter, granule: int) -> dict[str, Any]:
-    """The fields of Weights."""
+def _weights(base: PreTrainedModel, family: ModelFamily, adapter: FindAdapter, rank_multiple: int) -> dict[str, Any]:
+    """The fields of ModelWeights."""
     decoder = base.model
 
     def fused(modules: list[nn.Module]) -> FusedLinear:
-        bases = [_base(module) for module in modules]
-        return FusedLinear(
-            [base for base, _ in bases], [adapter(m) for m in modules], _bias([b for _, b in bases]), granule
-        )
+        bases = [_base_weight(module) for module in modules]
+        bias = _fused_bias([bias for _, bias in bases])
+        return FusedLinear([weight for weight, _ in bases], [adapter(m) for m in modules], bias, rank_multiple)
 
     layers = []
-    for module, groups in zip(decoder.layers, _projections(base), strict=True):
+    for index, (module, groups) in enumerate(zip(decoder.layers, _projections(base, family), strict=True)):
         qkv, o, gate_up, down = (fused(group) for group in groups)
         layers.append(
-            Layer(
+            LayerWeights(
                 qkv, o, gate_up, down,
                 module.input_layernorm.weight.data,
                 module.post_attention_layernorm.weight.data,
                 module.input_layernorm.variance_epsilon,
-                _attention_shape(module.self_attn, base.config),
-                _head_norms(module.self_attn),
+                _attention_shape(module.self_attn, base.config, family.window(base.config, index)),
+                _qk_norm(module.self_attn, family),
             )
         )  # fmt: skip
     return {
@@ -160,17 +165,23 @@ def _weights(base: PreTrainedModel, adapter: FindAdapter, granule: int) -> dict[
         "head_VD": base.lm_head.weight.data,
         "rotary": decoder.rotary_emb,
         "dtype": decoder.embed_tokens.weight.dtype,
-        "head_size": layers[0].shape.size,
+        "head_dim": layers[0].shape.head_dim,
     }
 
 
-def _checked(base: PreTrainedModel) -> PreTrainedModel:
+def _check(base: nn.Module) -> ModelFamily:
+    """The family of `base`, if everything outside its layers is as the family declares it."""
+    if not isinstance(base, PreTrainedModel):
+        raise Unsupported(f"{type(base).__name__} is no transformers model")
     config = base.config
-    if config.model_type not in FAMILIES:
-        raise Unsupported(f"no fast step for the {config.model_type} family")
-    if config.hidden_act != "silu":
+    family = family_of(config)
+    if family is None:
+        raise Unsupported(f"no fused step for the {config.model_type} family")
+    if type(base).__name__ != family.architecture:  # another head, or somebody's own forward pass
+        raise Unsupported(f"{type(base).__name__} is not {family.architecture}")
+    if config.hidden_act != family.activation:
         raise Unsupported(f"activation {config.hidden_act}")
-    if base.model.rotary_emb.rope_type not in ROPES:
+    if base.model.rotary_emb.rope_type not in family.rope_types:
         raise Unsupported(f"rotary embeddings of type {base.model.rotary_emb.rope_type}")
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):  # two copies, and the adapter's switch chooses between them
@@ -178,34 +189,29 @@ def _checked(base: PreTrainedModel) -> PreTrainedModel:
     devices = {p.device for p in base.parameters()}
     if len(devices) > 1:
         raise Unsupported("the model is spread over several devices")
-    size = base.model.layers[0].self_attn.head_dim
-    if devices.pop().type == "cuda" and size not in (16, 32, 64, 128, 256):
-        raise Unsupported(f"attention heads of {size}")
+    head_dim = base.model.layers[0].self_attn.head_dim
+    if devices.pop().type == "cuda" and head_dim not in TRITON_HEAD_DIMS:
+        raise Unsupported(f"attention heads of {head_dim}")
     if not isinstance(base.lm_head, nn.Linear) or base.lm_head.bias is not None:
         raise Unsupported("the output head is no plain matrix")
     if not isinstance(base.model.embed_tokens, nn.Embedding):
         raise Unsupported("the embedding is no plain table")
-    return base
+    return family
 
 
-def _projections(base: PreTrainedModel) -> list[list[list[nn.Module]]]:
-    """The modules of each group of each layer."""
-    return [[[_projection(layer, name) for name in group] for group in GROUPS] for layer in base.model.layers]
+def _projections(base: PreTrainedModel, family: ModelFamily) -> list[list[list[nn.Module]]]:
+    """The linear modules of each group of each layer."""
+    return [[[layer.get_submodule(name) for name in group] for group in family.groups] for layer in base.model.layers]
 
 
-def _projection(layer: nn.Module, name: str) -> nn.Module:
-    parent = layer.self_attn if name in (*GROUPS[0], *GROUPS[1]) else layer.mlp
-    return parent.get_submodule(name)
-
-
-def _lora_weights(group: list[nn.Module]) -> list[nn.Parameter]:
-    """All A, then all B, so that the A of a group are neighbours in the flat buffer, and so are the B."""
+def _lora_parameters(group: list[nn.Module]) -> list[nn.Parameter]:
+    """All A, then all B: neighbours in the flat buffer, so that one kernel launch serves a group."""
     pairs = [_lora_pair(module) for module in group if isinstance(module, LoraLayer)]
     return [a for a, _ in pairs] + [b for _, b in pairs]
 
 
 def _lora_pair(module: LoraLayer, *, trained: bool = True) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of the one active adapter; Unsupported for whatever plain LoRA does not do. Dropout is for training."""
+    """A and B of the one active adapter; Unsupported for whatever is not plain LoRA (dropout: in training)."""
     if not isinstance(module, LoraLinear) and type(module).__name__ != "Linear4bit":
         raise Unsupported(f"adapters of type {type(module).__name__}")
     if len(module.lora_A) != 1 or len(module.active_adapters) != 1:
@@ -222,20 +228,20 @@ def _lora_pair(module: LoraLayer, *, trained: bool = True) -> tuple[nn.Parameter
     return module.lora_A[name].weight, module.lora_B[name].weight
 
 
-def _base(module: nn.Module) -> tuple[Base, Tensor | None]:
+def _base_weight(module: nn.Module) -> tuple[BaseWeight, Tensor | None]:
     """The frozen weight of a projection, and its bias."""
     linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
     bias = None if linear.bias is None else linear.bias.data
     if isinstance(linear, bitsandbytes.nn.Linear4bit):
         if has_inference_layout(linear):
             raise Unsupported("4-bit weights in the layout of CPU inference")
-        return Nf4(linear.weight), bias
+        return Nf4Weight(linear.weight), bias
     if type(linear) is not nn.Linear:
         raise Unsupported(f"base layers of type {type(linear).__name__}")
-    return Dense(linear.weight.data), bias
+    return DenseWeight(linear.weight.data), bias
 
 
-def _bias(biases: list[Tensor | None]) -> Tensor | None:
+def _fused_bias(biases: list[Tensor | None]) -> Tensor | None:
     if all(bias is None for bias in biases):
         return None
     if any(bias is None for bias in biases):
@@ -243,18 +249,14 @@ def _bias(biases: list[Tensor | None]) -> Tensor | None:
     return torch.cat([bias for bias in biases if bias is not None])
 
 
-def _attention_shape(attention: nn.Module, config: Any) -> AttentionShape:
-    window = attention.sliding_window if config.model_type in ("qwen2", "qwen3") else None
-    if config.model_type == "mistral":
-        window = config.sliding_window
+def _attention_shape(attention: nn.Module, config: Any, window: int | None) -> AttentionShape:
     return AttentionShape(
         config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling, window
     )
 
 
-def _head_norms(attention: nn.Module) -> HeadNorms | None:
-    norms = dict(attention.named_children())
-    if "q_norm" not in norms:
+def _qk_norm(attention: nn.Module, family: ModelFamily) -> QkNorm | None:
+    if family.qk_norm is None:
         return None
-    q, k = norms["q_norm"], norms["k_norm"]
-    return HeadNorms(q.weight.data, k.weight.data, q.variance_epsilon)
+    q, k = attention.q_norm, attention.k_norm
+    return QkNorm(q.weight.data, k.weight.data, q.variance_epsilon)

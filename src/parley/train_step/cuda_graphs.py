@@ -1,11 +1,11 @@
-"""The forward and backward halves of a pass as CUDA graphs, one pair for each size of row.
+"""The forward and backward halves of a pass as CUDA graphs, one pair for each padded batch size.
 
-A capture takes the host as long as a few passes take the device. So a size that comes seldom goes through the graph of
-the next larger one, until the rows it wasted there have cost about as much as a graph of its own.
+A capture costs the host as much as a few passes cost the device. So a rare size replays the graph of the next larger
+one, until the padding spent there has cost about as much as a capture of its own.
 
 Only the number of rows is baked into a graph: documents, tokens and positions are read from the static buffer. The
-head stays outside, so that the count of supervised tokens needs no buckets; its few launches are issued while the
-forward half still runs.
+head runs between the two graphs, so that the number of supervised rows needs no buckets; its few launches are issued
+while the forward graph still runs.
 """
 
 from __future__ import annotations
@@ -17,76 +17,76 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from parley.train_step.matmul import whole
-from parley.train_step.packed_batch import Rows
+from parley.train_step.packed_batch import DeviceBatch
+from parley.units import round_up
 
 if TYPE_CHECKING:
-    from parley.train_step.fused_step import FusedStep, Middle
+    from parley.train_step.fused_step import ForwardState, FusedStep
 
 
 @dataclass
-class Pair:
+class CapturedPass:
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    middle: Middle
+    state: ForwardState  # tensors at the addresses that both graphs use
 
 
-WASTE = 2048  # rows that a size may waste in larger graphs; an H200 takes 5,000 in the time of a capture
+CAPTURE_COST_TOKENS = 2048  # padding worth one capture, which takes an H200 the time of 5,000 tokens
 
 
-class Sizes:
-    """Which size of graph a pass goes through, a multiple of `granule`."""
+class GraphSizes:
+    """Chooses the graph size for a pass, a multiple of `pad_multiple`."""
 
-    def __init__(self, granule: int) -> None:
-        self.granule = granule
-        self.wasted: Counter[int] = Counter()  # rows, by the size that they were added to
+    def __init__(self, pad_multiple: int) -> None:
+        self.pad_multiple = pad_multiple
+        self.padding: Counter[int] = Counter()  # tokens of padding spent so far, by the size that was padded
 
     def choose(self, tokens: int, captured: Iterable[int]) -> int:
-        own = whole(tokens, self.granule)
-        larger = min((size for size in captured if size >= own), default=own)
-        if self.wasted[own] + larger - own > WASTE:
-            return own
-        self.wasted[own] += larger - own
+        exact = round_up(tokens, self.pad_multiple)
+        larger = min((size for size in captured if size >= exact), default=exact)
+        if self.padding[exact] + larger - exact > CAPTURE_COST_TOKENS:
+            return exact
+        self.padding[exact] += larger - exact
         return larger
 
 
-class Graphs:
-    """Captures a size when it is worth it and replays from then on. All graphs share one pool of memory."""
+class GraphRunner:
+    """Captures a size when it is worth it and replays from then on. All graphs share one memory pool."""
 
     def __init__(self, step: FusedStep) -> None:
         self.step = step
-        self.pairs: dict[int, Pair] = {}
+        self.captured: dict[int, CapturedPass] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.warm = False
-        self.sizes = Sizes(step.plan.granule)
+        self.warmed_up = False
+        self.sizes = GraphSizes(step.plan.pad_multiple)
 
-    def rows_for(self, tokens: int) -> int:
-        """The size of graph that a pass of `tokens` goes through."""
-        return self.sizes.choose(tokens, self.pairs)
+    def tokens_for(self, tokens: int) -> int:
+        """The graph size that a pass of `tokens` is padded to."""
+        return self.sizes.choose(tokens, self.captured)
 
     def clear(self) -> None:
-        """Forget all graphs: what they read has moved. The pool goes with the last of them."""
-        self.pairs.clear()
+        """Drop all graphs, because buffers that they read have moved. The pool is freed with the last of them."""
+        self.captured.clear()
         self.pool = torch.cuda.graph_pool_handle()
-        self.warm = False
+        self.warmed_up = False
 
-    def run(self, rows: Rows) -> None:
-        """Forward, head and backward of `rows`, which are views of the static buffer."""
-        if not self.warm:  # libraries set themselves up, which no capture allows
-            self.step.eager(rows)
-            self.warm = True
+    def run(self, batch: DeviceBatch) -> None:
+        """Forward, head and backward of `batch`, whose tensors are views of the static buffer."""
+        if not self.warmed_up:  # cuBLAS and Triton initialise at their first call, which a capture forbids
+            self.step.run_eager(batch)
+            self.warmed_up = True
             return
-        pair = self.pairs.get(rows.tokens)
-        if pair is None:
-            pair = self.pairs[rows.tokens] = self._capture(rows)
-        pair.forward.replay()
-        self.step.head(rows, pair.middle)
-        pair.backward.replay()
+        captured = self.captured.get(batch.tokens)
+        if captured is None:
+            captured = self.captured[batch.tokens] = self._capture(batch)
+        captured.forward.replay()
+        self.step.head(batch, captured.state)
+        captured.backward.replay()
 
-    def _capture(self, rows: Rows) -> Pair:
+    def _capture(self, batch: DeviceBatch) -> CapturedPass:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(forward, pool=self.pool, capture_error_mode="thread_local"):
-            middle = self.step.forward(rows)
+            state = self.step.forward(batch)
         with torch.cuda.graph(backward, pool=self.pool, capture_error_mode="thread_local"):
-            self.step.backward(rows, middle)
-        return Pair(forward, backward, middle)
+            self.step.backward(batch, state)
+        return CapturedPass(forward, backward, state)

@@ -1,19 +1,19 @@
-"""Frozen projections that read the same rows, and the adapters on them, as one matrix.
+"""Frozen projections that share their input, and the LoRA adapters on them, as one matrix.
 
 For y = x W^T + s (x A^T) B^T the block matrix
 
     M = [[W, s B],        of shape (N + P, K + P)
          [A,   0]]
 
-turns each direction into one small and one large product over rows that carry P spare columns:
+turns each direction into one small and one large product over rows that carry P extra columns:
 
     forward   u = x A^T,     y  = [x | u]  [W | s B]^T
     backward  v = dy (s B),  dx = [dy | v] [W ; A]
 
-Projections side by side stack their rows of W and A; their B stay in columns of their own.
+Projections side by side stack their rows of W and A; each B keeps its own columns (zeros elsewhere).
 
-Shape suffixes: T tokens, K columns in, N columns out, P columns set aside for all ranks, R one rank.
-Two letters at the end of a matrix are its rows and columns: NKP has N rows and K + P columns, NPK N + P rows and K.
+Shape suffixes (legend in docs/design.md): T tokens, K input features, N output features, P LoRA columns (the ranks of
+all adapters, padded), R one rank. NKP has N rows and K + P columns, NPK N + P rows and K columns.
 """
 
 from __future__ import annotations
@@ -25,146 +25,149 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from parley.train_step.matmul import product, takes_whole_weights, whole
-from parley.train_step.ops import Adapter, Copy, Ops, Slot
+from parley.train_step import matmul
+from parley.train_step.ops import Adapter, AdapterSlice, Ops, ScaledCopy
+from parley.units import round_up
 
 
-class Base(Protocol):
-    """A frozen weight in the form the model keeps it."""
+class BaseWeight(Protocol):
+    """A frozen weight in the format the model stores it in."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
 
-    def write(self, out_NK: Tensor, ops: Ops) -> None:
-        """Write the weight, in `out_NK`'s dtype, into the strided `out_NK`."""
+    def copy_into(self, out_NK: Tensor, ops: Ops) -> None:
+        """Write the weight, dequantised and cast to `out_NK`'s dtype, into the strided `out_NK`."""
 
 
 @dataclass(frozen=True)
-class Dense:
+class DenseWeight:
     weight_NK: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.weight_NK.shape[0], self.weight_NK.shape[1]
 
-    def write(self, out_NK: Tensor, ops: Ops) -> None:
+    def copy_into(self, out_NK: Tensor, ops: Ops) -> None:
         out_NK.copy_(self.weight_NK)
 
 
 @dataclass(frozen=True)
-class Matrix:
-    """[W | s B] and [W ; A]: views of one M, or two copies where products take a weight only in one piece."""
+class FusedMatrix:
+    """[W | s B] and [W ; A]: two views of one M, or two contiguous copies where oneDNN takes no sliced weight."""
 
-    across_NKP: Tensor
-    down_NPK: Tensor
+    forward_NKP: Tensor
+    backward_NPK: Tensor
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.down_NPK.shape[0], self.across_NKP.shape[1]
+        return self.backward_NPK.shape[0], self.forward_NKP.shape[1]
 
 
 @dataclass
 class FusedLinear:
     """One matrix for the projections `bases`, with `adapters` (None: not adapted) on them."""
 
-    bases: list[Base]
+    bases: list[BaseWeight]
     adapters: list[Adapter | None]
     bias_N: Tensor | None = None
-    granule: int = 1  # the ranks are padded to a multiple of this
-    matrix: Matrix | None = None  # M, kept across passes where memory allows
-    slots: list[Slot] = field(init=False)
+    rank_multiple: int = 1  # P is rounded up to a multiple of this, so that rows stay aligned for tensor cores
+    matrix: FusedMatrix | None = None  # kept across passes where memory allows
+    adapter_slices: list[AdapterSlice] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.columns_in = self.bases[0].shape[1]
-        self.columns_out = sum(base.shape[0] for base in self.bases)
-        self.slots, row, rank = [], 0, 0
+        self.in_features = self.bases[0].shape[1]
+        self.out_features = sum(base.shape[0] for base in self.bases)
+        self.adapter_slices, row, column = [], 0, 0
         for base, adapter in zip(self.bases, self.adapters, strict=True):
             if adapter is not None:
-                r = adapter.a_RK.shape[0]
-                self.slots.append(Slot(adapter, slice(row, row + base.shape[0]), slice(rank, rank + r)))
-                rank += r
+                rank = adapter.a_RK.shape[0]
+                rows, columns = slice(row, row + base.shape[0]), slice(column, column + rank)
+                self.adapter_slices.append(AdapterSlice(adapter, rows, columns))
+                column += rank
             row += base.shape[0]
-        self.spare = whole(rank, self.granule)
+        self.lora_columns = round_up(column, self.rank_multiple)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        return self.columns_out + self.spare, self.columns_in + self.spare
+        return self.out_features + self.lora_columns, self.in_features + self.lora_columns
 
-    def matrix_elements(self, *, apart: bool) -> int:
+    def matrix_numel(self, *, contiguous: bool) -> int:
+        """Elements that `allocate` takes."""
         rows, columns = self.matrix_shape
-        return self.columns_out * columns + rows * self.columns_in if apart else rows * columns
+        return self.out_features * columns + rows * self.in_features if contiguous else rows * columns
 
-    def empty_matrix(self, dtype: torch.dtype, device: torch.device, *, apart: bool) -> Matrix:
-        """Room for M; `apart`, for its two halves."""
+    def allocate(self, dtype: torch.dtype, device: torch.device, *, contiguous: bool) -> FusedMatrix:
+        """An uninitialised M; `contiguous`: its two halves apart, each in one piece."""
         rows, columns = self.matrix_shape
-        if apart:
-            across_NKP = torch.empty(self.columns_out, columns, dtype=dtype, device=device)
-            return Matrix(across_NKP, torch.empty(rows, self.columns_in, dtype=dtype, device=device))
-        whole = torch.empty(rows, columns, dtype=dtype, device=device)
-        return Matrix(whole[: self.columns_out], whole[:, : self.columns_in])
+        if contiguous:
+            forward_NKP = torch.empty(self.out_features, columns, dtype=dtype, device=device)
+            return FusedMatrix(forward_NKP, torch.empty(rows, self.in_features, dtype=dtype, device=device))
+        matrix = torch.empty(rows, columns, dtype=dtype, device=device)
+        return FusedMatrix(matrix[: self.out_features], matrix[:, : self.in_features])
 
-    def fill_base(self, matrix: Matrix, ops: Ops) -> None:
-        """Write W into `matrix` and clear the columns and rows that the adapters share."""
-        across_NK, down_NK = matrix.across_NKP[:, : self.columns_in], matrix.down_NPK[: self.columns_out]
+    def fill_base(self, matrix: FusedMatrix, ops: Ops) -> None:
+        """Write W into `matrix` and zero the columns and rows of the adapters."""
+        forward_NK, backward_NK = matrix.forward_NKP[:, : self.in_features], matrix.backward_NPK[: self.out_features]
         row = 0
         for base in self.bases:
-            base.write(across_NK[row : row + base.shape[0]], ops)
+            base.copy_into(forward_NK[row : row + base.shape[0]], ops)
             row += base.shape[0]
-        if down_NK.data_ptr() != across_NK.data_ptr():
-            down_NK.copy_(across_NK)
-        matrix.across_NKP[:, self.columns_in :].zero_()
-        matrix.down_NPK[self.columns_out :].zero_()
+        if backward_NK.data_ptr() != forward_NK.data_ptr():  # two copies: 4-bit weights are dequantised once
+            backward_NK.copy_(forward_NK)
+        matrix.forward_NKP[:, self.in_features :].zero_()
+        matrix.backward_NPK[self.out_features :].zero_()
 
-    def copies(self, matrix: Matrix) -> Iterator[Copy]:
-        """A and s B, which change each step, and their places in `matrix`."""
-        for slot in self.slots:
-            top = self.columns_out + slot.columns.start
-            left = self.columns_in + slot.columns.start
-            r = slot.adapter.a_RK.shape[0]
-            yield slot.adapter.a_RK, matrix.down_NPK[top : top + r], 1.0
-            yield slot.adapter.b_NR, matrix.across_NKP[slot.rows, left : left + r], slot.adapter.scale
+    def adapter_copies(self, matrix: FusedMatrix) -> Iterator[ScaledCopy]:
+        """The copies that bring A and s B, which change every step, into `matrix`."""
+        for item in self.adapter_slices:
+            top = self.out_features + item.columns.start
+            left = self.in_features + item.columns.start
+            rank = item.adapter.a_RK.shape[0]
+            yield item.adapter.a_RK, matrix.backward_NPK[top : top + rank], 1.0
+            yield item.adapter.b_NR, matrix.forward_NKP[item.rows, left : left + rank], item.adapter.scale
 
-    def fill_adapters(self, matrix: Matrix, ops: Ops) -> None:
-        for copy in self.copies(matrix):
+    def fill_adapters(self, matrix: FusedMatrix, ops: Ops) -> None:
+        for copy in self.adapter_copies(matrix):
             ops.copy_scaled(*copy)
 
-    def project(self, matrix: Matrix, x_TKP: Tensor) -> None:
-        """Fill the spare columns of `x_TKP` with u, which the forward and the backward pass read."""
-        if self.spare:
-            x_TK, u_TP = x_TKP[:, : self.columns_in], x_TKP[:, self.columns_in :]
-            torch.mm(x_TK, matrix.down_NPK[self.columns_out :].t(), out=u_TP)
+    def lora_down(self, matrix: FusedMatrix, x_TKP: Tensor) -> None:
+        """Fill the LoRA columns of `x_TKP` with u = x A^T, which the forward and the backward pass read."""
+        if self.lora_columns:
+            x_TK, u_TP = x_TKP[:, : self.in_features], x_TKP[:, self.in_features :]
+            torch.mm(x_TK, matrix.backward_NPK[self.out_features :].t(), out=u_TP)
 
-    def forward(self, matrix: Matrix, x_TKP: Tensor, room_TN: Tensor) -> Tensor:
-        """y of rows whose spare columns `project` has filled, in `room_TN` or in memory of the library's own."""
-        return product(x_TKP, matrix.across_NKP, room_TN, self.bias_N)
+    def forward(self, matrix: FusedMatrix, x_TKP: Tensor, out_TN: Tensor) -> Tensor:
+        """y of rows whose LoRA columns `lora_down` has filled, in `out_TN` or wherever `matmul.linear` puts it."""
+        return matmul.linear(x_TKP, matrix.forward_NKP, out_TN, self.bias_N)
 
     def backward(
-        self, matrix: Matrix, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, room_TK: Tensor | None
+        self, matrix: FusedMatrix, dy_TNP: Tensor, x_TKP: Tensor, ops: Ops, out_TK: Tensor | None
     ) -> Tensor | None:
-        """Add to the adapters' gradients and return dx, in `room_TK` or elsewhere as in `forward`.
+        """Add to the adapters' gradients and return dx, in `out_TK` or elsewhere as in `forward`.
 
-        The room may be x itself; None leaves dx out. The spare columns of `dy_TNP` are filled with v.
+        `out_TK` may be x itself; None leaves dx out. The LoRA columns of `dy_TNP` are filled with v.
         """
-        if self.spare:
-            self._project_back(matrix.across_NKP[:, self.columns_in :], dy_TNP)
-        if self.slots:
-            ops.add_adapter_gradients(dy_TNP, x_TKP, self.slots, self.columns_out, self.columns_in)
-        return None if room_TK is None else product(dy_TNP, matrix.down_NPK.t(), room_TK)
+        if self.lora_columns:
+            self._lora_up_backward(matrix.forward_NKP[:, self.in_features :], dy_TNP)
+        if self.adapter_slices:
+            ops.add_adapter_gradients(dy_TNP, x_TKP, self.adapter_slices, self.out_features, self.in_features)
+        return None if out_TK is None else matmul.linear(dy_TNP, matrix.backward_NPK.t(), out_TK)
 
-    def _project_back(self, sb_NP: Tensor, dy_TNP: Tensor) -> None:
-        """Fill the spare columns of `dy_TNP` with v."""
-        dy_TN, v_TP = dy_TNP[:, : self.columns_out], dy_TNP[:, self.columns_out :]
-        if sb_NP.is_cuda:  # one launch costs less than what it multiplies by the zeros between the B
+    def _lora_up_backward(self, sb_NP: Tensor, dy_TNP: Tensor) -> None:
+        """Fill the LoRA columns of `dy_TNP` with v = dy (s B)."""
+        dy_TN, v_TP = dy_TNP[:, : self.out_features], dy_TNP[:, self.out_features :]
+        if sb_NP.is_cuda:  # one launch costs less than the multiplications by the zeros between the B
             torch.mm(dy_TN, sb_NP, out=v_TP)
             return
-        for slot in self.slots:
-            torch.mm(dy_TN[:, slot.rows], sb_NP[slot.rows, slot.columns], out=v_TP[:, slot.columns])
+        for item in self.adapter_slices:
+            torch.mm(dy_TN[:, item.rows], sb_NP[item.rows, item.columns], out=v_TP[:, item.columns])
 
 
-class Matrices:
-    """Hands out each FusedLinear's matrix: the one it keeps, or one shared with its fellows, filled anew.
+class FusedMatrixCache:
+    """The matrix of each FusedLinear: its own where memory allows, else shared across layers, filled at each use.
 
-    `linears` lists the products of each layer in turn, `per_layer` of them.
+    `linears` lists the fused linears of each layer in turn, `per_layer` of them.
     """
 
     def __init__(
@@ -172,42 +175,43 @@ class Matrices:
     ) -> None:
         self.linears, self.per_layer, self.ops = linears, per_layer, ops
         self.dtype, self.device = dtype, device
-        self.apart = takes_whole_weights(dtype, device)
-        self.shared: list[Matrix] = []
-        self.table: Any = None  # all copies into the kept matrices
-        self.holds: list[FusedLinear | None] = [None] * per_layer
-        self.place = {id(linear): i % per_layer for i, linear in enumerate(linears)}
+        self.contiguous = matmul.uses_onednn(dtype, device)
+        self.shared: list[FusedMatrix] = []
+        self.copies: Any = None  # prepared copies of all adapters into their own matrices
+        self.filled_for: list[FusedLinear | None] = [None] * per_layer  # whose weights a shared matrix holds
+        self.shared_index = {id(linear): i % per_layer for i, linear in enumerate(linears)}
 
-    def keep(self) -> None:
-        """Build every matrix now and keep it."""
+    def allocate_all(self) -> None:
+        """Give every linear a matrix of its own, filled now."""
         for linear in self.linears:
-            linear.matrix = self._empty(linear)
+            linear.matrix = self._allocate(linear)
             linear.fill_base(linear.matrix, self.ops)
-        copies = [copy for linear in self.linears if linear.matrix is not None for copy in linear.copies(linear.matrix)]
-        self.table = self.ops.copy_table(copies)
+        self.copies = self.ops.prepare_copies(
+            [c for linear in self.linears if linear.matrix is not None for c in linear.adapter_copies(linear.matrix)]
+        )
 
-    def share(self) -> None:
-        """Keep none: one matrix for each product of a layer."""
-        self.shared = [self._empty(linear) for linear in self.linears[: self.per_layer]]
+    def allocate_shared(self) -> None:
+        """One matrix for each of a layer's linears, shared by all layers."""
+        self.shared = [self._allocate(linear) for linear in self.linears[: self.per_layer]]
 
-    def refresh(self) -> None:
-        """Bring the kept matrices up to date with the adapters."""
-        self.holds = [None] * self.per_layer
-        if self.table is not None:
-            self.ops.copy_all(self.table)
+    def refresh_adapters(self) -> None:
+        """Bring the matrices up to date with the adapters, which the optimizer has changed."""
+        self.filled_for = [None] * self.per_layer
+        if self.copies is not None:
+            self.ops.run_copies(self.copies)
 
-    def __getitem__(self, linear: FusedLinear) -> Matrix:
+    def __getitem__(self, linear: FusedLinear) -> FusedMatrix:
         if linear.matrix is not None:
             return linear.matrix
-        place = self.place[id(linear)]
-        matrix = self.shared[place]
-        if self.holds[place] is not linear:
+        index = self.shared_index[id(linear)]
+        matrix = self.shared[index]
+        if self.filled_for[index] is not linear:
             if linear.matrix_shape != matrix.shape:  # a layer whose adapters differ from the first one's
-                matrix = self.shared[place] = self._empty(linear)
+                matrix = self.shared[index] = self._allocate(linear)
             linear.fill_base(matrix, self.ops)
             linear.fill_adapters(matrix, self.ops)
-            self.holds[place] = linear
+            self.filled_for[index] = linear
         return matrix
 
-    def _empty(self, linear: FusedLinear) -> Matrix:
-        return linear.empty_matrix(self.dtype, self.device, apart=self.apart)
+    def _allocate(self, linear: FusedLinear) -> FusedMatrix:
+        return linear.allocate(self.dtype, self.device, contiguous=self.contiguous)

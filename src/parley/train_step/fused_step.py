@@ -1,6 +1,7 @@
-"""The fast step: the gradient of packed conversations, eagerly or replayed from CUDA graphs.
+"""The fused training step: the gradient of a packed batch, eagerly or replayed from CUDA graphs.
 
-Shape suffixes: T tokens, D hidden, P spare columns, G all adapter weights.
+Shape suffixes (legend in docs/design.md): T tokens, D hidden, P LoRA columns, S supervised rows, V vocabulary, Z all
+adapter weights.
 """
 
 from __future__ import annotations
@@ -12,181 +13,188 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parley.train_step import reference_ops as reference
-from parley.train_step.activation_offload import Offload
-from parley.train_step.bind import Bound
-from parley.train_step.cuda_graphs import Graphs
-from parley.train_step.decoder_layer import Context, Onward, Saved, backward, forward
-from parley.train_step.fused_linear import Matrices
-from parley.train_step.lm_head import head
-from parley.train_step.matmul import WHOLE, whole
-from parley.train_step.memory_plan import Plan
+from parley.data.packing import Document, split_by_tokens
+from parley.train_step import reference_ops
+from parley.train_step.activation_offload import ActivationOffload
+from parley.train_step.bind import BoundModel
+from parley.train_step.cuda_graphs import GraphRunner
+from parley.train_step.decoder_layer import PassContext, SavedActivations, SupervisedRows, backward, forward
+from parley.train_step.fused_linear import FusedMatrixCache
+from parley.train_step.lm_head import loss_and_gradient
+from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
+from parley.train_step.memory_plan import MemoryPlan
 from parley.train_step.ops import Ops
-from parley.train_step.packed_batch import LONG, Example, Pack, Rows, Staging, pack, split
-from parley.train_step.workspace import Workspace, keep_what_is_freed
+from parley.train_step.packed_batch import LONG_DOCUMENT, DeviceBatch, PackedBatch, StagingBuffer, pack
+from parley.train_step.workspace import Workspace, retain_freed_memory
+from parley.units import round_up
 
-DRY = (1024, 2048, 4096)  # rows of passes that between them launch all kernels: see kernels/adapters
+COMPILE_TOKENS = (1024, 2048, 4096)  # batch sizes that between them launch every kernel variant: see kernels/lora.py
 
 
 @dataclass
-class Middle:
-    """A pass between its forward and backward half: the last layer's output h + delta, room for its gradient."""
+class ForwardState:
+    """A pass between its forward and backward half: the last layer's output h + delta, a buffer for its gradient."""
 
     h_TD: Tensor
     delta_TD: Tensor
     dh_TDP: Tensor
-    saved: list[Saved]
-    onward: Onward | None = None  # where the last layer's output has only these rows
+    saved: list[SavedActivations]
+    supervised: SupervisedRows | None = None  # where the last layer's output has only these rows
 
 
 class FusedStep:
-    """Adds the gradient of a step's conversations to `bound.flat.grad_G` and keeps its figures on the device.
+    """Computes the gradient of an optimizer step's documents into `bound.flat.grad_Z`; its metrics stay on the device.
 
-    After `run`, `figures_3` holds the summed loss of the step's supervised tokens, how many of them were the most
-    likely ones, and their summed entropy.
+    After `forward_backward`, `metrics_3` holds, over the step's supervised tokens: the summed loss, how many were the
+    most likely token, and the summed entropy.
     """
 
-    def __init__(self, bound: Bound, plan: Plan, ops: Ops | None = None) -> None:
+    def __init__(self, bound: BoundModel, plan: MemoryPlan, ops: Ops | None = None) -> None:
         self.bound, self.plan = bound, plan
-        self.ops = ops or operations(bound.device)
-        self.rope = bound.rope(plan.positions)
-        self.staging = Staging(bound.device, plan.tokens + plan.granule)
+        self.ops = ops or ops_for(bound.device)
+        self.rope = bound.rope_table(plan.positions)
+        self.staging = StagingBuffer(bound.device, plan.tokens + plan.pad_multiple)
         self.workspace = Workspace(bound, plan)
-        self.offload = Offload(self.workspace) if plan.offload else None
-        self.logits_SV = bound.embedding_VD.new_empty(plan.head_rows, len(bound.head_VD))
-        self.figures_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
-        self.matrices = Matrices(bound.linears, 4, self.ops, bound.dtype, bound.device)
-        self.graphs = Graphs(self) if plan.graph_tokens else None
+        self.offload = ActivationOffload(self.workspace) if plan.offload else None
+        self.logits_SV = bound.embedding_VD.new_empty(plan.logits_rows, len(bound.head_VD))
+        self.metrics_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
+        self.matrices = FusedMatrixCache(bound.linears, 4, self.ops, bound.dtype, bound.device)
+        self.graphs = GraphRunner(self) if plan.graph_tokens else None
         on_cpu = bound.device.type == "cpu"
-        self.whole = WHOLE if on_cpu else 1  # rows of a pass without a graph, in multiples
-        self.narrow = on_cpu and plan.keep == "everything"  # a graph knows no number of supervised rows
+        self.row_multiple = ONEDNN_ROW_MULTIPLE if on_cpu else 1  # of a pass without a graph
+        # A captured graph has a fixed shape, so it cannot depend on the number of supervised rows.
+        self.skip_unsupervised = on_cpu and plan.saved == "all"
         if on_cpu:
-            keep_what_is_freed()
+            retain_freed_memory()
         with torch.no_grad():
-            if plan.keep_matrices:
-                self.matrices.keep()
+            if plan.cache_matrices:
+                self.matrices.allocate_all()
             else:
-                self.matrices.share()
+                self.matrices.allocate_shared()
 
     @torch.no_grad()
-    def run(self, examples: Sequence[Example], supervised: int) -> None:
-        """The gradient of one optimizer step. Its loss is the sum over supervised tokens divided by `supervised`."""
-        self.bound.flat.grad_G.zero_()
-        self.figures_3.zero_()
-        for documents in split(examples, self.plan.tokens):
-            packed = pack(documents)
-            if len(packed.row_S):
-                self._pass(packed.needed(), 1.0 / supervised)
+    def forward_backward(self, documents: Sequence[Document], supervised_tokens: int) -> None:
+        """The gradient of one optimizer step: of the summed loss divided by `supervised_tokens`."""
+        self.bound.flat.grad_Z.zero_()
+        self.metrics_3.zero_()
+        for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
+            batch = pack(documents[run])
+            if len(batch.row_S):
+                self._pass(batch.trimmed(), 1.0 / supervised_tokens)
 
     @torch.no_grad()
-    def measure(self, examples: Sequence[Example]) -> Tensor:
-        """`figures_3` of `examples`; no gradient is touched."""
-        self.figures_3.zero_()
-        for documents in split(examples, self.plan.tokens):
-            needed = pack(documents).needed()
-            if len(needed.row_S):
-                rows = self._send(needed, 1.0, whole(len(needed.ids_T), self.whole))
-                self.head(rows, self.forward(rows))
-        return self.figures_3.clone()
+    def forward_only(self, documents: Sequence[Document]) -> Tensor:
+        """`metrics_3` of `documents`, for evaluation; gradients are left as they are."""
+        self.metrics_3.zero_()
+        for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
+            trimmed = pack(documents[run]).trimmed()
+            if len(trimmed.row_S):
+                batch = self._upload(trimmed, 1.0, round_up(len(trimmed.ids_T), self.row_multiple))
+                self.head(batch, self.forward(batch))
+        return self.metrics_3.clone()
 
     @torch.no_grad()
     def compile(self) -> None:
-        """Compile what passes like the plan's launch now, side by side; a CPU has nothing to compile."""
+        """Compile in parallel every kernel that passes of this plan launch. Does nothing on a CPU."""
         if self.bound.device.type != "cuda":
             return
-        from parley.train_step.kernels.precompile import compiling  # Triton is there only where a GPU is
+        from parley.train_step.kernels.precompile import compiling  # Triton is installed only where a GPU is
 
         plan = self.plan
         with compiling(self.bound.device):
-            for tokens in sorted({min(tokens, plan.tokens) for tokens in DRY}):
-                self.eager(self._send(_made_up(tokens, plan.positions), 1.0, whole(tokens, plan.granule)))
-            odd = max(min(DRY[0], plan.tokens) - 1, 1)  # no multiple of what alignment is compiled for, as in `measure`
-            rows = self._send(_made_up(odd, plan.positions), 1.0, odd)
-            self.head(rows, self.forward(rows))
+            for tokens in sorted({min(tokens, plan.tokens) for tokens in COMPILE_TOKENS}):
+                batch = _dummy_batch(tokens, plan.positions)
+                self.run_eager(self._upload(batch, 1.0, round_up(tokens, plan.pad_multiple)))
+            odd = max(min(COMPILE_TOKENS[0], plan.tokens) - 1, 1)  # unaligned, as batches of `forward_only` are
+            uploaded = self._upload(_dummy_batch(odd, plan.positions), 1.0, odd)
+            self.head(uploaded, self.forward(uploaded))
 
-    def _send(self, packed: Pack, scale: float, tokens: int, *, graphed: bool = False) -> Rows:
-        """`packed` on the device, in a row of `tokens`; graphs that read what had to move for it are dropped."""
+    def _upload(self, packed: PackedBatch, scale: float, tokens: int, *, graphed: bool = False) -> DeviceBatch:
+        """`packed` on the device, padded to `tokens`. Drops the graphs if a buffer that they read had to move."""
         moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
         longest = max(packed.lengths)
-        if longest > len(self.rope.cos_PE):
-            self.rope = self.bound.rope(longest)
+        if longest > len(self.rope.cos_LE):
+            self.rope = self.bound.rope_table(longest)
             moved.append(True)
         if any(moved) and self.graphs is not None:
             self.graphs.clear()
-        return self.staging.send(packed.padded(tokens), scale, None if graphed else packed.lengths)
+        return self.staging.upload(packed.padded(tokens), scale, None if graphed else packed.lengths)
 
-    def _pass(self, packed: Pack, scale: float) -> None:
+    def _pass(self, packed: PackedBatch, scale: float) -> None:
         if self.graphs is not None and len(packed.ids_T) <= self.plan.graph_tokens:
-            self.graphs.run(self._send(packed, scale, self.graphs.rows_for(len(packed.ids_T)), graphed=True))
+            self.graphs.run(self._upload(packed, scale, self.graphs.tokens_for(len(packed.ids_T)), graphed=True))
             return
-        self.eager(self._send(packed, scale, whole(len(packed.ids_T), self.whole)))
+        self.run_eager(self._upload(packed, scale, round_up(len(packed.ids_T), self.row_multiple)))
 
-    def eager(self, rows: Rows) -> None:
-        """A whole pass, launch by launch."""
-        middle = self.forward(rows)
-        self.head(rows, middle)
-        self.backward(rows, middle)
+    def run_eager(self, batch: DeviceBatch) -> None:
+        """A whole pass without a graph."""
+        state = self.forward(batch)
+        self.head(batch, state)
+        self.backward(batch, state)
 
-    def forward(self, rows: Rows) -> Middle:
-        context = self._context(rows)
-        self.matrices.refresh()
-        h_TD = torch.index_select(self.bound.embedding_VD, 0, rows.ids_T, out=context.take("x", 0))
-        delta_TD, passed, onward = None, [], None
+    def forward(self, batch: DeviceBatch) -> ForwardState:
+        context = self._context(batch)
+        self.matrices.refresh_adapters()
+        h_TD = torch.index_select(self.bound.embedding_VD, 0, batch.ids_T, out=context.take("x", 0))
+        delta_TD, passed, supervised = None, [], None
         for index, layer in enumerate(self.bound.layers):
             if self.offload is not None:
-                self.offload.make_place(index)
+                self.offload.wait_for_buffer(index)
             if index == len(self.bound.layers) - 1:
-                onward = self._onward(rows)
-            saved, h_TD, delta_TD = forward(context, layer, index, h_TD, delta_TD, onward)
+                supervised = self._supervised_rows(batch)
+            saved, h_TD, delta_TD = forward(context, layer, index, h_TD, delta_TD, supervised)
             passed.append(saved)
             if self.offload is not None:
-                self.offload.send(index, saved.kept())
+                self.offload.copy_out(index, saved.tensors())
         assert delta_TD is not None
         dh_TDP = context.take("dh", 0)
-        dh_TDP = dh_TDP.zero_() if onward is None else dh_TDP.new_zeros(len(onward.row_S), dh_TDP.shape[1])
-        return Middle(h_TD, delta_TD, dh_TDP, passed, onward)
+        dh_TDP = dh_TDP.zero_() if supervised is None else dh_TDP.new_zeros(len(supervised.row_S), dh_TDP.shape[1])
+        return ForwardState(h_TD, delta_TD, dh_TDP, passed, supervised)
 
-    def _onward(self, rows: Rows) -> Onward | None:
-        """The supervised rows, in a whole multiple, where nothing past the last attention is asked of the others."""
-        real = len(rows.row_S)
-        more = -real % self.whole
-        if not self.narrow or real + more >= rows.tokens:
+    def _supervised_rows(self, batch: DeviceBatch) -> SupervisedRows | None:
+        """The rows that continue past the last attention, padded; None where all rows do."""
+        count = len(batch.row_S)
+        padding = -count % self.row_multiple
+        if not self.skip_unsupervised or count + padding >= batch.tokens:
             return None
-        return Onward(functional.pad(rows.row_S.long(), (0, more)), real)
+        return SupervisedRows(functional.pad(batch.row_S.long(), (0, padding)), count)
 
-    def head(self, rows: Rows, middle: Middle) -> None:
-        onward = middle.onward
-        row_S = rows.row_S if onward is None else torch.arange(onward.real, device=rows.row_S.device)
-        head(
-            self.ops, self.bound, rows, row_S, middle.h_TD, middle.delta_TD, middle.dh_TDP, self.logits_SV,
-            self.figures_3,
+    def head(self, batch: DeviceBatch, state: ForwardState) -> None:
+        supervised = state.supervised
+        row_S = batch.row_S
+        if supervised is not None:  # the last layer's output has these rows alone, in order
+            row_S = torch.arange(supervised.count, device=row_S.device)
+        loss_and_gradient(
+            self.ops, self.bound, batch, row_S, state.h_TD, state.delta_TD, state.dh_TDP, self.logits_SV,
+            self.metrics_3,
         )  # fmt: skip
 
-    def backward(self, rows: Rows, middle: Middle) -> None:
-        context, dh_TDP, onward = self._context(rows), middle.dh_TDP, middle.onward
-        for index in reversed(range(len(middle.saved))):
+    def backward(self, batch: DeviceBatch, state: ForwardState) -> None:
+        context, dh_TDP, supervised = self._context(batch), state.dh_TDP, state.supervised
+        for index in reversed(range(len(state.saved))):
             if self.offload is not None:
-                self.offload.fetch(index - 1)
-                self.offload.need(index)
-            layer, saved = self.bound.layers[index], middle.saved.pop()
-            dh_TDP = backward(context, layer, saved, dh_TDP, want_dx=index > 0, onward=onward)
-            onward = None
+                self.offload.prefetch(index - 1)
+                self.offload.wait_for_layer(index)
+            layer, saved = self.bound.layers[index], state.saved.pop()
+            # The input of the first layer is the frozen embedding: its gradient is not needed.
+            dh_TDP = backward(context, layer, saved, dh_TDP, want_dx=index > 0, supervised=supervised)
+            supervised = None
 
-    def _context(self, rows: Rows) -> Context:
-        return Context(self.ops, self.matrices, self.rope, rows, self.workspace, rows.tokens)
+    def _context(self, batch: DeviceBatch) -> PassContext:
+        return PassContext(self.ops, self.matrices, self.rope, batch, self.workspace, batch.tokens)
 
 
-def _made_up(tokens: int, longest: int) -> Pack:
-    """A pack of this size, of documents that go through the kernels."""
-    longest = min(longest, LONG - 1)
+def _dummy_batch(tokens: int, longest: int) -> PackedBatch:
+    """A packed batch of `tokens`, of documents that are short enough for the Triton attention kernels."""
+    longest = min(longest, LONG_DOCUMENT - 1)
     lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
-    return pack(Example.of([0] * length, [0] * length) for length in lengths)
+    return pack(Document.from_lists([0] * length, [0] * length) for length in lengths)
 
 
-def operations(device: torch.device) -> Ops:
+def ops_for(device: torch.device) -> Ops:
     """The operations for `device`: Triton's on a GPU, PyTorch's elsewhere."""
     if device.type != "cuda":
-        return reference
-    from parley.train_step import kernels  # Triton is there only where a GPU is
+        return reference_ops
+    from parley.train_step import kernels  # Triton is installed only where a GPU is
 
     return kernels

@@ -1,44 +1,50 @@
-"""The output head and the loss, on supervised rows only and some rows at a time.
+"""The output head and the loss, on supervised rows only and in chunks of rows.
 
-Shape suffixes: T tokens, D hidden, S supervised rows, V vocabulary, P spare columns.
+The full logits (T, V) never exist: the head is frozen, so each chunk's gradient overwrites its logits and is at once
+multiplied back to the hidden size, as in Liger's fused linear cross entropy (arXiv 2410.10989).
+
+Shape suffixes (legend in docs/design.md): T tokens, D hidden, S supervised rows, V vocabulary, P LoRA columns.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from parley.train_step.bind import Bound
-from parley.train_step.matmul import WHOLE, product, whole
+from parley.train_step.bind import BoundModel
+from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE, linear
 from parley.train_step.ops import Ops
-from parley.train_step.packed_batch import Rows
+from parley.train_step.packed_batch import DeviceBatch
+from parley.units import round_up
 
 
-def head(
+def loss_and_gradient(
     ops: Ops,
-    bound: Bound,
-    rows: Rows,
+    bound: BoundModel,
+    batch: DeviceBatch,
     row_S: Tensor,
     h_TD: Tensor,
     delta_TD: Tensor,
     dh_TDP: Tensor,
-    room_V: Tensor,
-    figures_3: Tensor,
+    logits_SV: Tensor,
+    metrics_3: Tensor,
 ) -> None:
-    """Add the gradient of the loss with respect to h + delta to `dh_TDP`, which arrives as zeros.
+    """Add the gradient of the loss with respect to h + delta to `dh_TDP`, which must arrive as zeros.
 
-    `row_S`: the supervised rows among them. Adds the loss, hits and entropy to `figures_3` (see Ops.cross_entropy).
-    `room_V` holds the logits of so many rows as are computed at a time.
+    Args:
+        row_S: the rows of h that are supervised, in the order of `batch.target_S`.
+        logits_SV: the buffer of one chunk's logits; its rows are the chunk size.
+        metrics_3: gains the summed loss, the correct tokens and the summed entropy (see Ops.cross_entropy).
     """
-    dh_TD, chunk = dh_TDP[:, : h_TD.shape[1]], len(room_V)
-    for part_S, target_S in zip(row_S.split(chunk), rows.target_S.split(chunk), strict=True):
-        real = len(part_S)
-        padded = min(whole(real, WHOLE), chunk)  # rows behind the real ones: nobody's
+    dh_TD, chunk = dh_TDP[:, : h_TD.shape[1]], len(logits_SV)
+    for part_S, target_S in zip(row_S.split(chunk), batch.target_S.split(chunk), strict=True):
+        count = len(part_S)
+        padded = min(round_up(count, ONEDNN_ROW_MULTIPLE), chunk)  # padding rows are never read back
         normed_SD = h_TD.new_empty(padded, h_TD.shape[1])
         x_SD, delta_SD = h_TD.index_select(0, part_S), delta_TD.index_select(0, part_S)
-        x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD[:real])
-        logits_SV = product(normed_SD, bound.head_VD, room_V[:padded])
-        ops.cross_entropy(logits_SV[:real], target_S, rows.scale, figures_3)
-        dnormed_SD = product(logits_SV, bound.head_VD.t(), normed_SD)[:real]
+        x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD[:count])
+        part_SV = linear(normed_SD, bound.head_VD, logits_SV[:padded])
+        ops.cross_entropy(part_SV[:count], target_S, batch.scale, metrics_3)
+        dnormed_SD = linear(part_SV, bound.head_VD.t(), normed_SD)[:count]
         dx_SD = h_TD.new_zeros(x_SD.shape)
         ops.rms_norm_backward(dnormed_SD, x_SD, bound.norm_D, bound.eps, dx_SD)
         dh_TD.index_copy_(0, part_S.long(), dx_SD)

@@ -1,6 +1,7 @@
-"""What a run's memory is spent on: rows of a pass, what is kept for the backward pass, copies of the weights.
+"""How a run spends its memory: tokens of a pass, activations saved for the backward pass, copies of the weights.
 
-Everything large is counted from the same table that it is allocated by (workspace.py). Shape suffixes: N rows of data.
+Everything large is counted from the same table that it is allocated by (workspace.py).
+Shape suffixes: N documents of the data.
 """
 
 from __future__ import annotations
@@ -14,122 +15,144 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from parley.train_step.matmul import takes_whole_weights
-from parley.train_step.packed_batch import LONG
-from parley.train_step.workspace import KEEP, ON_THE_WAY, columns, copies, workspace_bytes
+from parley.train_step.matmul import uses_onednn
+from parley.train_step.packed_batch import LONG_DOCUMENT
+from parley.train_step.workspace import (
+    OFFLOAD_BUFFERS,
+    SAVED_BUFFERS,
+    buffer_columns,
+    buffer_count,
+    workspace_bytes,
+)
 from parley.units import GIB
 
 if TYPE_CHECKING:
-    from parley.train_step.bind import Bound
+    from parley.train_step.bind import BoundModel
 
-KINDS = ("everything", "products", "attention", "offloaded", "inputs")  # see workspace.KEEP; the fastest first
+SAVED_POLICIES = tuple(SAVED_BUFFERS)  # fastest first
 GRAPH_TOKENS = 8192  # longer passes keep the device busy without a graph
-LEAN = ((4096, 1024), (2048, 512), (2048, 256))  # rows of a feed-forward and of logits at a time, still many enough
-MOST_TOKENS = 32768  # of a pass of several documents; more would be no faster
-RESERVE = 0.1  # of the free memory is left alone
-LIBRARIES = 96 * 2**20  # what cuBLAS and the graphs' own pool hold
+# Rows of (the MLP, the logits) at a time, where memory is short; fewer would leave the device idle.
+CHUNK_ROWS = ((4096, 1024), (2048, 512), (2048, 256))
+MAX_PASS_TOKENS = 32768  # of several documents; more is no faster
+RESERVE = 0.1  # share of the free memory that stays free: fragmentation and other processes
+LIBRARY_BYTES = 96 * 2**20  # workspace of cuBLAS and the graphs' own memory pool
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a step is carried out. Bytes are the predicted peak and what it was to fit in; 0 where nobody counted."""
+class MemoryPlan:
+    """How a step is carried out.
+
+    Attributes:
+        positions: tokens of the longest document.
+        tokens: the most tokens of a pass; a longer step is split between documents.
+        saved: which activations are saved for the backward pass, a key of workspace.SAVED_BUFFERS.
+        cache_matrices: keep every fused matrix, dequantised, instead of filling one shared matrix at each use.
+        logits_rows: supervised rows whose logits exist at a time.
+        mlp_rows: rows that go through the MLP at a time; 0 for all.
+        graph_tokens: passes of up to so many tokens are replayed as CUDA graphs; 0 for none.
+        pad_multiple: passes are padded to a multiple of so many tokens.
+        predicted_bytes, allowed_bytes: the predicted peak and the limit it was planned for; 0 where not counted.
+    """
 
     positions: int = 2048
     tokens: int = 16384
-    keep: str = "everything"
-    keep_matrices: bool = True
-    head_rows: int = 1024
-    feed_rows: int = 0
+    saved: str = "all"
+    cache_matrices: bool = True
+    logits_rows: int = 1024
+    mlp_rows: int = 0
     graph_tokens: int = 0
-    granule: int = 128
-    predicted: int = 0
-    allowed: int = 0
+    pad_multiple: int = 128
+    predicted_bytes: int = 0
+    allowed_bytes: int = 0
 
     @property
     def offload(self) -> bool:
-        """Whether what is kept waits in the host's memory."""
-        return self.keep == "offloaded"
+        """Whether saved activations are offloaded to host memory."""
+        return self.saved == "attention_offloaded"
 
-    def lines(self) -> list[str]:
-        """What was chosen and why, in plain words."""
-        kept = {
-            "everything": "all activations kept",
-            "products": "norms and activations computed anew in the backward pass",
-            "attention": "feed-forward products computed anew in the backward pass",
-            "offloaded": "attention kept in the host's memory, feed-forward products computed anew",
-            "inputs": "each layer computed anew from its input in the backward pass",
-        }[self.keep]
-        weights = "unpacked weights kept" if self.keep_matrices else "weights unpacked at each use"
+    def describe(self) -> list[str]:
+        """The choices and the predicted memory, one line each, for the log."""
+        activations = {
+            "all": "all activations saved",
+            "linear": "norms and activation functions recomputed in the backward pass",
+            "attention": "MLP recomputed in the backward pass",
+            "attention_offloaded": "attention offloaded to host memory, MLP recomputed in the backward pass",
+            "layer_inputs": "each layer recomputed from its input in the backward pass",
+        }[self.saved]
+        weights = "dequantized weights kept" if self.cache_matrices else "weights dequantized at each use"
         graphs = f", replayed as CUDA graphs up to {self.graph_tokens} tokens" if self.graph_tokens else ""
+        predicted, allowed = self.predicted_bytes / GIB, self.allowed_bytes / GIB
         return [
-            f"fast step: up to {self.tokens} tokens a pass{graphs}; {kept}; {weights}",
-            f"memory: {self.predicted / GIB:.2f} GiB predicted of {self.allowed / GIB:.2f} GiB allowed",
+            f"fused step: up to {self.tokens} tokens a pass{graphs}; {activations}; {weights}",
+            f"memory: {predicted:.2f} GiB predicted of {allowed:.2f} GiB allowed",
         ]
 
 
 def make_plan(
-    bound: Bound,
+    bound: BoundModel,
     memory: Literal["auto", "low"] | float,
     length_N: NDArray[np.integer],
     documents: int,
-    moment_bytes: int = 2,
-) -> Plan:
-    """The fastest plan that fits; the leanest where none does.
+    state_bytes: int = 2,
+) -> MemoryPlan:
+    """The fastest plan that fits; the one that takes the least memory where none does.
 
     Args:
-        memory: "auto": what the device has free; "low": what the leanest plan needs; a number: GiB in all.
-        length_N: tokens of each document of the data, or of the longest alone where nobody knows the others.
+        memory: "auto": the device's free memory; "low": what the leanest plan needs; a number: GiB in all.
+        length_N: tokens of each document of the data, or of the longest alone where the others are unknown.
         documents: documents of an optimizer step.
-        moment_bytes: what the optimizer keeps for each weight.
+        state_bytes: optimizer state per adapter weight.
     """
-    allowed = _allowed(bound, memory)
-    plans = list(_plans(bound, length_N, documents))
+    allowed = _allowed_bytes(bound, memory)
+    plans = list(_candidates(bound, length_N, documents))
     if memory == "low":
         plans = plans[-1:]
-    counted = [_count(plan, bound, allowed, moment_bytes) for plan in plans]
-    return next((plan for plan in counted if plan.predicted <= allowed), min(counted, key=lambda plan: plan.predicted))
+    counted = [_count(plan, bound, allowed, state_bytes) for plan in plans]
+    fitting = (plan for plan in counted if plan.predicted_bytes <= allowed)
+    return next(fitting, min(counted, key=lambda plan: plan.predicted_bytes))
 
 
 def step_tokens(length_N: NDArray[np.integer], documents: int) -> int:
-    """Tokens of the longest among a thousand steps drawn at random; a longer one is split over two passes."""
+    """Tokens of the longest of a thousand randomly sampled steps; a longer one is split over two passes."""
     if len(length_N) == 1:
         return int(length_N[0]) * documents
     return int(np.random.default_rng(0).choice(length_N, (1000, documents)).sum(1).max())
 
 
-def _plans(bound: Bound, length_N: NDArray[np.integer], documents: int) -> Iterator[Plan]:
-    """All that could be done, from the fastest to the leanest."""
+def _candidates(bound: BoundModel, length_N: NDArray[np.integer], documents: int) -> Iterator[MemoryPlan]:
+    """All plans, from the fastest to the one that takes the least memory."""
     cuda = bound.device.type == "cuda"
     longest = int(length_N.max())
-    whole = max(longest, min(step_tokens(length_N, documents), MOST_TOKENS))
-    for keep_matrices in (True, False):
-        for keep in KINDS:
-            if keep == "offloaded" and not (cuda and len(bound.layers) > ON_THE_WAY):
+    step = max(longest, min(step_tokens(length_N, documents), MAX_PASS_TOKENS))
+    for cache_matrices in (True, False):
+        for saved in SAVED_POLICIES:
+            offload = saved == "attention_offloaded"
+            if offload and not (cuda and len(bound.layers) > OFFLOAD_BUFFERS):
                 continue
-            for tokens in _halves(whole, longest):
-                plan = Plan(
+            for tokens in _pass_sizes(step, longest):
+                plan = MemoryPlan(
                     positions=longest,
                     tokens=tokens,
-                    keep=keep,
-                    keep_matrices=keep_matrices,
-                    graph_tokens=GRAPH_TOKENS if cuda and keep != "offloaded" else 0,
+                    saved=saved,
+                    cache_matrices=cache_matrices,
+                    graph_tokens=GRAPH_TOKENS if cuda and not offload else 0,
                 )
-                if "gate_up" in KEEP[keep]:
+                if "gate_up" in SAVED_BUFFERS[saved]:  # a saved MLP is saved whole
                     yield plan
                     continue
-                for feed_rows, head_rows in LEAN:
-                    yield replace(plan, feed_rows=feed_rows if tokens > feed_rows else 0, head_rows=head_rows)
+                for mlp_rows, logits_rows in CHUNK_ROWS:
+                    yield replace(plan, mlp_rows=mlp_rows if tokens > mlp_rows else 0, logits_rows=logits_rows)
 
 
-def _halves(whole: int, longest: int) -> list[int]:
-    """Sizes of a pass to try: the whole step, then half, down to the longest document."""
-    sizes = [whole]
+def _pass_sizes(step: int, longest: int) -> list[int]:
+    """Tokens of a pass to try: the whole step, then half, down to the longest document."""
+    sizes = [step]
     while sizes[-1] // 2 >= longest:
         sizes.append(sizes[-1] // 2)
     return sizes if sizes[-1] == longest else [*sizes, longest]
 
 
-def _allowed(bound: Bound, memory: Literal["auto", "low"] | float) -> int:
+def _allowed_bytes(bound: BoundModel, memory: Literal["auto", "low"] | float) -> int:
     if isinstance(memory, int | float):
         return int(memory * GIB)
     if bound.device.type != "cuda":
@@ -138,38 +161,38 @@ def _allowed(bound: Bound, memory: Literal["auto", "low"] | float) -> int:
     return int((free + torch.cuda.memory_reserved(bound.device)) * (1 - RESERVE))
 
 
-def _count(plan: Plan, bound: Bound, allowed: int, moment_bytes: int) -> Plan:
-    """`plan` with its predicted peak: the weights, the workspace, and what the libraries take."""
+def _count(plan: MemoryPlan, bound: BoundModel, allowed: int, state_bytes: int) -> MemoryPlan:
+    """`plan` with its predicted peak: weights, optimizer state, fused matrices, logits, workspace and libraries."""
     cuda = bound.device.type == "cuda"
-    width = bound.dtype.itemsize
-    apart = takes_whole_weights(bound.dtype, bound.device)
-    matrices = [linear.matrix_elements(apart=apart) * width for linear in bound.linears]
-    weights = torch.cuda.memory_allocated(bound.device) if cuda else 0  # the adapters' gradients among them
-    unpacked = sum(matrices) if plan.keep_matrices else sum(matrices[:4])
-    if not plan.keep_matrices:  # the scales of the largest weight, unpacked
-        unpacked += max(matrices) // 16
-    logits = plan.head_rows * len(bound.head_VD) * width
-    predicted = weights + moment_bytes * bound.flat.weight_G.numel() + unpacked + logits
-    predicted += workspace_bytes(bound, plan) + _attention_bytes(plan, bound) + (LIBRARIES if cuda else 0)
+    itemsize = bound.dtype.itemsize
+    contiguous = uses_onednn(bound.dtype, bound.device)
+    matrices = [linear.matrix_numel(contiguous=contiguous) * itemsize for linear in bound.linears]
+    weights = torch.cuda.memory_allocated(bound.device) if cuda else 0  # includes the flat weights and gradients
+    fused = sum(matrices) if plan.cache_matrices else sum(matrices[:4])
+    if not plan.cache_matrices:  # the dequantised block scales of the largest weight
+        fused += max(matrices) // 16
+    logits = plan.logits_rows * len(bound.head_VD) * itemsize
+    predicted = weights + state_bytes * bound.flat.weight_Z.numel() + fused + logits
+    predicted += workspace_bytes(bound, plan) + _attention_bytes(plan, bound) + (LIBRARY_BYTES if cuda else 0)
     if plan.offload and _host_bytes(plan, bound) > psutil.virtual_memory().available * (1 - RESERVE):
-        predicted = allowed + 1  # no room on the host
-    return replace(plan, predicted=predicted, allowed=allowed)
+        predicted = allowed + 1  # does not fit into host memory
+    return replace(plan, predicted_bytes=predicted, allowed_bytes=allowed)
 
 
-def _attention_bytes(plan: Plan, bound: Bound) -> int:
-    """What attention keeps of each row, and what cuDNN allocates for long documents (kernels/flash.py): its output,
-    the gradients, those of keys and values for every query head before they are summed, and queries' in fp32.
+def _attention_bytes(plan: MemoryPlan, bound: BoundModel) -> int:
+    """The log-sum-exp of each row, and cuDNN's temporaries for long documents (kernels/library_attention.py): its
+    output, the gradients, those of keys and values for every query head before they are summed, and queries' in fp32.
     """
     shape = bound.layers[0].shape
-    sums = 4 * shape.heads * plan.tokens * (1 if plan.keep == "inputs" else len(bound.layers))
-    longest = plan.positions if plan.positions >= LONG and bound.device.type == "cuda" else 0
-    width = bound.dtype.itemsize
-    return sums + longest * (shape.columns * width + shape.heads * shape.size * (3 * width + 4))
+    lse = 4 * shape.heads * plan.tokens * (1 if plan.saved == "layer_inputs" else len(bound.layers))
+    longest = plan.positions if plan.positions >= LONG_DOCUMENT and bound.device.type == "cuda" else 0
+    itemsize = bound.dtype.itemsize
+    return lse + longest * (shape.columns * itemsize + shape.heads * shape.head_dim * (3 * itemsize + 4))
 
 
-def _host_bytes(plan: Plan, bound: Bound) -> int:
-    """Pinned memory of an offloaded plan; the host's allocator rounds each buffer up to a power of two."""
+def _host_bytes(plan: MemoryPlan, bound: BoundModel) -> int:
+    """Pinned memory of an offloaded plan; torch rounds each pinned allocation up to a power of two."""
     layers = len(bound.layers)
-    kept = [wide for name, wide in columns(bound).items() if copies(name, plan, layers) == ON_THE_WAY]
-    sizes = [plan.tokens * wide * bound.dtype.itemsize for wide in kept]
+    columns = [c for name, c in buffer_columns(bound).items() if buffer_count(name, plan, layers) == OFFLOAD_BUFFERS]
+    sizes = [plan.tokens * c * bound.dtype.itemsize for c in columns]
     return layers * sum(1 << (size - 1).bit_length() for size in sizes)

@@ -1,4 +1,4 @@
-"""A 4-bit NormalFloat weight as bitsandbytes keeps it (QLoRA, arXiv 2305.14314)."""
+"""A 4-bit NormalFloat weight in bitsandbytes' format (QLoRA, arXiv 2305.14314)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from parley.train_step.ops import Ops
 
 
-class Nf4:
-    """`weight` is bitsandbytes' Params4bit: two values to a byte, a scale for each block of 64, itself quantised."""
+class Nf4Weight:
+    """`weight` is bitsandbytes' Params4bit: two values to a byte, one scale per block, the scales quantised too."""
 
     def __init__(self, weight: Any) -> None:
         self.weight = weight
@@ -21,14 +21,14 @@ class Nf4:
         rows, columns = self.weight.quant_state.shape
         return rows, columns
 
-    def scales(self) -> tuple[Tensor, Tensor, int]:
-        """The fp32 scale of each run of values, the 16 values there are before scaling, and the length of a run."""
+    def block_scales(self) -> tuple[Tensor, Tensor, int]:
+        """The fp32 scale of each block (absmax), the 16 values of the code before scaling, and the block size."""
         state = self.weight.quant_state
         absmax = state.absmax
-        if state.nested:
+        if state.nested:  # double quantisation: the scales are 8-bit themselves, around their mean
             absmax = dequantize_blockwise(state.absmax, state.state2) + state.offset
         return absmax.float(), state.code, state.blocksize
 
-    def write(self, out_NK: Tensor, ops: Ops) -> None:
-        absmax, code, block = self.scales()
-        ops.write_nf4(self.weight.data, absmax, code, block, out_NK)
+    def copy_into(self, out_NK: Tensor, ops: Ops) -> None:
+        absmax, code, block = self.block_scales()
+        ops.dequantize_nf4(self.weight.data, absmax, code, block, out_NK)

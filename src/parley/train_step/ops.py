@@ -1,11 +1,11 @@
-"""The operations a step is made of besides matrix products, and who carries them out.
+"""The operations of a step besides matrix products, as one protocol with two implementations.
 
-`reference` writes each in plain PyTorch; `kernels` in Triton. Both keep to the one protocol below, so that a test
-can set them side by side and the step does not know which it runs on.
+`reference_ops` writes each in plain PyTorch, `kernels` in Triton. The step does not know which it runs on, and tests
+compare them.
 
-Shape suffixes: T tokens, D hidden, K columns in (in attention: key-value heads), N columns out, P spare columns,
-R rank, F feed-forward, H heads, E head size, V vocabulary,
-C = (H + 2K) E columns of queries, keys and values side by side, S supervised tokens.
+Shape suffixes (legend in docs/design.md): T tokens, D hidden, K input features, N output features, P LoRA columns,
+R rank, F feed-forward, H query heads, G key-value heads, E head size, L positions, V vocabulary, S supervised rows,
+C = (H + 2 G) E columns of queries, keys and values side by side.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from parley.train_step.packed_batch import Rows
+from parley.train_step.packed_batch import DeviceBatch
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """Heads of one attention layer. `window`: how many tokens back a query sees, None for all."""
+    """The heads of one attention layer. `window`: how many tokens a query sees, itself included; None for all."""
 
     heads: int
     kv_heads: int
-    size: int
+    head_dim: int
     scale: float
     window: int | None = None
 
     @property
     def columns(self) -> int:
-        return (self.heads + 2 * self.kv_heads) * self.size
+        return (self.heads + 2 * self.kv_heads) * self.head_dim
 
-    def parts(self, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (T, H, E), keys (T, K, E) and values (T, K, E) of rows that hold them side by side."""
-        sizes = [self.heads * self.size, self.kv_heads * self.size, self.kv_heads * self.size]
+    def split_qkv(self, x_TC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of the queries (T, H, E), keys (T, G, E) and values (T, G, E) that lie side by side in `x_TC`."""
+        sizes = [self.heads * self.head_dim, self.kv_heads * self.head_dim, self.kv_heads * self.head_dim]
         q, k, v = x_TC[:, : self.columns].split(sizes, dim=1)
-        return tuple(part.unflatten(1, (-1, self.size)) for part in (q, k, v))
+        return tuple(part.unflatten(1, (-1, self.head_dim)) for part in (q, k, v))
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Cosines and sines by position, for half a head, with the scaling the model's own module gives them."""
+class RopeTable:
+    """Cosines and sines by position, (L, E / 2) each, with the scaling that the model's own module applies."""
 
-    cos_PE: Tensor
-    sin_PE: Tensor
+    cos_LE: Tensor
+    sin_LE: Tensor
 
 
 @dataclass(frozen=True)
-class HeadNorms:
+class QkNorm:
     """RMS norms of each query and key head before rotation (Qwen3)."""
 
     q_E: Tensor
@@ -68,37 +68,42 @@ class Adapter:
 
 
 @dataclass(frozen=True)
-class Slot:
-    """Where one adapter sits: its rows of y and its columns among the P."""
+class AdapterSlice:
+    """The part of a fused matrix that belongs to one adapter: its rows of y and its columns among the P."""
 
     adapter: Adapter
     rows: slice
     columns: slice
 
 
-Copy = tuple[Tensor, Tensor, float]  # source, out, scale
+ScaledCopy = tuple[Tensor, Tensor, float]  # source, out, scale
 
 
 class Ops(Protocol):
+    """Every `out` may be strided unless said otherwise; nothing but `out` and what is named as updated is written."""
+
     def copy_scaled(self, source: Tensor, out: Tensor, scale: float) -> None:
         """out = scale * source, in out's dtype; both strided matrices of one shape."""
 
-    def copy_table(self, copies: list[Copy]) -> Any:
-        """Prepare `copies` (one or more, sources contiguous) for `copy_all`; the tensors may change, not move."""
+    def prepare_copies(self, copies: list[ScaledCopy]) -> Any:
+        """Prepare `copies` (at least one, sources contiguous) for `run_copies`. Only values may change later."""
 
-    def copy_all(self, table: Any) -> None:
-        """`copy_scaled` for every copy of the table."""
+    def run_copies(self, prepared: Any) -> None:
+        """`copy_scaled` for each of the prepared copies."""
 
     def add_adapter_gradients(
-        self, dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], columns_out: int, columns_in: int
+        self, dy_TNP: Tensor, x_TKP: Tensor, adapter_slices: list[AdapterSlice], out_features: int, in_features: int
     ) -> None:
         """Add v^T x to each adapter's dA and s dy^T u to its dB, in fp32.
 
-        The columns of `dy_TNP` from `columns_out` on hold v = s dy B, those of `x_TKP` from `columns_in` on u = x A^T.
+        Columns of `dy_TNP` from `out_features` on hold v = s dy B, those of `x_TKP` from `in_features` on u = x A^T.
         """
 
-    def write_nf4(self, packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
-        """Write the NF4 weight that `packed` holds (two to a byte, row by row) into the strided `out_NK`."""
+    def dequantize_nf4(self, packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
+        """Write the NF4 weight of `packed` (two values to a byte, row-major) into the strided `out_NK`.
+
+        `absmax` scales each run of `block` values; `code` holds the 16 values before scaling.
+        """
 
     def rms_norm(
         self,
@@ -117,7 +122,9 @@ class Ops(Protocol):
     def rms_norm_backward(self, dout_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, dx_TD: Tensor) -> None:
         """Add the gradient of norm(x) with respect to x to the strided `dx_TD`."""
 
-    def rope(self, x_TC: Tensor, rows: Rows, rope: Rope, shape: AttentionShape, *, inverse: bool = False) -> None:
+    def rope(
+        self, x_TC: Tensor, batch: DeviceBatch, rope: RopeTable, shape: AttentionShape, *, inverse: bool = False
+    ) -> None:
         """Rotate the queries and keys in `x_TC` in place; `inverse` rotates back, which is the gradient."""
 
     def swiglu(self, x_T2F: Tensor, out_TF: Tensor) -> None:
@@ -126,7 +133,7 @@ class Ops(Protocol):
     def swiglu_backward(self, dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
         """Write the gradients of gate and up side by side into the strided `dx_T2F`, which may be `x_T2F` itself."""
 
-    def attention(self, x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Any:
+    def attention(self, x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> Any:
         """Causal attention inside each document, into the strided `out_TD`; returns what the backward pass needs."""
 
     def attention_backward(
@@ -135,15 +142,15 @@ class Ops(Protocol):
         x_TC: Tensor,
         out_TD: Tensor,
         saved: Any,
-        rows: Rows,
+        batch: DeviceBatch,
         shape: AttentionShape,
         dx_TC: Tensor,
     ) -> None:
         """Write the gradients of queries, keys and values side by side into the strided `dx_TC`."""
 
-    def cross_entropy(self, logits_SV: Tensor, target_S: Tensor, scale: Tensor, figures_3: Tensor) -> None:
-        """Turn the logits into the gradient of `scale` times the summed loss, in place.
+    def cross_entropy(self, logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor) -> None:
+        """Replace the logits by the gradient of `scale` times the summed loss, in place.
 
-        Adds to the fp32 `figures_3` the summed loss, the count of tokens that were the most likely, and the summed
-        entropy. Rows whose target is -100 count for nothing.
+        Adds to the fp32 `metrics_3` the summed loss, the number of targets that were the most likely token, and the
+        summed entropy. Rows whose target is -100 are ignored.
         """

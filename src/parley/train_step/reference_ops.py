@@ -1,4 +1,4 @@
-"""The step's operations in plain PyTorch: what runs on a CPU, and what the kernels are held against."""
+"""The operations of ops.Ops in plain PyTorch: they run on a CPU, and the Triton kernels are tested against them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parley.train_step.ops import AttentionShape, Copy, Rope, Slot
-from parley.train_step.packed_batch import IGNORED, Rows
+from parley.data.tokens import IGNORE_INDEX
+from parley.library_compat.torch import silu_backward_into
+from parley.train_step.ops import AdapterSlice, AttentionShape, RopeTable, ScaledCopy
+from parley.train_step.packed_batch import DeviceBatch
 from parley.train_step.reference_attention import attention, attention_backward
 
 __all__ = [
-    "add_adapter_gradients", "attention", "attention_backward", "copy_all", "copy_scaled", "copy_table",
-    "cross_entropy", "rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "write_nf4",
+    "add_adapter_gradients",
+    "attention",
+    "attention_backward",
+    "copy_scaled",
+    "cross_entropy",
+    "dequantize_nf4",
+    "prepare_copies",
+    "rms_norm",
+    "rms_norm_backward",
+    "rope",
+    "run_copies",
+    "swiglu",
+    "swiglu_backward",
 ]  # fmt: skip
-
-aten = torch.ops.aten
 
 
 def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
@@ -25,21 +36,23 @@ def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
         torch.mul(source, scale, out=out)
 
 
-def copy_table(copies: list[Copy]) -> list[Copy]:
+def prepare_copies(copies: list[ScaledCopy]) -> list[ScaledCopy]:
     return copies
 
 
-def copy_all(table: list[Copy]) -> None:
-    for source, out, scale in table:
+def run_copies(prepared: list[ScaledCopy]) -> None:
+    for source, out, scale in prepared:
         copy_scaled(source, out, scale)
 
 
-def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], columns_out: int, columns_in: int) -> None:
-    v_TP, u_TP = dy_TNP[:, columns_out:], x_TKP[:, columns_in:]
-    for slot in slots:
-        adapter = slot.adapter
-        _add_product(v_TP[:, slot.columns], x_TKP[:, :columns_in], adapter.da_RK, 1.0)
-        _add_product(dy_TNP[:, slot.rows], u_TP[:, slot.columns], adapter.db_NR, adapter.scale)
+def add_adapter_gradients(
+    dy_TNP: Tensor, x_TKP: Tensor, adapter_slices: list[AdapterSlice], out_features: int, in_features: int
+) -> None:
+    v_TP, u_TP = dy_TNP[:, out_features:], x_TKP[:, in_features:]
+    for item in adapter_slices:
+        adapter = item.adapter
+        _add_product(v_TP[:, item.columns], x_TKP[:, :in_features], adapter.da_RK, 1.0)
+        _add_product(dy_TNP[:, item.rows], u_TP[:, item.columns], adapter.db_NR, adapter.scale)
 
 
 def _add_product(p_TM: Tensor, q_TN: Tensor, out_MN: Tensor, scale: float) -> None:
@@ -50,7 +63,7 @@ def _add_product(p_TM: Tensor, q_TN: Tensor, out_MN: Tensor, scale: float) -> No
         out_MN.add_(p_TM.t().float() @ q_TN.float(), alpha=scale)
 
 
-def write_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
+def dequantize_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
     bytes_ = packed.flatten().int()
     nibbles = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1).flatten()
     values = code[nibbles].view(-1, block) * absmax[:, None]
@@ -67,33 +80,33 @@ def rms_norm(
 ) -> Tensor:
     total_TD = x_TD if delta_TD is None else torch.add(x_TD, delta_TD, out=total_TD)
     f_TD = total_TD.float()
-    torch.mul((f_TD * _inverse(f_TD, eps)).to(x_TD.dtype), weight_D, out=out_TD)
+    torch.mul((f_TD * _inverse_rms(f_TD, eps)).to(x_TD.dtype), weight_D, out=out_TD)
     return total_TD
 
 
 def rms_norm_backward(dout_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: float, dx_TD: Tensor) -> None:
     f_TD = x_TD.float()
-    inverse_T1 = _inverse(f_TD, eps)
+    inverse_T1 = _inverse_rms(f_TD, eps)
     g_TD = dout_TD.float() * weight_D
-    along_T1 = (g_TD * f_TD).mean(-1, keepdim=True) * inverse_T1.square()
-    dx_TD.addcmul_(g_TD.addcmul_(f_TD, along_T1, value=-1), inverse_T1)
+    mean_T1 = (g_TD * f_TD).mean(-1, keepdim=True) * inverse_T1.square()
+    dx_TD.addcmul_(g_TD.addcmul_(f_TD, mean_T1, value=-1), inverse_T1)
 
 
-def _inverse(f_TD: Tensor, eps: float) -> Tensor:
-    """(T, 1): one over the root of the mean square, read in one go."""
-    length_T1 = torch.linalg.vector_norm(f_TD, dim=-1, keepdim=True)
-    return (length_T1.square() / f_TD.shape[1] + eps).rsqrt_()
+def _inverse_rms(f_TD: Tensor, eps: float) -> Tensor:
+    """(T, 1): one over the root mean square, in a single read of f."""
+    norm_T1 = torch.linalg.vector_norm(f_TD, dim=-1, keepdim=True)
+    return (norm_T1.square() / f_TD.shape[1] + eps).rsqrt_()
 
 
-def rope(x_TC: Tensor, rows: Rows, rope: Rope, shape: AttentionShape, *, inverse: bool = False) -> None:
-    turned = (shape.heads + shape.kv_heads) * shape.size
-    first_THE, second_THE = x_TC[:, :turned].unflatten(1, (-1, 2, shape.size // 2)).unbind(2)
-    cos_T1E = rope.cos_PE.index_select(0, rows.position_T)[:, None]
-    sin_T1E = rope.sin_PE.index_select(0, rows.position_T)[:, None]
+def rope(x_TC: Tensor, batch: DeviceBatch, rope: RopeTable, shape: AttentionShape, *, inverse: bool = False) -> None:
+    rotated = (shape.heads + shape.kv_heads) * shape.head_dim
+    first_THE, second_THE = x_TC[:, :rotated].unflatten(1, (-1, 2, shape.head_dim // 2)).unbind(2)
+    cos_T1E = rope.cos_LE.index_select(0, batch.position_T)[:, None]
+    sin_T1E = rope.sin_LE.index_select(0, batch.position_T)[:, None]
     sign = -1 if inverse else 1
-    before_THE = first_THE.clone()
+    original_THE = first_THE.clone()
     first_THE.mul_(cos_T1E).addcmul_(second_THE, sin_T1E, value=-sign)
-    second_THE.mul_(cos_T1E).addcmul_(before_THE, sin_T1E, value=sign)
+    second_THE.mul_(cos_T1E).addcmul_(original_THE, sin_T1E, value=sign)
 
 
 def swiglu(x_T2F: Tensor, out_TF: Tensor) -> None:
@@ -105,18 +118,18 @@ def swiglu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
     gate_TF, up_TF = x_T2F.chunk(2, dim=1)
     dgate_TF, dup_TF = dx_T2F.chunk(2, dim=1)
     silu_TF = functional.silu(gate_TF)
-    aten.silu_backward(dout_TF * up_TF, gate_TF, grad_input=dgate_TF)
+    silu_backward_into(dout_TF * up_TF, gate_TF, dgate_TF)
     torch.mul(dout_TF, silu_TF, out=dup_TF)
 
 
-def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, figures_3: Tensor) -> None:
-    real_S1 = (target_S != IGNORED)[:, None]
+def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor) -> None:
+    supervised_S1 = (target_S != IGNORE_INDEX)[:, None]
     index_S1 = target_S.clamp(min=0).long()[:, None]
     log_p_SV = functional.log_softmax(logits_SV.float(), dim=-1)
     p_SV = log_p_SV.exp()
-    right_S1 = log_p_SV.argmax(-1, keepdim=True) == index_S1
-    figures_3[0] -= (log_p_SV.gather(1, index_S1) * real_S1).sum()
-    figures_3[1] += (right_S1 & real_S1).sum()
-    figures_3[2] -= (p_SV * log_p_SV * real_S1).sum()
+    correct_S1 = log_p_SV.argmax(-1, keepdim=True) == index_S1
+    metrics_3[0] -= (log_p_SV.gather(1, index_S1) * supervised_S1).sum()
+    metrics_3[1] += (correct_S1 & supervised_S1).sum()
+    metrics_3[2] -= (p_SV * log_p_SV * supervised_S1).sum()
     p_SV.scatter_add_(1, index_S1, p_SV.new_full(index_S1.shape, -1.0))
-    logits_SV.copy_(p_SV * real_S1 * scale)
+    logits_SV.copy_(p_SV * supervised_S1 * scale)

@@ -1,10 +1,10 @@
-"""The memory of a pass: every large buffer that a layer writes, allocated once and handed out by name.
+"""The activation memory of a pass: every large buffer that a layer writes, allocated once and handed out by name.
 
-A buffer that the plan keeps for the backward pass exists once a layer; one that it offloads, twice for all layers (one
-is computed in while the other travels); any other, once. Passes of any size take the beginning of the same memory, so
-that the peak is known before the first step and CUDA graphs of all sizes share it.
+A buffer that is saved for the backward pass exists once per layer; one that is offloaded, twice for all layers (double
+buffering); any other, once. Passes of any size use the beginning of the same memory, so that the peak is known before
+the first step and CUDA graphs of all sizes share it.
 
-Shape suffixes: T tokens of a pass.
+Shape suffixes (legend in docs/design.md): T tokens of a pass.
 """
 
 from __future__ import annotations
@@ -14,107 +14,108 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from parley.train_step.matmul import whole
+from parley.units import round_up
 
 if TYPE_CHECKING:
-    from parley.train_step.bind import Bound
-    from parley.train_step.memory_plan import Plan
+    from parley.train_step.bind import BoundModel
+    from parley.train_step.memory_plan import MemoryPlan
 
-ATTENTION = frozenset({"x", "unturned", "qkv", "attended", "mid"})
-KEEP = {  # what a pass holds on to between forward and backward, from the most memory to the least
-    "everything": ATTENTION | {"normed", "mid_normed", "gate_up", "act"},
-    "products": ATTENTION | {"gate_up"},
+ATTENTION = frozenset({"x", "qkv_unnormed", "qkv", "attention_out", "mid"})
+# Buffers saved between forward and backward under each policy of activation recomputation, from the most memory to the
+# least. What is not saved is recomputed.
+SAVED_BUFFERS = {
+    "all": ATTENTION | {"normed", "mid_normed", "gate_up", "act"},
+    "linear": ATTENTION | {"gate_up"},
     "attention": ATTENTION,
-    "offloaded": ATTENTION,
-    "inputs": frozenset({"x"}),
+    "attention_offloaded": ATTENTION,
+    "layer_inputs": frozenset({"x"}),
 }
-FEED = ("gate_up", "act")  # written for some rows at a time where the plan says so
-ON_THE_WAY = 2  # buffers of each offloaded name
-LARGE = 31 * 2**20  # bytes; glibc minds blocks of up to 32 MiB
+MLP_BUFFERS = ("gate_up", "act")  # chunked by rows where the plan says so
+OFFLOAD_BUFFERS = 2  # device buffers of each offloaded name
+MMAP_BYTES = 31 * 2**20  # glibc's M_MMAP_THRESHOLD grows to at most 32 MiB
 
 
-def columns(bound: Bound) -> dict[str, int]:
-    """Columns of each buffer, the widest layer's."""
+def buffer_columns(bound: BoundModel) -> dict[str, int]:
+    """Columns of each buffer: those of the layer that needs the most."""
     hidden = bound.norm_D.shape[0]
 
-    def most(name: str, side: str, *, spare: bool = True) -> int:
-        linears = [vars(layer)[name] for layer in bound.layers]
-        return max(vars(linear)[side] + spare * linear.spare for linear in linears)
+    def widest(linear: str, side: str, *, lora_columns: bool = True) -> int:
+        linears = [vars(layer)[linear] for layer in bound.layers]
+        return max(vars(linear)[side] + lora_columns * linear.lora_columns for linear in linears)
 
-    widths = {
+    columns = {
         "x": hidden,
-        "normed": most("qkv", "columns_in"),
-        "qkv": most("qkv", "columns_out", spare=False),
-        "attended": most("o", "columns_in"),
+        "normed": widest("qkv", "in_features"),
+        "qkv": widest("qkv", "out_features", lora_columns=False),
+        "attention_out": widest("o", "in_features"),
         "mid": hidden,
-        "mid_normed": most("gate_up", "columns_in"),
-        "gate_up": most("gate_up", "columns_out"),
-        "act": most("down", "columns_in"),
-        "branch": hidden,  # what attention or the feed-forward adds to the residual stream
-        "dh": hidden + max(linear.spare for layer in bound.layers for linear in (layer.o, layer.down)),
-        "dattended": most("o", "columns_in", spare=False),
-        "dqkv": most("qkv", "columns_out"),
+        "mid_normed": widest("gate_up", "in_features"),
+        "gate_up": widest("gate_up", "out_features"),
+        "act": widest("down", "in_features"),
+        "branch": hidden,  # the output of attention or MLP, before it is added to the residual stream
+        "dh": hidden + max(linear.lora_columns for layer in bound.layers for linear in (layer.o, layer.down)),
+        "dattention_out": widest("o", "in_features", lora_columns=False),
+        "dqkv": widest("qkv", "out_features"),
     }
-    if any(layer.head_norms is not None for layer in bound.layers):
-        widths["unturned"] = widths["qkv"]
-    return widths
+    if any(layer.qk_norm is not None for layer in bound.layers):
+        columns["qkv_unnormed"] = columns["qkv"]
+    return columns
 
 
-def copies(name: str, plan: Plan, layers: int) -> int:
+def buffer_count(name: str, plan: MemoryPlan, layers: int) -> int:
     """How many buffers of this name there are."""
-    if name not in KEEP[plan.keep]:
+    if name not in SAVED_BUFFERS[plan.saved]:
         return 1
-    return min(ON_THE_WAY, layers) if plan.offload else layers
+    return min(OFFLOAD_BUFFERS, layers) if plan.offload else layers
 
 
-def workspace_bytes(bound: Bound, plan: Plan) -> int:
-    """What a Workspace for passes of `plan.tokens` takes."""
-    width = bound.dtype.itemsize
+def workspace_bytes(bound: BoundModel, plan: MemoryPlan) -> int:
+    """Bytes that a Workspace for passes of `plan.tokens` allocates."""
     return sum(
-        copies(name, plan, len(bound.layers)) * _rows(name, plan, plan.tokens) * wide * width
-        for name, wide in columns(bound).items()
+        buffer_count(name, plan, len(bound.layers)) * _rows(name, plan, plan.tokens) * columns * bound.dtype.itemsize
+        for name, columns in buffer_columns(bound).items()
     )
 
 
 class Workspace:
-    """Hands out buffers; what was in one is gone once the next layer of the same place takes it."""
+    """Hands out buffers; the contents of one are gone once the next layer that shares it takes it."""
 
-    def __init__(self, bound: Bound, plan: Plan) -> None:
+    def __init__(self, bound: BoundModel, plan: MemoryPlan) -> None:
         self.bound, self.plan = bound, plan
-        self.columns = columns(bound)
-        self.copies = {name: copies(name, plan, len(bound.layers)) for name in self.columns}
+        self.columns = buffer_columns(bound)
+        self.counts = {name: buffer_count(name, plan, len(bound.layers)) for name in self.columns}
         self.tokens = 0
         self.buffers: dict[tuple[str, int], Tensor] = {}
 
     def reserve(self, tokens: int) -> bool:
-        """Make room for passes of `tokens`. True when buffers moved: graphs that read them must be dropped."""
+        """Grow to passes of `tokens`. True when buffers moved: graphs that read them must be dropped."""
         if tokens <= self.tokens:
             return False
-        self.buffers.clear()
-        self.tokens = whole(max(tokens, self.plan.tokens), self.plan.granule)
-        for name, count in self.copies.items():
+        self.buffers.clear()  # before allocating, so that the peak is the larger set and not the sum of both
+        self.tokens = round_up(max(tokens, self.plan.tokens), self.plan.pad_multiple)
+        for name, count in self.counts.items():
             size = _rows(name, self.plan, self.tokens) * self.columns[name]
-            for place in range(count):
-                self.buffers[name, place] = torch.empty(size, dtype=self.bound.dtype, device=self.bound.device)
+            for i in range(count):
+                self.buffers[name, i] = torch.empty(size, dtype=self.bound.dtype, device=self.bound.device)
         return True
 
-    def take(self, name: str, index: int, rows: int, wide: int | None = None) -> Tensor:
-        """The unwritten buffer (rows, wide) of layer `index`; all columns where `wide` is not given."""
-        wide = self.columns[name] if wide is None else wide
-        return self.buffers[name, index % self.copies[name]][: rows * wide].view(rows, wide)
+    def take(self, name: str, index: int, rows: int, columns: int | None = None) -> Tensor:
+        """The uninitialised buffer (rows, columns) of layer `index`; all columns where `columns` is not given."""
+        columns = self.columns[name] if columns is None else columns
+        return self.buffers[name, index % self.counts[name]][: rows * columns].view(rows, columns)
 
 
-def keep_what_is_freed() -> None:
-    """Have glibc hold on to the memory of a CPU's passing results instead of giving it back page by page.
+def retain_freed_memory() -> None:
+    """Have glibc keep the freed memory of a CPU's temporaries instead of returning it page by page.
 
-    It gives back what lies free beyond twice the largest block that it ever mapped by itself and saw freed
-    (mallopt(3), M_MMAP_THRESHOLD), so one large block makes it keep 62 MiB. Without, a step of the demo now and then
-    took 800 page faults and 6 ms more. Other allocators do not mind.
+    It returns what lies free beyond twice the largest block that it ever mapped and saw freed (mallopt(3),
+    M_MMAP_THRESHOLD), so one large block makes it keep 62 MiB. Without, a step of the demo now and then took 800 page
+    faults and 6 ms more. Other allocators are not affected.
     """
-    torch.empty(LARGE, dtype=torch.uint8)
+    torch.empty(MMAP_BYTES, dtype=torch.uint8)
 
 
-def _rows(name: str, plan: Plan, tokens: int) -> int:
-    if name in FEED and plan.feed_rows:
-        tokens = min(tokens, plan.feed_rows)
-    return whole(tokens, plan.granule)
+def _rows(name: str, plan: MemoryPlan, tokens: int) -> int:
+    if name in MLP_BUFFERS and plan.mlp_rows:
+        tokens = min(tokens, plan.mlp_rows)
+    return round_up(tokens, plan.pad_multiple)

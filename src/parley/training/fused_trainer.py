@@ -17,11 +17,12 @@ from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers.training_args import OptimizerNames
 
-from parley.train_step.bind import Bound, Unsupported, bind
+from parley.data.packing import Document
+from parley.data.tokens import IGNORE_INDEX
+from parley.train_step.bind import BoundModel, Unsupported, bind
 from parley.train_step.fused_step import FusedStep
-from parley.train_step.memory_plan import Plan, make_plan
+from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.train_step.optimizer import AdamW8bit
-from parley.train_step.packed_batch import IGNORED, Example
 from parley.training.regional_compile import WORTH_IT, compile_layers
 
 logger = logging.getLogger(__name__)
@@ -84,12 +85,12 @@ class FusedTrainer(trl.SFTTrainer):
         self.bind_fast()
         if self.fast is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        weight_G = self.fast.bound.flat.weight_G
+        weight_Z = self.fast.bound.flat.weight_Z
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if self.args.optim in BITSANDBYTES:
             optimizer_class = AdamW8bit
             settings = {name: value for name, value in settings.items() if name in ("lr", "betas", "eps")}
-        self.optimizer = optimizer_class([weight_G], weight_decay=self.args.weight_decay, **settings)
+        self.optimizer = optimizer_class([weight_Z], weight_decay=self.args.weight_decay, **settings)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
@@ -111,16 +112,16 @@ class FusedTrainer(trl.SFTTrainer):
             logger.warning("plain path: %s", reason)
             return None
         plan = self._plan(bound)
-        for line in plan.lines():
+        for line in plan.describe():
             logger.info("%s", line)
         step = FusedStep(bound, plan)
         step.compile()
         return step
 
-    def _plan(self, bound: Bound) -> Plan:
+    def _plan(self, bound: BoundModel) -> MemoryPlan:
         documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        moment_bytes = 2 if self.args.optim in BITSANDBYTES else 8
-        return make_plan(bound, self.memory, self._lengths(), documents, moment_bytes)
+        state_bytes = 2 if self.args.optim in BITSANDBYTES else 8
+        return make_plan(bound, self.memory, self._lengths(), documents, state_bytes)
 
     def _lengths(self) -> NDArray[np.integer]:
         """Tokens of each training row; of streams, which cannot be looked through, the most that a row may have."""
@@ -152,10 +153,10 @@ class FusedTrainer(trl.SFTTrainer):
         if not self.model.training:
             self.model.train()
         examples = documents(inputs)
-        count = max(sum(example.supervised for example in examples), 1)
-        self.fast.run(examples, count)
-        self.fast.bound.flat.show_gradients()
-        loss, right, entropy = (self.fast.figures_3 / count).unbind()
+        count = max(sum(example.supervised_tokens for example in examples), 1)
+        self.fast.forward_backward(examples, count)
+        self.fast.bound.flat.expose_gradients()
+        loss, right, entropy = (self.fast.metrics_3 / count).unbind()
         self._total_train_tokens += inputs["input_ids"].shape[1]
         metrics = self._metrics["train"]
         metrics["entropy"].append(entropy)
@@ -165,23 +166,23 @@ class FusedTrainer(trl.SFTTrainer):
 
     def measure(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss and number of the supervised tokens of a batch, on the device."""
-        count = (inputs["labels"][..., 1:] != IGNORED).sum().to(self.args.device)
+        count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(self.args.device)
         if self.fast is not None and "position_ids" in inputs and adapters_on(self.model):
-            return self.fast.measure(documents(inputs))[0], count
+            return self.fast.forward_only(documents(inputs))[0], count
         loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
         return loss.double() * count, count
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         if self.fast is None:
             return super()._clip_grad_norm(model)
-        grad_G = self.fast.bound.flat.grad_G
-        norm = torch.linalg.vector_norm(grad_G)
-        grad_G.mul_(torch.clamp(self.args.max_grad_norm / (norm + 1e-6), max=1.0))
+        grad_Z = self.fast.bound.flat.grad_Z
+        norm = torch.linalg.vector_norm(grad_Z)
+        grad_Z.mul_(torch.clamp(self.args.max_grad_norm / (norm + 1e-6), max=1.0))
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self.fast is not None and grad_norm is None:
-            return torch.linalg.vector_norm(self.fast.bound.flat.grad_G)
+            return torch.linalg.vector_norm(self.fast.bound.flat.grad_Z)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -206,13 +207,13 @@ def adapters_on(model: torch.nn.Module) -> bool:
     return not any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
 
 
-def documents(inputs: dict[str, torch.Tensor]) -> list[Example]:
+def documents(inputs: dict[str, torch.Tensor]) -> list[Document]:
     """The documents of a packed row, cut where `position_ids` begin anew."""
     ids_T, labels_T, position_T = (
         inputs[name][0].numpy().astype(np.int32) for name in ("input_ids", "labels", "position_ids")
     )
     (starts,) = np.nonzero(position_T == 0)
     return [
-        Example(ids_L, label_L)
+        Document(ids_L, label_L)
         for ids_L, label_L in zip(np.split(ids_T, starts[1:]), np.split(labels_T, starts[1:]), strict=True)
     ]

@@ -20,9 +20,9 @@ from parley.inference.sampling import Needs, advance, next_tokens
 from parley.inference.slot_state import Row, State
 from parley.inference.step_runner import Burst, Report
 from parley.train_step import reference_ops as reference
-from parley.train_step.fused_linear import Dense, FusedLinear
-from parley.train_step.nf4 import Nf4
-from parley.train_step.ops import Adapter, AttentionShape, HeadNorms, Rope
+from parley.train_step.fused_linear import DenseWeight, FusedLinear
+from parley.train_step.nf4 import Nf4Weight
+from parley.train_step.ops import Adapter, AttentionShape, QkNorm, RopeTable
 
 triton = pytest.importorskip("triton", reason="no Triton here")
 attention = pytest.importorskip("parley.inference.cuda.kernels.decode_attention")
@@ -50,20 +50,20 @@ def projections(sizes: tuple[int, ...], columns: int, rank: int, *, packed: bool
     adapters: list[Adapter | None] = []
     for i, size in enumerate(sizes):
         weight = draw(size, columns, seed=i) / columns**0.5
-        bases.append(rounded(packed_weight(weight)) if packed else Dense(weight))
+        bases.append(rounded(packed_weight(weight)) if packed else DenseWeight(weight))
         adapter = Adapter(draw(rank, columns, seed=10 + i), draw(size, rank, seed=20 + i), weight[0], weight[0], 0.3)
         adapters.append(adapter if rank and i % 2 == 0 else None)
     fused = FusedLinear(bases, adapters, draw(sum(sizes), seed=30) if bias else None)
     return Product(fused, reference, torch.float32, DEVICE)
 
 
-def packed_weight(weight: torch.Tensor) -> Nf4:
+def packed_weight(weight: torch.Tensor) -> Nf4Weight:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     made = bitsandbytes.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", compress_statistics=True)
-    return Nf4(made.to("cuda") if DEVICE.type == "cuda" else made._quantize("cpu"))
+    return Nf4Weight(made.to("cuda") if DEVICE.type == "cuda" else made._quantize("cpu"))
 
 
-def rounded(weight: Nf4) -> Nf4:
+def rounded(weight: Nf4Weight) -> Nf4Weight:
     """With the 16 values in fp16, as the kernels take them."""
     state = weight.weight.quant_state
     state.code = state.code.half().float()
@@ -134,8 +134,8 @@ def test_attention(positions: tuple[int, ...], heads: int, kv_heads: int, window
     shape = AttentionShape(heads, kv_heads, size, size**-0.5, window)
     qkv = draw(rows, shape.columns, seed=0)
     cache = draw(rows, 2, kv_heads, length, size, seed=1)
-    rope = Rope(draw(length, size // 2, seed=2), draw(length, size // 2, seed=3))
-    head_norms = HeadNorms(1 + draw(size, seed=4) / 10, 1 + draw(size, seed=5) / 10, 1e-5) if norms else None
+    rope = RopeTable(draw(length, size // 2, seed=2), draw(length, size // 2, seed=3))
+    qk_norm = QkNorm(1 + draw(size, seed=4) / 10, 1 + draw(size, seed=5) / 10, 1e-5) if norms else None
     fields = torch.zeros(rows, 7, dtype=torch.int32, device=DEVICE)
     fields[:, 3] = torch.tensor(positions, device=DEVICE)
     shares = attention.Shares.room(rows, shape, DEVICE, programs=16)
@@ -144,23 +144,30 @@ def test_attention(positions: tuple[int, ...], heads: int, kv_heads: int, window
         got_cache.copy_(cache)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()  # the cache is read before the launch ahead has ended
-        attention.attend(qkv, got_cache, got, fields[:, 3], rope, shape, head_norms, shares)
-    wanted_cache, wanted = plain_attention(qkv, cache, positions, rope, shape, head_norms)
+        attention.attend(qkv, got_cache, got, fields[:, 3], rope, shape, qk_norm, shares)
+    wanted_cache, wanted = plain_attention(qkv, cache, positions, rope, shape, qk_norm)
     assert off(got_cache, wanted_cache) < 1e-6
     assert off(got, wanted) < 1e-5
 
 
 def plain_attention(
-    qkv: torch.Tensor, cache: torch.Tensor, positions: tuple[int, ...], rope: Rope, shape: AttentionShape, norms: Any
+    qkv: torch.Tensor,
+    cache: torch.Tensor,
+    positions: tuple[int, ...],
+    rope: RopeTable,
+    shape: AttentionShape,
+    norms: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row by row, with whole heads."""
     cache, outs = cache.clone(), []
     for row, position in enumerate(positions):
-        q, k, v = (part[0] for part in shape.parts(qkv[row : row + 1]))
+        q, k, v = (part[0] for part in shape.split_qkv(qkv[row : row + 1]))
         if norms is not None:
-            q, k = (functional.rms_norm(x, (shape.size,), w, norms.eps) for x, w in ((q, norms.q_E), (k, norms.k_E)))
-        c, s = (table[position].repeat(2) for table in (rope.cos_PE, rope.sin_PE))
-        q, k = (x * c + torch.cat([-x[:, shape.size // 2 :], x[:, : shape.size // 2]], 1) * s for x in (q, k))
+            q, k = (
+                functional.rms_norm(x, (shape.head_dim,), w, norms.eps) for x, w in ((q, norms.q_E), (k, norms.k_E))
+            )
+        c, s = (table[position].repeat(2) for table in (rope.cos_LE, rope.sin_LE))
+        q, k = (x * c + torch.cat([-x[:, shape.head_dim // 2 :], x[:, : shape.head_dim // 2]], 1) * s for x in (q, k))
         cache[row, 0, :, position], cache[row, 1, :, position] = k, v
         first = 0 if shape.window is None else max(position - shape.window + 1, 0)
         seen = cache[row, :, :, first : position + 1].repeat_interleave(shape.heads // shape.kv_heads, 1)

@@ -54,7 +54,7 @@ class Matrix:
 
     def __init__(self, product: Product) -> None:
         assert product.matrix_NK is not None
-        assert not product.linear.slots
+        assert not product.linear.adapter_slices
         self.matrix_KN = array(product.matrix_NK).T
         self.bias_N = None if product.linear.bias_N is None else array(product.linear.bias_N)
 
@@ -73,8 +73,8 @@ class Layer:
     o: Matrix
     gate_up: Matrix
     down: Matrix
-    norm_in_D: Array
-    norm_mid_D: Array
+    input_norm_D: Array
+    post_attention_norm_D: Array
     q_norm_E: Array | None
     k_norm_E: Array | None
     shape: AttentionShape
@@ -98,18 +98,18 @@ class AloneStep:
                 o=Matrix(products.o),
                 gate_up=Matrix(products.gate_up),
                 down=Matrix(products.down),
-                norm_in_D=array(layer.norm_in_D),
-                norm_mid_D=array(layer.norm_mid_D),
-                q_norm_E=None if layer.head_norms is None else array(layer.head_norms.q_E),
-                k_norm_E=None if layer.head_norms is None else array(layer.head_norms.k_E),
+                input_norm_D=array(layer.input_norm_D),
+                post_attention_norm_D=array(layer.post_attention_norm_D),
+                q_norm_E=None if layer.qk_norm is None else array(layer.qk_norm.q_E),
+                k_norm_E=None if layer.qk_norm is None else array(layer.qk_norm.k_E),
                 shape=layer.shape,
                 cache_2KLE=array(cached[0]),
             )
             for layer, products, cached in zip(weights.layers, model.products, cache.layers, strict=True)
         ]
         # By halves of a head: turned, it is x cos + swapped(x) sin.
-        cos_PE, sin_PE = array(model.rope.cos_PE), array(model.rope.sin_PE)
-        self.cos_P2E, self.sin_P2E = np.stack([cos_PE, cos_PE], axis=1), np.stack([-sin_PE, sin_PE], axis=1)
+        cos_LE, sin_LE = array(model.rope.cos_LE), array(model.rope.sin_LE)
+        self.cos_P2E, self.sin_P2E = np.stack([cos_LE, cos_LE], axis=1), np.stack([-sin_LE, sin_LE], axis=1)
 
     def __call__(self, state: State) -> Tensor:
         """fp32 logits (1, V). `state` is one row."""
@@ -117,9 +117,9 @@ class AloneStep:
         h_D = self.embedding_VD[fields[TOKEN]].copy()
         with np.errstate(over="ignore"):  # exp(-x) of a gate that is shut
             for layer in self.layers:
-                qkv_C = layer.qkv(self._norm(h_D, layer.norm_in_D))
+                qkv_C = layer.qkv(self._norm(h_D, layer.input_norm_D))
                 h_D += layer.o(self._attend(layer, qkv_C, fields[POSITION]))
-                h_D += layer.down(_swiglu(layer.gate_up(self._norm(h_D, layer.norm_mid_D))))
+                h_D += layer.down(_swiglu(layer.gate_up(self._norm(h_D, layer.post_attention_norm_D))))
         return torch.from_numpy(self.head(self._norm(h_D, self.norm_D))[None])
 
     def _norm(self, x_D: Array, weight_D: Array) -> Array:
@@ -129,7 +129,7 @@ class AloneStep:
 
     def _attend(self, layer: Layer, qkv_C: Array, position: int) -> Array:
         shape, cache_2KLE = layer.shape, layer.cache_2KLE
-        heads, size = shape.heads, shape.size
+        heads, size = shape.heads, shape.head_dim
         x_HE = qkv_C.reshape(-1, size)
         if layer.q_norm_E is not None:
             self._norm_heads(x_HE[:heads], layer.q_norm_E)

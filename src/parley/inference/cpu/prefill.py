@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parley.data.packing import split_by_tokens
 from parley.inference.kv_cache import Cache
 from parley.inference.model import PREFILL_TOKENS, Voices
 from parley.inference.prefix_cache import Kept
-from parley.train_step.matmul import WHOLE
+from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
 from parley.train_step.ops import AttentionShape
-from parley.train_step.qk_norm import normalise_heads
+from parley.train_step.qk_norm import apply_qk_norm
 
 
 class Reader:
@@ -39,10 +40,8 @@ class Reader:
         """fp32 logits (N, V) after each prompt, whose keys and values are then in its row of the cache."""
         known = [self._recall(*place) for place in zip(rows, prompts, tuned, strict=True)]
         lengths = [len(prompt) - count for prompt, count in zip(prompts, known, strict=True)]
-        logits = [
-            self._pass(prompts[first:last], rows[first:last], tuned[first:last], known[first:last])
-            for first, last in pairwise(_cuts(lengths))
-        ]
+        runs = split_by_tokens(lengths, PREFILL_TOKENS)
+        logits = [self._pass(prompts[run], rows[run], tuned[run], known[run]) for run in runs]
         for place in zip(rows, prompts, tuned, strict=True):
             self.kept.read(*place)
         return logits[0] if len(logits) == 1 else torch.cat(logits)
@@ -64,7 +63,7 @@ class Reader:
         prompts = [prompt[count:] for prompt, count in zip(prompts, known, strict=True)]
         lengths = [len(prompt) for prompt in prompts]
         bounds = [0, *accumulate(lengths)]
-        more = -bounds[-1] % WHOLE  # rows that nobody reads
+        more = -bounds[-1] % ONEDNN_ROW_MULTIPLE  # rows that nobody reads
         spans = [(count, count + length) for count, length in zip((*known, 0), (*lengths, more), strict=True)]
         position_T = torch.cat([torch.arange(*span) for span in spans])
         last_N = torch.tensor(bounds[1:]) - 1
@@ -75,18 +74,18 @@ class Reader:
 
         def attend(index: int, qkv_TC: Tensor) -> Tensor:
             layer, shape = weights.layers[index], weights.layers[index].shape
-            if layer.head_norms is not None:
-                qkv_TC = normalise_heads(qkv_TC, shape, layer.head_norms)
+            if layer.qk_norm is not None:
+                qkv_TC = apply_qk_norm(qkv_TC, shape, layer.qk_norm)
             x_THE = self.turns.turn(index, qkv_TC, turned)
             is_last = index == len(weights.layers) - 1
-            out_TD = qkv_TC.new_zeros(len(lengths) if is_last else len(qkv_TC), shape.heads * shape.size)
+            out_TD = qkv_TC.new_zeros(len(lengths) if is_last else len(qkv_TC), shape.heads * shape.head_dim)
             for place, (row, (start, end)) in enumerate(zip(rows, pairwise(bounds), strict=True)):
                 x_HLE, (before, until) = x_THE[start:end].transpose(0, 1), spans[place]
                 cached_2KLE = self.cache.layers[index][row, :, :, :until]
                 cached_2KLE[:, :, before:].copy_(x_HLE[shape.heads :].unflatten(0, (2, shape.kv_heads)))
                 asked = slice(place, place + 1) if is_last else slice(start, end)
                 q_HLE = x_HLE[: shape.heads, -1:] if is_last else x_HLE[: shape.heads]
-                out_LHE = out_TD[asked].view(-1, shape.heads, shape.size)
+                out_LHE = out_TD[asked].view(-1, shape.heads, shape.head_dim)
                 out_LHE.copy_(_attention(q_HLE, cached_2KLE, shape).transpose(0, 1))
             return out_TD
 
@@ -97,17 +96,6 @@ class Reader:
         h_ND = h_TD.index_select(0, last_N)
         model.finish(last, h_ND, attended_ND, tuned_N1)
         return model.logits(h_ND)
-
-
-def _cuts(lengths: list[int]) -> list[int]:
-    """Where to cut the prompts into passes of at most PREFILL_TOKENS; a longer prompt is a pass of its own."""
-    cuts, room = [0], PREFILL_TOKENS
-    for index, length in enumerate(lengths):
-        if length > room and index > cuts[-1]:
-            cuts.append(index)
-            room = PREFILL_TOKENS
-        room -= length
-    return [*cuts, len(lengths)]
 
 
 def _attention(q_HLE: Tensor, cached_2KLE: Tensor, shape: AttentionShape) -> Tensor:

@@ -74,11 +74,11 @@ class Step:
         rows = len(h_BD)
         for index, (layer, (qkv, o, gate_up, down)) in enumerate(zip(weights.layers, self.rows, strict=True)):
             adapting = [Adapting(self.u, self.ready[index, place : place + 1], state.real(TUNED)) for place in range(4)]
-            norm_in, norm_mid = Norm(layer.norm_in_D, layer.eps), Norm(layer.norm_mid_D, layer.eps)
+            norm_in, norm_mid = Norm(layer.input_norm_D, layer.eps), Norm(layer.post_attention_norm_D, layer.eps)
             qkv_BC = h_BD.new_empty(rows, layer.shape.columns)
             product(qkv, h_BD, qkv_BC, adapting[0], norm_in, add=False)
             product(o, self._attend(index, qkv_BC, state), h_BD, adapting[1], add=True)
-            act_BF = h_BD.new_empty(rows, down.columns_in)
+            act_BF = h_BD.new_empty(rows, down.in_features)
             gated(gate_up, h_BD, act_BF, adapting[2], norm_mid)
             product(down, act_BF, h_BD, adapting[3], add=True)
         logits_BV = h_BD.new_empty(rows, weights.head_VD.shape[0], dtype=torch.float32)
@@ -87,10 +87,10 @@ class Step:
 
     def _attend(self, index: int, qkv_BC: Tensor, state: State) -> Tensor:
         layer = self.model.weights.layers[index]
-        out_BD = qkv_BC.new_empty(len(qkv_BC), layer.shape.heads * layer.shape.size)
+        out_BD = qkv_BC.new_empty(len(qkv_BC), layer.shape.heads * layer.shape.head_dim)
         cache, rope = self.cache.layers[index], self.model.rope
         shares = self.shares[layer.shape]
-        attend(qkv_BC, cache, out_BD, state.whole(POSITION), rope, layer.shape, layer.head_norms, shares)
+        attend(qkv_BC, cache, out_BD, state.whole(POSITION), rope, layer.shape, layer.qk_norm, shares)
         return out_BD
 
 

@@ -2,8 +2,8 @@
 
 from parley.train_step.kernels.attention import attention, attention_backward
 from parley.train_step.kernels.cross_entropy import cross_entropy
-from parley.train_step.kernels.lora import add_adapter_gradients, copy_all, copy_scaled, copy_table
-from parley.train_step.kernels.nf4 import write_nf4
+from parley.train_step.kernels.lora import add_adapter_gradients, copy_scaled, prepare_copies, run_copies
+from parley.train_step.kernels.nf4 import dequantize_nf4
 from parley.train_step.kernels.pointwise import rope, swiglu, swiglu_backward
 from parley.train_step.kernels.rms_norm import rms_norm, rms_norm_backward
 
@@ -11,14 +11,14 @@ __all__ = [
     "add_adapter_gradients",
     "attention",
     "attention_backward",
-    "copy_all",
     "copy_scaled",
-    "copy_table",
     "cross_entropy",
+    "dequantize_nf4",
+    "prepare_copies",
     "rms_norm",
     "rms_norm_backward",
     "rope",
+    "run_copies",
     "swiglu",
     "swiglu_backward",
-    "write_nf4",
 ]

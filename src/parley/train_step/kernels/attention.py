@@ -16,10 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parley.train_step.kernels import library_attention as flash
+from parley.train_step.kernels import library_attention
 from parley.train_step.kernels.precompile import kernel
 from parley.train_step.ops import AttentionShape
-from parley.train_step.packed_batch import Rows
+from parley.train_step.packed_batch import DeviceBatch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e6)  # finite: a tile that a query sees nothing of must not turn into NaN
@@ -171,10 +171,10 @@ def _backward_keys(
 
 def _constants(shape: AttentionShape, stages: int) -> dict[str, int | bool]:
     """The stages are measured, with heads of 64 and of 128: a kernel that holds more sums has registers for fewer."""
-    assert shape.size == triton.next_power_of_2(shape.size), "bind lets no other head size through"
+    assert shape.head_dim == triton.next_power_of_2(shape.head_dim), "bind lets no other head size through"
     return {
         "GROUP": shape.heads // shape.kv_heads,
-        "E": shape.size,
+        "E": shape.head_dim,
         "WINDOW": shape.window is not None,
         "BLOCK_Q": ROWS,
         "BLOCK_K": ROWS,
@@ -183,42 +183,42 @@ def _constants(shape: AttentionShape, stages: int) -> dict[str, int | bool]:
     }
 
 
-def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> Any:
-    if flash.takes(x_TC, rows):
-        return flash.attention(x_TC, rows, shape, out_TD)
+def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> Any:
+    if library_attention.applies(x_TC, batch):
+        return library_attention.attention(x_TC, batch, shape, out_TD)
     tokens = x_TC.shape[0]
-    q, k, v = shape.parts(x_TC)
+    q, k, v = shape.split_qkv(x_TC)
     lse_HT = torch.empty(shape.heads, tokens, dtype=torch.float32, device=x_TC.device)
     _forward[(triton.cdiv(tokens, ROWS), shape.heads)](
-        q, k, v, out_TD, lse_HT, rows.start_T, x_TC.stride(0), out_TD.stride(0), shape.scale, shape.window or 0,
+        q, k, v, out_TD, lse_HT, batch.start_T, x_TC.stride(0), out_TD.stride(0), shape.scale, shape.window or 0,
         tokens, **_constants(shape, 3),
     )  # fmt: skip
     return lse_HT
 
 
 def attention_backward(
-    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, rows: Rows, shape: AttentionShape, dx_TC: Tensor
+    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, batch: DeviceBatch, shape: AttentionShape, dx_TC: Tensor
 ) -> None:
-    if flash.takes(x_TC, rows):
-        flash.attention_backward(dout_TD, x_TC, out_TD, saved, rows, shape, dx_TC)
+    if library_attention.applies(x_TC, batch):
+        library_attention.attention_backward(dout_TD, x_TC, out_TD, saved, batch, shape, dx_TC)
         return
     tokens = x_TC.shape[0]
     tiles = triton.cdiv(tokens, ROWS)
-    (q, k, v), (dq, dk, dv) = shape.parts(x_TC), shape.parts(dx_TC)
+    (q, k, v), (dq, dk, dv) = shape.split_qkv(x_TC), shape.split_qkv(dx_TC)
     delta_HT = torch.empty_like(saved)
     x_stride, dout_stride, dx_stride = x_TC.stride(0), dout_TD.stride(0), dx_TC.stride(0)
     fixed = (shape.scale, shape.window or 0, tokens)
     _backward_queries[(tiles, shape.heads)](
-        q, k, v, out_TD, dout_TD, dq, saved, delta_HT, rows.start_T, x_stride, out_TD.stride(0), dout_stride,
+        q, k, v, out_TD, dout_TD, dq, saved, delta_HT, batch.start_T, x_stride, out_TD.stride(0), dout_stride,
         dx_stride, *fixed, **_constants(shape, 2),
     )  # fmt: skip
     programs = tiles * shape.kv_heads
     shares = 2 if programs <= PROGRAMS and shape.heads // shape.kv_heads % 2 == 0 else 1
-    sums, arrived = delta_HT, rows.start_T  # neither is read where nothing is shared
+    sums, arrived = delta_HT, batch.start_T  # neither is read where nothing is shared
     if shares == 2:
-        sums = delta_HT.new_empty(programs * 4 * ROWS * shape.size)
+        sums = delta_HT.new_empty(programs * 4 * ROWS * shape.head_dim)
         arrived = torch.zeros(programs, dtype=torch.int32, device=x_TC.device)
     _backward_keys[(tiles, shape.kv_heads, shares)](
-        q, k, v, dout_TD, dk, dv, saved, delta_HT, rows.start_T, rows.end_T, sums, arrived, x_stride, dout_stride,
+        q, k, v, dout_TD, dk, dv, saved, delta_HT, batch.start_T, batch.end_T, sums, arrived, x_stride, dout_stride,
         dx_stride, *fixed, **_constants(shape, 1), SHARES=shares,
     )  # fmt: skip

@@ -7,16 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parley.data.tokens import IGNORE_INDEX
 from parley.train_step.kernels.precompile import kernel
-from parley.train_step.packed_batch import IGNORED
 
 
 @kernel("S")
-def _cross_entropy(logits, target, scale, figure_3S, S, V, IGNORED: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(logits, target, scale, figure_3S, S, V, IGNORE_INDEX: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
     wanted = tl.load(target + row)
-    real = wanted != IGNORED
+    real = wanted != IGNORE_INDEX
     if real:
         top = tl.full((BLOCK,), -1e30, tl.float32)
         total = tl.zeros((BLOCK,), tl.float32)
@@ -48,11 +48,11 @@ def _cross_entropy(logits, target, scale, figure_3S, S, V, IGNORED: tl.constexpr
             tl.store(logits + v, tl.zeros((BLOCK,), logits.dtype.element_ty), mask=v < V)
 
 
-def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, figures_3: Tensor) -> None:
+def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor) -> None:
     rows, vocabulary = logits_SV.shape
     figure_3S = torch.zeros(3, rows, dtype=torch.float32, device=logits_SV.device)
     block = min(triton.next_power_of_2(vocabulary), 8192)
     _cross_entropy[(rows,)](
-        logits_SV, target_S, scale, figure_3S, rows, vocabulary, IGNORED=IGNORED, BLOCK=block, num_warps=16
+        logits_SV, target_S, scale, figure_3S, rows, vocabulary, IGNORE_INDEX=IGNORE_INDEX, BLOCK=block, num_warps=16
     )
-    figures_3 += figure_3S.sum(1)
+    metrics_3 += figure_3S.sum(1)

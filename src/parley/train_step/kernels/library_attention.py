@@ -1,11 +1,10 @@
-"""Attention for long documents through the libraries: cuDNN for each long one, PyTorch's flash kernels for the others.
+"""Attention of long documents through the libraries: cuDNN for each long one, PyTorch's flash kernels for the others.
 
-On an H200 cuDNN takes 36 ms for the two directions of 32,768 tokens (32 heads of 64), flash-attention 2 takes 53 and
-the kernels of `attention.py` 58; with 2 x 4,096 tokens and heads of 128 the three take 2.2, 3.8 and 3.8. It plans anew
-for each length it has not met.
+On an H200 cuDNN takes 36 ms for forward and backward of 32,768 tokens (32 heads of 64), flash-attention 2 takes 53 and
+the kernels of `attention.py` 58; with 2 x 4,096 tokens and heads of 128 the three take 2.2, 3.8 and 3.8. cuDNN builds
+a plan for each new length, which takes the host milliseconds: so short documents, of many lengths, do not go there.
 
-Shape suffixes: T tokens, D query columns, C query, key and value columns side by side, L tokens of one document,
-H heads, K key-value heads, E head size.
+Shape suffixes (legend in docs/design.md): T tokens, D query columns, C query, key and value columns.
 """
 
 from __future__ import annotations
@@ -17,79 +16,81 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from parley.library_compat.torch import (
+    cudnn_attention,
+    cudnn_attention_backward,
+    varlen_flash_attention,
+    varlen_flash_attention_backward,
+)
 from parley.train_step.ops import AttentionShape
-from parley.train_step.packed_batch import LONG, Rows
-
-aten = torch.ops.aten
+from parley.train_step.packed_batch import LONG_DOCUMENT, DeviceBatch
 
 
-def takes(x_TC: Tensor, rows: Rows) -> bool:
-    """Whether the documents are known on the host and the longest is long; the libraries know 16-bit types alone."""
-    long = rows.lengths is not None and max(rows.lengths) >= LONG
+def applies(x_TC: Tensor, batch: DeviceBatch) -> bool:
+    """Whether the host knows the documents and the longest is long. The libraries take 16-bit types alone."""
+    long = batch.lengths is not None and max(batch.lengths) >= LONG_DOCUMENT
     return long and x_TC.dtype in (torch.bfloat16, torch.float16)
 
 
-def _runs(rows: Rows, shape: AttentionShape) -> Iterator[tuple[slice, Tensor | None, int]]:
-    """Each long document as (its rows, None, its length); documents between them as (rows, borders, longest)."""
-    assert rows.lengths is not None
+def _runs(batch: DeviceBatch, shape: AttentionShape) -> Iterator[tuple[slice, Tensor | None, int]]:
+    """Each long document as (its rows, None, its length); the short ones between them as (rows, boundaries, longest).
+
+    cuDNN's operator has no window, so that with one even long documents go to the flash kernels.
+    """
+    assert batch.lengths is not None
     begin, short = 0, [0]
-    for length in (*rows.lengths, None):
-        alone = length is not None and length >= LONG and shape.window is None
-        if (alone or length is None) and len(short) > 1:
-            borders = torch.tensor(short, dtype=torch.int32).to(rows.ids_T.device, non_blocking=True)
+    for length in (*batch.lengths, None):  # None flushes the last run
+        by_itself = length is not None and length >= LONG_DOCUMENT and shape.window is None
+        if (by_itself or length is None) and len(short) > 1:
+            boundaries = torch.tensor(short, dtype=torch.int32).to(batch.ids_T.device, non_blocking=True)
             longest = max(b - a for a, b in itertools.pairwise(short))
-            yield slice(begin, begin + short[-1]), borders, longest
+            yield slice(begin, begin + short[-1]), boundaries, longest
             begin, short = begin + short[-1], [0]
-        if length is not None and alone:
+        if length is not None and by_itself:
             yield slice(begin, begin + length), None, length
             begin += length
         elif length is not None:
             short.append(short[-1] + length)
 
 
-def attention(x_TC: Tensor, rows: Rows, shape: AttentionShape, out_TD: Tensor) -> list[Any]:
-    """Returns, for each run of `_runs`, what its kernel wants back."""
-    parts = shape.parts(x_TC)
-    saved = []
-    for run, borders, longest in _runs(rows, shape):
-        q, k, v = (part[run] for part in parts)
-        if borders is None:
+def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> list[Any]:
+    """Returns, for each run of `_runs`, the state that its backward operator reads."""
+    qkv = shape.split_qkv(x_TC)
+    saved: list[Any] = []
+    for run, boundaries, longest in _runs(batch, shape):
+        q, k, v = (part[run] for part in qkv)
+        if boundaries is None:
             q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
-            out, *more, _ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True, scale=shape.scale)
+            out, state = cudnn_attention(q, k, v, shape.scale)
             out_TD[run] = out[0].transpose(0, 1).flatten(1)
-            saved.append(more)
+            saved.append(state)
         else:
-            out, lse, *_ = aten._flash_attention_forward(
-                q, k, v, borders, borders, longest, longest, 0.0, True, False, scale=shape.scale, **_window(shape)
-            )
+            out, lse = varlen_flash_attention(q, k, v, boundaries, longest, shape.scale, shape.window)
             out_TD[run] = out.flatten(1)
             saved.append(lse)
     return saved
 
 
 def attention_backward(
-    dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: list[Any], rows: Rows, shape: AttentionShape, dx_TC: Tensor
+    dout_TD: Tensor,
+    x_TC: Tensor,
+    out_TD: Tensor,
+    saved: list[Any],
+    batch: DeviceBatch,
+    shape: AttentionShape,
+    dx_TC: Tensor,
 ) -> None:
-    parts = (*shape.parts(x_TC), *(x.unflatten(1, (-1, shape.size)) for x in (out_TD, dout_TD)))
-    for (run, borders, longest), more in zip(_runs(rows, shape), saved, strict=True):
-        q, k, v, out, dout = (part[run] for part in parts)
-        if borders is None:
-            q, k, v, out, dout = (part.transpose(0, 1)[None] for part in (q, k, v, out, dout))
-            lse, first_q, first_k, max_q, max_k, seed, offset = more
-            grads = aten._scaled_dot_product_cudnn_attention_backward(
-                dout, q, k, v, out, lse, seed, offset, None, first_q, first_k, max_q, max_k, 0.0, True,
-                scale=shape.scale,
-            )  # fmt: skip
+    out_THE, dout_THE = (x_TD.unflatten(1, (-1, shape.head_dim)) for x_TD in (out_TD, dout_TD))
+    inputs = (dout_THE, *shape.split_qkv(x_TC), out_THE)
+    for (run, boundaries, longest), state in zip(_runs(batch, shape), saved, strict=True):
+        dout, q, k, v, out = (part[run] for part in inputs)
+        if boundaries is None:
+            dout, q, k, v, out = (part.transpose(0, 1)[None] for part in (dout, q, k, v, out))
+            grads = cudnn_attention_backward(dout, q, k, v, out, state, shape.scale)
             grads = tuple(grad[0].transpose(0, 1) for grad in grads)
         else:
-            seed = torch.zeros(2, dtype=torch.uint64, device=x_TC.device)  # there is no dropout to repeat
-            grads = aten._flash_attention_backward(
-                dout, q, k, v, out, more, borders, borders, longest, longest, 0.0, True, seed, seed[:0],
-                scale=shape.scale, **_window(shape),
-            )  # fmt: skip
-        for grad, part in zip(grads, shape.parts(dx_TC), strict=True):
+            grads = varlen_flash_attention_backward(
+                dout, q, k, v, out, state, boundaries, longest, shape.scale, shape.window
+            )
+        for grad, part in zip(grads, shape.split_qkv(dx_TC), strict=True):
             part[run] = grad
-
-
-def _window(shape: AttentionShape) -> dict[str, int]:
-    return {} if shape.window is None else {"window_size_left": shape.window - 1, "window_size_right": 0}

@@ -1,6 +1,6 @@
 """The adapters' small work: their weights into the fused matrices, and their gradients.
 
-Shape suffixes: T tokens, M and N rows and columns of a matrix, K columns in, P spare columns, R rank.
+Shape suffixes: T tokens, M and N rows and columns of a matrix, K columns in, P lora_columns columns, R rank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parley.train_step.kernels.precompile import kernel
-from parley.train_step.ops import Copy, Slot
+from parley.train_step.ops import AdapterSlice, ScaledCopy
 
 COPY_BLOCK = 4096
 
@@ -130,16 +130,16 @@ def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
 
 
 @dataclass(frozen=True)
-class CopyTable:
+class PreparedCopies:
     """Many copies as one launch. The tensors stay where they are as long as the table is used."""
 
-    copies: list[Copy]
+    copies: list[ScaledCopy]
     table_C5: Tensor  # addresses of source and out, out's stride, columns, elements
     scale_C: Tensor
     tile_2: Tensor  # (tiles, 2): which copy, and the first element of it
 
 
-def copy_table(copies: list[Copy]) -> CopyTable:
+def prepare_copies(copies: list[ScaledCopy]) -> PreparedCopies:
     entries, tiles = [], []
     for index, (source, out, _) in enumerate(copies):
         assert source.is_contiguous()
@@ -149,7 +149,7 @@ def copy_table(copies: list[Copy]) -> CopyTable:
         entries.append((source.data_ptr(), out.data_ptr(), out.stride(0), source.shape[1], source.numel()))
         tiles += [(index, begin) for begin in range(0, source.numel(), COPY_BLOCK)]
     device = copies[0][0].device
-    return CopyTable(
+    return PreparedCopies(
         copies,
         torch.tensor(entries, dtype=torch.int64, device=device),
         torch.tensor([scale for _, _, scale in copies], dtype=torch.float32, device=device),
@@ -157,10 +157,10 @@ def copy_table(copies: list[Copy]) -> CopyTable:
     )
 
 
-def copy_all(table: CopyTable) -> None:
-    source, out, _ = table.copies[0]
-    _copy_all[(len(table.tile_2),)](
-        table.table_C5, table.scale_C, table.tile_2, source, out, BLOCK=COPY_BLOCK, num_warps=8
+def run_copies(prepared: PreparedCopies) -> None:
+    source, out, _ = prepared.copies[0]
+    _copy_all[(len(prepared.tile_2),)](
+        prepared.table_C5, prepared.scale_C, prepared.tile_2, source, out, BLOCK=COPY_BLOCK, num_warps=8
     )
 
 
@@ -174,34 +174,36 @@ def _neighbours(parts: list[Tensor]) -> bool:
     return all(a.data_ptr() + a.numel() * a.element_size() == b.data_ptr() for a, b in itertools.pairwise(parts))
 
 
-def _regular(slots: list[Slot], columns_out: int) -> bool:
-    """Whether one launch serves all slots: every projection adapted, alike in rank and scale, side by side."""
-    adapters = [slot.adapter for slot in slots]
+def _regular(adapter_slices: list[AdapterSlice], out_features: int) -> bool:
+    """Whether one launch serves all adapter_slices: every projection adapted, alike in rank and scale, side by side."""
+    adapters = [item.adapter for item in adapter_slices]
     return (
-        len(slots) <= 3
-        and sum(slot.rows.stop - slot.rows.start for slot in slots) == columns_out
+        len(adapter_slices) <= 3
+        and sum(item.rows.stop - item.rows.start for item in adapter_slices) == out_features
         and len({(a.a_RK.shape[0], a.scale) for a in adapters}) == 1
-        and slots[-1].columns.stop <= 128
-        and all(slot.rows.start % BLOCK == 0 for slot in slots)
+        and adapter_slices[-1].columns.stop <= 128
+        and all(item.rows.start % BLOCK == 0 for item in adapter_slices)
         and _neighbours([a.da_RK for a in adapters])
         and _neighbours([a.db_NR for a in adapters])
     )
 
 
-def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], columns_out: int, columns_in: int) -> None:
-    if not _regular(slots, columns_out):
-        v_TP, u_TP = dy_TNP[:, columns_out:], x_TKP[:, columns_in:]
-        for slot in slots:
-            adapter = slot.adapter
-            _launch(x_TKP[:, :columns_in], v_TP[:, slot.columns], adapter.da_RK.t(), 1.0)
-            _launch(dy_TNP[:, slot.rows], u_TP[:, slot.columns], adapter.db_NR, adapter.scale)
+def add_adapter_gradients(
+    dy_TNP: Tensor, x_TKP: Tensor, adapter_slices: list[AdapterSlice], out_features: int, in_features: int
+) -> None:
+    if not _regular(adapter_slices, out_features):
+        v_TP, u_TP = dy_TNP[:, out_features:], x_TKP[:, in_features:]
+        for item in adapter_slices:
+            adapter = item.adapter
+            _launch(x_TKP[:, :in_features], v_TP[:, item.columns], adapter.da_RK.t(), 1.0)
+            _launch(dy_TNP[:, item.rows], u_TP[:, item.columns], adapter.db_NR, adapter.scale)
         return
-    first = slots[0].adapter
-    rank, all_ranks = first.a_RK.shape[0], slots[-1].columns.stop
-    ends = [slot.rows.stop for slot in slots] + [columns_out] * 2
+    first = adapter_slices[0].adapter
+    rank, all_ranks = first.a_RK.shape[0], adapter_slices[-1].columns.stop
+    ends = [item.rows.stop for item in adapter_slices] + [out_features] * 2
     block_all = max(16, triton.next_power_of_2(all_ranks))
-    a_programs = triton.cdiv(columns_in, BLOCK)
-    programs = a_programs + triton.cdiv(columns_out, BLOCK)
+    a_programs = triton.cdiv(in_features, BLOCK)
+    programs = a_programs + triton.cdiv(out_features, BLOCK)
     parts = _parts(dy_TNP.shape[0], programs)
     sums, arrived = first.da_RK, first.da_RK  # neither is read where there is one part
     if parts > 1:
@@ -209,7 +211,7 @@ def add_adapter_gradients(dy_TNP: Tensor, x_TKP: Tensor, slots: list[Slot], colu
         arrived = torch.zeros(programs, dtype=torch.int32, device=sums.device)
     _gradients[(programs, parts)](
         dy_TNP, x_TKP, first.da_RK, first.db_NR, sums, arrived, dy_TNP.stride(0), x_TKP.stride(0), first.scale,
-        dy_TNP.shape[0], columns_out, columns_in, a_programs, ends[0], ends[1],
+        dy_TNP.shape[0], out_features, in_features, a_programs, ends[0], ends[1],
         R=rank, ALL_R=all_ranks, BLOCK=BLOCK, BLOCK_ALL=block_all, BLOCK_R=max(16, triton.next_power_of_2(rank)),
         BLOCK_T=64, PARTS=parts, num_stages=4,
     )  # fmt: skip

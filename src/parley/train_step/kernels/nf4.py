@@ -24,7 +24,7 @@ def _write(packed, absmax, code, out, out_stride, K, QUANT_BLOCK: tl.constexpr, 
     tl.store(out + row * out_stride + k, value, mask=k < K)
 
 
-def write_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
+def dequantize_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
     rows, columns = out_NK.shape
     assert columns % 2 == 0
     size = min(triton.next_power_of_2(columns // 2), 1024)

@@ -7,8 +7,8 @@ import triton.language as tl
 from torch import Tensor
 
 from parley.train_step.kernels.precompile import kernel
-from parley.train_step.ops import AttentionShape, Rope
-from parley.train_step.packed_batch import Rows
+from parley.train_step.ops import AttentionShape, RopeTable
+from parley.train_step.packed_batch import DeviceBatch
 
 
 @kernel()
@@ -55,13 +55,13 @@ def _swiglu_backward(dout, x, dx, dout_stride, x_stride, dx_stride, F, BLOCK: tl
     tl.store(dx + row * dx_stride + F + f, (d * gate * sigmoid).to(dx.dtype.element_ty), mask=inside)
 
 
-def rope(x_TC: Tensor, rows: Rows, rope: Rope, shape: AttentionShape, *, inverse: bool = False) -> None:
-    heads, half = shape.heads + shape.kv_heads, shape.size // 2
+def rope(x_TC: Tensor, batch: DeviceBatch, rope: RopeTable, shape: AttentionShape, *, inverse: bool = False) -> None:
+    heads, half = shape.heads + shape.kv_heads, shape.head_dim // 2
     _rope[(x_TC.shape[0],)](
         x_TC,
-        rope.cos_PE,
-        rope.sin_PE,
-        rows.position_T,
+        rope.cos_LE,
+        rope.sin_LE,
+        batch.position_T,
         x_TC.stride(0),
         -1.0 if inverse else 1.0,
         HEADS=heads,

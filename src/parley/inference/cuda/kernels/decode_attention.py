@@ -19,7 +19,7 @@ from torch import Tensor
 
 from parley.inference.cuda.kernels.dependent_launch import ahead_done, early, next_may_come
 from parley.train_step.kernels.precompile import kernel
-from parley.train_step.ops import AttentionShape, HeadNorms, Rope
+from parley.train_step.ops import AttentionShape, QkNorm, RopeTable
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(-1.0e6)  # finite: a share without a position must not turn into NaN
@@ -163,7 +163,7 @@ class Shares:
         """Enough for up to `rows` rows of layers of `shape`; few rows are cut so that there are some `programs`."""
         most = max(share_count(row + 1, shape, programs) * (row + 1) for row in range(rows))
         return cls(
-            torch.empty(most * shape.heads * shape.size, dtype=torch.float32, device=device),
+            torch.empty(most * shape.heads * shape.head_dim, dtype=torch.float32, device=device),
             torch.empty(most * shape.heads * 2, dtype=torch.float32, device=device),
             torch.zeros(rows * shape.kv_heads, dtype=torch.int32, device=device),
             programs,
@@ -176,8 +176,8 @@ def share_count(rows: int, shape: AttentionShape, programs: int) -> int:
 
 
 def attend(
-    qkv_BC: Tensor, cache_B2KLE: Tensor, out_BD: Tensor, position_B: Tensor, rope: Rope, shape: AttentionShape,
-    norms: HeadNorms | None, shares: Shares,
+    qkv_BC: Tensor, cache_B2KLE: Tensor, out_BD: Tensor, position_B: Tensor, rope: RopeTable, shape: AttentionShape,
+    norms: QkNorm | None, shares: Shares,
 ) -> None:  # fmt: skip
     """Attention of each row's new token, whose queries, keys and values `qkv_BC` holds unrotated, into `out_BD`.
 
@@ -186,14 +186,14 @@ def attend(
     """
     rows, group = qkv_BC.shape[0], shape.heads // shape.kv_heads
     count = share_count(rows, shape, shares.programs)
-    assert cache_B2KLE.stride(3) == shape.size
+    assert cache_B2KLE.stride(3) == shape.head_dim
     _attend[(count, shape.kv_heads, rows)](
-        qkv_BC, cache_B2KLE, out_BD, position_B, rope.cos_PE, rope.sin_PE,
+        qkv_BC, cache_B2KLE, out_BD, position_B, rope.cos_LE, rope.sin_LE,
         qkv_BC if norms is None else norms.q_E, qkv_BC if norms is None else norms.k_E,
         shares.summed, shares.top, shares.arrived,
         qkv_BC.stride(0), cache_B2KLE.stride(0), cache_B2KLE.stride(1), cache_B2KLE.stride(2), out_BD.stride(0),
         position_B.stride(0), 0.0 if norms is None else norms.eps, shape.scale, shape.window or 0,
-        HEADS=shape.heads, KV_HEADS=shape.kv_heads, GROUP=group, E=shape.size, SHARES=count,
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, GROUP=group, E=shape.head_dim, SHARES=count,
         WINDOW=shape.window is not None, HEAD_NORMS=norms is not None, MEMBERS=triton.next_power_of_2(group),
         BLOCK_G=max(TILE, triton.next_power_of_2(group)), BLOCK_L=POSITIONS, num_warps=4,
         **early(qkv_BC.device),

@@ -22,9 +22,9 @@ from torch import Tensor
 from parley.inference.cuda.kernels.dependent_launch import early, next_may_come
 from parley.inference.cuda.kernels.gemv_tiles import any_weight, dense, nf4
 from parley.inference.linear import Product
-from parley.train_step.fused_linear import Base, Dense
+from parley.train_step.fused_linear import BaseWeight, DenseWeight
 from parley.train_step.kernels.precompile import kernel
-from parley.train_step.nf4 import Nf4
+from parley.train_step.nf4 import Nf4Weight
 
 WARPS = 4
 MOST_ROWS = 2  # from three on cuBLAS is quicker
@@ -222,12 +222,12 @@ class RowWeight:
     rows: int
 
     @classmethod
-    def of(cls, base: Base) -> RowWeight:
-        if isinstance(base, Nf4):
-            absmax, code, quant = base.scales()
+    def of(cls, base: BaseWeight) -> RowWeight:
+        if isinstance(base, Nf4Weight):
+            absmax, code, quant = base.block_scales()
             table = code.half().view(torch.uint8).view(16, 2).t().contiguous()
             return cls(base.weight.data, absmax, table, quant, base.shape[0])
-        assert isinstance(base, Dense)
+        assert isinstance(base, DenseWeight)
         weight = base.weight_NK
         assert weight.is_contiguous()
         return cls(weight, weight, weight, 0, weight.shape[0])
@@ -242,22 +242,22 @@ class RowProducts:
         self.weights = [RowWeight.of(base) for base in self._bases(product)]
         self.bias_N = linear.bias_N
         self.a_PK, self.sb_NP = product.a_PK, product.sb_NP
-        self.columns_in = linear.columns_in
+        self.in_features = linear.in_features
 
     @staticmethod
     def knows(product: Product) -> bool:
         """Not projections of which only some are packed, packed rows of part of a word, nor a bias on gate and up."""
-        bases, columns = product.linear.bases, product.linear.columns_in
-        alike = len({type(base) for base in bases}) == 1 and (isinstance(bases[0], Dense) or columns % 8 == 0)
+        bases, columns = product.linear.bases, product.linear.in_features
+        alike = len({type(base) for base in bases}) == 1 and (isinstance(bases[0], DenseWeight) or columns % 8 == 0)
         return alike and (len(bases) != 2 or product.linear.bias_N is None)
 
     @staticmethod
-    def _bases(product: Product) -> list[Base]:
+    def _bases(product: Product) -> list[BaseWeight]:
         """Where there is a copy in 16 bits it is read: 4-bit weights take a quarter of the memory and more time."""
         if product.matrix_NK is None or not product.matrix_NK.is_contiguous():
             return product.linear.bases
         counts = [base.shape[0] for base in product.linear.bases]
-        return [Dense(weight_NK) for weight_NK in product.matrix_NK.split(counts)]
+        return [DenseWeight(weight_NK) for weight_NK in product.matrix_NK.split(counts)]
 
     @property
     def ranks(self) -> int:
@@ -315,7 +315,7 @@ def product(
         first.weight, second.weight, last.weight, first.absmax, second.absmax, last.absmax, first.table,
         x_BK if of.bias_N is None else of.bias_N, a, sb, adapter.u_BP, adapter.ready_1, adapter.tuned_B, out_BN,
         x_BK.stride(0), adapter.tuned_B.stride(0), out_BN.stride(0), 0.0 if norm is None else norm.eps,
-        of.columns_in, *counts, ranks,
+        of.in_features, *counts, ranks,
         NORM=norm is not None, PIECES=len(of.weights), BIAS=of.bias_N is not None, ADD=add,
         BLOCK_P=_rank_block(ranks), **tile, **early(x_BK.device),
     )  # fmt: skip
@@ -330,7 +330,7 @@ def gated(of: RowProducts, x_BK: Tensor, out_BN: Tensor, adapting: Adapting | No
     _gated[(triton.cdiv(gate.rows, tile["BLOCK_N"]) + triton.cdiv(ranks, tile["BLOCK_N"]),)](
         x_BK, norm.weight_D, gate.weight, up.weight, gate.absmax, up.absmax, gate.table,
         a, sb, adapter.u_BP, adapter.ready_1, adapter.tuned_B, out_BN,
-        x_BK.stride(0), adapter.tuned_B.stride(0), out_BN.stride(0), norm.eps, of.columns_in, gate.rows, ranks,
+        x_BK.stride(0), adapter.tuned_B.stride(0), out_BN.stride(0), norm.eps, of.in_features, gate.rows, ranks,
         NORM=True, BLOCK_P=_rank_block(ranks), **tile, **early(x_BK.device),
     )  # fmt: skip
 
