@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal
 
+from parley.data.assistant_spans import RenderedConversation, Span, render_text
 from parley.data.conversation import Example, Message
 from parley.data.date import pin_date
 from parley.data.tokens import ControlTokens, control_tokens, control_tokens_in, strings
-from parley.data.turns import Span, Transcript, write
 from parley.errors import DataError, ModelError
 
 __all__ = ["Rendered", "control_tokens_in", "pin_date", "render", "render_example", "render_many", "render_prompt"]
@@ -105,7 +105,7 @@ def render_prompt(tokenizer: Any, messages: list[Message], tools: Tools | None =
     Raises as `render` does.
     """
     _check_template(tokenizer, tools)
-    text = write(tokenizer, messages, tools, prompt=True)
+    text = render_text(tokenizer, messages, tools, prompt=True).text
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
@@ -133,15 +133,15 @@ def _conversation(
 ) -> Script:
     """The script of a conversation whose assistant turns are learned from message `first` on."""
     _check_template(tokenizer, tools)
-    transcript = Transcript(tokenizer, messages, tools, control.pattern)
-    _check_beginning(tokenizer, transcript.text, messages)
+    conversation = RenderedConversation(tokenizer, messages, tools, control.pattern)
+    _check_beginning(tokenizer, conversation.text, messages)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index >= first]
     if train_on == "last":
         turns = turns[-1:]
-    spans = [span for span in map(transcript.span, turns) if span is not None]
+    spans = [span for turn in turns for span in conversation.spans(turn)]
     if any(end > start for (_, end), (start, _) in pairwise(spans)):
         raise DataError("the chat template writes the assistant's turns out of order; set model.chat_template")
-    return Script(transcript.text, spans)
+    return Script(conversation.text, spans)
 
 
 def _plain_text(tokenizer: Any, text: str, learned_from: int = 0) -> Script:

@@ -1,0 +1,315 @@
+"""Which characters of a rendered conversation each message wrote, and which of them a model should produce itself.
+
+Rendering with origins (parley.data.template) gives, for every character, the message it was written for. An assistant
+turn starts where its generation prompt ends, since that is what the model is given when it has to answer, and ends with
+the last control token that the template wrote for this message. Nothing is searched for by its looks, so repeated
+texts, control tokens in what somebody said and tool results inside a turn change nothing.
+
+    <|start_header_id|>assistant<|end_header_id|>\\n\\nAhoy there!<|eot_id|>\\n
+    generation prompt                              supervised            .
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+
+from parley.data.conversation import Message
+from parley.data.template import RenderedText, compiled
+from parley.data.traced_text import TEMPLATE, Source
+from parley.errors import DataError
+from parley.text import one_line
+
+Span = tuple[int, int]
+"""Characters [start, end) of the rendered text."""
+
+# A template is a program that runs on the user's data, and may do anything wrong that a program can.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning, the standard one first."""
+_NOT_WORDS = {"role", "name", "id", "tool_call_id", "tool_responses"}
+"""Fields of a message that the model does not produce when it writes that message."""
+_PROBE = "\ue000"
+
+
+class RenderedConversation:
+    """A conversation as its chat template writes it.
+
+    text: the whole of it, without a generation prompt.
+    Raises DataError where the template refuses the conversation.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None,
+        control: re.Pattern[str],
+    ) -> None:
+        self.tokenizer, self.messages, self.tools, self.control = tokenizer, messages, tools, control
+        rendered = render_text(tokenizer, messages, tools)
+        self.text = rendered.text
+        self._read_runs(rendered)
+        self._generation_prompts: dict[tuple[Any, ...], str] = {}
+        self._headers: dict[tuple[Any, ...], str] = {}
+        self._closings: dict[tuple[Any, ...], str] = {}
+
+    def _read_runs(self, rendered: RenderedText) -> None:
+        """The regions of each message, and the spans of what it says."""
+        self.starts = list(accumulate((run[0] for run in rendered.runs), initial=0))[:-1]
+        self.sources = [run[1] for run in rendered.runs]
+        self.regions: dict[int, list[Span]] = defaultdict(list)
+        self.words: dict[int, list[tuple[Span, Source, int]]] = defaultdict(list)
+        self.written: set[tuple[int, str]] = set()
+        for start, (length, source, source_start, at) in zip(self.starts, rendered.runs, strict=True):
+            end = start + length
+            owner = self._owner(source, at)
+            regions = self.regions[owner]
+            if regions and regions[-1][1] == start:
+                regions[-1] = regions[-1][0], end
+            else:
+                regions.append((start, end))
+            if source is None:
+                continue
+            if self.text[start:end].strip():
+                self.written.add((source.message, source.field))
+            if owner == source.message != TEMPLATE and source.field not in _NOT_WORDS:
+                self.words[owner].append(((start, end), source, source_start))
+
+    def _owner(self, source: Source | None, at: int | None) -> int:
+        """The message that characters belong to, written while the template was at message `at`."""
+        at = TEMPLATE if at is None else at
+        if source is None:
+            return at
+        if source.field == "tool_responses":  # results that stand in the message of their call
+            return TEMPLATE
+        said_by_assistant = source.message != TEMPLATE and self.messages[source.message]["role"] == "assistant"
+        if said_by_assistant and at != TEMPLATE and self.messages[at]["role"] != "assistant":
+            return at  # a tool's result that repeats the name of its call
+        return source.message
+
+    def spans(self, index: int) -> list[Span]:
+        """What message `index` wrote of its own, without its header and with its end of turn.
+
+        Empty where the template writes no words of it; several spans where somebody else's text stands between.
+        """
+        spans: list[Span] = []
+        words = [span for span, _, _ in self.words[index]]
+        for start, end in self.regions[index]:
+            inside = [span for span in words if start <= span[0] < end]
+            if not any(self.text[slice(*span)].strip() for span in inside):
+                continue
+            first, last = inside[0][0], inside[-1][1]
+            if not spans:
+                start = self._after_header(index, start, first)
+            spans.append((start, self._end_of_turn(index, last, end)))
+        if not spans and self._says(index):
+            raise DataError(
+                f"the chat template rewrites turn {index + 1} in a way that cannot be followed; leave the row out or "
+                "set model.chat_template"
+            )
+        return spans
+
+    def _says(self, index: int) -> bool:
+        """Whether the text has words of a message that were not traced."""
+        content = self.messages[index].get("content")
+        if not isinstance(content, str) or not content.strip() or (index, "content") in self.written:
+            return False
+        return any(content.strip() in self.text[start:end] for start, end in self.regions[index])
+
+    def _after_header(self, index: int, start: int, first: int) -> int:
+        """Where the model takes over in a turn that starts at `start` and whose first words are at `first`."""
+        written = self.text[start:first]
+        if self.messages[index]["role"] != "assistant":
+            return first
+        prompt = self._generation_prompt(index, start, first)
+        if prompt.strip():
+            if self.text.endswith(prompt, 0, start):
+                return start
+            shared = self._whole_tokens(written, _shared(prompt, written))
+            if shared:
+                return start + shared
+        header = self._header(index)
+        return start + self._whole_tokens(written, _shared(header, written)) if header.strip() else start
+
+    def _whole_tokens(self, text: str, length: int) -> int:
+        """`length`, or less where it would end within a control token."""
+        for token in self.control.finditer(text):
+            if token.start() < length < token.end():
+                return token.start()
+        return length
+
+    def _generation_prompt(self, index: int, start: int, first: int) -> str:
+        """What the template writes to ask for turn `index`. Turns after the same kind of turn are asked for alike."""
+        kind = self._kind(index)
+        if kind not in self._generation_prompts:
+            self._generation_prompts[kind] = self._new_generation_prompt(index, start, first)
+        return self._generation_prompts[kind]
+
+    def _new_generation_prompt(self, index: int, start: int, first: int) -> str:
+        before = list(self.messages[:index]) or [{"role": "user", "content": _PROBE}]
+        prompted = self._text(before, prompt=True)
+        if prompted is None:
+            before = [{"role": "user", "content": _PROBE}]
+            prompted = self._text(before, prompt=True)
+        if prompted is None:
+            return ""
+        if start < len(prompted) <= first and self.text.startswith(prompted):
+            return prompted[start:]
+        return prompted[_shared(prompted, self._text(before) or "") :]
+
+    def _header(self, index: int) -> str:
+        """What the template writes before the words of a plain turn `index`."""
+        kind = self._kind(index)
+        if kind not in self._headers:
+            plain = {"role": self.messages[index]["role"], "content": _PROBE}
+            shorter = self._shorter([*self.messages[:index], plain])
+            words = shorter.words[index] if shorter else []
+            starts = (
+                [start for start, end in shorter.regions[index] if end > words[0][0][0]] if shorter and words else []
+            )
+            self._headers[kind] = shorter.text[starts[0] : words[0][0][0]] if shorter and starts else ""
+        return self._headers[kind]
+
+    def _end_of_turn(self, index: int, last: int, end: int) -> int:
+        """The end of a turn whose words end at `last` and whose own text ends at `end`."""
+        closed = last + _closed(self.control, self.text[last:end])
+        is_last = index + 1 == len(self.messages)
+        if is_last and closed == last and not self._is_said(end):
+            after = self.control.match(self.text, end + _spaces(self.text[end:]))
+            if after:  # written once, after the loop over the messages
+                return after.end()
+        if not is_last and (closed == last or self.messages[index + 1]["role"] == "tool"):
+            closing = self._closing(index)
+            if len(closing) > closed - last and self.text.startswith(closing, last):
+                stop = last + len(closing)
+                if not any(self.sources[run] for run in range(self._run_at(last), self._run_at(stop - 1) + 1)):
+                    return stop
+        return closed
+
+    def _closing(self, index: int) -> str:
+        """What the template writes after the words of turn `index` while it is the last one."""
+        kind = self._kind(index + 1)
+        if kind not in self._closings:
+            shorter = self._shorter(self.messages[: index + 1])
+            spans = shorter.spans(index) if shorter else []
+            last = shorter.words[index][-1][0][1] if shorter and spans else 0
+            self._closings[kind] = shorter.text[last : spans[-1][1]] if shorter and spans else ""
+        return self._closings[kind]
+
+    def _kind(self, index: int) -> tuple[Any, ...]:
+        """Turns of one kind follow a turn of one role, with calls or without."""
+        if not index:
+            return ()
+        before = self.messages[index - 1]
+        return before["role"], bool(before.get("tool_calls"))
+
+    def _run_at(self, character: int) -> int:
+        return bisect_right(self.starts, character) - 1
+
+    def _is_said(self, character: int) -> bool:
+        """Whether somebody said the character at this place; at the end of the text nobody did."""
+        return character < len(self.text) and self.sources[self._run_at(character)] is not None
+
+    def said_control_tokens(self) -> list[Span]:
+        """Control tokens that stand, in part at least, in what somebody said: they are content, not control."""
+        found = []
+        for token in self.control.finditer(self.text):
+            runs = range(self._run_at(token.start()), self._run_at(token.end() - 1) + 1)
+            if any(self.sources[run] is not None for run in runs):
+                found.append(token.span())
+        return found
+
+    def unwritten(self) -> list[str]:
+        """What the conversation holds and the template never writes: reasoning of the last turn, tool calls, tools,
+        tool results."""
+        missing = []
+        if self.tools and (TEMPLATE, "tools") not in self.written:
+            missing.append("tools")
+        for index, message in enumerate(self.messages):
+            if message.get("tool_calls") and (index, "tool_calls") not in self.written:
+                missing.append("tool calls")
+            if message["role"] == "tool" and self._lost(index, "content"):
+                missing.append("tool results")
+        last = len(self.messages) - 1
+        reasoning = [name for name in REASONING if self.messages[last].get(name)]
+        if reasoning and all(self._lost(last, name) for name in reasoning):
+            missing.append("reasoning")
+        return list(dict.fromkeys(missing))
+
+    def _lost(self, index: int, field: str) -> bool:
+        value = self.messages[index].get(field)
+        if not isinstance(value, str) or not value.strip() or (index, field) in self.written:
+            return False
+        return value.strip() not in self.text
+
+    def _text(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
+        try:
+            return render_text(self.tokenizer, messages, self.tools, prompt).text
+        except DataError:
+            return None
+
+    def _shorter(self, messages: Sequence[Message]) -> RenderedConversation | None:
+        try:
+            return RenderedConversation(self.tokenizer, messages, self.tools, self.control)
+        except DataError:
+            return None
+
+
+def render_text(
+    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, prompt: bool = False
+) -> RenderedText:
+    """`tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)`, traced.
+
+    Raises DataError in one line where the template refuses the conversation; ModelError where it is not Jinja.
+    """
+    if not messages:
+        raise DataError("got a conversation without messages, wanted at least one")
+    template = compiled(tokenizer.get_chat_template(tools=tools))
+    try:
+        rendered = template.render(_normalised(messages), tools, prompt, **tokenizer.special_tokens_map)
+        expected = tokenizer.apply_chat_template(
+            list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False
+        )
+        if rendered.text != expected:  # before 5.24 transformers gave messages to the template as they are
+            rendered = template.render(messages, tools, prompt, **tokenizer.special_tokens_map)
+    except TEMPLATE_ERRORS as error:
+        raise DataError(f"the chat template refuses this conversation: {one_line(error)}") from None
+    if rendered.text != expected:
+        raise DataError("the chat template writes this conversation differently each time; set model.chat_template")
+    return rendered
+
+
+def _normalised(messages: Sequence[Message]) -> list[Message]:
+    """Messages as transformers 5.24 gives them to a template: no null fields, reasoning under its usual names."""
+    normal: list[Message] = []
+    for message in messages:
+        fields = {name: value for name, value in message.items() if value is not None}
+        reasoning = next((fields[name] for name in REASONING if name in fields), None)
+        if reasoning is not None:
+            fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
+        normal.append(fields)
+    return normal
+
+
+def _shared(one: str, other: str) -> int:
+    """How many characters both begin with."""
+    lengths = range(min(len(one), len(other)) + 1)
+    return bisect_left(lengths, True, key=lambda length: one[:length] != other[:length]) - 1
+
+
+def _closed(control: re.Pattern[str], tail: str) -> int:
+    """How much of what a template writes after the words closes the turn: up to its last control token, or all of it
+    but white space at the end."""
+    tokens = list(control.finditer(tail))
+    return tokens[-1].end() if tokens else len(tail.rstrip())
+
+
+def _spaces(text: str) -> int:
+    return len(text) - len(text.lstrip())
