@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,6 +42,28 @@ def test_overrides_leave_the_callers_mapping_alone() -> None:
         ({"data": {"streaming": True}}, [], "set training.max_steps"),
         ({"lora": {"r": 0}}, [], "lora.r: got 0"),
         ({"lora": 3}, [], "lora"),
+        ({"qqqq": 1}, [], "it knows data, generation, lora, model, output, report, training"),
+        ({"model": {"zzzzzzzzz" * 99: 1}}, [], "unknown key"),
+        ({}, ["training.max_steps=0"], "--dry-run trains nothing"),
+        ({}, ["training.max_steps=-2"], "at least 1, or -1"),
+        ({}, ["training.seed=-1"], "training.seed: got -1"),
+        ({}, ["training.seed=4294967296"], "training.seed: got 4294967296"),
+        ({}, ["generation.seed=4294967296"], "generation.seed"),
+        ({}, ["lora.r=3000000000"], "lora.r: got 3000000000"),
+        ({}, ["data.limit=3000000000"], "data.limit"),
+        ({}, ["training.learning_rate=.inf"], "training.learning_rate: got inf; wanted a finite number"),
+        ({}, ["training.adam_epsilon=.nan"], "training.adam_epsilon: got nan"),
+        ({}, ["training.max_grad_norm=[.inf]"], "wanted a finite number"),
+        ({}, [f"training.dataset_num_proc={10**30}"], "wanted one of 64 at most"),
+        ({}, ['data.system="\\ud83d"'], "data.system: got .*; wanted text without NUL that UTF-8 can hold"),
+        ({}, ['output="a\\0b"'], "output: got .*NUL"),
+        ({"data": {"columns": {"a\0": "b"}}}, [], "data.columns: got .*NUL"),
+        ({"report": {"questions": ["\ud83d"]}}, [], "report.questions"),
+        ({}, ["model.name=" + "x" * 256], "a path has at most 4095 bytes, and 255 between"),
+        ({}, ["output=" + "x/" * 2100], "a path has at most 4095 bytes"),
+        ({}, ["data.source=~no-such-user-here/x"], "~no-such-user-here is no user of this machine"),
+        ({"data": [1]}, ["data.limit=3"], r"data is \[1\], which has no keys"),
+        ({}, ["data.source={a: [}"], "not valid YAML"),
     ],
 )
 def test_wrong_settings_are_one_line(values: dict, overrides: list[str], words: str) -> None:
@@ -59,6 +82,28 @@ def test_a_file_that_is_not_settings(tmp_path: Path, text: str | None, words: st
     with pytest.raises(UsageError, match=words) as caught:
         RunConfig.from_yaml(path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["output", "model.name", "model.chat_template", "data.source", "data.heldout"])
+def test_the_home_folder_is_expanded_in_every_path(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of/mine")
+    value: Any = RunConfig.create({}, [f"{key}=~/x"])
+    for name in key.split("."):
+        value = getattr(value, name)
+    assert str(value) == "/home/of/mine/x"
+
+
+def test_an_override_of_a_shorthand_keeps_its_name() -> None:
+    config = RunConfig.create({"model": "m", "lora": None}, ["model.dtype=float16", "lora.r=4"])
+    assert config.model.name == "m"
+    assert config.lora is not None
+    assert config.lora.r == 4
+
+
+def test_a_value_of_a_whole_file_is_shown_in_part() -> None:
+    with pytest.raises(UsageError, match=r"training\.max_steps: got 'xxx") as caught:
+        RunConfig.create({}, ["training.max_steps=" + "x" * 100_000])
+    assert len(str(caught.value)) < 300
 
 
 def test_importing_parley_loads_no_torch() -> None:

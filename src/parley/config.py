@@ -9,17 +9,45 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 from datetime import date as Date
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from parley.errors import UsageError, one_line
+from parley.errors import UsageError
+from parley.safe_yaml import load_yaml, read_yaml_file
+from parley.text import shorten_middle
 
 DEMO_MODEL = "parley-demo"
 DEMO_DATA = "parley-demo-pirate"
+LEAST_LIKENESS = 0.5  # of a misspelled key; below it a suggestion is a guess
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+MAX_COUNT = 2**31 - 1  # counts reach int32 tensors and range objects of the libraries below
+MAX_SEED = 2**32 - 1  # NumPy's generator takes 32 bits, and transformers seeds it with training.seed
+MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file name and of a path on Linux
+
+
+def _checked_path(text: str) -> str:
+    """`text`, a path or a hub id, with `~` expanded. Raises ValueError for what no file system takes."""
+    if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
+        raise ValueError(f"a path has at most {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes")
+    if not text.startswith("~"):
+        return text
+    try:
+        return str(Path(text).expanduser())
+    except RuntimeError:
+        raise ValueError(f"{text.partition('/')[0]} is no user of this machine; write the path out") from None
+
+
+PathText = Annotated[str, AfterValidator(_checked_path)]
+CheckedPath = Annotated[Path, AfterValidator(lambda path: Path(_checked_path(str(path))))]
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 class Section(BaseModel):
@@ -35,7 +63,7 @@ class OpenSection(BaseModel):
 
 
 class ModelSection(Section):
-    name: str = Field(DEMO_MODEL, description="Hub id, folder, or parley-demo for the embedded model.")
+    name: PathText = Field(DEMO_MODEL, description="Hub id, folder, or parley-demo for the embedded model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bf16 where the GPU has it, else fp16; fp32 on CPU."
@@ -44,14 +72,14 @@ class ModelSection(Section):
         "auto", description="auto: as the checkpoint was saved. nf4 and int8 quantise while loading."
     )
     double_quantization: bool = Field(True, description="Quantise the NF4 scales as well.")
-    max_seq_length: int = Field(2048, ge=8, description="Longest conversation trained on, in tokens.")
+    max_seq_length: int = Field(2048, ge=8, le=MAX_COUNT, description="Longest conversation trained on, in tokens.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: the GPU where there is one.")
-    chat_template: Path | None = Field(None, description="A Jinja file used in place of the tokenizer's own.")
+    chat_template: CheckedPath | None = Field(None, description="A Jinja file used in place of the tokenizer's own.")
     trust_remote_code: bool = Field(False, description="Run code that the model's repository ships.")
 
 
 class DataSection(Section):
-    source: str = Field(DEMO_DATA, description="Hub id, file (.json .jsonl .csv .parquet) or folder.")
+    source: PathText = Field(DEMO_DATA, description="Hub id, file (.json .jsonl .csv .parquet) or folder.")
     split: str = Field("train", description="Split of a hub data set, also in slices: train[:1000].")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
@@ -67,14 +95,14 @@ class DataSection(Section):
         "drop", description="Policy for rows longer than model.max_seq_length."
     )
     date: Date = Field(Date(2024, 7, 26), description="The date that templates write in place of today's.")
-    limit: int | None = Field(None, ge=1, description="Use only the first rows.")
+    limit: Positive | None = Field(None, description="Use only the first rows.")
     streaming: bool = Field(False, description="Read rows while training; needs training.max_steps.")
-    heldout: str | None = Field(None, description="A second source to evaluate on.")
-    heldout_rows: int = Field(64, ge=0, description="Rows set aside from `source` when `heldout` is not given.")
+    heldout: PathText | None = Field(None, description="A second source to evaluate on.")
+    heldout_rows: Count = Field(64, description="Rows set aside from `source` when `heldout` is not given.")
 
 
 class LoraSection(OpenSection):
-    r: int = Field(16, ge=1, description="Rank.")
+    r: int = Field(16, ge=1, le=MAX_COUNT, description="Rank.")
     lora_alpha: float = Field(16.0, gt=0, description="Scale: alpha / r, or alpha / sqrt(r) with use_rslora.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -91,9 +119,9 @@ class TrainingSection(OpenSection):
     memory: Literal["auto", "low"] | Annotated[float, Field(gt=0)] = Field(
         "auto", description="auto: the device's free memory; low: as little as possible; a number: GiB in total."
     )
-    per_device_train_batch_size: int = Field(2, ge=1)
-    gradient_accumulation_steps: int = Field(4, ge=1)
-    max_steps: int = Field(-1, ge=-1, description="Optimizer steps; -1: num_train_epochs decides.")
+    per_device_train_batch_size: Positive = 2
+    gradient_accumulation_steps: Positive = 4
+    max_steps: int = Field(-1, le=MAX_COUNT, description="Optimizer steps; -1: num_train_epochs decides.")
     num_train_epochs: float = Field(1.0, gt=0)
     learning_rate: float = Field(2e-4, ge=0)
     warmup_steps: float = Field(5, ge=0)
@@ -103,29 +131,29 @@ class TrainingSection(OpenSection):
     gradient_checkpointing: bool = True
     logging_steps: float = Field(1, gt=0)
     save_steps: float = Field(500, gt=0)
-    seed: int = 3407
+    seed: Seed = 3407
 
 
 class GenerationSection(Section):
-    max_new_tokens: int = Field(512, ge=1)
+    max_new_tokens: Positive = 512
     temperature: float = Field(1.5, ge=0, description="0: greedy.")
     min_p: float = Field(0.1, ge=0, le=1)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, description="0: all tokens.")
+    top_k: Count = Field(0, description="0: all tokens.")
     repetition_penalty: float = Field(1.0, gt=0)
     stop: list[str] = Field(default_factory=list, description="Strings that end an answer; they are not part of it.")
-    seed: int | None = None
+    seed: Seed | None = None
 
 
 class ReportSection(Section):
     questions: list[str] = Field(default_factory=list, description="Questions answered before and after training.")
-    from_heldout: int = Field(4, ge=0, description="Further questions taken from held-out rows.")
-    max_new_tokens: int = Field(128, ge=1)
-    examples: int = Field(4, ge=0, description="Training rows shown with their supervised tokens marked.")
+    from_heldout: Count = Field(4, description="Further questions taken from held-out rows.")
+    max_new_tokens: Positive = 128
+    examples: Count = Field(4, description="Training rows shown with their supervised tokens marked.")
 
 
 class RunConfig(Section):
-    output: Path = Path("runs/parley")
+    output: CheckedPath = Path("runs/parley")
     model: ModelSection = Field(default_factory=ModelSection)
     data: DataSection = Field(default_factory=DataSection)
     lora: LoraSection | None = Field(default_factory=LoraSection, description="null: full fine-tuning.")
@@ -143,6 +171,13 @@ class RunConfig(Section):
     def _data_by_source(cls, value: Any) -> Any:
         return {"source": value} if isinstance(value, str) else value
 
+    @field_validator("training")
+    @classmethod
+    def _steps_are_counted(cls, value: TrainingSection) -> TrainingSection:
+        if value.max_steps < 1 and value.max_steps != -1:  # transformers trains one step with 0
+            raise ValueError("max_steps is at least 1, or -1 for num_train_epochs; --dry-run trains nothing")
+        return value
+
     @model_validator(mode="after")
     def _streaming_needs_max_steps(self) -> RunConfig:
         if self.data.streaming and self.training.max_steps < 1:
@@ -155,6 +190,7 @@ class RunConfig(Section):
         values = dict(values or {})
         for override in overrides:
             _apply_override(values, override)
+        _check_values(values)
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -172,49 +208,91 @@ class RunConfig(Section):
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; UsageError when there is none."""
     path = Path(path)
-    if not path.is_file():
+    if not _is_file(path):
         raise UsageError(f"{path}: no such file; give the path of a YAML file, or --model and --data")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({one_line(error)})") from None
+    values = read_yaml_file(path)
     if values is not None and not isinstance(values, dict):
         raise UsageError(f"{path}: got a {type(values).__name__}, wanted keys such as model: and data:")
     return values or {}
 
 
-def nearest(wrong: str, known: Iterable[str]) -> str:
-    """The name in `known` most like `wrong`, by spelling or by initials (lr)."""
+def nearest(wrong: str, known: Iterable[str]) -> str | None:
+    """The name in `known` most like `wrong`, by spelling or by initials (lr); None where none is like it."""
+    wrong = wrong[:MAX_NAME_BYTES]  # SequenceMatcher takes quadratic time
 
     def likeness(name: str) -> float:
         initials = "".join(word[:1] for word in name.split("_"))
         return max(difflib.SequenceMatcher(None, wrong, text).ratio() for text in (name, initials))
 
-    return max(sorted(known), key=likeness)
+    best = max(sorted(known), key=likeness)
+    return best if likeness(best) > LEAST_LIKENESS else None
 
 
 def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
     """The error for an unknown key, naming the most similar known one."""
-    return UsageError(f"unknown key {key!r} in {where}; did you mean {nearest(key.rsplit('.', 1)[-1], known)!r}?")
+    known = set(known)
+    similar = nearest(key.rsplit(".", 1)[-1], known)
+    if similar is None:
+        advice = f"it knows {', '.join(sorted(known))}" if len(known) <= 20 else "no key is spelled like it"
+    else:
+        advice = f"did you mean {similar!r}?"
+    return UsageError(f"unknown key {shorten_middle(key, 80)!r} in {where}; {advice}")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise UsageError(f"--set {override!r}: wanted section.key=value, for example training.max_steps=100")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"--set {override!r}: {text!r} is not a YAML value; quote it") from None
+        raise UsageError(
+            f"--set {shorten_middle(override, 120)!r}: wanted section.key=value, for example training.max_steps=100"
+        )
+    value = load_yaml(text, f"--set {shorten_middle(override, 120)!r}")
     node = values
     for depth, key in enumerate(keys[:-1]):
         child = node.get(key)
         if isinstance(child, str) and depth == 0:  # the shorthand `model: name`
             child = {"model": {"name": child}, "data": {"source": child}}.get(key)
-        node[key] = dict(child) if isinstance(child, dict) else {}
+        if not isinstance(child, dict | None):
+            raise UsageError(f"--set {override!r}: {key} is {shorten_middle(repr(child), 80)}, which has no keys")
+        node[key] = dict(child or {})
         node = node[key]
     node[keys[-1]] = value
+
+
+def _check_values(value: Any, path: str = "") -> None:
+    """Raises UsageError for text and numbers that no setting takes, those of TRL and PEFT included."""
+    where = path or "settings"
+    if isinstance(value, str):
+        if "\0" in value or not _encodable(value):
+            raise UsageError(
+                f"{where}: got {shorten_middle(repr(value), 120)}; wanted text without NUL that UTF-8 can hold"
+            )
+    elif isinstance(value, float) and not isfinite(value):
+        raise UsageError(f"{where}: got {value}; wanted a finite number")
+    elif isinstance(value, int) and abs(value) > 2**63 - 1:
+        raise UsageError(f"{where}: got a number of {value.bit_length()} bits; wanted one of 64 at most")
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            _check_values(key, path)
+            _check_values(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check_values(inner, path)
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # lone surrogates: of a JSON or YAML escape, or of an argument that is not UTF-8
+        return False
+    return True
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _first_error(error: ValidationError) -> str:
@@ -227,7 +305,7 @@ def _first_error(error: ValidationError) -> str:
         return str(unknown_key(path, section.model_fields, "the run's settings"))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     message = first["msg"].removeprefix("Value error, ")
-    return f"{path or 'settings'}: got {first['input']!r}; {message}{more}" if path else f"{message}{more}"
+    return f"{path}: got {shorten_middle(repr(first['input']), 120)}; {message}{more}" if path else f"{message}{more}"
 
 
 def _section_type(section: Any, name: str) -> Any:
