@@ -79,16 +79,27 @@ class ModelSection(Section):
 
 
 class DataSection(Section):
-    source: PathText = Field(DEMO_DATA, description="Hub id, file (.json .jsonl .csv .parquet) or folder.")
+    source: PathText = Field(DEMO_DATA, description="Hub id, file (.jsonl .json .csv .tsv .txt .parquet) or folder.")
     split: str = Field("train", description="Split of a hub data set, also in slices: train[:1000].")
     subset: str | None = Field(None, description="Configuration name of a hub data set.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
-    format: Literal["auto", "dolly", "sharegpt", "messages", "prompt-completion", "text"] = Field(
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "dolly", "prompt-completion", "tokens", "text"] = Field(
         "auto", description="auto: recognised by the columns."
     )
     columns: dict[str, str] = Field(
-        default_factory=dict, description="Canonical name to the data set's own, for example {response: answer}."
+        default_factory=dict,
+        description="Canonical name to the data set's own, for example {response: answer} or {messages: chat.turns}; "
+        "role and content are the keys of a turn.",
     )
+    roles: dict[str, str] = Field(
+        default_factory=dict,
+        description="The data set's own name of a role to the usual one: {expert: assistant}.",
+    )
+    bad_rows: Literal["error", "skip"] = Field(
+        "error",
+        description="Rows that cannot be read or rendered: end the run, or are left out and counted.",
+    )
+    bad_rows_limit: int = Field(1000, ge=0, description="With bad_rows: skip, more bad rows than these end the run.")
     system: str | None = Field(None, description="System turn given to conversations that have none.")
     train_on: Literal["all", "last"] = Field("all", description="Which assistant turns are supervised.")
     overlong: Literal["drop", "error", "keep-whole-turns"] = Field(

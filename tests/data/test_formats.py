@@ -9,11 +9,11 @@ import pytest
 
 from parley.config import DataSection
 from parley.data.conversation import Example
-from parley.data.formats import Format, recognise
+from parley.data.recognition import Recognised, recognise
 from parley.errors import DataError, UsageError
 
 
-def recognised(row: dict[str, Any], **settings: Any) -> Format:
+def recognised(row: dict[str, Any], **settings: Any) -> Recognised:
     return recognise([("row 1", row)], DataSection(**settings))
 
 
@@ -43,7 +43,7 @@ ASSISTANT = {"role": "assistant", "content": "a"}
     [
         ({"instruction": "q", "context": "c", "response": "a", "id": 1},
          "dolly", "Dolly (columns instruction, context, response)"),
-        ({"instruction": "q", "input": "", "output": "a"}, "dolly", "Dolly (columns instruction, input, output)"),
+        ({"instruction": "q", "input": "", "output": "a"}, "alpaca", "Alpaca (columns instruction, input, output)"),
         ({"conversations": [{"from": "human", "value": "q"}]},
          "sharegpt", "ShareGPT (column conversations, turns with from and value)"),
         ({"messages": [USER, ASSISTANT], "prompt": "q"},
@@ -77,7 +77,7 @@ def test_columns_are_mapped() -> None:
     assert messages({"chat": [USER, ASSISTANT]}, columns={"messages": "chat"}) == [("user", "q"), ("assistant", "a")]
     both = {"instruction": "q", "response": "bad", "better": "good"}
     assert messages(both, columns={"response": "better"})[-1] == ("assistant", "good")
-    assert "asks for response: reply, which is not there; it has columns question, answer" in refused(
+    assert "maps response to reply, which is missing; it has columns question, answer" in refused(
         row, columns={"instruction": "question", "response": "reply"}
     )
     with pytest.raises(UsageError, match="did you mean 'response'"):

@@ -94,7 +94,7 @@ def test_the_summary_counts_and_says_everything(prepared: Any) -> None:
     assert "3 dropped: 1 without an assistant turn (rows.jsonl line 4), 2 longer than 200 tokens" in said
     assert "(rows.jsonl lines 5, 6)" in said
     assert "rows that repeat an earlier one: 1 (rows.jsonl line 3)" in said
-    assert "which the model reads as its own: 1 (rows.jsonl line 7)" in said
+    assert "which the model reads as control tokens: 1 (rows.jsonl line 7)" in said
     dumped = summary.model_dump(mode="json")
     assert json.loads(json.dumps(dumped))["length_max"] == summary.length_max
 
@@ -163,7 +163,7 @@ def test_text_and_prompt_completion(prepared: Any, tiny_tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("rows", "settings", "expected"),
     [
-        ([dolly(1) | {"response": ""}], {}, "nothing left to learn from; 1 dropped: 1 without an assistant turn"),
+        ([dolly(1) | {"response": ""}], {}, "nothing left to train on; 1 dropped: 1 without an assistant turn"),
         ([{"messages": []}], {}, "1 without an assistant turn (rows.jsonl line 1)"),
         ([dolly(1)], {"max_length": 9}, "1 longer than 9 tokens (rows.jsonl line 1)"),
         ([dolly(1), {"text": "x"}], {}, "rows.jsonl line 2: is text, but rows.jsonl line 1 is Dolly"),
@@ -208,8 +208,8 @@ def test_a_second_source_is_held_out_whole(prepared: Any, tmp_path: Path) -> Non
     assert data.summary.heldout_repeated == 1
     said = "\n".join(data.summary.lines())
     assert f"12 held out from {folder}#test" in said
-    assert "held-out rows that also stand among those to train on: 1" in said
-    assert "nothing left to measure on" in refused(prepared, rows, heldout=str(folder))
+    assert "held-out rows that are training rows as well: 1" in said
+    assert "nothing left to evaluate on" in refused(prepared, rows, heldout=str(folder))
 
 
 def test_streams_render_the_same_rows_as_files(prepared: Any) -> None:

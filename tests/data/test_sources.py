@@ -171,7 +171,7 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(source: str) -> None:
         ("a.jsonl.gz", b"not gzip", "not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], "not a whole gzip file"),
         ("a.parquet", b"not parquet", "a.parquet: cannot be read"),
-        ("a.txt", "words", "got a .txt; wanted .json, .jsonl, .csv, .parquet"),
+        ("a.doc", "words", "got a .doc; wanted .json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet"),
     ],
 )
 def test_broken_files_are_named_with_the_line(tmp_path: Path, name: str, content: Any, expected: str) -> None:
@@ -185,7 +185,7 @@ def test_a_limit_reads_no_further(tmp_path: Path) -> None:
 
 
 def test_folders_without_rows_and_of_several_kinds(tmp_path: Path) -> None:
-    write(tmp_path / "notes.txt", "")
+    write(tmp_path / "notes.md", "")
     assert "no data file in this folder" in refused(tmp_path)
     write(tmp_path / "a.csv", "a\n1\n")
     write(tmp_path / "b.jsonl", "{}\n")

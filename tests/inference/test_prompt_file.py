@@ -17,11 +17,11 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 def test_text_has_a_prompt_a_line(tmp_path: Path) -> None:
     asked = read_prompts(write(tmp_path, "q.txt", "\ufeffAhoy!\n\n  Who be you?\n"))
-    assert [one.messages for one in asked] == [
+    assert [row.messages for row in asked] == [
         [{"role": "user", "content": "Ahoy!"}],
         [{"role": "user", "content": "  Who be you?"}],
     ]
-    assert [one.origin for one in asked] == ["q.txt line 1", "q.txt line 3"]
+    assert [row.origin for row in asked] == ["q.txt line 1", "q.txt line 3"]
     assert asked[0].row == {"prompt": "Ahoy!"}
 
 
@@ -33,7 +33,7 @@ def test_json_rows_are_prompts_or_messages_and_keep_their_columns(tmp_path: Path
     ]
     lines = [json.dumps(row) for row in rows]
     asked = read_prompts(write(tmp_path, name, json.dumps(rows) if name == "q.json" else "\n".join(lines)))
-    assert [one.row for one in asked] == rows
+    assert [row.row for row in asked] == rows
     assert asked[0].messages == [{"role": "user", "content": "Ahoy!"}]
     assert asked[1].messages == [{"role": "system", "content": "Hi"}, {"role": "user", "content": "b"}]
 
@@ -51,7 +51,7 @@ def test_json_rows_are_prompts_or_messages_and_keep_their_columns(tmp_path: Path
             "line 1: the messages end with the assistant",
         ),
         ("q.json", '[{"prompt": "a"}, 3]', r"q\.json row 2: got a number"),
-        ("q.txt", "\n \n", "is empty; wanted at least one prompt"),
+        ("q.txt", "\n \n", "is empty; wanted at least one row"),
     ],
 )
 def test_a_row_that_cannot_be_asked_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:

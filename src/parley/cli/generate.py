@@ -17,9 +17,7 @@ from parley.errors import UsageError
 from parley.text import print_text
 
 if TYPE_CHECKING:
-    from parley.data.conversation import Message
     from parley.inference.prompt_file import PromptRow
-    from parley.serving.loading import LoadedModel
 
 
 def generate(
@@ -42,6 +40,7 @@ def generate(
     """
     with importing():
         quiet_libraries()
+        from parley.data.messages import with_system
         from parley.inference.generate import Answerer
         from parley.inference.prompt_file import read_prompts
 
@@ -51,18 +50,12 @@ def generate(
         raise UsageError(f"{output.parent}: no such folder; make it, or choose another --output")
     asked = read_prompts(prompts)
     opened = open_model(model, system, settings or [])
-    conversations = [messages for one in asked for messages in [_with_system(one, opened)] * n]
+    conversations = [messages for row in asked for messages in [with_system(row.messages, opened.system)] * n]
     with (
         Answerer(opened.model, opened.tokenizer, slots=slots, engine="plain" if plain else "auto") as answerer,
         closing(answerer.answers(conversations, opened.settings, base=base)) as answers,
     ):
         _write(output, asked, n, answers)
-
-
-def _with_system(one: PromptRow, opened: LoadedModel) -> list[Message]:
-    if opened.system is None or one.messages[0]["role"] == "system":
-        return one.messages
-    return [{"role": "system", "content": opened.system}, *one.messages]
 
 
 def _write(output: Path, asked: list[PromptRow], n: int, answers: Iterator[tuple[int, str]]) -> None:

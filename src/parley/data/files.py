@@ -1,4 +1,4 @@
-"""Rows of local JSON, JSON-lines and CSV files, as they are written and with the place each one stands at.
+"""Rows of local JSON, JSON-lines, CSV and text files, as they are written and with their place in the file.
 
 They do not pass through Arrow, which would give every tool call the arguments of all others (as None), read dates
 out of text, and name no line when something is wrong.
@@ -7,75 +7,122 @@ out of text, and name no line when something is wrong.
 from __future__ import annotations
 
 import csv
-import gzip
 import json
-import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeAlias
 
-from parley.errors import DataError
+from parley.data.compression import COMPRESSIONS, DAMAGED, open_file
+from parley.data.fields import short, type_name
+from parley.errors import DataError, one_line
 
 Row = dict[str, Any]
-ORIGIN = "__origin__"
-"""The key under which a row of a local file says where it stands: "rows.jsonl line 12"."""
+Entry: TypeAlias = "tuple[str, Row | DataError]"
+"""A row or what is wrong with it, with its place in the file: "line 12"."""
 
-KINDS = (".json", ".jsonl", ".csv", ".parquet")
+ORIGIN = "__origin__"
+"""The key under which a row of a local file has its place: "rows.jsonl line 12"."""
+ERROR = "__error__"
+"""The key under which a row that could not be read has the reason; such a row has no columns."""
+
+KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+_ROW_KEYS = {"messages", "conversations", "conversation", "instruction", "prompt", "text", "input_ids"}
+_CSV_BATCH = 64
+_COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_ANY_LENGTH = 2**31 - 1  # of a CSV field, in characters: the largest limit that the csv module takes everywhere
 
 
 def kind_of(path: Path) -> str | None:
-    """Which of KINDS a file is by its name, `.gz` set aside; None for others."""
-    name = path.name.lower().removesuffix(".gz")
-    return next((kind for kind in KINDS if name.endswith(kind)), None)
+    """Which of KINDS a file is by its name, a compression's suffix set aside; None for others."""
+    name = path.name.lower()
+    compressed = name.endswith(COMPRESSIONS)
+    name = name[: name.rindex(".")] if compressed else name
+    kind = next((kind for kind in KINDS if name.endswith(kind)), None)
+    return None if compressed and kind == ".parquet" else kind
 
 
-def read_files(files: list[str]) -> Iterator[Row]:
-    """The rows of JSON or CSV files one after the other, each with its ORIGIN. Raises DataError naming the line."""
+def read_files(files: list[str], skip_bad: bool = False) -> Iterator[Row]:
+    """The rows of JSON, CSV or text files one after the other, each with its ORIGIN.
+
+    Raises DataError naming the line; with `skip_bad`, a single row that cannot be read comes as its ERROR instead.
+    """
     for file in files:
         path = Path(file)
         empty = True
         for place, row in _READERS[kind_of(path) or ".jsonl"](path):
             empty = False
-            yield {**row, ORIGIN: f"{path.name} {place}"}
+            if not isinstance(row, DataError):
+                yield {**row, ORIGIN: f"{path.name} {place}"}
+            elif skip_bad:
+                yield {ORIGIN: f"{path.name} {place}", ERROR: str(row)}
+            else:
+                raise row
         if empty:
             raise DataError(f"{path}: is empty; wanted at least one row")
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 file with their ends, a byte-order mark set aside."""
-    number = 1
+def count_rows(files: list[str]) -> int:
+    """How many rows `read_files` gives, bad ones included."""
+    count = 0
+    for file in files:
+        kind = kind_of(Path(file)) or ".jsonl"
+        count += sum(1 for _ in _COUNTERS.get(kind, _READERS[kind])(Path(file)))
+    return count
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
+    """The numbered lines of a UTF-8 file, split at newlines alone; a byte-order mark is set aside.
+
+    A line that is not UTF-8 comes as a DataError; a file that cannot be read raises one.
+    """
+    for number, line in enumerate(_raw_lines(path), 1):
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            yield number, DataError(f"{path.name} line {number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8")
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
     try:
-        with _open(path) as stream:
-            for number, line in enumerate(stream, 1):
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(f"{path.name} line {number}: not UTF-8 (byte 0x{byte:02x}); save the file as UTF-8") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); compress it again") from None
+        with open_file(path) as stream:
+            yield from stream
+    except DAMAGED as error:
+        raise _damaged(path, error) from None
     except OSError as error:
+        if error.errno is None:
+            raise _damaged(path, error) from None
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
 
 
-def _open(path: Path) -> BinaryIO | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")
+def _damaged(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: not a whole {_COMPRESSION_NAMES.get(path.suffix.lower())} file ({one_line(error)}); compress it again"
+    )
 
 
-def _json_lines(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            hint = "; the file looks like one JSON document: name it .json" if line.strip() in ("[", "{") else ""
-            raise DataError(f"{path.name} line {number}: broken JSON ({_why(error)}){hint}") from None
-        yield f"line {number}", _object(row, f"{path.name} line {number}")
+def _json_lines(path: Path) -> Iterator[Entry]:
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            yield f"line {number}", line
+        elif line.strip():
+            yield f"line {number}", _parse_line(line, f"{path.name} line {number}")
 
 
-def _json_document(path: Path) -> Iterator[tuple[str, Row]]:
-    """A list of objects, {"data": [...]}, or, as many files named .json are, JSON lines."""
-    text = "".join(_lines(path))
+def _parse_line(line: str, place: str) -> Row | DataError:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        hint = "; the file looks like one JSON document: name it .json" if line.strip() in ("[", "{") else ""
+        return DataError(f"{place}: broken JSON ({_reason(error)}){hint}")
+    return _as_row(row, place)
+
+
+def _json_document(path: Path) -> Iterator[Entry]:
+    """A list of rows, {"data": [...]}, a single row, or, as many files named .json are, JSON lines."""
+    text = "".join(_whole(line) for _, line in read_lines(path))
     if not text.strip():
         return
     try:
@@ -85,60 +132,135 @@ def _json_document(path: Path) -> Iterator[tuple[str, Row]]:
             yield from _json_lines(path)
             return
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path.name}{line}: broken JSON ({_why(error)})") from None
+        raise DataError(f"{path.name}{line}: broken JSON ({_reason(error)})") from None
+    if _is_single_row(rows):
+        rows = [rows]
     if isinstance(rows, dict):
         if not isinstance(rows.get("data"), list):
-            keys = ", ".join(rows) or "none"
+            keys = short(", ".join(map(str, rows)), quoted=False) or "none"
             raise DataError(f'{path}: got an object with keys {keys}; wanted a list of rows or {{"data": [...]}}')
         rows = rows["data"]
     if not isinstance(rows, list):
         raise DataError(f'{path}: got {type_name(rows)}; wanted a list of rows or {{"data": [...]}}')
     for number, row in enumerate(rows, 1):
-        yield f"row {number}", _object(row, f"{path.name} row {number}")
+        yield f"row {number}", _as_row(row, f"{path.name} row {number}")
 
 
-def _csv(path: Path) -> Iterator[tuple[str, Row]]:
-    """Rows of strings. The separator is the one of , ; and tab that the header has most of."""
-    lines = _lines(path)
+def _csv(path: Path) -> Iterator[Entry]:
+    """Rows of strings. Fields of a .tsv file are separated by tabs, of a .csv file by what its header has most of."""
+    lines = (_whole(line) for _, line in read_lines(path))
     header = next(lines, "")
-    separator = max(",;\t", key=header.count)
-    reader = csv.reader(_chain(header, lines), delimiter=separator, strict=True)
-    try:
-        columns = next(reader, [])
-        if len(set(columns)) < len(columns):
-            raise DataError(f"{path.name}: two columns have the same name ({', '.join(columns)}); rename one")
-        for number, values in enumerate(filter(None, reader), 1):
-            if len(values) != len(columns):
-                raise DataError(
-                    f"{path.name} line {reader.line_num}: {len(values)} fields, where the header has {len(columns)}; "
+    separator = "\t" if kind_of(path) == ".tsv" else max(",;\t", key=header.count)
+    reader = csv.reader(chain([header], lines), delimiter=separator, strict=True)
+    records = (record for record in _csv_records(reader, path) if record[1])
+    _, columns = next(records, (0, []))
+    if isinstance(columns, DataError):
+        raise columns
+    if len(set(columns)) < len(columns):
+        raise DataError(f"{path.name}: two columns have the same name ({short(', '.join(columns))}); rename one")
+    for number, (line, values) in enumerate(records, 1):
+        if isinstance(values, DataError):
+            yield f"row {number}", values
+        elif len(values) != len(columns):
+            yield (
+                f"row {number}",
+                DataError(
+                    f"{path.name} line {line}: {len(values)} fields, where the header has {len(columns)}; "
                     "put fields that hold a separator in double quotes"
-                )
+                ),
+            )
+        else:
             yield f"row {number}", dict(zip(columns, values, strict=True))
-    except csv.Error as error:
-        raise DataError(f"{path.name} line {reader.line_num}: broken CSV ({error}); check its quotes") from None
 
 
-def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:
-    yield first
-    yield from rest
+def _csv_records(reader: Any, path: Path) -> Iterator[tuple[int, list[str] | DataError]]:
+    """The reader's records with the line each ends at."""
+    ended = False
+    while not ended:
+        batch: list[tuple[int, list[str] | DataError]] = []
+        with _fields_of_any_length():  # and nothing is yielded inside, where other code would run under that limit
+            while not ended and len(batch) < _CSV_BATCH:
+                try:
+                    values = next(reader, None)
+                except csv.Error as error:
+                    reason = f"broken CSV ({error}); check its quotes"
+                    batch.append((reader.line_num, DataError(f"{path.name} line {reader.line_num}: {reason}")))
+                    continue
+                if values is None:
+                    ended = True
+                else:
+                    batch.append((reader.line_num, values))
+        yield from batch
 
 
-_READERS = {".json": _json_document, ".jsonl": _json_lines, ".csv": _csv}
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """The csv module's limit on a field, 131,072 characters, is a setting of the whole process: it is put back."""
+    limit = csv.field_size_limit(_ANY_LENGTH)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _why(error: Exception) -> str:
+def _text(path: Path) -> Iterator[Entry]:
+    """A row of text a line; blank lines are left out."""
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            yield f"line {number}", line
+        elif line.strip():
+            yield f"line {number}", {"text": line.rstrip("\r\n")}
+
+
+_READERS = {
+    ".json": _json_document,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".txt": _text,
+}
+
+
+def _non_blank(path: Path) -> Iterator[bytes]:
+    return (line for line in _raw_lines(path) if line.strip())
+
+
+_COUNTERS = {".jsonl": _non_blank, ".ndjson": _non_blank}
+"""Kinds whose rows can be counted without being parsed."""
+
+
+def _whole(line: str | DataError) -> str:
+    """A line of a file whose rows are not lines: what is wrong with one is wrong with the file."""
+    if isinstance(line, DataError):
+        raise line
+    return line
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} at column {error.colno}"
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _object(row: object, place: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: got {type_name(row)}, wanted an object with the row's columns")
-    return row
+def _as_row(row: object, place: str) -> Row | DataError:
+    if isinstance(row, dict):
+        return row
+    if _is_conversation(row):
+        return {"messages": row}
+    return DataError(f"{place}: got {type_name(row)}, wanted an object with the row's columns")
 
 
-def type_name(value: object) -> str:
-    """How a JSON value's type is called in messages."""
-    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
-    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+def _is_single_row(document: object) -> bool:
+    if not isinstance(document, dict):
+        return _is_conversation(document)
+    return not isinstance(document.get("data"), list) and not _ROW_KEYS.isdisjoint(document)
+
+
+def _is_conversation(value: object) -> bool:
+    """Whether `value` is a list of turns: a conversation without a column of its own."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in value)
+    )

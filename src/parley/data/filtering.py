@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, TypeGuard
 
 from parley.config import DataSection
+from parley.data.bad_rows import BadRow, BadRows, of_example
 from parley.data.conversation import Example, Message
+from parley.data.pretokenized import as_rendered
 from parley.data.render import Rendered, control_tokens_in, encode, render_many, write_scripts
 from parley.data.summary import DataSummary
 from parley.errors import DataError
@@ -25,47 +27,76 @@ NOTHING_TO_LEARN = "with nothing to learn"
 
 
 def render_examples(
-    examples: Iterable[Example],
+    examples: Iterable[Example | BadRow],
     tokenizer: Any,
     data: DataSection,
     max_length: int,
     summary: DataSummary,
     batch: int = BATCH,
     ahead: int = AHEAD,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[tuple[Example, Rendered] | None]:
     """For each example itself and its rendering, or None where it is dropped, which `summary` then says.
 
-    An example cut by `data.overlong` comes as cut. Reads `batch` examples at once, and
-    `ahead` more batches before the first is given. Raises DataError naming the row: one
-    the template refuses, or with `overlong: error` one that is too long.
+    A bad row (a BadRow, one that the template refuses, with `overlong: error` one that is too long) goes to `bad_rows`,
+    which raises its error or skips it. An example cut by `data.overlong` is yielded as cut. Reads `batch` examples at
+    once, and `ahead` more batches before the first is yielded.
     """
+    bad_rows = bad_rows or BadRows(data)
     for taken, outcomes in _batches(examples, tokenizer, data, batch, ahead):
         rendered = iter(outcomes)
         for example in taken:
-            if not _has_answer(example):
-                summary.drop(NO_ANSWER, example.origin)
+            outcome = next(rendered) if _is_rendered(example) else None
+            try:
+                yield _outcome(example, outcome, tokenizer, data, max_length, summary)
+            except DataError as error:
+                bad = example if isinstance(example, BadRow) else of_example(example, error)
+                bad_rows.handle(bad)
+                summary.skip(bad.origin, str(bad.error))
                 yield None
-                continue
-            yield _fitting(example, _checked(next(rendered), example), tokenizer, data, max_length, summary)
+
+
+def _outcome(
+    example: Example | BadRow,
+    rendered: Rendered | DataError | None,
+    tokenizer: Any,
+    data: DataSection,
+    max_length: int,
+    summary: DataSummary,
+) -> tuple[Example, Rendered] | None:
+    """What becomes of an example; `rendered`: its rendering, where it needs one. Raises DataError for a bad row."""
+    if isinstance(example, BadRow):
+        raise example.error
+    if example.input_ids is not None and example.labels is not None:
+        rendered = as_rendered(example, len(tokenizer))
+    if rendered is None:
+        summary.drop(NO_ANSWER, example.origin)
+        return None
+    return _fitting(example, _checked(rendered, example), tokenizer, data, max_length, summary)
+
+
+def _is_rendered(example: Example | BadRow) -> TypeGuard[Example]:
+    """Whether the tokenizer renders the example: not a bad row, not token ids already, and with an answer."""
+    return isinstance(example, Example) and example.input_ids is None and _has_answer(example)
 
 
 def _batches(
-    examples: Iterable[Example], tokenizer: Any, data: DataSection, batch: int, ahead: int
-) -> Iterator[tuple[list[Example], list[Rendered | DataError]]]:
-    """Examples by the batch, with the renderings of those that have an answer. What is wrong is raised in its turn."""
+    examples: Iterable[Example | BadRow], tokenizer: Any, data: DataSection, batch: int, ahead: int
+) -> Iterator[tuple[list[Example | BadRow], list[Rendered | DataError]]]:
+    """Examples by the batch, with the renderings of those that need one. What is wrong is raised in its turn."""
     examples = iter(examples)
     broken: DataError | None = None
-    waiting: deque[tuple[list[Example], Future[list[Rendered | DataError]]]] = deque()
+    waiting: deque[tuple[list[Example | BadRow], Future[list[Rendered | DataError]]]] = deque()
     tokenizer([""], add_special_tokens=False)  # sets its padding aside, which no thread can while others use it
     with ThreadPoolExecutor(ahead or 1) as threads:
         try:
             while taken := list(islice(examples, batch)):
-                scripts = write_scripts(tokenizer, filter(_has_answer, taken), data.train_on)
+                scripts = write_scripts(tokenizer, filter(_is_rendered, taken), data.train_on)
                 waiting.append((taken, threads.submit(encode, tokenizer, scripts)))
                 if len(waiting) > ahead:
                     taken, outcomes = waiting.popleft()
                     yield taken, outcomes.result()
-        except DataError as error:  # of a row that could not be read; those before it come first
+        except DataError as error:  # of the source; the rows before it come first
             broken = error
         for taken, outcomes in waiting:
             yield taken, outcomes.result()

@@ -1,240 +1,250 @@
-"""The formats a data set may come in, recognised by their columns, and how each becomes an Example."""
+"""The formats a data set may come in: one object each, that knows its columns and makes an Example of a row.
+
+A new format is a subclass of Format and an entry in FORMATS. Order matters: a row that suits several is of the first.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import ClassVar
 
-from parley.config import DataSection, unknown_key
-from parley.data.conversation import Example, Message
-from parley.data.files import Row, type_name
-from parley.data.messages import conversation, text_of, tools_of
+from parley.config import DataSection
+from parley.data.columns import Fields, Spellings
+from parley.data.conversation import WEIGHT, Example, Message
+from parley.data.fields import short, type_name
+from parley.data.files import Row
+from parley.data.loss_weights import row_weight
+from parley.data.messages import joined, parse_messages, with_system
+from parley.data.pretokenized import parse_ids, parse_labels
+from parley.data.tool_calls import parse_json, parse_tools
 from parley.errors import DataError, UsageError
 
-# Each format's columns under their canonical names; a name further right is another spelling of the same.
-_COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": (("messages", "conversations", "conversation"),),
-    "sharegpt": (("conversations", "conversation", "messages"),),
-    "dolly": (("instruction",), ("response", "output")),
-    "prompt-completion": (("prompt",), ("completion",)),
-    "text": (("text",),),
-}
-_OPTIONAL: dict[str, tuple[tuple[str, ...], ...]] = {
-    "messages": (("system", "system_prompt"), ("tools",)),
-    "sharegpt": (("system", "system_prompt"), ("tools",)),
-    "dolly": (("context", "input"), ("system", "system_prompt")),
-    "prompt-completion": (("tools",),),
-    "text": (),
-}
-_LABELS = {
-    "messages": "messages",
-    "sharegpt": "ShareGPT",
-    "dolly": "Dolly",
-    "prompt-completion": "prompt and completion",
-    "text": "text",
-}
-_KNOWN = "instruction, response (context) / conversations / messages / prompt, completion / text"
+_SYSTEM = ("system", "system_prompt")
 
 
-@dataclass(frozen=True)
-class Format:
-    """A recognised format. `reason` is said out loud; `origin` is the row it was recognised by."""
+class Format(ABC):
+    """One data format.
 
-    name: str
-    reason: str
-    origin: str
-    data: DataSection
-
-    def example(self, row: Row, origin: str) -> Example:
-        """`row` as an Example.
-
-        Turns without words are dropped, so that a row without an answer becomes an Example without one. Raises
-        DataError naming the row: another format than the first row's, a field that is not text, an unknown role.
-        """
-        name = _shape(row, self.data, self.name)
-        if name != self.name:
-            seen = f"is {_LABELS[name]}" if name else f"has columns {_listed(row)}"
-            expected = f"{self.origin} is {_LABELS[self.name]}"
-            raise DataError(f"{origin}: {seen}, but {expected}; keep one format in a data set")
-        return _BUILDERS[name](_Fields(row, origin, name, self.data), self.data)
-
-
-def recognise(rows: Iterable[tuple[str, Row]], data: DataSection, where: str = "the data set") -> Format:
-    """The format of the first of `rows` (origin and row) that shows one, or the one that `data.format` asks for.
-
-    Raises UsageError for `data.columns` that no format knows, DataError for columns that are not there or not known.
+    name: its value of `data.format`. label: its name in messages. columns: those every row needs. optional: those it
+    reads besides. note: what else it was recognised by, for the message.
     """
-    rows = list(rows)
-    if not rows:
-        raise DataError(f"{where}: is empty; wanted at least one row")
-    _check_mapping(data, rows)
-    undecided: Format | None = None
-    for origin, row in rows:
-        name = _shape(row, data, data.format if data.format != "auto" else None)
-        if name is None or data.format not in ("auto", name):
-            continue
-        found = Format(name, _reason(name, row, data), origin, data)
-        if name not in ("messages", "sharegpt") or _turns(name, row, data):
-            return found
-        undecided = undecided or found
-    if undecided is not None:
-        return undecided
-    raise _unknown(*rows[0], data)
 
+    name: ClassVar[str]
+    label: ClassVar[str]
+    columns: ClassVar[Spellings]
+    optional: ClassVar[Spellings] = ()
+    note: ClassVar[str] = ""
 
-class _Fields:
-    """A row's fields under canonical names."""
+    def fields(self, row: Row, origin: str, data: DataSection) -> Fields:
+        return Fields(row, origin, (*self.columns, *self.optional), data)
 
-    def __init__(self, row: Row, origin: str, name: str, data: DataSection) -> None:
-        self.row, self.origin = row, origin
-        self.own = _own_columns(name, row, data)
+    def suits(self, fields: Fields, expected: str | None) -> bool:
+        """Whether a row has what this format needs. `expected`: the format of the data set so far."""
+        return all(names[0] in fields.own for names in self.columns)
 
-    def value(self, canonical: str) -> Any:
-        return self.row.get(self.own.get(canonical, canonical))
-
-    def text(self, canonical: str) -> str:
-        return text_of(self.value(canonical), f"{self.origin}: field {self.own.get(canonical, canonical)!r}")
-
-
-def _dolly(fields: _Fields, data: DataSection) -> Example:
-    question = "\n\n".join(part for part in (fields.text("context"), fields.text("instruction")) if part.strip())
-    said = [("system", fields.text("system") or data.system or ""), ("user", question)]
-    said.append(("assistant", fields.text("response")))
-    messages: list[Message] = [{"role": role, "content": text} for role, text in said if text.strip()]
-    return Example(fields.origin, messages=messages)
-
-
-def _chat(fields: _Fields, data: DataSection) -> Example:
-    own = "messages" if "messages" in fields.own else "conversations"
-    turns = fields.value(own)
-    messages = conversation(turns, fields.origin, fields.own[own])
-    messages = _with_system(messages, fields.text("system") or data.system)
-    return Example(fields.origin, messages=messages, tools=tools_of(fields.value("tools"), fields.origin))
-
-
-def _prompt_completion(fields: _Fields, data: DataSection) -> Example:
-    prompt, completion = fields.value("prompt"), fields.value("completion")
-    if not isinstance(prompt, list) and not isinstance(completion, list):
-        _no_system(data)
-        return Example(fields.origin, prompt=fields.text("prompt"), completion=fields.text("completion"))
-    if not (isinstance(prompt, list) and isinstance(completion, list)):
-        raise DataError(
-            f"{fields.origin}: 'prompt' is {type_name(prompt)} and 'completion' is {type_name(completion)}; "
-            "wanted both as text or both as lists of messages"
-        )
-    asked = _with_system(conversation(prompt, fields.origin, fields.own["prompt"]), data.system)
-    answered = conversation(completion, fields.origin, fields.own["completion"])
-    tools = tools_of(fields.value("tools"), fields.origin)
-    return Example(fields.origin, prompt=asked, completion=answered, tools=tools)
-
-
-def _text(fields: _Fields, data: DataSection) -> Example:
-    _no_system(data)
-    return Example(fields.origin, text=fields.text("text"))
-
-
-_BUILDERS = {
-    "messages": _chat,
-    "sharegpt": _chat,
-    "dolly": _dolly,
-    "prompt-completion": _prompt_completion,
-    "text": _text,
-}
-
-
-def _with_system(messages: list[Message], system: str | None) -> list[Message]:
-    has_one = bool(messages) and messages[0]["role"] in ("system", "developer")
-    if has_one or not system or not system.strip():
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
-def _no_system(data: DataSection) -> None:
-    if data.system:
-        raise UsageError("got data.system, but the rows are plain text without turns; remove it")
-
-
-def _own_columns(name: str, row: Row, data: DataSection) -> dict[str, str]:
-    """Canonical name to the row's own, for the columns of format `name` that the row has (and does not leave null)."""
-    own = {}
-    for spellings in (*_COLUMNS[name], *_OPTIONAL[name]):
-        mapped = [data.columns[spelling] for spelling in spellings if spelling in data.columns]
-        candidates = [spelling for spelling in spellings if spelling not in data.columns]
-        present = next((column for column in mapped + candidates if row.get(column) is not None), None)
-        if present is not None:
-            own[spellings[0]] = present
-    return own
-
-
-def _shape(row: Row, data: DataSection, expected: str | None = None) -> str | None:
-    """The format `row` looks like, the `expected` one first; a row with some of its columns is taken for that too."""
-    if expected and _fits(expected, row, data, expected):
-        return expected
-    for name in _COLUMNS:
-        if data.columns.keys() <= set(_spellings(name)) and _fits(name, row, data, expected):
-            return name
-    if expected and any(spellings[0] in _own_columns(expected, row, data) for spellings in _COLUMNS[expected]):
-        return expected
-    return None
-
-
-def _fits(name: str, row: Row, data: DataSection, expected: str | None) -> bool:
-    """Whether `row` has all columns that format `name` needs, with turns of its kind."""
-    own = _own_columns(name, row, data)
-    if not all(spellings[0] in own for spellings in _COLUMNS[name]):
-        return False
-    if name not in ("messages", "sharegpt"):
+    def shows(self, fields: Fields) -> bool:
+        """Whether a row that suits the format has enough in it to recognise the data set by."""
         return True
-    return _chat_kind(_turns(name, row, data), expected) == name
+
+    @abstractmethod
+    def example(self, fields: Fields, data: DataSection) -> Example:
+        """The row as an Example. Raises DataError naming it."""
+
+    @classmethod
+    def spellings(cls) -> list[str]:
+        return [name for names in (*cls.columns, *cls.optional) for name in names]
 
 
-def _turns(name: str, row: Row, data: DataSection) -> Any:
-    return row[_own_columns(name, row, data)[_COLUMNS[name][0][0]]]
+class _Turns(Format):
+    """Conversations as a list of turns."""
+
+    optional = (_SYSTEM, ("tools", "functions"))
+    turn_format: ClassVar[str]
+
+    def suits(self, fields: Fields, expected: str | None) -> bool:
+        return super().suits(fields, expected) and self._turn_format(fields, expected) == self.name
+
+    def shows(self, fields: Fields) -> bool:
+        return bool(fields.value(self.columns[0][0]))
+
+    def example(self, fields: Fields, data: DataSection) -> Example:
+        column = self.columns[0][0]
+        messages = _messages(fields, column, data)
+        messages = with_system(messages, fields.text("system") or data.system)
+        return Example(fields.origin, messages=messages, tools=parse_tools(fields.value("tools"), fields.origin))
+
+    def _turn_format(self, fields: Fields, expected: str | None) -> str:
+        """ "messages" or "sharegpt"; where the turns fit both, the expected one or "messages"."""
+        turns = fields.value(self.columns[0][0])
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if isinstance(first, dict) and ("from" in first) != ("role" in first):
+            return ShareGPT.name if "from" in first else Messages.name
+        return expected if expected in (Messages.name, ShareGPT.name) else Messages.name
 
 
-def _chat_kind(turns: Any, expected: str | None) -> str:
-    """Which of the two ways of writing turns this is; where they do not tell, the expected one or "messages"."""
-    first = turns[0] if isinstance(turns, list) and turns else None
-    if isinstance(first, dict) and ("from" in first) != ("role" in first):
-        return "sharegpt" if "from" in first else "messages"
-    return expected if expected in ("messages", "sharegpt") else "messages"
+class Messages(_Turns):
+    """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}], "tools": [...]}"""
+
+    name = "messages"
+    label = "messages"
+    columns = (("messages", "conversations", "conversation"),)
+    note = ", turns with role and content"
 
 
-def _spellings(name: str) -> list[str]:
-    return [spelling for spellings in (*_COLUMNS[name], *_OPTIONAL[name]) for spelling in spellings]
+class ShareGPT(_Turns):
+    """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}], "system": "..."}"""
+
+    name = "sharegpt"
+    label = "ShareGPT"
+    columns = (("conversations", "conversation", "messages"),)
+    note = ", turns with from and value"
 
 
-def _reason(name: str, row: Row, data: DataSection) -> str:
-    own = _own_columns(name, row, data)
-    columns = [column for column in row if column in own.values()]
-    chosen = "as data.format says, " if data.format != "auto" else ""
-    turns = {"sharegpt": ", turns with from and value", "messages": ", turns with role and content"}.get(name, "")
-    return f"{_LABELS[name]} ({chosen}column{'s' * (len(columns) > 1)} {', '.join(columns)}{turns})"
+class _Instruction(Format):
+    """An instruction with its answer; `context` stands before the instruction, `input` after it."""
+
+    optional = (("context",), ("input",), _SYSTEM, ("history",))
+    _answer: ClassVar[str]
+
+    def example(self, fields: Fields, data: DataSection) -> Example:
+        prompt = joined(fields.text(name) for name in ("context", "instruction", "input"))
+        turns = [*_history(fields), ("user", prompt), ("assistant", fields.text(self._answer))]
+        messages: list[Message] = [{"role": role, "content": text} for role, text in turns if text.strip()]
+        messages = with_system(messages, fields.text("system") or data.system)
+        return _weighted(Example(fields.origin, messages=messages), fields)
 
 
-def _check_mapping(data: DataSection, rows: list[tuple[str, Row]]) -> None:
-    known = {spelling for name in _COLUMNS for spelling in _spellings(name)}
-    for canonical, own in data.columns.items():
-        if canonical not in known:
-            raise unknown_key(canonical, known, "data.columns")
-        if not any(own in row for _, row in rows):
-            origin, row = rows[0]
+class Alpaca(_Instruction):
+    """{"instruction": "Translate to French:", "input": "cheese", "output": "fromage", "history": [["Hi", "Hello"]]}"""
+
+    name = "alpaca"
+    label = "Alpaca"
+    columns = (("instruction",), ("output", "response"))
+    _answer = "output"
+
+    def suits(self, fields: Fields, expected: str | None) -> bool:
+        """Rows without an input are Alpaca's by the name of the answer, unless the data set is Dolly's so far."""
+        if not super().suits(fields, expected):
+            return False
+        marked = {"input", "output"} & {*fields.own.values(), *fields.row, *fields.data.columns}
+        return expected == self.name or (bool(marked) and "context" not in fields.own)
+
+
+class Dolly(_Instruction):
+    """{"instruction": "Who wrote it?", "context": "A page about a book.", "response": "Its author."}"""
+
+    name = "dolly"
+    label = "Dolly"
+    columns = (("instruction",), ("response", "output"))
+    _answer = "response"
+
+
+class PromptCompletion(Format):
+    """{"prompt": "Two and two is ", "completion": "four"}, or both as lists of messages"""
+
+    name = "prompt-completion"
+    label = "prompt and completion"
+    columns = (("prompt",), ("completion",))
+    optional = (("tools",),)
+
+    def example(self, fields: Fields, data: DataSection) -> Example:
+        prompt, completion = fields.value("prompt"), fields.value("completion")
+        if not isinstance(prompt, list) and not isinstance(completion, list):
+            _refuse_system(data)
+            example = Example(fields.origin, prompt=fields.text("prompt"), completion=fields.text("completion"))
+            return _weighted(example, fields)
+        if not (isinstance(prompt, list) and isinstance(completion, list)):
             raise DataError(
-                f"{origin}: data.columns asks for {canonical}: {own}, which is not there; it has columns {_listed(row)}"
+                f"{fields.origin}: 'prompt' is {type_name(prompt)} and 'completion' is {type_name(completion)}; "
+                "wanted both as text or both as lists of messages"
             )
+        return Example(
+            fields.origin,
+            prompt=with_system(_messages(fields, "prompt", data), data.system),
+            completion=_messages(fields, "completion", data),
+            tools=parse_tools(fields.value("tools"), fields.origin),
+        )
 
 
-def _unknown(origin: str, row: Row, data: DataSection) -> DataError:
-    wanted = _KNOWN
-    if data.format != "auto":
-        wanted = " and ".join(" or ".join(spellings) for spellings in _COLUMNS[data.format])
-        wanted += ", as data.format says"
-    return DataError(
-        f"{origin}: got columns {_listed(row)}; wanted {wanted}; name yours in data.columns, "
-        "for example {instruction: question, response: answer}"
-    )
+class Tokens(Format):
+    """{"input_ids": [1, 5, 7], "labels": [-100, 5, 7]}, or with a mask of ones and zeros in place of labels"""
+
+    name = "tokens"
+    label = "token ids"
+    columns = (("input_ids",),)
+    optional = (("labels",), ("assistant_masks", "assistant_mask", "completion_mask"), ("attention_mask",))
+
+    def example(self, fields: Fields, data: DataSection) -> Example:
+        _refuse_system(data)
+        ids = parse_ids(fields.value("input_ids"), f"{fields.origin}: field {fields.own['input_ids']!r}")
+        ids, labels = parse_labels(ids, fields)
+        return Example(fields.origin, input_ids=ids, labels=labels)
 
 
-def _listed(row: Row) -> str:
-    return ", ".join(map(str, row)) or "none"
+class Text(Format):
+    """{"text": "Any text, learned from its first word to its last."}"""
+
+    name = "text"
+    label = "text"
+    columns = (("text",),)
+
+    def example(self, fields: Fields, data: DataSection) -> Example:
+        _refuse_system(data)
+        return _weighted(Example(fields.origin, text=fields.text("text")), fields)
+
+
+FORMATS: tuple[Format, ...] = (
+    Messages(),
+    ShareGPT(),
+    Alpaca(),
+    Dolly(),
+    PromptCompletion(),
+    Tokens(),
+    Text(),
+)
+BY_NAME = {format.name: format for format in FORMATS}
+
+
+def _messages(fields: Fields, column: str, data: DataSection) -> list[Message]:
+    keys: dict[str, str] = {key: data.columns[key] for key in ("role", "content") if key in data.columns}
+    messages = parse_messages(fields.value(column), fields.origin, fields.own[column], keys=keys, roles=data.roles)
+    weight = row_weight(fields.row, fields.flags(), fields.origin)
+    if weight is not None:
+        for message in messages:
+            if message["role"] == "assistant":
+                message[WEIGHT] = weight * message.get(WEIGHT, 1.0)
+    return messages
+
+
+def _weighted(example: Example, fields: Fields) -> Example:
+    """`example` with the row's own loss flags on its assistant turns. Rows of text know only "all of it"."""
+    weight = row_weight(fields.row, fields.flags(), fields.origin)
+    if weight is None or weight == 1:
+        return example
+    if example.messages is None:
+        raise DataError(
+            f"{fields.origin}: a loss weight of {weight:g} on a row of text; leave the row out, or use messages"
+        )
+    for message in example.messages:
+        if message["role"] == "assistant":
+            message[WEIGHT] = weight
+    return example
+
+
+def _history(fields: Fields) -> list[tuple[str, str]]:
+    """Earlier turns of an instruction: [["question", "answer"], ...]."""
+    history = fields.value("history")
+    place = f"{fields.origin}: field 'history'"
+    if isinstance(history, str) and history.strip():
+        history = parse_json(history, place)
+    turns: list[tuple[str, str]] = []
+    for pair in history or []:
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
+            raise DataError(f"{place} holds {short(pair)}; wanted pairs of a question and its answer")
+        turns += [("user", pair[0]), ("assistant", pair[1])]
+    return turns
+
+
+def _refuse_system(data: DataSection) -> None:
+    if data.system:
+        raise UsageError("got data.system, but the rows have no turns (text or token ids); remove it")

@@ -1,132 +1,169 @@
-"""Turns as data sets write them, OpenAI's way or ShareGPT's, to the messages that chat templates take."""
+"""Turns as data sets write them, to the messages that chat templates take.
+
+    {"from": "human", "value": "Hi"}                                    ShareGPT
+    {"role": "user", "content": [{"type": "text", "text": "Hi"}]}       OpenAI, in parts
+    {"type": "ai", "data": {"content": "Hello"}}                        LangChain
+    {"author": {"role": "user"}, "content": {"parts": ["Hi"]}}          ChatGPT's export
+
+A turn becomes one message, or several where it holds tool results beside its text.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from parley.data.conversation import Message
-from parley.data.files import type_name
+from parley.data.content_parts import Parts, reasoning_text
+from parley.data.conversation import REASONING_KEYS, WEIGHT, WEIGHT_SPANS, Message
+from parley.data.fields import short, text_of, type_name
+from parley.data.loss_weights import message_weight, weight_spans
+from parley.data.tool_calls import parse_json, parse_tool_calls
 from parley.errors import DataError
 
-ROLES = {
-    "system": "system",
+_SPEAKERS = {
+    "system": "system context",
     "developer": "developer",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "ipython": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt model bot chatbot ai",
+    "tool": "tool ipython function observation function_response tool_response tool_result",
+    "function_call": "function_call tool_call",
 }
-"""What a data set calls a speaker, to the role that templates know."""
+ROLES = {name: role for role, names in _SPEAKERS.items() for name in names.split()}
+"""What data sets call a speaker, in lower case, to the role that templates know. A `function_call` turn is a tool call
+as JSON text, which becomes the assistant's."""
+
+ROLE_KEYS = ("role", "from", "author", "speaker", "sender", "type")
+CONTENT_KEYS = ("content", "value", "text", "message", "utterance", "data")
+_NESTED_CONTENT = ("content", "parts", "text")
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_NO_NAMES: Mapping[str, str] = {}
 
 
-def conversation(turns: Any, origin: str, column: str) -> list[Message]:
-    """The messages of a list of turns with role and content, or from and value. Turns without words are dropped,
-    unless they call tools, think, or bring a tool's result.
+def parse_messages(
+    turns: Any,
+    origin: str,
+    column: str,
+    *,
+    keys: Mapping[str, str] = _NO_NAMES,
+    roles: Mapping[str, str] = _NO_NAMES,
+) -> list[Message]:
+    """The messages of a list of turns, or of such a list as JSON text. Turns without text are dropped, unless they
+    call tools, reason, or are a tool's result.
 
+    keys: the data set's own names of "role" and "content". roles: its own names of roles, to those of ROLES.
     Raises DataError naming the row and the turn.
     """
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = parse_json(turns, f"{origin}: field {column!r}")
     if not isinstance(turns, list):
         raise DataError(f"{origin}: field {column!r} is {type_name(turns)}, wanted a list of turns")
-    messages = (_message(turn, f"{origin}: turn {number}") for number, turn in enumerate(turns, 1))
-    return [message for message in messages if _says_something(message)]
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        place = f"{origin}: turn {number}"
+        if not isinstance(turn, dict):
+            raise DataError(f"{place} is {type_name(turn)}, wanted an object with role and content")
+        messages += _parse_turn(turn, place, keys, roles)
+    return [message for message in messages if _has_content(message)]
 
 
-def text_of(value: Any, place: str) -> str:
-    """A text field; null is no text. Raises DataError for anything else, and for text that no tokenizer reads."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{place} is {type_name(value)} ({_short(value)}), wanted text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = ascii(value[error.start])
-        raise DataError(f"{place} holds half a character ({half}, a lone surrogate); repair the text") from None
-    return value
-
-
-def tools_of(value: Any, origin: str) -> list[dict[str, Any]] | None:
-    """The tools offered to the model, from a list of descriptions or such a list as JSON text; None for none."""
-    if isinstance(value, str) and value.strip():
-        value = _from_json(value, f"{origin}: field 'tools'")
-    value = [value] if isinstance(value, dict) and value else value
-    if not value:
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise DataError(f"{origin}: field 'tools' is {type_name(value)}, wanted a list of tool descriptions")
-    return value
-
-
-def _message(turn: Any, place: str) -> Message:
-    if not isinstance(turn, dict):
-        raise DataError(f"{place} is {type_name(turn)}, wanted an object with role and content")
-    speaker, words = ("from", "value") if "from" in turn and "role" not in turn else ("role", "content")
-    role = turn.get(speaker)
-    if not isinstance(role, str) or role not in ROLES:
-        raise DataError(f"{place} has {speaker} {_short(role)}, wanted one of {', '.join(ROLES)}")
-    more = {name: value for name, value in turn.items() if name not in (speaker, words) and value is not None}
-    message: Message = {"role": ROLES[role], "content": _content(turn.get(words), f"{place}: {words!r}")}
+def _parse_turn(turn: dict[str, Any], place: str, keys: Mapping[str, str], roles: Mapping[str, str]) -> list[Message]:
+    role_key = keys.get("role") or next((key for key in ROLE_KEYS if key in turn), "role")
+    role = _role(turn.get(role_key), f"{place} has {role_key}", roles)
+    content_key = keys.get("content") or _content_key(turn, role_key)
+    rest = {key: value for key, value in turn.items() if value is not None and key not in (role_key, content_key)}
+    if media := [key for key in _MEDIA if rest.get(key)]:
+        raise DataError(f"{place} has {media[0]!r}; Parley trains on text alone: the model would never see it")
+    message: Message = {"role": role, "content": ""}
+    results = _parse_content(turn.get(content_key), message, f"{place}: {content_key!r}")
     if role == "function_call":
-        calls = _from_json(message["content"], f"{place}: {words!r}")
-        message["content"], more["tool_calls"] = "", calls if isinstance(calls, list) else [calls]
-    calls = more.pop("tool_calls", None)
-    if calls:
-        if not isinstance(calls, list):
-            raise DataError(f"{place}: 'tool_calls' is {type_name(calls)}, wanted a list of calls")
-        more["tool_calls"] = [_tool_call(call, f"{place}: 'tool_calls'") for call in calls]
-    return message | more
+        calls = parse_json(message["content"], f"{place}: {content_key!r}")
+        message |= {"role": "assistant", "content": ""}
+        rest["tool_calls"] = calls if isinstance(calls, list) else [calls]
+    _parse_keys(message, rest, place)
+    _check_text_is_read(message, rest, turn, content_key, place)
+    own = [message] if _has_content(message) or not results else []
+    return [*results, *own]
 
 
-def _content(value: Any, place: str) -> str:
-    """Text, or the text parts of a list of parts."""
+def _role(value: Any, place: str, roles: Mapping[str, str]) -> str:
+    if isinstance(value, dict):  # ChatGPT's export: {"author": {"role": "user"}}
+        value = value.get("role")
+    if isinstance(value, str):
+        name = roles.get(value, value).strip().lower()
+        if name in ROLES:
+            return ROLES[name]
+    raise DataError(f"{place} {short(value)}, wanted one of {', '.join(ROLES)}; name yours in data.roles")
+
+
+def _content_key(turn: dict[str, Any], role_key: str) -> str:
+    """The first key of CONTENT_KEYS with something in it, else the first that is there."""
+    if role_key == "from" and turn.get("value"):
+        return "value"
+    present = [key for key in CONTENT_KEYS if turn.get(key) is not None and key != role_key]
+    return next((key for key in present if turn[key]), present[0] if present else "content")
+
+
+def _parse_content(value: Any, message: Message, place: str) -> list[Message]:
+    """Put text, reasoning, calls and loss weights of a turn's content into `message`; returns its tool results."""
+    if isinstance(value, dict):  # LangChain's {"data": {"content": ...}}, ChatGPT's {"content": {"parts": [...]}}
+        key = next((key for key in _NESTED_CONTENT if key in value), None)
+        if key is None:
+            found = short(", ".join(map(str, value)), quoted=False)
+            raise DataError(f"{place} is an object with keys {found}; wanted text")
+        value = value[key]
     if not isinstance(value, list):
-        return text_of(value, place)
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else part
-            raise DataError(f"{place} has a part {_short(kind)}; Parley learns from text alone: remove it")
-    return "".join(text_of(part.get("text"), place) for part in value)
+        message["content"] = text_of(value, place)
+        return []
+    parts = Parts.of(value, place)
+    parts.put_into(message)
+    return parts.results
 
 
-def _tool_call(call: Any, place: str) -> dict[str, Any]:
-    """A call as templates take it: the function under `function`, its arguments as an object, numbers as written."""
-    if not isinstance(call, dict):
-        raise DataError(f"{place} holds {type_name(call)}, wanted an object with name and arguments")
-    function = call.get("function")
-    if function is None:  # written flat
-        function, call = call, {"type": "function"}
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{place} holds a call without a name; wanted name and arguments")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _from_json(arguments, f"{place} of {function['name']}") if arguments.strip() else {}
-    function = function | {"arguments": {} if arguments is None else arguments}
-    return {name: value for name, value in call.items() if value is not None} | {"function": function}
+def _parse_keys(message: Message, rest: dict[str, Any], place: str) -> None:
+    """What a turn has beside its role and content: calls, reasoning, loss weights; the others as they are."""
+    calls = parse_tool_calls(rest, place)
+    for key in REASONING_KEYS:
+        if key in rest:
+            rest[key] = reasoning_text(rest[key], f"{place}: {key!r}")
+    weight = message_weight(rest, place)
+    spans = weight_spans(rest, message["content"], place)
+    message |= {key: value for key, value in rest.items() if value not in ("", [], {}) or key == "name"}
+    if calls:
+        message["tool_calls"] = [*message.get("tool_calls", []), *calls]
+    if weight is not None:
+        message[WEIGHT] = weight if WEIGHT not in message else weight * message[WEIGHT]
+    if spans:
+        message[WEIGHT_SPANS] = spans
 
 
-def _says_something(message: Message) -> bool:
+def _check_text_is_read(
+    message: Message, rest: dict[str, Any], turn: dict[str, Any], content_key: str, place: str
+) -> None:
+    """A turn whose text stands under a key that nobody reads would disappear."""
+    if _has_content(message) or content_key in turn:
+        return
+    texts = [key for key, value in rest.items() if isinstance(value, str) and value.strip() and key not in _LABELS]
+    if texts:
+        key = short(texts[0], quoted=False)
+        raise DataError(f"{place} has no content; if it is under {key!r}, set data.columns={{content: {key}}}")
+
+
+_LABELS = ("name", "id", "tool_call_id", "type", "date", "timestamp")
+
+
+def _has_content(message: Message) -> bool:
     if message["role"] == "tool" or message["content"].strip():
         return True
-    return any(message.get(name) for name in ("tool_calls", "reasoning_content", "thinking"))
+    return any(message.get(name) for name in ("tool_calls", *REASONING_KEYS))
 
 
-def _from_json(text: str, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise DataError(f"{place} is not JSON: {_short(text)}") from None
+def with_system(messages: list[Message], system: str | None) -> list[Message]:
+    """`messages` with a system turn in front, unless they begin with one (or with a developer's, which is the same)."""
+    if not system or not system.strip() or (messages and messages[0]["role"] in ("system", "developer")):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
-def _short(value: Any) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 40 else f"{shown[:37]}..."
+def joined(parts: Iterable[str]) -> str:
+    """Texts that are not blank, with a blank line between them."""
+    return "\n\n".join(part for part in parts if part.strip())

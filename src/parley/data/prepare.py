@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -18,23 +18,24 @@ from rich.console import Console
 from rich.progress import track
 
 from parley.config import DataSection
+from parley.data.bad_rows import BadRow, BadRows
 from parley.data.conversation import Example
+from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, render_examples
-from parley.data.formats import Format, recognise
+from parley.data.recognition import Recognised, recognise
 from parley.data.render import Rendered, pin_date
-from parley.data.sources import Rows, located, read_rows
+from parley.data.sources import Rows, is_local, located, read_rows
 from parley.data.summary import DataSummary
 from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 PREVIEWED = 8
-LOOKED_AT = 20
-"""Rows looked at to recognise a format."""
+RECOGNITION_ROWS = 20
 STREAM_BATCH = 16
-CHUNK = 4096
-"""Rows moved to Arrow at once."""
-LONG_WORK = 5000
+ARROW_BATCH = 4096
+"""Rows converted to Arrow at once."""
+PROGRESS_FROM = 5000
 """Rows from which on a progress bar is shown."""
 HELDOUT_SEED = 0
 HELDOUT_SHARE = 10
@@ -44,14 +45,15 @@ HELDOUT_SHARE = 10
 @dataclass
 class Prepared:
     """Data ready to train on. `train` and `heldout` have columns input_ids and labels, each (T,), with labels
-    IGNORE_INDEX where nothing is learned. `heldout_examples` are in the order of `heldout`'s rows; `preview` and
-    `preview_origins` are the first training rows.
+    IGNORE_INDEX where not supervised. `heldout_examples` are in the order of `heldout`'s rows; `preview` and
+    `preview_origins` are the first training rows; `bad_rows` are those skipped.
     """
 
     train: Dataset | IterableDataset
     heldout: Dataset | None
     heldout_examples: list[Example]
     summary: DataSummary
+    bad_rows: BadRows
     preview: list[Rendered] = field(default_factory=list)
     preview_origins: list[str] = field(default_factory=list)
 
@@ -59,16 +61,16 @@ class Prepared:
 def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     """Read, recognise, render and split the data set that `data` describes.
 
-    Rows longer than `max_length` tokens follow `data.overlong`; rows without an answer, or with nothing else to
-    learn, are dropped. Held out are the rows of `data.heldout` (its split may follow after a `#`), or else
-    `data.heldout_rows` of the source: at most a tenth, drawn with a fixed seed; of a stream the first ones. The
-    summary says all of it.
+    Rows longer than `max_length` tokens follow `data.overlong`, rows that cannot be read or rendered follow
+    `data.bad_rows`; rows without an answer, or without a supervised token, are dropped. Held out are the rows of
+    `data.heldout` (its split may follow after a `#`), or else `data.heldout_rows` of the source: at most a tenth,
+    sampled with a fixed seed; of a stream the first ones. The summary reports all of it.
 
-    Raises DataError in one line: a source that cannot be read or recognised, a broken row, or nothing left to learn.
+    Raises DataError in one line: a source that cannot be read or recognised, a bad row, or nothing left to train on.
     """
     pin_date(tokenizer, data.date)
     heldout_rows = 0 if data.heldout else data.heldout_rows
-    rows = _RowRenderer(read_rows(data.source, data), tokenizer, data, max_length, data.source)
+    rows = RowRenderer(read_rows(data.source, data), tokenizer, data, max_length, data.source)
     prepared, trained = rows.stream(heldout_rows) if rows.summary.streaming else rows.split(heldout_rows)
     if data.heldout:
         _hold_out(prepared, trained, data, tokenizer, max_length)
@@ -78,77 +80,114 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
 def render_rows(
     rows: Rows, tokenizer: Any, data: DataSection, max_length: int, *, where: str
 ) -> tuple[Dataset | IterableDataset, DataSummary]:
-    """`rows` that are at hand already as input_ids and labels, each (T,), and what became of them.
+    """`rows` in memory as input_ids and labels, each (T,), and their summary.
 
     `where` names them in messages. Raises as `prepare` does.
     """
-    renderer = _RowRenderer(rows, tokenizer, data, max_length, where, prefix=where)
+    renderer = RowRenderer(rows, tokenizer, data, max_length, where, prefix=where)
     prepared, _ = renderer.stream(0) if renderer.summary.streaming else renderer.split(0)
     return prepared.train, prepared.summary
 
 
-def read_examples(data: DataSection) -> tuple[Format, Iterator[Example]]:
-    """How `data.source` was recognised, and its examples in their order, before anything is dropped or held out."""
+def read_examples(data: DataSection) -> tuple[Recognised, Iterator[Example]]:
+    """How `data.source` was recognised, and its examples in their order, before anything is dropped or held out.
+
+    With `data.bad_rows: skip`, rows that cannot be understood are left out.
+    """
     rows = read_rows(data.source, data)
-    format = recognise(islice(located(rows), LOOKED_AT), data, data.source)
-    return format, (format.example(row, origin) for origin, row in located(rows))
+    format = recognise(_readable(rows), data, data.source)
+    return format, _good(_examples(rows, format), BadRows(data))
 
 
-class _Pile:
-    """Rendered rows gathered for a Dataset of `FEATURES`; `digests` tell whether a row was there before."""
+def _good(examples: Iterable[Example | BadRow], bad_rows: BadRows) -> Iterator[Example]:
+    for example in examples:
+        if isinstance(example, BadRow):
+            bad_rows.handle(example)
+        else:
+            yield example
+
+
+def _readable(rows: Iterable[Row], prefix: str = "") -> Iterator[tuple[str, Row]]:
+    """The first rows that could be read, to recognise a format by."""
+    return islice(((origin, row) for origin, row in located(rows, prefix) if ERROR not in row), RECOGNITION_ROWS)
+
+
+def _examples(rows: Iterable[Row], format: Recognised, prefix: str = "") -> Iterator[Example | BadRow]:
+    for origin, row in located(rows, prefix):
+        if ERROR in row:
+            yield BadRow(origin, DataError(row[ERROR]))
+            continue
+        try:
+            yield format.example(row, origin)
+        except DataError as error:
+            yield BadRow(origin, error, row)
+
+
+class _TokenColumns:
+    """Rendered rows collected for a Dataset of `FEATURES`. `digests` identify rows of the same ids."""
 
     def __init__(self) -> None:
         self.digests: list[bytes] = []
-        self.parts: list[Dataset] = []
-        self.loose: list[dict[str, np.ndarray]] = []
+        self.tables: list[Dataset] = []
+        self.pending: list[dict[str, np.ndarray]] = []
 
     def add(self, rendered: Rendered) -> bytes:
         row = _columns(rendered)
-        self.loose.append(row)
-        if len(self.loose) == CHUNK:
-            self._pack()
+        self.pending.append(row)
+        if len(self.pending) == ARROW_BATCH:
+            self._to_arrow()
         self.digests.append(hashlib.blake2b(row["input_ids"].tobytes(), digest_size=16).digest())
         return self.digests[-1]
 
     def dataset(self) -> Dataset:
-        if self.loose or not self.parts:
-            self._pack()
-        return concatenate_datasets(self.parts)
+        if self.pending or not self.tables:
+            self._to_arrow()
+        return concatenate_datasets(self.tables)
 
-    def _pack(self) -> None:
-        columns = {name: [row[name] for row in self.loose] for name in FEATURES}
-        features = None if self.loose else FEATURES  # int32 arrays tell their own, five times as fast
-        self.parts.append(Dataset.from_dict(columns, features=features))
-        self.loose = []
+    def _to_arrow(self) -> None:
+        columns = {name: [row[name] for row in self.pending] for name in FEATURES}
+        features = None if self.pending else FEATURES  # int32 arrays carry their type: five times as fast
+        self.tables.append(Dataset.from_dict(columns, features=features))
+        self.pending = []
 
 
-class _RowRenderer:
-    """Rows on their way through recognition, rendering and policy, counted in `summary`."""
+class RowRenderer:
+    """Recognises, renders and filters rows, and counts them in `summary`. `prefix` names rows without a file."""
 
     def __init__(
         self, rows: Rows, tokenizer: Any, data: DataSection, max_length: int, where: str, prefix: str = ""
     ) -> None:
         self.rows, self.tokenizer, self.data, self.max_length = rows, tokenizer, data, max_length
         self.where, self.prefix = where, prefix
-        self.format = recognise(islice(located(rows, prefix), LOOKED_AT), data, where)
+        self.format = recognise(_readable(rows, prefix), data, where)
+        self.bad_rows = BadRows(data, advise=not prefix)  # else there are no settings to change
         streaming = isinstance(rows, IterableDataset)
         self.summary = DataSummary(
             source=where, format=self.format.name, reason=self.format.reason, streaming=streaming
         )
 
     def outcomes(self, batch: int = BATCH, ahead: int = AHEAD) -> Iterator[tuple[Example, Rendered] | None]:
-        """For each row in turn what is learned of it, or None where it is dropped."""
-        examples = (self.format.example(row, origin) for origin, row in located(self.rows, self.prefix))
-        fitting = render_examples(examples, self.tokenizer, self.data, self.max_length, self.summary, batch, ahead)
-        for outcome in fitting:
+        """For each row in turn its example and rendering, or None where it is dropped or skipped."""
+        outcomes = render_examples(
+            _examples(self.rows, self.format, self.prefix),
+            self.tokenizer,
+            self.data,
+            self.max_length,
+            self.summary,
+            batch,
+            ahead,
+            self.bad_rows,
+        )
+        for outcome in outcomes:
             self.summary.rows += 1
             yield outcome
+        self.summary.unread = list(self.format.unread)
 
     def split(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
-        """All rows, some of them held out, with the digests of those to train on."""
+        """All rows, some of them held out, with the digests of the training rows."""
         count = len(self.rows)
         chosen = set(random.Random(HELDOUT_SEED).sample(range(count), min(heldout_rows, count // HELDOUT_SHARE)))
-        train, heldout, seen = _Pile(), _Pile(), set[bytes]()
+        train, heldout, seen = _TokenColumns(), _TokenColumns(), set[bytes]()
         examples: list[Example] = []
         preview: list[Rendered] = []
         origins: list[str] = []
@@ -171,19 +210,20 @@ class _RowRenderer:
         self._check_any()
         self.summary.heldout = len(examples)
         self.summary.heldout_repeated = sum(digest in seen for digest in heldout.digests)
-        set_aside = heldout.dataset() if examples else None
-        return Prepared(train.dataset(), set_aside, examples, self.summary, preview, origins), seen
+        heldout_rows_T = heldout.dataset() if examples else None
+        prepared = Prepared(train.dataset(), heldout_rows_T, examples, self.summary, self.bad_rows, preview, origins)
+        return prepared, seen
 
     def stream(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
         """A stream that renders as it is read, after its first rows are held out. The summary counts its last pass."""
-        heldout, examples = _Pile(), []
+        heldout, examples = _TokenColumns(), []
         kept = (outcome for outcome in self.outcomes(STREAM_BATCH, ahead=0) if outcome is not None)
         for example, rendered in islice(kept, heldout_rows):
             heldout.add(rendered)
             examples.append(example)
         used = self.summary.rows
 
-        def learned() -> Iterator[tuple[Example, Rendered]]:
+        def training_rows() -> Iterator[tuple[Example, Rendered]]:
             self.summary.restart()
             for outcome in islice(self.outcomes(STREAM_BATCH, ahead=0), used, None):
                 if outcome is not None:
@@ -191,22 +231,23 @@ class _RowRenderer:
                     yield outcome
 
         def columns() -> Iterator[dict[str, np.ndarray]]:
-            return (_columns(rendered) for _, rendered in learned())
+            return (_columns(rendered) for _, rendered in training_rows())
 
-        shown = list(islice(learned(), PREVIEWED))
+        shown = list(islice(training_rows(), PREVIEWED))
         self._check_any()
-        self.summary.heldout = len(examples)
+        self.summary.heldout, self.summary.unread = len(examples), list(self.format.unread)
         train = IterableDataset.from_generator(columns, features=FEATURES)
         preview, origins = [rendered for _, rendered in shown], [example.origin for example, _ in shown]
-        set_aside = heldout.dataset() if examples else None
-        return Prepared(train, set_aside, examples, self.summary, preview, origins), set()
+        heldout_rows_T = heldout.dataset() if examples else None
+        return Prepared(train, heldout_rows_T, examples, self.summary, self.bad_rows, preview, origins), set()
 
     def _count(self, rendered: Rendered) -> None:
         self.summary.keep(len(rendered.input_ids), sum(rendered.mask[1:]))
 
     def _check_any(self) -> None:
+        self.summary.unread = list(self.format.unread)
         if not self.summary.kept:
-            raise DataError(f"{self.where}: nothing left to learn from; {self.summary.dropped_words()}")
+            raise DataError(f"{self.where}: nothing left to train on; {self.summary.nothing_left()}")
 
 
 def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokenizer: Any, max_length: int) -> None:
@@ -214,20 +255,22 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     assert data.heldout is not None
     source, _, split = data.heldout.partition("#")
     changes = {"source": source, "split": split or "train", "limit": None, "streaming": False}
+    if is_local(source):
+        changes |= {"subset": None, "revision": None}  # those of a training set on the hub
     section = data.model_copy(update=changes)
-    rows = _RowRenderer(read_rows(source, section), tokenizer, section, max_length, source, prefix="held-out")
-    pile = _Pile()
+    rows = RowRenderer(read_rows(source, section), tokenizer, section, max_length, source, prefix="held-out")
+    tokens = _TokenColumns()
     for outcome in rows.outcomes():
         if outcome is not None:
             prepared.heldout_examples.append(outcome[0])
-            pile.add(outcome[1])
+            tokens.add(outcome[1])
     summary = prepared.summary
-    summary.heldout, summary.heldout_source = len(pile.digests), data.heldout
+    summary.heldout, summary.heldout_source = len(tokens.digests), data.heldout
     summary.heldout_dropped = rows.summary.dropped
-    summary.heldout_repeated = sum(digest in trained for digest in pile.digests)
-    if not pile.digests:
-        raise DataError(f"data.heldout {source}: nothing left to measure on; {rows.summary.dropped_words()}")
-    prepared.heldout = pile.dataset()
+    summary.heldout_repeated = sum(digest in trained for digest in tokens.digests)
+    if not tokens.digests:
+        raise DataError(f"data.heldout {source}: nothing left to evaluate on; {rows.summary.nothing_left()}")
+    prepared.heldout = tokens.dataset()
 
 
 def _columns(rendered: Rendered) -> dict[str, np.ndarray]:
@@ -237,5 +280,5 @@ def _columns(rendered: Rendered) -> dict[str, np.ndarray]:
 
 def _with_progress(outcomes: Iterator[Any], count: int) -> Iterator[Any]:
     console = Console(stderr=True)
-    quiet = count < LONG_WORK or not console.is_terminal
+    quiet = count < PROGRESS_FROM or not console.is_terminal
     yield from track(outcomes, "rendering rows", total=count, console=console, transient=True, disable=quiet)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from importlib.resources import files as resource_files
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from parley.config import DEMO_DATA, DataSection
-from parley.data.files import KINDS, ORIGIN, Row, kind_of, read_files
-from parley.errors import DataError, one_line
-
-Rows: TypeAlias = "Dataset | IterableDataset | list[Row]"
+from parley.data.files import KINDS, ORIGIN, Row, count_rows, kind_of, read_files
+from parley.errors import DataError, UsageError, one_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SLICE = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
@@ -34,21 +34,73 @@ _SPLIT_OF = {
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Rows `start` to `stop` of files one after the other."""
+
+    files: tuple[str, ...]
+    start: int = 0
+    stop: int | None = None
+
+
+class FileRows(Sequence[Row]):
+    """Rows of local files, read anew at every pass: a data set need not fit in memory.
+
+    Each row is as written, with its place under ORIGIN; with `skip_bad`, one that cannot be read has its ERROR.
+    """
+
+    def __init__(self, parts: list[_Part], skip_bad: bool = False, limit: int | None = None) -> None:
+        self.parts, self.skip_bad, self.limit = parts, skip_bad, limit
+
+    def __iter__(self) -> Iterator[Row]:
+        rows = (islice(read_files(list(part.files), self.skip_bad), part.start, part.stop) for part in self.parts)
+        return islice(chain.from_iterable(rows), self.limit)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        counts = []
+        for part in self.parts:
+            rows = count_rows(list(part.files))
+            counts.append(max(0, (rows if part.stop is None else min(rows, part.stop)) - part.start))
+        return sum(counts) if self.limit is None else min(self.limit, sum(counts))
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return list(self)[index]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        return next(islice(self, index % len(self), None))
+
+
+Rows: TypeAlias = "Dataset | IterableDataset | FileRows | list[Row]"
+
+
 def read_rows(source: str, data: DataSection) -> Rows:
     """The rows of `source`, in `data.split`, up to `data.limit`.
 
-    Rows of local JSON and CSV files (a list, or with `data.streaming` an IterableDataset) are as written and carry
-    their place under ORIGIN. What comes from Parquet or the hub has passed through Arrow: see `located`.
+    Rows of local JSON, CSV and text files (FileRows, or with `data.streaming` an IterableDataset) are as written and
+    carry their place under ORIGIN. What comes from Parquet or the hub has passed through Arrow: see `located`.
     Local paths never touch the network.
 
-    Raises DataError in one line: nothing there, nothing in it, not readable, or no such split.
+    Raises DataError in one line: nothing there, nothing in it, not readable, or no such split; UsageError for settings
+    of the hub on local rows.
     """
     if source == DEMO_DATA:
+        _refuse_hub_settings(source, data)
         return _limited(demo_rows(), data)
     if is_local(source):
+        _refuse_hub_settings(source, data)
         files = _files_by_split(Path(source).expanduser(), source)
-        kind = kind_of(Path(next(iter(files.values()))[0]))
-        rows = _load("parquet", source, data, data_files=files) if kind == ".parquet" else _texts(source, files, data)
+        if kind_of(Path(next(iter(files.values()))[0])) != ".parquet":
+            return _file_rows(source, files, data)
+        rows = _load("parquet", source, data, data_files=files)
     elif _HUB_ID.fullmatch(source):
         rows = _load(source, source, data, name=data.subset, revision=data.revision)
     else:
@@ -64,22 +116,22 @@ def demo_rows() -> list[Row]:
 
 def is_local(source: str) -> bool:
     """Whether `source` is a path: it exists, begins like one, or ends like a data file."""
-    path = Path(source).expanduser()
-    return source.startswith((".", "/", "~")) or kind_of(path) is not None or path.exists()
+    path = Path(source)
+    return source.startswith((".", "/", "~")) or kind_of(path) is not None or _exists(path)
 
 
 def located(rows: Iterable[Row], where: str = "") -> Iterator[tuple[str, Row]]:
     """Each row with its origin: its place in its file, or its number.
 
     A row without ORIGIN that is not from a list came through Arrow, which gives all objects of a column the same
-    keys: the missing ones, filled with None, are taken out again.
+    keys and fills in None: nulls are removed.
     """
-    filled = not isinstance(rows, list)
+    through_arrow = not isinstance(rows, list)
     try:
         for number, row in enumerate(rows, 1):
             row = dict(row)
             origin = row.pop(ORIGIN, None)
-            if origin is None and filled:
+            if origin is None and through_arrow:
                 row = _without_nulls(row)
             yield origin or f"{where} row {number}".strip(), row
     except DatasetsError as error:
@@ -92,40 +144,60 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def _limited(rows: Rows, data: DataSection) -> Rows:
+def _limited(rows: Any, data: DataSection) -> Rows:
     if data.limit is None:
         return rows
-    if isinstance(rows, list):
-        return rows[: data.limit]
-    return rows.take(data.limit)
+    return rows[: data.limit] if isinstance(rows, list) else rows.take(data.limit)
 
 
-def _texts(source: str, files: dict[str, list[str]], data: DataSection) -> Rows:
-    """JSON and CSV files. The split may be sliced and added up as on the hub."""
-    asked = _SLICE.fullmatch(data.split)
+def _refuse_hub_settings(source: str, data: DataSection) -> None:
+    for name in ("subset", "revision"):
+        if getattr(data, name) is not None:
+            raise UsageError(
+                f"data.{name} is {getattr(data, name)!r}, which only data sets on the hub have, but {source} is local; "
+                f"remove it{', and name the files by their path' if name == 'subset' else ''}"
+            )
+
+
+def _file_rows(source: str, files: dict[str, list[str]], data: DataSection) -> Rows:
+    """JSON, CSV and text files. The split may be sliced and added up as on the hub."""
+    skip_bad = data.bad_rows == "skip"
+    requested = _SLICE.fullmatch(data.split)
     if data.streaming:
-        if asked is None or asked[1] not in files:
+        if requested is None or requested[1] not in files:
             raise _no_split(source, data.split, files)
-        return _sliced(IterableDataset.from_generator(read_files, gen_kwargs={"files": files[asked[1]]}), asked)
-    if data.split in files:
-        return list(islice(read_files(files[data.split]), data.limit))
-    names = {re.split(r"[\[(]", part.strip())[0] for part in data.split.split("+")}
+        rows = IterableDataset.from_generator(
+            read_files, gen_kwargs={"files": files[requested[1]], "skip_bad": skip_bad}
+        )
+        return _limited(_sliced(rows, requested), data)
+    whole = files.get(data.split)
+    parts = [_Part(tuple(whole))] if whole else _split_parts(source, files, data.split)
+    file_rows = FileRows(parts, skip_bad, data.limit)
+    kind = kind_of(Path(next(iter(files.values()))[0]))
+    return list(file_rows) if kind == ".json" else file_rows  # a JSON document is parsed whole: once is enough
+
+
+def _split_parts(source: str, files: dict[str, list[str]], split: str) -> list[_Part]:
+    """The parts of a split such as "train[:25%]+test"."""
+    names = {re.split(r"[\[(]", part.strip())[0] for part in split.split("+")}
     if not names <= set(files):
-        raise _no_split(source, data.split, files)
-    loaded = {name: list(read_files(files[name])) for name in names}
+        raise _no_split(source, split, files)
     try:
-        parts = ReadInstruction.from_spec(data.split).to_absolute({name: len(rows) for name, rows in loaded.items()})
+        spec = ReadInstruction.from_spec(split)
+        parts = spec.to_absolute({name: count_rows(files[name]) for name in names})
     except (ValueError, AssertionError) as error:
-        raise DataError(f"{source}: data.split {data.split!r} cannot be taken ({one_line(error)})") from None
-    return [row for part in parts for row in loaded[part.splitname][part.from_ : part.to]]
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{source}: data.split {split!r} cannot be taken ({one_line(error)})") from None
+    return [_Part(tuple(files[part.splitname]), part.from_, part.to) for part in parts]
 
 
 def _load(path: str, source: str, data: DataSection, **arguments: Any) -> Dataset | IterableDataset:
     """datasets.load_dataset with its errors in one line."""
-    asked = _SLICE.fullmatch(data.split)
-    if data.streaming and asked is None:
+    requested = _SLICE.fullmatch(data.split)
+    if data.streaming and requested is None:
         raise DataError(f"{source}: got data.split {data.split!r}; with data.streaming it is a name or a name[a:b]")
-    split = asked[1] if data.streaming and asked else data.split
+    split = requested[1] if data.streaming and requested else data.split
     files = arguments.get("data_files")
     try:
         rows = load_dataset(path, split=split, streaming=data.streaming, **arguments)
@@ -144,40 +216,54 @@ def _load(path: str, source: str, data: DataSection, **arguments: Any) -> Datase
             raise DataError(f"{source}: {one_line(error)} Set data.subset.") from None
         advice = "" if files else "; it is no file or folder here either: check the name, data.revision and your access"
         raise DataError(f"{source}: cannot be read ({one_line(error)}){advice}") from None
-    return _sliced(rows, asked) if data.streaming and asked else rows
+    return _sliced(rows, requested) if data.streaming and requested else rows
 
 
-def _sliced(rows: IterableDataset, asked: re.Match[str]) -> IterableDataset:
-    start, stop = int(asked[2] or 0), int(asked[3]) if asked[3] else None
+def _sliced(rows: IterableDataset, requested: re.Match[str]) -> IterableDataset:
+    start, stop = int(requested[2] or 0), int(requested[3]) if requested[3] else None
     rows = rows.skip(start) if start else rows
     return rows if stop is None else rows.take(max(0, stop - start))
 
 
+def _exists(path: Path) -> bool:
+    """Whether something is there; a name that no file can have (NUL, too long) is nothing."""
+    try:
+        return path.expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def _files_by_split(path: Path, source: str) -> dict[str, list[str]]:
     """The data files at `path`, all of one kind, by split. A single file is "train" whatever its name."""
-    try:
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.is_file() and _holds_rows(p.relative_to(path)))
-        else:
-            found = [path] if path.is_file() else []
-    except PermissionError:
-        raise DataError(f"{source}: cannot be read (no permission); check its permissions") from None
-    if not path.exists():
+    if not _exists(path):
         raise _missing(source)
+    if not path.is_dir():
+        return _single_file(path, source)
+    try:
+        found = sorted(p for p in path.rglob("*") if p.is_file() and _holds_rows(p.relative_to(path)))
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from None
+    if any(kind_of(file) != ".txt" for file in found):
+        found = [file for file in found if kind_of(file) != ".txt"]  # notes beside the data
     if not found:
         raise DataError(f"{source}: no data file in this folder; wanted {', '.join(KINDS)}")
-    kinds = Counter(kind_of(file) for file in found)
-    if None in kinds:
-        raise DataError(f"{source}: got a {path.suffix or 'file without suffix'}; wanted {', '.join(KINDS)}")
+    kinds = Counter((kind_of(file) or "").replace(".ndjson", ".jsonl") for file in found)
     if len(kinds) > 1:
-        seen = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items(), key=str))
+        seen = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         raise DataError(f"{source}: files of several kinds ({seen}); keep one kind in the folder, or name one file")
-    if not path.is_dir():
-        return {"train": [str(path)]}
     splits: dict[str, list[str]] = {}
     for file in found:
         splits.setdefault(_split_of(file), []).append(str(file))
     return splits
+
+
+def _single_file(path: Path, source: str) -> dict[str, list[str]]:
+    if not path.is_file():
+        raise DataError(f"{source}: is neither a file nor a folder; wanted {', '.join(KINDS)}")
+    if kind_of(path) is None:
+        found = "".join(path.suffixes[-2:]) or "file without suffix"
+        raise DataError(f"{source}: got a {found}; wanted {', '.join(KINDS)}")
+    return {"train": [str(path)]}
 
 
 def _holds_rows(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""What became of a data set's rows, in figures and in plain words."""
+"""What became of a data set's rows: counts, and the lines that report them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import numpy as np
 from pydantic import BaseModel, Field, PrivateAttr, computed_field
 
 NAMED = 5
-"""How many rows of each kind are named."""
+"""Rows of a group whose origins are kept."""
+UNREAD_NAMED = 12
 
 
 class RowGroup(BaseModel):
-    """Rows that share a property: how many, and where the first of them stand."""
+    """Rows that share a property: how many, and the origins of the first of them."""
 
     count: int = 0
     first: list[str] = Field(default_factory=list)
@@ -24,16 +25,16 @@ class RowGroup(BaseModel):
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.first) else ""
-        places = [origin.rpartition(" ") for origin in self.first]
-        if len(places) > 1 and len({prefix for prefix, _, _ in places}) == 1:
-            return f"({places[0][0]}s {', '.join(number for _, _, number in places)}{more})"
+        parts = [origin.rpartition(" ") for origin in self.first]
+        if len(parts) > 1 and len({prefix for prefix, _, _ in parts}) == 1:
+            return f"({parts[0][0]}s {', '.join(number for _, _, number in parts)}{more})"
         return f"({', '.join(self.first)}{more})"
 
 
 class DataSummary(BaseModel):
-    """Rows in `rows`, kept ones split into `kept` (to train on) and `heldout`; tokens and lengths of the kept.
+    """Counts of a data set: `rows` read, of which `kept` to train on and `heldout`; tokens and lengths of the kept.
 
-    With streaming the figures grow as rows are read.
+    With streaming the counts grow as rows are read.
     """
 
     source: str
@@ -50,19 +51,28 @@ class DataSummary(BaseModel):
     shortened: RowGroup = Field(default_factory=RowGroup)
     repeated: RowGroup = Field(default_factory=RowGroup)
     control_tokens: RowGroup = Field(default_factory=RowGroup)
+    bad: RowGroup = Field(default_factory=RowGroup, description="Rows that could not be read or rendered.")
+    bad_error: str = Field("", description="What was wrong with the first of them.")
+    unread: list[str] = Field(default_factory=list, description="Columns that the format does not use.")
     tokens: int = 0
     supervised_tokens: int = 0
 
     _lengths: array[int] = PrivateAttr(default_factory=lambda: array("i"))
 
     def restart(self) -> None:
-        """Forget what was counted of the rows, before they are read again."""
+        """Reset the counts of the training rows, before a stream is read again."""
         self.rows = self.kept = self.tokens = self.supervised_tokens = 0
         self.dropped, self.shortened, self.control_tokens = {}, RowGroup(), RowGroup()
+        self.bad, self.bad_error = RowGroup(), ""
         self._lengths = array("i")
 
     def drop(self, reason: str, origin: str) -> None:
         self.dropped.setdefault(reason, RowGroup()).add(origin)
+
+    def skip(self, origin: str, error: str) -> None:
+        """Count a bad row."""
+        self.bad.add(origin)
+        self.bad_error = self.bad_error or error
 
     def keep(self, tokens: int, supervised: int) -> None:
         self.kept += 1
@@ -94,19 +104,24 @@ class DataSummary(BaseModel):
         return float(np.percentile(np.frombuffer(self._lengths, dtype=np.int32), percent)) if self._lengths else 0.0
 
     def lines(self) -> list[str]:
-        """Everything in plain words, a line for each thing worth one."""
+        """The report: a line for each count that is worth one."""
         so_far = " so far" if self.streaming else ""
         lines = [f"{_rows(self.rows)} read{so_far} from {self.source}: {self.reason}"]
-        lines.append(f"{self.kept:,} kept to train on{self._heldout_words()}")
+        lines.append(f"{self.kept:,} kept to train on{self._heldout_part()}")
         if self.dropped:
-            lines.append(self.dropped_words())
+            lines.append(self.dropped_line())
+        if self.bad.count:
+            count = f"{self.bad.count:,} bad row{'s' * (self.bad.count != 1)} skipped"
+            lines.append(f"{count} {self.bad}; the first: {self.bad_error}")
+        if self.unread:
+            lines.append(self.unread_line())
         if self.heldout_dropped:
-            lines.append(f"of the rows to hold out, {_dropped_words(self.heldout_dropped)}")
+            lines.append(f"of the rows to hold out, {_dropped_line(self.heldout_dropped)}")
         if self.shortened.count:
             lines.append(f"{_rows(self.shortened.count)} cut after their last turn that fits {self.shortened}")
         if self.kept:
             share = self.supervised_tokens / self.tokens
-            lines.append(f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them learned ({share:.0%})")
+            lines.append(f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised ({share:.0%})")
             lines.append(
                 f"tokens a row: mean {self.length_mean:.0f}, median {self.length_median:.0f}, "
                 f"95% up to {self.length_p95:.0f}, longest {self.length_max:,}"
@@ -115,22 +130,36 @@ class DataSummary(BaseModel):
             lines.append(f"rows that repeat an earlier one: {self.repeated.count:,} {self.repeated}")
         if self.control_tokens.count:
             held = f"{self.control_tokens.count:,} {self.control_tokens}"
-            lines.append(f"rows with control tokens in their text, which the model reads as its own: {held}")
+            lines.append(f"rows with control tokens in their text, which the model reads as control tokens: {held}")
         if self.heldout_repeated:
-            why = "so held-out loss flatters"
-            lines.append(f"held-out rows that also stand among those to train on: {self.heldout_repeated:,}, {why}")
+            why = "so held-out loss is too low"
+            lines.append(f"held-out rows that are training rows as well: {self.heldout_repeated:,}, {why}")
         return lines
 
-    def dropped_words(self) -> str:
-        return _dropped_words(self.dropped)
+    def dropped_line(self) -> str:
+        return _dropped_line(self.dropped)
 
-    def _heldout_words(self) -> str:
+    def nothing_left(self) -> str:
+        """Why there is nothing to train on, for an error."""
+        reasons = [self.dropped_line()] if self.dropped else []
+        if self.bad.count:
+            reasons.append(f"{self.bad.count:,} bad, the first: {self.bad_error}")
+        if self.unread:
+            reasons.append(self.unread_line())
+        return "; ".join(reasons) or "it has no rows"
+
+    def unread_line(self) -> str:
+        names = [name if len(name) <= 40 else f"{name[:37]}..." for name in self.unread[:UNREAD_NAMED]]
+        more = f" and {len(self.unread) - UNREAD_NAMED:,} more" if len(self.unread) > UNREAD_NAMED else ""
+        return f"columns not used: {', '.join(names)}{more}"
+
+    def _heldout_part(self) -> str:
         if not self.heldout:
             return ", none held out"
         return f", {self.heldout:,} held out" + (f" from {self.heldout_source}" if self.heldout_source else "")
 
 
-def _dropped_words(dropped: dict[str, RowGroup]) -> str:
+def _dropped_line(dropped: dict[str, RowGroup]) -> str:
     reasons = [f"{group.count:,} {reason} {group}" for reason, group in dropped.items()]
     return f"{sum(group.count for group in dropped.values()):,} dropped: {', '.join(reasons)}"
 

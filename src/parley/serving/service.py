@@ -8,7 +8,7 @@ from typing import Any
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
-from parley.data.messages import conversation
+from parley.data.messages import parse_messages, with_system
 from parley.data.render import render_prompt
 from parley.errors import DataError, ParleyError
 from parley.inference.fan_in import nth_seed
@@ -59,7 +59,7 @@ class Service:
     def chat_prompt(self, body: ChatRequest) -> list[int]:
         """The prompt ids of a conversation, generation prompt included."""
         try:
-            messages = conversation(body.messages, "messages", "messages")
+            messages = parse_messages(body.messages, "messages", "messages")
             if not messages:
                 raise DataError("messages: all turns are empty; wanted at least one with content")
             ids = self._render(messages, body.offered_tools)
@@ -96,8 +96,7 @@ class Service:
         return outputs
 
     def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
-        if self.model.system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": self.model.system}, *messages]
+        messages = with_system(messages, self.model.system)
         ids = render_prompt(self.model.tokenizer, messages, tools)
         if tools and ids == render_prompt(self.model.tokenizer, messages):
             raise DataError("tools: the model's chat template ignores tools; leave them out")

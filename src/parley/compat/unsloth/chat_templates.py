@@ -13,7 +13,7 @@ from parley.compat.unsloth.families import FAMILIES, NAMES, Family
 from parley.compat.unsloth.options import check_options
 from parley.compat.unsloth.responses import train_on_responses_only
 from parley.config import nearest
-from parley.data.messages import conversation
+from parley.data.messages import parse_messages
 from parley.data.render import pin_date
 from parley.errors import DataError, ModelError, UsageError
 
@@ -94,7 +94,7 @@ def standardize_sharegpt(dataset: Dataset, **options: Any) -> Dataset:
         raise DataError(f"standardize_sharegpt() got columns {found}; wanted one named {' or '.join(CHAT_COLUMNS)}")
 
     def standard(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {column: conversation(row[column], f"row {index + 1}", column)}
+        return {column: parse_messages(row[column], f"row {index + 1}", column)}
 
     return dataset.map(standard, with_indices=True, remove_columns=[column], desc="turns to role and content")
 

@@ -1,0 +1,67 @@
+"""Rows that cannot be read, understood or rendered: an error, or skipped, counted and kept."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from parley.config import DataSection
+from parley.data.conversation import Example
+from parley.errors import DataError
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """What is wrong with a row, in one line that names it, and the row as far as it could be read."""
+
+    origin: str
+    error: DataError
+    row: Any = None
+
+
+@dataclass
+class BadRows:
+    """The policy of `data.bad_rows`. `skipped`: in the order they were read. `advise`: errors name the setting."""
+
+    data: DataSection
+    advise: bool = True
+    skipped: list[BadRow] = field(default_factory=list)
+    _origins: set[str] = field(default_factory=set)
+    _path: Path | None = None
+
+    def handle(self, bad: BadRow) -> None:
+        """Raise the row's error, or with `skip` keep the row; a stream meets the same row once a pass.
+
+        Raises DataError past `data.bad_rows_limit`.
+        """
+        if self.data.bad_rows == "error":
+            raise DataError(f"{bad.error}; data.bad_rows=skip leaves such rows out") if self.advise else bad.error
+        if bad.origin in self._origins:
+            return
+        if len(self.skipped) == self.data.bad_rows_limit:
+            raise DataError(f"more than {len(self.skipped):,} bad rows (data.bad_rows_limit); the last: {bad.error}")
+        self._origins.add(bad.origin)
+        self.skipped.append(bad)
+        if self._path is not None:
+            self._append([bad])
+
+    def write_to(self, path: Path) -> None:
+        """Write the rows skipped so far to `path`, a JSON object a line, and those skipped later as they come."""
+        self._path = path
+        if self.skipped:
+            self._append(self.skipped)
+
+    def _append(self, rows: list[BadRow]) -> None:
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as file:
+            for bad in rows:
+                entry = {"origin": bad.origin, "error": str(bad.error), "row": bad.row}
+                file.write(json.dumps(entry, default=str) + "\n")  # ASCII: a row may hold lone surrogates
+
+
+def of_example(example: Example, error: DataError) -> BadRow:
+    """A row that was understood, but cannot be rendered."""
+    row = {name: value for name, value in vars(example).items() if value is not None and name != "origin"}
+    return BadRow(example.origin, error, row)

@@ -1,0 +1,64 @@
+"""A row's columns under the canonical names of a format, and what `data.columns` maps to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from parley.config import DataSection
+from parley.data.fields import short, text_of
+from parley.data.files import Row
+from parley.data.loss_weights import FLAGS
+
+Spellings = tuple[tuple[str, ...], ...]
+"""Columns, each under its canonical name first, then other names of the same."""
+
+TURN_KEYS = ("role", "content")
+"""What `data.columns` may map besides columns: the keys of a turn."""
+
+
+class Fields:
+    """A row's fields under canonical names. `own` maps a canonical name to the row's, where it is not null."""
+
+    def __init__(self, row: Row, origin: str, spellings: Spellings, data: DataSection) -> None:
+        self.row, self.origin, self.data = row, origin, data
+        self.own: dict[str, str] = {}
+        for names in spellings:
+            column = next((name for name in candidates(names, data) if lookup(row, name) is not None), None)
+            if column is not None:
+                self.own[names[0]] = column
+
+    def value(self, canonical: str) -> Any:
+        return lookup(self.row, self.own[canonical]) if canonical in self.own else None
+
+    def text(self, canonical: str) -> str:
+        return text_of(self.value(canonical), f"{self.origin}: field {self.own.get(canonical, canonical)!r}")
+
+    def flags(self) -> dict[str, str]:
+        """The row's own loss flags."""
+        return {flag: flag for flag in FLAGS if self.row.get(flag) is not None and flag not in self.own.values()}
+
+
+def candidates(names: tuple[str, ...], data: DataSection) -> Iterator[str]:
+    """The row's possible names of a column: those that `data.columns` gives, then its spellings that are not mapped."""
+    yield from (data.columns[name] for name in names if name in data.columns)
+    yield from (name for name in names if name not in data.columns)
+
+
+def lookup(row: Row, column: str) -> Any:
+    """The value of a column; `a.b` reaches into an object, unless a column has that very name."""
+    value = row.get(column)
+    if value is not None or "." not in column:
+        return value
+    value = row
+    for key in column.split("."):
+        if not isinstance(value, dict):
+            return None
+        value = value.get(key)
+    return value
+
+
+def listed(row: Row, most: int = 12) -> str:
+    """The names of a row's columns for a message."""
+    names = [name if len(name) <= 40 else short(name, quoted=False) for name in map(str, list(row)[:most])]
+    return ", ".join(names + ["..."] * (len(row) > most)) or "none"

@@ -1,0 +1,46 @@
+"""Fields of a row: text that a tokenizer can read, and how values are shown in messages."""
+
+from __future__ import annotations
+
+import reprlib
+from typing import Any
+
+from parley.errors import DataError
+
+
+def text_of(value: Any, place: str) -> str:
+    """A text field; null is no text. Raises DataError for anything else, and for text that no tokenizer reads."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{place} is {type_name(value)} ({short(value)}), wanted text")
+    if value.isascii():
+        return value
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(value[error.start])
+        raise DataError(f"{place} holds half a character ({half}, a lone surrogate); repair the text") from None
+    return value
+
+
+def short(value: object, quoted: bool = True) -> str:
+    """`value` as a message shows it: its repr, bounded in length and depth, without quotes if so asked."""
+    shown = _REPR.repr(value)
+    return shown if quoted or not isinstance(value, str) else shown[1:-1]
+
+
+def _bounded_repr() -> reprlib.Repr:
+    bounded = reprlib.Repr()  # repr() of a whole field may take seconds, or recurse too deeply
+    bounded.maxlevel, bounded.maxlist, bounded.maxdict = 2, 3, 2
+    bounded.maxstring = bounded.maxother = bounded.maxlong = 40
+    return bounded
+
+
+_REPR = _bounded_repr()
+
+
+def type_name(value: object) -> str:
+    """The name of a JSON value's type in messages."""
+    names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

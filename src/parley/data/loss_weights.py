@@ -1,0 +1,113 @@
+"""Flags in a data set that say what is supervised: of a message, of a part, of a span of characters.
+
+    {"role": "assistant", "content": "...", "weight": 0}                         OpenAI; also train, loss_weight
+    {"type": "text", "text": "...", "train": false}                              a part
+    {"train_detail": [{"begin_offset": 0, "end_offset": 9, "train": false}]}     axolotl; both offsets are included
+
+All become a `weight` from 0 to 1 and `weight_spans` of a message (parley.data.conversation).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parley.data.conversation import WEIGHT, WEIGHT_SPANS
+from parley.data.fields import short
+from parley.errors import DataError
+
+FLAGS = ("weight", "loss_weight", "train", "training", "loss", "label")
+_DETAIL = ("train_detail", "training_detail")
+
+Span = list[float]
+"""[start, end, weight]: characters of the content, and a weight from 0 to 1."""
+
+
+def message_weight(turn: dict[str, Any], place: str) -> float | None:
+    """Take the flags out of `turn`: their product, None without any."""
+    weights = [_weight(turn.pop(flag), f"{place}: {flag!r}") for flag in FLAGS if turn.get(flag) is not None]
+    return _product(weights)
+
+
+def part_weight(part: dict[str, Any], place: str) -> float | None:
+    weights = [_weight(part[flag], f"{place}: {flag!r} of a part") for flag in FLAGS if part.get(flag) is not None]
+    return _product(weights)
+
+
+def row_weight(row: dict[str, Any], columns: dict[str, str], place: str) -> float | None:
+    """The weight of a whole row: the product of its flags under `columns` (a flag to the row's own name)."""
+    weights = [_weight(row[column], f"{place}: field {column!r}") for column in columns.values()]
+    return _product(weights)
+
+
+def spans_of_parts(texts: list[tuple[str, float | None]]) -> dict[str, Any]:
+    """The loss keys of a content of several parts, each a text with its weight."""
+    if all(weight is None for _, weight in texts):
+        return {}
+    weights = {weight for text, weight in texts if text}
+    if len(weights) == 1:
+        return {WEIGHT: weights.pop()}
+    spans: list[Span] = []
+    start = 0
+    for text, weight in texts:
+        if weight is not None and text:
+            spans.append([start, start + len(text), weight])
+        start += len(text)
+    return {WEIGHT_SPANS: spans} if spans else {}
+
+
+def weight_spans(turn: dict[str, Any], content: str, place: str) -> list[Span]:
+    """Take the spans out of `turn`, sorted. Raises DataError where they overlap or leave `content`."""
+    spans = [_span(span, place) for span in _list_of(turn.pop(WEIGHT_SPANS, None), f"{place}: {WEIGHT_SPANS!r}")]
+    for name in _DETAIL:
+        spans += [_detail(item, f"{place}: {name!r}") for item in _list_of(turn.pop(name, None), f"{place}: {name!r}")]
+    spans.sort()
+    end = 0.0
+    for start, stop, _ in spans:
+        if not end <= start < stop <= len(content):
+            raise DataError(
+                f"{place}: the span {start:.0f} to {stop:.0f} overlaps another or leaves its {len(content)} characters"
+            )
+        end = stop
+    return spans
+
+
+def _span(value: Any, place: str) -> Span:
+    if not (isinstance(value, list | tuple) and len(value) == 3 and all(_is_number(item) for item in value)):
+        raise DataError(f"{place}: {WEIGHT_SPANS!r} holds {short(value)}, wanted [start, end, weight]")
+    start, end, weight = value
+    return [int(start), int(end), _weight(weight, f"{place}: {WEIGHT_SPANS!r}")]
+
+
+def _detail(value: Any, place: str) -> Span:
+    begin, end = (value.get(f"{edge}_offset") if isinstance(value, dict) else None for edge in ("begin", "end"))
+    if begin is None or end is None or not (_is_number(begin) and _is_number(end)):
+        raise DataError(f"{place} holds {short(value)}, wanted begin_offset, end_offset and train")
+    weight = part_weight(value, place)
+    return [int(begin), int(end) + 1, 1.0 if weight is None else weight]
+
+
+def _list_of(value: Any, place: str) -> list[Any]:
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise DataError(f"{place} is {short(value)}, wanted a list of spans")
+    return value
+
+
+def _weight(value: Any, place: str) -> float:
+    if isinstance(value, bool | int | float) and 0 <= value <= 1:  # false for a NaN
+        return float(value)
+    raise DataError(f"{place} is {short(value)}; wanted true, false or a number from 0 to 1")
+
+
+def _product(weights: list[float]) -> float | None:
+    if not weights:
+        return None
+    product = 1.0
+    for weight in weights:
+        product *= weight
+    return product
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**53

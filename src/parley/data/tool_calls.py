@@ -1,0 +1,70 @@
+"""Tool calls and tool descriptions as data sets write them, to the form that chat templates take."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from parley.data.conversation import Arguments
+from parley.data.fields import short, text_of, type_name
+from parley.errors import DataError
+
+
+def parse_tools(value: Any, origin: str) -> list[dict[str, Any]] | None:
+    """The tools offered to the model, from a list of descriptions or such a list as JSON text; None for none."""
+    if isinstance(value, str) and value.strip():
+        value = parse_json(value, f"{origin}: field 'tools'")
+    value = [value] if isinstance(value, dict) and value else value
+    if not value:
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise DataError(f"{origin}: field 'tools' is {type_name(value)}, wanted a list of tool descriptions")
+    return value
+
+
+def parse_tool_calls(turn: dict[str, Any], place: str) -> list[dict[str, Any]]:
+    """Take `tool_calls`, or OpenAI's older `function_call`, out of `turn`."""
+    calls, single = turn.pop("tool_calls", None), turn.pop("function_call", None)
+    if isinstance(calls, str) and calls.strip():
+        calls = parse_json(calls, f"{place}: 'tool_calls'")
+    if not calls:
+        calls = [single] if single else []
+    if not isinstance(calls, list):
+        raise DataError(f"{place}: 'tool_calls' is {type_name(calls)}, wanted a list of calls")
+    return [tool_call(call, f"{place}: 'tool_calls'") for call in calls]
+
+
+def tool_call(call: Any, place: str) -> dict[str, Any]:
+    """A call as templates take it: the function under `function`, its arguments as an object, numbers as written."""
+    if not isinstance(call, dict):
+        raise DataError(f"{place} holds {type_name(call)}, wanted an object with name and arguments")
+    function = call.get("function")
+    if function is None:  # written flat; Anthropic calls the arguments `input`
+        function = {key: value for key, value in call.items() if key not in ("type", "id", "input")}
+        if "arguments" not in function and "input" in call:
+            function["arguments"] = call["input"]
+        call = {key: call[key] for key in ("id",) if call.get(key) is not None} | {"type": "function"}
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise DataError(f"{place} holds a call without a name; wanted name and arguments")
+    text_of(function["name"], f"{place}: the name of a call")
+    arguments = _arguments(function.get("arguments"), f"{place} of {short(function['name'], quoted=False)}")
+    return {name: value for name, value in call.items() if value is not None} | {
+        "function": function | {"arguments": arguments}
+    }
+
+
+def _arguments(value: Any, place: str) -> Any:
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return {}
+    if not isinstance(value, str):
+        return value
+    arguments = parse_json(value, place)
+    return Arguments(arguments, value) if isinstance(arguments, dict) else arguments
+
+
+def parse_json(text: str, place: str) -> Any:
+    """JSON text of a field. Raises DataError for text that is not JSON."""
+    try:
+        return json.loads(text_of(text, place))
+    except (ValueError, RecursionError):
+        raise DataError(f"{place} is not JSON: {short(text)}") from None
