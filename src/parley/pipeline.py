@@ -129,6 +129,7 @@ class _Run:
         timer.end("trainer")
 
     def evaluate_and_train(self) -> RunResult:
+        self.trainer.bind_fused_step()  # held-out loss before training is measured on it too
         before = Evaluation(heldout_scores(self.setup, self.trainer, self.console))
         # An adapter that starts at zero can be switched off later: its base's answers are generated after training,
         # so that the first step comes sooner.

@@ -31,6 +31,13 @@ def test_the_optimizer_follows_the_device_and_is_said() -> None:
     assert (args.optim, notes) == ("sgd", [])
 
 
+def test_a_loss_that_is_not_a_number_is_logged_as_such() -> None:
+    args, _ = sft_config(config(), Path("out"), CPU)
+    assert args.logging_nan_inf_filter is False
+    args, _ = sft_config(config("training.logging_nan_inf_filter=true"), Path("out"), CPU)
+    assert args.logging_nan_inf_filter is True
+
+
 def test_any_field_of_sftconfig_passes_through() -> None:
     args, _ = sft_config(config("training.neftune_noise_alpha=5", "training.max_grad_norm=0.3"), Path("out"), CPU)
     assert (args.neftune_noise_alpha, args.max_grad_norm) == (5, 0.3)

@@ -1,5 +1,6 @@
-"""The trainer on the fast step against the same trainer on the plain path, on a CPU."""
+"""The trainer on the fused step against the same trainer on the plain path, on a CPU."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from parley.config import LLAMA_PROJECTIONS
-from parley.training.fused_trainer import documents
 from parley.training.trainer import SFTTrainer
 
 
@@ -27,7 +28,14 @@ def rows(count: int = 48) -> Dataset:
     return Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in made])
 
 
-def trainer(tokenizer: Any, folder: Path, steps: int = 6, dropout: float = 0.0, **kwargs: Any) -> SFTTrainer:
+def trainer(
+    tokenizer: Any,
+    folder: Path,
+    steps: int = 6,
+    dropout: float = 0.0,
+    settings: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> SFTTrainer:
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=384,
@@ -39,23 +47,32 @@ def trainer(tokenizer: Any, folder: Path, steps: int = 6, dropout: float = 0.0, 
     )
     lora = LoraConfig(target_modules=LLAMA_PROJECTIONS, lora_dropout=dropout, task_type="CAUSAL_LM")
     model = get_peft_model(LlamaForCausalLM(config).to(torch.float32), lora)
-    args = SFTConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=2,
-        gradient_accumulation_steps=4,
-        max_steps=steps,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="steps",
-        save_steps=3,
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-        optim="adamw_torch_fused",
-        seed=0,
-    )
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_steps": steps,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "disable_tqdm": True,
+        "optim": "adamw_torch_fused",
+        "seed": 0,
+    }
+    args = SFTConfig(output_dir=str(folder), **(defaults | (settings or {})))
     return SFTTrainer(model, args, train_dataset=rows(), processing_class=tokenizer, **kwargs)
+
+
+class LastGradient(TrainerCallback):
+    """Norm of the gradient that the optimizer saw last, and whether it is that of PEFT's own parameters."""
+
+    norm = 0.0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.norm = float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
 
 
 def steps_of(trained: SFTTrainer) -> list[dict[str, float]]:
@@ -71,7 +88,7 @@ def test_learns_what_the_plain_path_learns(tiny_tokenizer: Any, tmp_path: Path) 
     fast.train()
     plain.train()
     assert fast.plain_because is None
-    assert plain.fast is None
+    assert plain.fused_step is None
     assert len(steps_of(fast)) == 6
     for ours, theirs in zip(steps_of(fast), steps_of(plain), strict=True):
         assert ours["grad_norm"] > 0
@@ -80,12 +97,127 @@ def test_learns_what_the_plain_path_learns(tiny_tokenizer: Any, tmp_path: Path) 
     torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-2, atol=1e-4)
 
 
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize(("limit", "clipped"), [(0.01, True), (1e6, False), (0.0, False)])
+def test_gradients_are_clipped_at_the_limit_and_the_norm_before_is_logged(
+    tiny_tokenizer: Any, tmp_path: Path, engine: Any, limit: float, clipped: bool
+) -> None:
+    seen = LastGradient()
+    trained = trainer(tiny_tokenizer, tmp_path, 1, settings={"max_grad_norm": limit}, engine=engine, callbacks=[seen])
+    trained.train()
+    (logs,) = steps_of(trained)
+    assert logs["grad_norm"] > 0.1
+    assert seen.norm == pytest.approx(limit if clipped else logs["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_8bit"])
+def test_weight_decay_shrinks_the_weights(tiny_tokenizer: Any, tmp_path: Path, optim: str) -> None:
+    ended = []
+    for engine in ("auto", "plain"):
+        settings = {"weight_decay": 20.0, "optim": optim}
+        trained = trainer(tiny_tokenizer, tmp_path / engine, 4, settings=settings, engine=engine)
+        start = weights(trained).clone()
+        trained.train()
+        assert (trained.fused_step is None) == (engine == "plain")
+        ended.append(weights(trained))
+        # The learning rate falls from 1e-2 to a quarter of it: 0.8 x 0.85 x 0.9 x 0.95 of A is left, and B is small.
+        assert float(ended[-1].norm() / start.norm()) == pytest.approx(0.58, abs=0.04)
+    torch.testing.assert_close(ended[0], ended[1], rtol=5e-2, atol=5e-3)
+
+
+REFUSED: dict[str, Callable[[SFTTrainer, pytest.MonkeyPatch], None]] = {
+    "fp16": lambda made, patch: patch.setattr(made.args, "fp16", True),
+    "optimizer adafactor": lambda made, patch: patch.setattr(made.args, "optim", OptimizerNames.ADAFACTOR),
+    "label smoothing": lambda made, patch: patch.setattr(made.args, "label_smoothing_factor", 0.1),
+    "loss dft": lambda made, patch: patch.setattr(made.args, "loss_type", "dft"),
+    "a loss function of its own": lambda made, patch: patch.setattr(made, "compute_loss_func", lambda *_: None),
+    "NEFTune noise": lambda made, patch: patch.setattr(made.args, "neftune_noise_alpha", 5.0),
+    "several processes": lambda made, patch: patch.setattr(type(made.accelerator), "num_processes", 2),
+    "optimizer target modules": lambda made, patch: patch.setattr(made.args, "optim_target_modules", ["q_proj"]),
+    "torch.float32 weights trained in bfloat16": lambda made, patch: patch.setattr(made.args, "bf16", True),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_an_option_that_the_fused_step_lacks_takes_the_plain_path(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    made = trainer(tiny_tokenizer, tmp_path)
+    REFUSED[reason](made, monkeypatch)
+    made.bind_fused_step()
+    assert made.fused_step is None
+    assert made.plain_because == reason
+
+
+def test_label_smoothing_changes_the_loss_as_asked(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    losses = {}
+    for smoothing in (0.0, 0.5):
+        trained = trainer(tiny_tokenizer, tmp_path, 1, settings={"label_smoothing_factor": smoothing})
+        trained.train()
+        losses[smoothing] = steps_of(trained)[0]["loss"]
+    # An untrained model puts near 1/V on every token, so that smoothing moves the loss by little, but it does.
+    assert losses[0.5] != pytest.approx(losses[0.0], rel=1e-5)
+
+
+def test_noise_reaches_the_embeddings_of_the_plain_path(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    losses = {}
+    for alpha in (None, 50.0):
+        trained = trainer(tiny_tokenizer, tmp_path, 1, settings={"neftune_noise_alpha": alpha})
+        trained.train()
+        losses[alpha] = steps_of(trained)[0]["loss"]
+    assert losses[50.0] != pytest.approx(losses[None], rel=1e-4)
+
+
+def test_evaluation_binds_nothing(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    made = trainer(tiny_tokenizer, tmp_path, eval_dataset=rows(4))
+    plain = made.evaluate()
+    assert made.fused_step is None
+    assert made.plain_because is None
+    made.bind_fused_step()
+    bound = made.fused_step
+    assert bound is not None
+    fused = made.evaluate()
+    assert fused["eval_loss"] == pytest.approx(plain["eval_loss"], rel=1e-5)
+    made.bind_fused_step()
+    assert made.fused_step is bound
+
+
+def test_tokens_seen_are_counted_without_padding(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    for engine in ("auto", "plain"):
+        settings = {"include_num_input_tokens_seen": "all", "max_steps": 6}
+        trained = trainer(tiny_tokenizer, tmp_path / engine, settings=settings, engine=engine)
+        trained.train()
+        assert trained.state.num_input_tokens_seen == sum(len(row["input_ids"]) for row in trained.train_dataset)
+        assert steps_of(trained)[-1]["num_tokens"] == trained.state.num_input_tokens_seen
+        assert trained.supervised_tokens == sum(
+            label != -100 for row in trained.train_dataset for label in row["labels"][1:]
+        )
+        assert trained.state.total_flos == 6 * trained.state.num_input_tokens_seen * (
+            trained.model.num_parameters(exclude_embeddings=True)
+        )
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_a_stream_that_ends_within_a_step_trains_on_what_is_left(
+    tiny_tokenizer: Any, tmp_path: Path, engine: Any
+) -> None:
+    counted = []
+    for count in (11, 3):  # rows; a step takes 8, in 4 micro-batches
+        trained = trainer(tiny_tokenizer, tmp_path, 2, engine=engine)
+        trained.train_dataset = rows(count).to_iterable_dataset()
+        trained.train()
+        counted.append((trained.state.global_step, steps_of(trained)[-1]["num_tokens"]))
+    tokens = [len(row["input_ids"]) for row in rows(11)]
+    assert counted == [(2, sum(tokens)), (2, 2 * sum(tokens[:3]))]
+
+
 def test_a_resumed_run_ends_where_the_whole_one_does(tiny_tokenizer: Any, tmp_path: Path) -> None:
     whole = trainer(tiny_tokenizer, tmp_path / "whole")
     whole.train()
     resumed = trainer(tiny_tokenizer, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert resumed.fast is not None
+    assert resumed.fused_step is not None
     torch.testing.assert_close(weights(resumed), weights(whole), rtol=0, atol=0)
     ours, theirs = resumed.optimizer.state_dict()["state"], whole.optimizer.state_dict()["state"]
     inner = (ours[0], theirs[0])
@@ -121,7 +253,7 @@ def test_an_optimizer_handed_in_keeps_the_plain_path_also_when_asked_for_held_ou
     trained.optimizer = torch.optim.SGD([p for p in trained.model.parameters() if p.requires_grad], lr=0.1)
     trained.evaluate()
     trained.train()
-    assert trained.fast is None
+    assert trained.fused_step is None
     assert isinstance(trained.optimizer.optimizer, torch.optim.SGD)
 
 
@@ -130,15 +262,8 @@ def test_what_it_does_not_know_takes_the_plain_path_and_says_so(
 ) -> None:
     dropped = trainer(tiny_tokenizer, tmp_path, steps=1, dropout=0.1)
     dropped.train()
-    assert dropped.fast is None
+    assert dropped.fused_step is None
     assert dropped.plain_because == "LoRA dropout"
     assert [record.message for record in caplog.records if "plain path" in record.message] == [
         "plain path: LoRA dropout"
     ]
-
-
-def test_documents_are_cut_where_positions_begin_anew() -> None:
-    row = {"input_ids": [[5, 6, 7, 8, 9]], "labels": [[-100, 6, -100, 8, 9]], "position_ids": [[0, 1, 0, 1, 2]]}
-    cut = documents({name: torch.tensor(values) for name, values in row.items()})
-    assert [document.ids_L.tolist() for document in cut] == [[5, 6], [7, 8, 9]]
-    assert [document.label_L.tolist() for document in cut] == [[-100, 6], [-100, 8, 9]]

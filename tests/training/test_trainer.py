@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,9 @@ class Gradients(TrainerCallback):
             self.first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def make(folder: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **settings: Any) -> tuple[SFTTrainer, Gradients]:
+def make(
+    folder: Path, out: Path, rows: list[dict[str, Any]] = ROWS, engine: Any = "auto", **settings: Any
+) -> tuple[SFTTrainer, Gradients]:
     gradients = Gradients()
     defaults = {
         "max_steps": 1,
@@ -55,16 +59,17 @@ def make(folder: Path, out: Path, rows: list[dict[str, Any]] = ROWS, **settings:
         processing_class=AutoTokenizer.from_pretrained(folder),
         peft_config=LORA,
         callbacks=[gradients],
+        engine=engine,
     )
     return trainer, gradients
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("engine", "checkpointing"), [("auto", False), ("plain", False), ("plain", True)])
 def test_splitting_a_step_differently_changes_only_rounding(
-    tiny_llama_folder: Path, tmp_path: Path, checkpointing: bool
+    tiny_llama_folder: Path, tmp_path: Path, engine: str, checkpointing: bool
 ) -> None:
     splits = [(8, 1), (2, 4), (1, 8)]  # batch, accumulation
-    losses, found = [], []
+    losses, found, passes = [], [], []
     for batch, accumulation in splits:
         trainer, gradients = make(
             tiny_llama_folder,
@@ -73,9 +78,14 @@ def test_splitting_a_step_differently_changes_only_rounding(
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             gradient_checkpointing=checkpointing,
+            engine=engine,
         )
+        passes.append(0)
+        trainer.model.get_input_embeddings().register_forward_hook(lambda *_: passes.append(passes.pop() + 1))
         losses.append(trainer.train().training_loss)
         found.append(gradients.first)
+    # The plain path does cut the step: into more passes, the smaller a micro-batch may be. The fused step has its own.
+    assert passes == [0, 0, 0] if engine == "auto" else passes[0] == 1 < passes[2]
     assert losses[1:] == pytest.approx([losses[0]] * 2, rel=1e-5)
     for other in found[1:]:
         for name, gradient in found[0].items():
@@ -162,3 +172,53 @@ def test_older_spellings_are_taken(tiny_llama_folder: Path, tmp_path: Path) -> N
 def test_tokenizer_and_processing_class_together_are_refused(tiny_llama_folder: Path) -> None:
     with pytest.raises(UsageError, match="both tokenizer and processing_class"):
         SFTTrainer("model", tokenizer=object(), processing_class=object())  # type: ignore[arg-type]
+
+
+def test_arguments_handed_in_are_not_changed(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        max_length=40,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        max_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+    )
+    before = settings_of(args)
+    substeps = Substeps()
+    lengths = []
+    for rows in (Dataset.from_list(ROWS), Dataset.from_list(ROWS).to_iterable_dataset()):
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+            args,
+            train_dataset=rows,
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama_folder),
+            peft_config=LORA,
+            max_seq_length=200,
+            dataset_text_field="words",
+            callbacks=[substeps],
+        )
+        trainer.train()
+        lengths.append([len(row["input_ids"]) for row in trainer.train_dataset])
+        assert settings_of(args) == before
+    assert lengths[0] == lengths[1]
+    assert len(lengths[0]) == len(ROWS)  # not cut at the 40 of the arguments
+    # Loggers and callbacks see the numbers that the user gave.
+    assert substeps.seen == [(2, 4)] * 6
+
+
+def settings_of(args: SFTConfig) -> dict[str, Any]:
+    return copy.deepcopy({field.name: getattr(args, field.name) for field in dataclasses.fields(args)})
+
+
+class Substeps(TrainerCallback):
+    """Batch and accumulation as callbacks see them, at each micro-batch but an optimizer step's last."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append((args.per_device_train_batch_size, args.gradient_accumulation_steps))

@@ -52,7 +52,7 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
     trainer.train()
     wall = time.time() - started
     is_parley = name.startswith(PARLEY)
-    plan = trainer.fast.plan if is_parley and trainer.fast else None
+    plan = trainer.fused_step.plan if is_parley and trainer.fused_step else None
     losses = [round(float(logs["loss"]), 5) for logs in clock.logs]
     return {
         "trainer": name,

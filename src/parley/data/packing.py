@@ -1,4 +1,4 @@
-"""Packing: documents of a batch in one row without padding, and the greedy split of a list of documents by tokens.
+"""Packing: the documents of a batch, one padding-free row of them, and their greedy split by tokens.
 
 Shape suffixes: T tokens of the packed row, L tokens of one document.
 """
@@ -6,7 +6,7 @@ Shape suffixes: T tokens of the packed row, L tokens of one document.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,6 @@ import torch
 from numpy.typing import NDArray
 
 from parley.data.tokens import IGNORE_INDEX
-
-__all__ = ["IGNORE_INDEX", "Document", "PackedCollator", "split_by_tokens", "split_documents"]
 
 
 @dataclass(frozen=True)
@@ -53,35 +51,46 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise([*cuts, len(lengths)])] if lengths else []
 
 
-class PackedCollator:
-    """Join examples into one row of T tokens whose positions restart at every document.
+DOCUMENTS = "documents"
+"""Key of a batch's documents. They stay on the host, where the fused step reads their lengths."""
 
-    Without an attention mask and without a cache (`use_cache=False`, as TRL's trainer calls it), transformers reads
-    the document borders from `position_ids` and builds a block-diagonal causal mask, so that no document sees another
-    (transformers.masking_utils, `find_packed_sequence_indices`). Nothing is padded and nothing is cut.
 
-    Takes examples with `input_ids` and `labels` (IGNORE_INDEX where nothing is learned); returns `input_ids`, `labels`
-    and `position_ids`, each (1, T) and int64. The first token of a document is never a target.
+class DocumentCollator:
+    """Rows of a data set to `{"documents": [Document, ...]}`, without padding and without copies of the whole batch.
+
+    A row has `input_ids` (L,) and `labels` (L,), IGNORE_INDEX where a token is not supervised. A row that TRL packed has
+    several documents, whose lengths its `seq_lengths` gives.
     """
 
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        ids_T: list[int] = []
-        labels_T: list[int] = []
-        positions_T: list[int] = []
-        for example in examples:
-            ids = example["input_ids"]
-            ids_T.extend(ids)
-            labels_T.append(IGNORE_INDEX)
-            labels_T.extend(example["labels"][1:])
-            positions_T.extend(range(len(ids)))
-        assert len(ids_T) == len(labels_T)
-        rows = {"input_ids": ids_T, "labels": labels_T, "position_ids": positions_T}
-        return {name: torch.tensor([row], dtype=torch.int64) for name, row in rows.items()}
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, list[Document]]:
+        return {DOCUMENTS: [document for row in rows for document in _documents(row)]}
 
 
-def split_documents(batch: dict[str, torch.Tensor], max_tokens: int) -> list[dict[str, torch.Tensor]]:
-    """Cut a packed row between documents into rows of at most `max_tokens`; a longer document gets its own."""
-    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
-    bounds = [*starts, batch["position_ids"].shape[1]]
-    runs = split_by_tokens([end - start for start, end in itertools.pairwise(bounds)], max_tokens)
-    return [{name: row_1T[:, bounds[run.start] : bounds[run.stop]] for name, row_1T in batch.items()} for run in runs]
+def _documents(row: dict[str, Any]) -> list[Document]:
+    whole = Document.from_lists(row["input_ids"], row["labels"])
+    lengths = row.get("seq_lengths")
+    if not lengths:
+        return [whole]
+    borders = list(itertools.accumulate(lengths))[:-1]
+    parts = zip(np.split(whole.ids_L, borders), np.split(whole.label_L, borders), strict=True)
+    return [Document(ids_L, label_L) for ids_L, label_L in parts]
+
+
+def padding_free_row(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+    """`input_ids`, `labels` and `position_ids`, each (1, T) and int64: the documents end to end.
+
+    Without an attention mask and without a cache (`use_cache=False`, as TRL's trainer calls it), transformers reads
+    the document borders from `position_ids`, which restart at 0, and builds a block-diagonal causal mask
+    (transformers.masking_utils, `find_packed_sequence_indices`). The first token of a document is never a target.
+    """
+    labels = []
+    for document in documents:
+        label_L = document.label_L.copy()
+        label_L[:1] = IGNORE_INDEX
+        labels.append(label_L)
+    row = {
+        "input_ids": [document.ids_L for document in documents],
+        "labels": labels,
+        "position_ids": [np.arange(len(document.ids_L)) for document in documents],
+    }
+    return {name: torch.from_numpy(np.concatenate(parts).astype(np.int64))[None] for name, parts in row.items()}

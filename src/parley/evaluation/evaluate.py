@@ -50,6 +50,7 @@ def evaluate(
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
+        trainer.bind_fused_step()
         scores = {}
         reason = base_obstacle(model)
         if reason is None:

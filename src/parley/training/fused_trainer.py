@@ -1,11 +1,16 @@
-"""The fused training step inside the trainer: packed rows go to parley.train_step, hook by hook.
+"""TRL's trainer with the fused training step: which steps it takes, and what of Trainer's loop it replaces.
 
-Shape suffixes: T tokens of a packed row, L tokens of one document.
+Trainer's loop hands over one micro-batch at a time. Both paths of training collect the documents of a whole optimizer
+step and train on them at its last micro-batch, so that the step costs as few passes as fit in memory and its loss is
+one mean over all its supervised tokens.
+
+Shape suffixes: see docs/design.md.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -15,35 +20,40 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
-from parley.data.packing import Document
+from parley.data.packing import DOCUMENTS, Document, padding_free_row, split_by_tokens
 from parley.data.tokens import IGNORE_INDEX
+from parley.library_compat.trl import count_tokens, metrics, tokens_seen
 from parley.train_step.bind import BoundModel, Unsupported, bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.train_step.optimizer import AdamW8bit
-from parley.training.regional_compile import WORTH_IT, compile_layers
+from parley.training.regional_compile import MIN_STEPS, compile_layers
 
 logger = logging.getLogger(__name__)
 
 BITSANDBYTES = (OptimizerNames.ADAMW_BNB, OptimizerNames.ADAMW_8BIT)
 TORCH = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+# Key of a figure in TRL's metrics, to its index in FusedStep.metrics_3.
+METRICS = {"mean_token_accuracy": 1, "entropy": 2}
 
 
 class FusedTrainer(trl.SFTTrainer):
-    """TRL's SFTTrainer with a seam for the fast step.
+    """TRL's SFTTrainer, which takes the fused step where model and options allow it.
 
     Args:
-        engine: "auto" takes the fast step for every model and option it knows and says why where it does not;
+        engine: "auto" takes the fused step for every model and option it supports and logs why where it does not;
             "plain" always goes through transformers, PEFT and autograd.
         memory: "auto", "low", or the GiB of device memory that the run may take.
 
-    `fast` is None until training starts, and stays None on the plain path.
+    `fused_step` is None until `bind_fused_step`, and stays None on the plain path, for which `plain_because` gives the
+    reason. `supervised_tokens` counts those trained on so far, by all processes.
     """
 
     optimizer: torch.optim.Optimizer | None
-    max_tokens: int | None = None  # of one row
+    max_tokens: int | None = None  # of one document
 
     def __init__(
         self,
@@ -53,13 +63,20 @@ class FusedTrainer(trl.SFTTrainer):
         **kwargs: Any,
     ) -> None:
         self.engine, self.memory = engine, memory
-        self.fast: FusedStep | None = None
+        self.fused_step: FusedStep | None = None
         self.plain_because: str | None = "engine: plain" if engine == "plain" else None
-        self._flops_a_token: float | None = None
+        self.supervised_tokens = 0
+        self._documents: list[Document] = []  # of the optimizer step whose micro-batches are arriving
+        self._sums_4 = torch.zeros(4)  # of an evaluation: loss, figures as in FusedStep.metrics_3, supervised tokens
+        self._flops_per_token: float | None = None
         super().__init__(*args, **kwargs)
+        # TRL's compute_loss divides by the tokens of the whole step, whether the model's own loss could or not.
+        self.model_accepts_loss_kwargs = True
+
+    # ---- Data loaders ----
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches stay on the host, where the fast step reads their borders; the plain path moves them itself."""
+        """Batches stay on the host, where the fused step reads document lengths; the plain path moves them itself."""
         loader = super().get_train_dataloader()
         loader.device = None
         return loader
@@ -70,22 +87,25 @@ class FusedTrainer(trl.SFTTrainer):
         loader.device = None
         return loader
 
-    def bind_fast(self) -> None:
-        """Take the fast step where it knows the model and all options; asked again, nothing changes.
+    # ---- Binding, optimizer and scheduler ----
 
-        A model whose adapters are switched off for a while is not judged by that, and an optimizer that was handed in
+    def bind_fused_step(self) -> None:
+        """Decide between the fused step and the plain path, once; every later call does nothing.
+
+        `train` does this by itself; call it earlier to measure held-out loss on the fused step before training. A
+        model whose adapters are switched off for a while is not judged by that, and an optimizer that was handed in
         keeps the plain path.
         """
-        undecided = self.fast is None and self.plain_because is None
-        if undecided and self.optimizer is None and adapters_on(self.model):
-            self.fast = self._bind()
+        undecided = self.fused_step is None and self.plain_because is None
+        if undecided and self.optimizer is None and adapters_enabled(self.model):
+            self.fused_step = self._bind()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One parameter, the flat one, on the fast step; the same classes and settings as TRL's."""
-        self.bind_fast()
-        if self.fast is None or self.optimizer is not None:
+        """One parameter, the flat one, on the fused step; the same classes and settings as TRL's."""
+        self.bind_fused_step()
+        if self.fused_step is None or self.optimizer is not None:
             return super().create_optimizer(model)
-        weight_Z = self.fast.bound.flat.weight_Z
+        weight_Z = self.fused_step.bound.flat.weight_Z
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if self.args.optim in BITSANDBYTES:
             optimizer_class = AdamW8bit
@@ -95,10 +115,10 @@ class FusedTrainer(trl.SFTTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The last hook before the first step, and the one that knows how many there will be."""
-        compiled = self.fast is None and self.engine == "auto" and self.args.device.type == "cuda"
-        if compiled and num_training_steps >= WORTH_IT and not self.args.torch_compile:
+        compiled = self.fused_step is None and self.engine == "auto" and self.args.device.type == "cuda"
+        if compiled and num_training_steps >= MIN_STEPS and not self.args.torch_compile:
             count = compile_layers(self.model)
-            logger.info("%d layers compiled, at the first step", count)
+            logger.info("%d layers are compiled at the first step", count)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _bind(self) -> FusedStep | None:
@@ -118,25 +138,12 @@ class FusedTrainer(trl.SFTTrainer):
         step.compile()
         return step
 
-    def _plan(self, bound: BoundModel) -> MemoryPlan:
-        documents = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        state_bytes = 2 if self.args.optim in BITSANDBYTES else 8
-        return make_plan(bound, self.memory, self._lengths(), documents, state_bytes)
-
-    def _lengths(self) -> NDArray[np.integer]:
-        """Tokens of each training row; of streams, which cannot be looked through, the most that a row may have."""
-        rows = self.train_dataset
-        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
-            chunks = rows.data.column("input_ids").chunks
-            return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
-        return np.array([self.max_tokens or self.model.config.max_position_embeddings])
-
     def _check_options(self) -> None:
-        """Raises Unsupported for what a step does differently from the fast one."""
+        """Raises Unsupported for an option that the fused step does not implement."""
         args = self.args
-        for wrong, reason in (
+        for unsupported, reason in (
             (args.fp16, "fp16"),
-            (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {args.optim}"),
+            (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {OptimizerNames(args.optim).value}"),
             (args.label_smoothing_factor > 0, "label smoothing"),
             (args.loss_type != "nll", f"loss {args.loss_type}"),
             (self.compute_loss_func is not None, "a loss function of its own"),
@@ -144,76 +151,190 @@ class FusedTrainer(trl.SFTTrainer):
             (self.accelerator.num_processes > 1, "several processes"),
             (args.optim_target_modules is not None, "optimizer target modules"),
         ):
-            if wrong:
+            if unsupported:
                 raise Unsupported(reason)
 
-    def fast_training_step(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Gradient of the packed row `inputs`; returns its loss, still on the device."""
-        assert self.fast is not None
+    def _plan(self, bound: BoundModel) -> MemoryPlan:
+        state_bytes = 2 if self.args.optim in BITSANDBYTES else 8
+        return make_plan(bound, self.memory, self._lengths(), self._rows_per_step, state_bytes)
+
+    @property
+    def _rows_per_step(self) -> int:
+        """Rows of an optimizer step in this process."""
+        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+
+    def _lengths(self) -> NDArray[np.integer]:
+        """Tokens of each training row; of a stream, whose rows are not known yet, the most that one may have."""
+        rows = self.train_dataset
+        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
+            chunks = rows.data.column("input_ids").chunks
+            return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
+        return np.array([self.max_tokens or self.model.config.max_position_embeddings])
+
+    # ---- Training ----
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of the next optimizer step; at the end of a stream empty ones complete the step.
+
+        Trainer would wait for its last micro-batch otherwise: without end, where a stream is shorter than a step.
+        """
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if batches and DOCUMENTS in batches[0]:
+            batches += [{DOCUMENTS: []} for _ in range(num_batches - len(batches))]
+        return batches, count
+
+    def training_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Forward and backward of a whole optimizer step at its last micro-batch; earlier ones are only collected.
+
+        Returns the mean loss over the step's supervised tokens, and 0 for earlier micro-batches: Trainer sums them.
+        Batches of other collators go to TRL one by one.
+        """
+        if DOCUMENTS not in inputs:
+            if self.accelerator.sync_gradients:  # num_items_in_batch counts the whole step's at every micro-batch
+                self.supervised_tokens += int(num_items_in_batch or 0)
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._documents += inputs[DOCUMENTS]
+        if not self.accelerator.sync_gradients:
+            return torch.zeros((), device=self.args.device)
+        documents, self._documents = self._documents, []
+        supervised = self._supervised_in_step(documents)
+        self.supervised_tokens += supervised
+        if self.fused_step is not None:
+            return self._fused_training_step(self.fused_step, documents, supervised)
+        return self._plain_training_step(model, documents, supervised)
+
+    def _supervised_in_step(self, documents: Sequence[Document]) -> int:
+        """Supervised tokens of the optimizer step: what its summed loss is divided by."""
+        count = sum(document.supervised_tokens for document in documents)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            count = int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum())
+        return count
+
+    def _fused_training_step(self, step: FusedStep, documents: Sequence[Document], supervised: int) -> torch.Tensor:
         if not self.model.training:
             self.model.train()
-        examples = documents(inputs)
-        count = max(sum(example.supervised_tokens for example in examples), 1)
-        self.fast.forward_backward(examples, count)
-        self.fast.bound.flat.expose_gradients()
-        loss, right, entropy = (self.fast.metrics_3 / count).unbind()
-        self._total_train_tokens += inputs["input_ids"].shape[1]
-        metrics = self._metrics["train"]
-        metrics["entropy"].append(entropy)
-        metrics["mean_token_accuracy"].append(right)
-        metrics["num_tokens"] = [self._total_train_tokens]
-        return loss
+        count = max(supervised, 1)
+        step.forward_backward(documents, count)
+        step.bound.flat.expose_gradients()
+        metrics_3 = step.metrics_3 / count
+        for name, index in METRICS.items():
+            metrics(self, "train")[name].append(metrics_3[index])
+        count_tokens(self, sum(len(document.ids_L) for document in documents))
+        return metrics_3[0]
 
-    def measure(self, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss and number of the supervised tokens of a batch, on the device."""
-        count = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum().to(self.args.device)
-        if self.fast is not None and "position_ids" in inputs and adapters_on(self.model):
-            return self.fast.forward_only(documents(inputs))[0], count
-        loss, _, _ = self.prediction_step(self.model, inputs, prediction_loss_only=True)
-        return loss.double() * count, count
+    def _plain_training_step(
+        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
+    ) -> torch.Tensor:
+        """The step through transformers and autograd, in padding-free rows of at most a micro-batch of longest rows."""
+        if self.max_tokens is None:
+            runs = [slice(None)]
+        else:
+            row_tokens = self.args.per_device_train_batch_size * self.max_tokens
+            runs = split_by_tokens([len(document.ids_L) for document in documents], row_tokens)
+        self.current_gradient_accumulation_steps = len(runs)  # TRL averages a router's auxiliary loss over these
+        *rows, last = (padding_free_row(documents[run]) for run in runs)
+        losses = []
+        for row in rows:
+            with self.accelerator.no_sync(model):
+                losses.append(super().training_step(model, row, supervised))
+        losses.append(super().training_step(model, last, supervised))
+        return torch.stack(losses).sum()
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
-        if self.fast is None:
+        if self.fused_step is None:
             return super()._clip_grad_norm(model)
-        grad_Z = self.fast.bound.flat.grad_Z
+        grad_Z = self.fused_step.bound.flat.grad_Z
         norm = torch.linalg.vector_norm(grad_Z)
+        # As torch.nn.utils.clip_grad_norm_ does, without waiting for the device.
         grad_Z.mul_(torch.clamp(self.args.max_grad_norm / (norm + 1e-6), max=1.0))
         return norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        if self.fast is not None and grad_norm is None:
-            return torch.linalg.vector_norm(self.fast.bound.flat.grad_Z)
+        if self.fused_step is not None and grad_norm is None:
+            return torch.linalg.vector_norm(self.fused_step.bound.flat.grad_Z)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
+    # ---- Evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in TRL, and the model is left in the mode it was in."""
+        training = self.model.training
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.model.train(training)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Trainer's loop. Held-out loss is the mean over the set's supervised tokens, not a mean of batch means."""
+        self._sums_4 = torch.zeros(4, device=self.args.device, dtype=torch.float64)
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        *sums, count = self.accelerator.reduce(self._sums_4, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = sums[0] / max(count, 1)
+        output.metrics[f"{metric_key_prefix}_supervised_tokens"] = int(count)
+        averages = {name: sums[index] / max(count, 1) for name, index in METRICS.items()}
+        for name, value in (averages | {"num_tokens": tokens_seen(self)}).items():
+            metrics(self, "eval")[name] = [value]
+            output.metrics[f"{metric_key_prefix}_{name}"] = value
+        return output
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Loss of a batch, and what `evaluation_loop` sums."""
+        documents = inputs.get(DOCUMENTS)
+        if documents is not None and self.fused_step is not None and adapters_enabled(self.model):
+            count = sum(document.supervised_tokens for document in documents)
+            metrics_3 = self.fused_step.forward_only(documents)
+            self._sums_4[:3] += metrics_3
+            self._sums_4[3] += count
+            return metrics_3[0] / max(count, 1), None, None
+        row = inputs if documents is None else padding_free_row(documents)
+        loss, logits, labels = super().prediction_step(model, row, prediction_loss_only, ignore_keys)
+        count = int((row["labels"][..., 1:] != IGNORE_INDEX).sum())
+        # TRL appends each batch's means; the set's own are weighted by tokens.
+        means = [loss, *(metrics(self, "eval")[name].pop() for name in METRICS), 1.0]
+        self._sums_4 += torch.stack([torch.as_tensor(mean).to(self._sums_4) for mean in means]) * count
+        return loss, logits, labels
+
+    # ---- Figures ----
+
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """As the model counts them; its parameters are counted once, not at every step."""
-        if self.fast is None:
+        """As Trainer counts them; the model's parameters are counted once, not at every step."""
+        if DOCUMENTS not in inputs:
             return super().floating_point_ops(inputs)
-        tokens = inputs["input_ids"].numel()
-        if self._flops_a_token is None:
-            self._flops_a_token = super().floating_point_ops(inputs) / tokens
-        return int(self._flops_a_token * tokens)
+        if self._flops_per_token is None:
+            self._flops_per_token = super().floating_point_ops({"input_ids": torch.empty(1)})
+        return int(self._flops_per_token * sum(len(document.ids_L) for document in inputs[DOCUMENTS]))
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        if documents := inputs.get(DOCUMENTS):
+            inputs = padding_free_row(documents)
+        super()._track_num_input_tokens(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Fetch the figures that stayed on the device, in one transfer."""
-        for values in self._metrics["train"].values():
+        for values in metrics(self, "train").values():
             if values and isinstance(values[0], torch.Tensor):
                 values[:] = torch.stack(values).tolist()
         super().log(logs, start_time)
 
 
-def adapters_on(model: torch.nn.Module) -> bool:
-    """Whether answers come through the adapters; PeftModel.disable_adapter switches them off for a while."""
+def adapters_enabled(model: torch.nn.Module) -> bool:
+    """Whether the forward pass goes through the adapters; PeftModel.disable_adapter switches them off for a while."""
     return not any(module.disable_adapters for module in model.modules() if isinstance(module, LoraLayer))
-
-
-def documents(inputs: dict[str, torch.Tensor]) -> list[Document]:
-    """The documents of a packed row, cut where `position_ids` begin anew."""
-    ids_T, labels_T, position_T = (
-        inputs[name][0].numpy().astype(np.int32) for name in ("input_ids", "labels", "position_ids")
-    )
-    (starts,) = np.nonzero(position_T == 0)
-    return [
-        Document(ids_L, label_L)
-        for ids_L, label_L in zip(np.split(ids_T, starts[1:]), np.split(labels_T, starts[1:]), strict=True)
-    ]

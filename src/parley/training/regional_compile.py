@@ -1,15 +1,16 @@
-"""The plain path on a GPU with its decoder layers compiled: for families and options the fast step does not know."""
+"""Compiled decoder layers: the plain path on a GPU, for families and options that the fused step does not support."""
 
 from __future__ import annotations
 
 import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-WORTH_IT = 300  # steps from which on compiling (a quarter of a minute) is won back
+MIN_STEPS = 300
+"""Compiling takes a quarter of a minute; shorter runs do not win it back."""
 
 
 def compile_layers(model: torch.nn.Module, backend: str = "inductor") -> int:
-    """Compile the decoder layers of a transformers model in place, for rows of any length; how many they are.
+    """Compile the decoder layers of a transformers model in place, for rows of any length. Returns their number.
 
     All layers share one compilation, which happens at their first step (regional compilation:
     docs.pytorch.org/tutorials/recipes/regional_compilation.html).

@@ -2,29 +2,28 @@
 
 What differs from TRL's:
 - conversations are rendered with the mask of the assistant's words (parley.data.render), whatever the template;
-- a whole optimizer step is one row without padding (parley.data.packing), split only where it would exceed the
-  tokens of one micro-batch of longest rows;
+- a whole optimizer step is one row without padding, split only where it would exceed the tokens of one micro-batch of
+  longest rows (parley.training.fused_trainer);
 - adapter weights stay in float32 on a quantised model, where TRL rounds them to bfloat16;
 - evaluation loss is the sum over supervised tokens divided by their count, not a mean of batch means;
-- the older spellings of tutorials are taken: tokenizer, dataset_text_field, max_seq_length, dataset_num_proc, packing.
+- the older spellings of tutorials are accepted: tokenizer, dataset_text_field, max_seq_length, dataset_num_proc,
+  packing.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
-import torch
 from datasets import Dataset, IterableDataset
 from peft import get_peft_model
-from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig
 
 from parley.config import DataSection
-from parley.data.packing import PackedCollator, split_documents
+from parley.data.packing import DocumentCollator
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
 from parley.errors import UsageError
@@ -80,19 +79,14 @@ class SFTTrainer(FusedTrainer):
         self.overlong = overlong
         self.max_tokens = args.max_length
         self.data_summaries: dict[str, DataSummary] = {}
-        # Rows never exceed max_tokens, and documents of one row never see each other: padding-free always, and TRL's
-        # own cutting and packing have nothing left to do.
+        # TRL's own cutting and packing have nothing left to do.
         args.max_length, args.packing, args.padding_free = None, False, False
-        self.supervised_tokens: torch.Tensor | int = 0  # learned from so far, by all processes
-        self.row_tokens: int | None = None
         if data_collator is None or isinstance(data_collator, DataCollatorForSeq2Seq):
-            data_collator = PackedCollator()
-            if self.max_tokens is not None:
-                self.row_tokens = args.per_device_train_batch_size * self.max_tokens
-            args.per_device_train_batch_size *= args.gradient_accumulation_steps
-            args.gradient_accumulation_steps = 1
-        elif not isinstance(data_collator, PackedCollator):
-            kwargs["engine"] = "plain"  # the fast step takes packed rows
+            data_collator = DocumentCollator()
+            # Accelerate would dispatch a stream's batches from the first process, as tensors; documents are none.
+            args.accelerator_config.dispatch_batches = False
+        elif not isinstance(data_collator, DocumentCollator):
+            kwargs["engine"] = "plain"  # the fused step reads documents
         peft_config = kwargs.pop("peft_config", None)
         if peft_config is not None and not isinstance(model, str):
             set_seed(args.seed)
@@ -145,78 +139,29 @@ class SFTTrainer(FusedTrainer):
         self.data_summaries[dataset_name] = summary
         return rows
 
-    def training_step(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> torch.Tensor:
-        """Forward and backward of a step, in as few rows as `row_tokens` allows. Returns the step's loss."""
-        if num_items_in_batch is not None:
-            self.supervised_tokens = self.supervised_tokens + num_items_in_batch
-        if self.fast is not None and "position_ids" in inputs:
-            return self.fast_training_step(inputs)
-        if self.row_tokens is None or "position_ids" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        *parts, last = split_documents(inputs, self.row_tokens)
-        losses = []
-        for part in parts:
-            with self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, part, num_items_in_batch))
-        losses.append(super().training_step(model, last, num_items_in_batch))
-        return torch.stack(losses).sum()
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Held-out loss per supervised token over the whole set. With `compute_metrics`, TRL's own loop."""
-        if self.compute_metrics is not None or prediction_loss_only is False:
-            return super().evaluation_loop(
-                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
-            )
-        was_training = self.model.training
-        self.model.eval()
-        loss_sum = torch.zeros((), device=self.args.device, dtype=torch.float64)
-        tokens = torch.zeros_like(loss_sum)
-        rows = 0
-        self.bind_fast()
-        for inputs in dataloader:
-            summed, count = self.measure(inputs)
-            loss_sum += summed
-            tokens += count
-            rows += self._documents(inputs)
-            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        totals = self.accelerator.reduce(torch.stack([loss_sum, tokens]), reduction="sum")
-        self.model.train(was_training)
-        metrics = {
-            f"{metric_key_prefix}_loss": float(totals[0] / totals[1].clamp(min=1)),
-            f"{metric_key_prefix}_supervised_tokens": int(totals[1]),
-        }
-        return EvalLoopOutput(predictions=None, label_ids=None, metrics=metrics, num_samples=rows)
-
-    @staticmethod
-    def _documents(inputs: dict[str, torch.Tensor]) -> int:
-        if "position_ids" in inputs:
-            return int((inputs["position_ids"] == 0).sum())
-        return inputs["labels"].shape[0]
-
 
 def _as_sft_config(args: TrainingArguments | None, old: dict[str, Any]) -> SFTConfig:
-    """The SFTConfig with older spellings moved into it; a plain TrainingArguments becomes one, as in TRL."""
+    """A copy of `args` as SFTConfig, with older spellings moved into it; a plain TrainingArguments becomes one."""
     if args is None:
         args = SFTConfig(output_dir="outputs")
-    elif not isinstance(args, SFTConfig):
+    elif isinstance(args, SFTConfig):
+        args = _copied(args)
+    else:
         args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
     if "max_seq_length" in old:
         old["max_length"] = old.pop("max_seq_length")
     for name, value in old.items():
         setattr(args, name, value)
     return args
+
+
+def _copied(args: SFTConfig) -> SFTConfig:
+    """A copy that shares nothing changeable with `args`: TRL and Trainer write into their arguments."""
+    copied = copy.copy(args)
+    for name, value in vars(args).items():
+        if isinstance(value, dict | list) or name == "accelerator_config":
+            setattr(copied, name, copy.deepcopy(value))
+    return copied
 
 
 def _learn_everything(row: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,28 @@
+"""What of TRL is not public and needed here.
+
+`SFTTrainer._metrics` holds, per mode ("train", "eval"), the figures that TRL's `log` averages and adds to the logs, and
+`_total_train_tokens` is the `num_tokens` among them. A step that does not go through TRL's `compute_loss` has to report
+there. Public alternative: none; `log` could be overridden, but callbacks and the progress bar read what it adds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import trl
+
+
+def metrics(trainer: trl.SFTTrainer, mode: str) -> dict[str, list[Any]]:
+    """The values gathered since the last log, by name; `mode` is "train" or "eval"."""
+    return trainer._metrics[mode]
+
+
+def count_tokens(trainer: trl.SFTTrainer, tokens: int) -> None:
+    """Add `tokens` to those trained on so far, and to the figures of the next log."""
+    trainer._total_train_tokens += tokens
+    metrics(trainer, "train")["num_tokens"] = [trainer._total_train_tokens]
+
+
+def tokens_seen(trainer: trl.SFTTrainer) -> int:
+    """Tokens trained on so far."""
+    return trainer._total_train_tokens
