@@ -58,8 +58,8 @@ DOCUMENTS = "documents"
 class DocumentCollator:
     """Rows of a data set to `{"documents": [Document, ...]}`, without padding and without copies of the whole batch.
 
-    A row has `input_ids` (L,) and `labels` (L,), IGNORE_INDEX where a token is not supervised. A row that TRL packed has
-    several documents, whose lengths its `seq_lengths` gives.
+    A row has `input_ids` (L,) and `labels` (L,), IGNORE_INDEX where a token is not supervised. A row that TRL packed
+    has several documents, whose lengths its `seq_lengths` gives.
     """
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, list[Document]]:
@@ -83,14 +83,16 @@ def padding_free_row(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     the document borders from `position_ids`, which restart at 0, and builds a block-diagonal causal mask
     (transformers.masking_utils, `find_packed_sequence_indices`). The first token of a document is never a target.
     """
-    labels = []
-    for document in documents:
-        label_L = document.label_L.copy()
+    labels = [document.label_L.copy() for document in documents]
+    for label_L in labels:
         label_L[:1] = IGNORE_INDEX
-        labels.append(label_L)
-    row = {
-        "input_ids": [document.ids_L for document in documents],
-        "labels": labels,
-        "position_ids": [np.arange(len(document.ids_L)) for document in documents],
+    return {
+        "input_ids": _joined([document.ids_L for document in documents]),
+        "labels": _joined(labels),
+        "position_ids": _joined([np.arange(len(document.ids_L), dtype=np.int32) for document in documents]),
     }
-    return {name: torch.from_numpy(np.concatenate(parts).astype(np.int64))[None] for name, parts in row.items()}
+
+
+def _joined(parts: list[NDArray[np.int32]]) -> torch.Tensor:
+    """The parts end to end, (1, T)."""
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
