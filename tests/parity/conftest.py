@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parley.config import LLAMA_PROJECTIONS
 from parley.data.packing import Document
+from parley.library_compat.bitsandbytes import keep_trainable_layout
 
 VOCABULARY = 131
 LLAMA3 = {
@@ -33,23 +36,35 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def family(name: str, targets: list[str] | None = None, layers: int = 2, **lora: Any) -> PeftModel:
-    """Odd sizes on purpose; every weight, norms and biases too, is off its usual start."""
+def family(
+    name: str,
+    targets: list[str] | None = None,
+    layers: int = 2,
+    nf4: Literal["single", "double"] | None = None,
+    **lora: Any,
+) -> PeftModel:
+    """Odd sizes on purpose; every weight, norms and biases too, is off its usual start.
+
+    `nf4` quantises the base's projections as bitsandbytes does, without or with quantised block scales. Their columns
+    are multiples of 64 then: of others bitsandbytes 0.50 on a CPU reads the wrong scales.
+    """
     torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 104, "num_attention_heads": 6}
+    if nf4 is not None:
+        sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 8}
     config = CONFIG_MAPPING[name](
         vocab_size=VOCABULARY,
-        hidden_size=48,
-        intermediate_size=104,
         num_hidden_layers=layers,
-        num_attention_heads=6,
         num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=False,
-        **FAMILIES[name],
+        **sizes | FAMILIES[name],
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    if nf4 is not None:
+        quantise(model, double=nf4 == "double")
     lora = {"r": 5, "lora_alpha": 7} | lora
     model = get_peft_model(
         model, LoraConfig(target_modules=targets or list(LLAMA_PROJECTIONS), task_type="CAUSAL_LM", **lora)
@@ -58,6 +73,17 @@ def family(name: str, targets: list[str] | None = None, layers: int = 2, **lora:
         if "lora_B" in parameter_name:
             parameter.data.normal_(0, 0.1)
     return model
+
+
+def quantise(model: nn.Module, *, double: bool) -> None:
+    """Replace every projection by bitsandbytes' 4-bit one, computing in float32."""
+    for path in [name for name, _ in model.named_modules() if name.endswith("_proj")]:
+        linear = model.get_submodule(path)
+        bias = linear.bias is not None
+        packed = Linear4bit(linear.in_features, linear.out_features, bias, torch.float32, double, "nf4")
+        packed.load_state_dict(linear.state_dict())
+        model.set_submodule(path, packed.to("cpu"))  # the move quantises
+    keep_trainable_layout(model)
 
 
 def examples(lengths: tuple[int, ...] = (1, 17, 5, 29), seed: int = 0) -> list[Document]:

@@ -39,6 +39,42 @@ def test_every_family_and_choice_of_projections(
     assert worst(model, wanted) < TOLERANCE
 
 
+@pytest.mark.parametrize("nf4", ["single", "double"])
+@pytest.mark.parametrize("cache_matrices", [True, False])
+def test_an_nf4_base_has_the_loss_and_gradients_of_bitsandbytes(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, nf4: str, cache_matrices: bool
+) -> None:
+    model, documents = build_adapted("llama", nf4=nf4), make_examples()
+    loss, wanted = plain_gradient(model, documents)
+    step = FusedStep(bind(model), MemoryPlan(cache_matrices=cache_matrices))
+    step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
+    step.bound.flat.expose_gradients()
+    assert float(step.metrics_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    assert worst(model, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+def test_frozen_adapter_weights_keep_their_values(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, optimizer: Any
+) -> None:
+    """All A and the first layer frozen, as on the plain path: the same gradients elsewhere, and no weight decay."""
+    model, documents = build_adapted("llama", layers=3), make_examples()
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "layers.0." in name:
+            parameter.requires_grad_(False)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    _, wanted = plain_gradient(model, documents)
+    step = FusedStep(bind(model), MemoryPlan())
+    step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
+    step.bound.flat.expose_gradients()
+    assert worst(model, wanted) < TOLERANCE
+    norm = torch.stack([gradient.norm() for gradient in wanted.values()]).norm()
+    assert float(step.bound.flat.grad_Z.norm()) == pytest.approx(float(norm), rel=TOLERANCE)
+    optimizer([step.bound.flat.weight_Z], lr=0.1, weight_decay=0.1).step()
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed == wanted.keys() == {name for name in before if "lora_B" in name and "layers.0." not in name}
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 def test_long_documents_take_another_attention(
     build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str
@@ -120,7 +156,7 @@ def test_a_step_without_supervised_tokens_has_no_gradient(build_adapted: Any, ma
     [
         ({"lora_dropout": 0.1}, "dropout"),
         ({"use_dora": True}, "Dora"),
-        ({"modules_to_save": ["lm_head"]}, "output head"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head"),
         ({"lora_bias": True}, "bias"),
     ],
 )

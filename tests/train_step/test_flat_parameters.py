@@ -37,8 +37,25 @@ def test_parameters_keep_their_values_and_share_the_buffer() -> None:
 
 def test_no_optimizer_block_spans_two_parameters() -> None:
     flat = FlatAdapters([nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(OPTIMIZER_BLOCK + 1))])
-    assert all(offset % OPTIMIZER_BLOCK == 0 for offset in flat.offsets)
+    assert all(weight.storage_offset() % OPTIMIZER_BLOCK == 0 for weight in flat.weights)
     assert flat.weight_Z.numel() == 3 * OPTIMIZER_BLOCK
+
+
+def test_frozen_parameters_share_the_buffer_and_are_outside_of_what_is_optimized() -> None:
+    """requires_grad=False: no optimizer state, no weight decay, not in the gradient norm, no `grad`."""
+    parameters = [nn.Parameter(torch.full((3,), float(i)), requires_grad=i % 2 == 1) for i in range(4)]
+    flat = FlatAdapters(parameters)
+    assert flat.weight_Z.numel() == flat.grad_Z.numel() == 2 * OPTIMIZER_BLOCK
+    for gradient in flat.gradients:
+        gradient.fill_(1.0)
+    assert float(flat.grad_Z.sum()) == 6.0
+    torch.optim.AdamW([flat.weight_Z], lr=0.5, weight_decay=0.5).step()
+    flat.expose_gradients()
+    for index, parameter in enumerate(parameters):
+        frozen = index % 2 == 0
+        assert torch.equal(parameter.data, torch.full((3,), float(index))) == frozen
+        assert (parameter.grad is None) == frozen
+        assert flat.adapter(index, index, 1.0).trainable != frozen
 
 
 def test_gradients_are_shown_where_peft_s_parameters_look() -> None:
@@ -63,9 +80,9 @@ def test_saving_and_loading_through_peft_is_exact(tmp_path: Path) -> None:
     other.load_adapter(tmp_path, "default", is_trainable=True)
     for ours, theirs in zip(again.flat.parameters, bound.flat.parameters, strict=True):
         assert torch.equal(ours, theirs)
-    views = [again.flat.view(again.flat.weight_Z.data, i) for i in range(len(again.flat.parameters))]
-    wanted = [bound.flat.view(bound.flat.weight_Z.data, i) for i in range(len(bound.flat.parameters))]
-    for ours, theirs in zip(views, wanted, strict=True):  # loading wrote into the buffer, not beside it
+    for ours, theirs in zip(
+        again.flat.weights, bound.flat.weights, strict=True
+    ):  # loading wrote into the buffer, not beside it
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -74,4 +91,4 @@ def test_binding_twice_keeps_what_was_learned() -> None:
     with torch.no_grad():
         bind(model).flat.weight_Z.fill_(0.5)
     second = bind(model).flat
-    assert second.view(second.weight_Z.data, 0).unique().tolist() == pytest.approx([0.5])
+    assert second.weights[0].unique().tolist() == pytest.approx([0.5])

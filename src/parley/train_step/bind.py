@@ -92,6 +92,8 @@ FindAdapter = Callable[[nn.Module], Adapter | None]
 def bind(model: nn.Module) -> BoundModel:
     """Read `model`'s weights for training and move its adapter weights into flat buffers.
 
+    Which of them are trained is PEFT's `requires_grad`, as it is now.
+
     Raises Unsupported for whatever the fused step would compute differently from transformers and PEFT.
     """
     if not isinstance(model, PeftModel):
@@ -103,6 +105,8 @@ def bind(model: nn.Module) -> BoundModel:
     parameters = [p for layer in _projections(base, family) for group in layer for p in _lora_parameters(group)]
     if not parameters:
         raise Unsupported("the model has no LoRA adapters")
+    if not any(p.requires_grad for p in parameters):
+        raise Unsupported("all adapter weights are frozen (requires_grad is False)")
     names = {id(p): n for n, p in model.named_parameters() if p.requires_grad}
     others = set(names) - {id(p) for p in parameters}
     if others:
@@ -139,14 +143,17 @@ def _weights(base: PreTrainedModel, family: ModelFamily, adapter: FindAdapter, r
     """The fields of ModelWeights."""
     decoder = base.model
 
-    def fused(modules: list[nn.Module]) -> FusedLinear:
+    def fused(modules: list[nn.Module], names: tuple[str, ...]) -> FusedLinear:
         bases = [_base_weight(module) for module in modules]
-        bias = _fused_bias([bias for _, bias in bases])
-        return FusedLinear([weight for weight, _ in bases], [adapter(m) for m in modules], bias, rank_multiple)
+        for name, (_, bias) in zip(names, bases, strict=True):
+            if bias is not None and name not in family.biases:
+                raise Unsupported(f"a bias on {name}")
+        bias_N = _fused_bias([bias for _, bias in bases])
+        return FusedLinear([weight for weight, _ in bases], [adapter(m) for m in modules], bias_N, rank_multiple)
 
     layers = []
     for index, (module, groups) in enumerate(zip(decoder.layers, _projections(base, family), strict=True)):
-        qkv, o, gate_up, down = (fused(group) for group in groups)
+        qkv, o, gate_up, down = map(fused, groups, family.groups)
         layers.append(
             LayerWeights(
                 qkv, o, gate_up, down,

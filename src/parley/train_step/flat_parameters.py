@@ -3,7 +3,10 @@
 One buffer makes the optimizer update, the clipping and the zeroing of gradients one call each. PEFT goes on saving and
 loading its own parameters, which share the memory.
 
-Shape suffixes (legend in docs/design.md): Z all adapter weights, R rank, K input features, N output features.
+Parameters with `requires_grad=False` lie behind the trainable ones, outside of `weight_Z` and `grad_Z`. So the
+optimizer, weight decay and the gradient norm never see them.
+
+Shape suffixes (legend in docs/design.md): Z all trainable adapter weights, R rank, K input features, N output features.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from parley.train_step.ops import Adapter
 from parley.units import round_up
@@ -20,47 +23,49 @@ OPTIMIZER_BLOCK = 256  # 8-bit AdamW quantises its state in such blocks: none ma
 
 
 class FlatAdapters:
-    """`weight_Z` (a Parameter) and `grad_Z`, and the views of them that each adapter reads and writes."""
+    """`weight_Z` (a Parameter), `grad_Z`, and for each parameter its views in `weights` and `gradients`."""
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
+        self.trainable = [parameter.requires_grad for parameter in self.parameters]
         device = self.parameters[0].device
-        self.offsets: list[int] = []
-        size = 0
-        for parameter in self.parameters:
-            self.offsets.append(size)
-            size += round_up(parameter.numel(), OPTIMIZER_BLOCK)
-        self.weight_Z = nn.Parameter(torch.zeros(size, dtype=torch.float32, device=device))
-        self.grad_Z = torch.zeros_like(self.weight_Z.data)
+        order = sorted(range(len(self.parameters)), key=lambda index: not self.trainable[index])  # stable
+        offsets, size, trainable_size = [0] * len(order), 0, 0
+        for index in order:
+            offsets[index] = size
+            size += round_up(self.parameters[index].numel(), OPTIMIZER_BLOCK)
+            if self.trainable[index]:
+                trainable_size = size
+        weight = torch.zeros(size, dtype=torch.float32, device=device)
+        # Gradients of frozen parameters are scratch: a kernel computes those of A and B together.
+        gradient = torch.zeros_like(weight)
+        self.weight_Z = nn.Parameter(weight[:trainable_size])
+        self.grad_Z = gradient[:trainable_size]
         self.weight_Z.grad = self.grad_Z
-        self.gradients = [self.view(self.grad_Z, index) for index in range(len(self.parameters))]
+        self.weights, self.gradients = (
+            [
+                flat[offset : offset + parameter.numel()].view(parameter.shape)
+                for parameter, offset in zip(self.parameters, offsets, strict=True)
+            ]
+            for flat in (weight, gradient)
+        )
         self.attach()
-
-    def view(self, flat: Tensor, index: int) -> Tensor:
-        """The part of `flat` that belongs to parameter `index`, in its shape."""
-        parameter, offset = self.parameters[index], self.offsets[index]
-        return flat[offset : offset + parameter.numel()].view(parameter.shape)
 
     @torch.no_grad()
     def attach(self) -> None:
         """Copy the parameters' values into the buffer and make them views of it. Doing it again changes nothing."""
-        for index, parameter in enumerate(self.parameters):
-            view = self.view(self.weight_Z.data, index)
-            if parameter.data_ptr() != view.data_ptr():
-                view.copy_(parameter.data)
-                parameter.data = view
+        for parameter, weight in zip(self.parameters, self.weights, strict=True):
+            if parameter.data_ptr() != weight.data_ptr():
+                weight.copy_(parameter.data)
+                parameter.data = weight
 
     def expose_gradients(self) -> None:
-        """Let each PEFT parameter's `grad` be its part of `grad_Z`, for callbacks that read it."""
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        """Let the `grad` of each trainable PEFT parameter be its part of `grad_Z`, for callbacks that read it."""
+        for parameter, gradient, trainable in zip(self.parameters, self.gradients, self.trainable, strict=True):
+            if trainable:
+                parameter.grad = gradient
 
     def adapter(self, a: int, b: int, scale: float) -> Adapter:
         """The adapter whose A and B are the parameters at index `a` and `b`."""
-        return Adapter(
-            self.view(self.weight_Z.data, a),
-            self.view(self.weight_Z.data, b),
-            self.view(self.grad_Z, a),
-            self.view(self.grad_Z, b),
-            scale,
-        )
+        trainable = self.trainable[a] or self.trainable[b]
+        return Adapter(self.weights[a], self.weights[b], self.gradients[a], self.gradients[b], scale, trainable)

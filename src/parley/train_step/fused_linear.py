@@ -87,6 +87,7 @@ class FusedLinear:
                 column += rank
             row += base.shape[0]
         self.lora_columns = round_up(column, self.rank_multiple)
+        self.trainable_slices = [item for item in self.adapter_slices if item.adapter.trainable]
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -150,8 +151,8 @@ class FusedLinear:
         """
         if self.lora_columns:
             self._lora_up_backward(matrix.forward_NKP[:, self.in_features :], dy_TNP)
-        if self.adapter_slices:
-            ops.add_adapter_gradients(dy_TNP, x_TKP, self.adapter_slices, self.out_features, self.in_features)
+        if self.trainable_slices:
+            ops.add_adapter_gradients(dy_TNP, x_TKP, self.trainable_slices, self.out_features, self.in_features)
         return None if out_TK is None else matmul.linear(dy_TNP, matrix.backward_NPK.t(), out_TK)
 
     def _lora_up_backward(self, sb_NP: Tensor, dy_TNP: Tensor) -> None:

@@ -58,13 +58,17 @@ class QkNorm:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Views of one projection's LoRA weights and gradients in the flat buffers, fp32."""
+    """Views of one projection's LoRA weights and gradients in the flat buffers, fp32.
+
+    `trainable`: whether A or B is. The gradient of the other, if it is frozen, is computed and never read.
+    """
 
     a_RK: Tensor
     b_NR: Tensor
     da_RK: Tensor
     db_NR: Tensor
     scale: float
+    trainable: bool = True
 
 
 @dataclass(frozen=True)
