@@ -18,8 +18,7 @@ from parley.config import GenerationSection, RunConfig
 from parley.errors import RunError
 from parley.evaluation.evaluate import evaluate
 from parley.inference.generate import generate
-from parley.pipeline import RunResult, train
-from parley.training.setup import dry_run
+from parley.pipeline import RunResult, dry_run, train
 
 
 @pytest.fixture(scope="module")
@@ -185,14 +184,15 @@ def test_a_disk_that_fills_up_while_training(tiny_llama_folder: Path, rows: Path
     config = settings(tiny_llama_folder, rows, tmp_path / "run")
 
     class Filling(Console):
-        """Lets the events of the run go to a full device once the run has its folder."""
+        """Sends the events of the run to a full device once it has taken a step."""
 
         def print(self, *objects: Any, **kwargs: Any) -> None:
             events = tmp_path / "run" / "events.jsonl"
-            if events.parent.is_dir() and not events.exists():
+            if str(objects[0]).startswith("step 1/"):
+                events.unlink()
                 events.symlink_to(full)
 
     with pytest.raises(RunError, match="the weights are whole in") as caught:
-        train(config, Filling(quiet=True))
+        train(config, Filling(file=io.StringIO(), force_terminal=False))
     rescued = Path(str(caught.value).split("whole in ")[1].split(": free")[0])
     assert (rescued / "adapter_model.safetensors").is_file()

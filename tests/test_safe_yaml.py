@@ -18,6 +18,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: 1e-4", {"a": 1e-4}),
         ("[1E3, -1.5e-3, .5e1, 5e, '1e3']", [1000.0, -0.0015, 5.0, "5e", "1e3"]),
         ("a: &x {b: 1}\nc: *x\nd: {<<: *x, b: 2}", {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 2}}),
+        ("[no, off, yes, true, False]", ["no", "off", "yes", True, False]),
         ("", None),
         ("[" * MAX_DEPTH + "]" * MAX_DEPTH, eval("[" * MAX_DEPTH + "]" * MAX_DEPTH)),
     ],

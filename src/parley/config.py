@@ -7,6 +7,7 @@ LoraConfig and TRL's SFTConfig under its own name; only the fields with a defaul
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from datetime import date as Date
 from math import isfinite
@@ -22,6 +23,8 @@ from parley.text import shorten_middle
 
 DEMO_MODEL = "parley-demo"
 DEMO_DATA = "parley-demo-pirate"
+_SECRET_KEY = re.compile(r"(^|_)(token|api_key|password|secret|credentials?)$", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 LEAST_LIKENESS = 0.5  # of a misspelled key; below it a suggestion is a guess
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -76,6 +79,7 @@ class ModelSection(Section):
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto: the GPU where there is one.")
     chat_template: CheckedPath | None = Field(None, description="A Jinja file used in place of the tokenizer's own.")
     trust_remote_code: bool = Field(False, description="Run code that the model's repository ships.")
+    name_from_run: str | None = Field(None, description="In run.yaml: a local base model, seen from the run.")
 
 
 class DataSection(Section):
@@ -127,7 +131,7 @@ class TrainingSection(OpenSection):
         "auto",
         description="auto: the fused step where it supports model and options; plain: transformers and autograd.",
     )
-    memory: Literal["auto", "low"] | Annotated[float, Field(gt=0)] = Field(
+    memory: Literal["auto", "low"] | Annotated[float, Field(gt=0, le=1e6)] = Field(
         "auto", description="auto: the device's free memory; low: as little as possible; a number: GiB in total."
     )
     per_device_train_batch_size: Positive = 2
@@ -213,7 +217,22 @@ class RunConfig(Section):
         return cls.create(read_yaml(path), overrides)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        """Every setting but secrets, which are written nowhere."""
+        return yaml.safe_dump(without_secrets(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def is_secret(key: str) -> bool:
+    """Whether a setting of this name holds a credential: hub_token, api_key, password ... (pad_token does not)."""
+    return _SECRET_KEY.search(key) is not None and key not in ("eos_token", "pad_token")
+
+
+def without_secrets(value: Any) -> Any:
+    """`value` without the entries whose key `is_secret`, and with the hub's tokens in other texts masked."""
+    if isinstance(value, dict):
+        return {key: without_secrets(inner) for key, inner in value.items() if not is_secret(str(key))}
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    return _HUB_TOKEN.sub("hf_***", value) if isinstance(value, str) else value
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

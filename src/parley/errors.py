@@ -2,7 +2,16 @@
 
 from parley.text import one_line, shorten_middle, visible
 
-__all__ = ["DataError", "DeviceError", "ModelError", "ParleyError", "RunError", "UsageError", "one_line"]
+__all__ = [
+    "DataError",
+    "DeviceError",
+    "ModelError",
+    "ParleyError",
+    "RunError",
+    "TrainingError",
+    "UsageError",
+    "one_line",
+]
 
 LONGEST = 500  # characters of a message: a value that was got may be a whole file
 
@@ -36,6 +45,10 @@ class ModelError(ParleyError, ValueError):
 
 class DeviceError(ParleyError, RuntimeError):
     """A device that was requested and is missing, or has too little memory."""
+
+
+class TrainingError(ParleyError, ArithmeticError):
+    """Training that ended with a loss or with weights that are not finite."""
 
 
 class RunError(ParleyError, OSError):

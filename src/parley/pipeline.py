@@ -1,4 +1,4 @@
-"""The pipeline behind `parley train`, stage by stage, and `demo`, the same on the embedded model.
+"""The pipeline behind `parley train`, stage by stage; `dry_run`, its checks alone; `demo`, on the embedded model.
 
 rows -> conversations -> tokens + mask -> packed batch -> training step -> adapter -> generate, evaluate, serve
 """
@@ -6,37 +6,38 @@ rows -> conversations -> tokens + mask -> packed batch -> training step -> adapt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from safetensors import SafetensorError
-from transformers import PrinterCallback
 from trl import SFTConfig
 
 from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
-from parley.errors import DeviceError, RunError
+from parley.errors import ModelError, RunError, TrainingError
 from parley.evaluation.evaluation import Evaluation, answer_questions, evaluate_model, heldout_scores
-from parley.evaluation.run_report import assemble_report
+from parley.evaluation.questions import Question, report_questions
+from parley.evaluation.run_report import add_evaluations, begin_report, next_commands, steps_of_events
 from parley.models.adapters import is_identity_adapter
 from parley.models.device import pick_device
+from parley.models.load import load_config, load_tokenizer, max_positions
 from parley.text import print_text
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
-from parley.training.report import Report, Resources, write_report
-from parley.training.resources import (
-    ResourceMeter,
-    StageTimer,
-    device_name,
-    memory_peak,
-    memory_total,
-    release_cached_memory,
-)
+from parley.training.check_settings import check_settings
+from parley.training.report import Report, write_figures, write_report
+from parley.training.resources import ResourceMeter, StageTimer, device_name, memory_total, release_cached_memory
 from parley.training.run_folder import RunFolder, is_disk_full
-from parley.training.setup import TrainingSetup, prepare_training, print_mask
+from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
+from parley.training.setup import (
+    TrainingSetup,
+    planned_steps,
+    prepare_data,
+    prepare_training,
+    print_mask,
+    rows_per_step,
+)
 from parley.training.terminal_summary import print_summary
-from parley.training.trainer import SFTTrainer
 
 DEMO_SETTINGS: dict[str, Any] = {
     "model": DEMO_MODEL,
@@ -64,27 +65,115 @@ class RunResult:
 def train(config: RunConfig, console: Console | None = None) -> RunResult:
     """Fine-tune as `config` says and leave a run folder with adapter, events and report.
 
-    Raises UsageError, DataError, ModelError, DeviceError or RunError. Ctrl-C and a full disk still save the weights.
+    A run that takes no step leaves no folder. Ctrl-C and a full disk after it save the weights.
+
+    Raises UsageError, DataError, ModelError, DeviceError or RunError, and TrainingError where training ends in a loss
+    or in weights that are not finite.
     """
     console = console or Console()
-    # Settings, device and output folder are checked first: loading a model takes longest.
-    RunFolder.check_free(config.output)
-    args, notes = sft_config(config, config.output / "checkpoints", pick_device(config.model.device))
-
     timer = StageTimer()
+    # Settings, device and output folder come first: they are checked in a second, a model may take minutes to load.
+    RunFolder.check_output(config.output)
+    args, notes = _training_arguments(config)
+
     setup = prepare_training(config, console, timer)
     print_mask(setup.data, setup.tokenizer, console)
+    questions = report_questions(
+        config, setup.data.heldout_examples, setup.tokenizer, max_positions(setup.model.config)
+    )
 
     folder = RunFolder.create(config)
-    run = _Run(setup, folder, args, notes, timer, console)
+    log = EventLog(folder.events, setup.device)
     try:
-        return run.evaluate_and_train()
-    except (OSError, SafetensorError) as error:
+        return _run(setup, args, notes, questions, folder, log, timer, console)
+    except OSError as error:
         if isinstance(error, RunError) or not is_disk_full(error):
             raise
-        raise folder.rescue_weights(run.trainer.model, setup.tokenizer, run.trainer.state.global_step) from None
+        raise RunError(f"disk full while writing into {folder.path}; free space and train again") from None
     finally:
-        run.progress.close()
+        if log.steps_done == 0:
+            folder.discard()
+
+
+def _run(
+    setup: TrainingSetup,
+    args: SFTConfig,
+    notes: list[str],
+    questions: list[Question],
+    folder: RunFolder,
+    log: EventLog,
+    timer: StageTimer,
+    console: Console,
+) -> RunResult:
+    """Evaluate, train, save, evaluate again, report: the stages that write into the run folder."""
+    config, device = setup.config, setup.device
+    memory_before = ResourceMeter(device).before
+    total = memory_total(device)
+    print_text(console, f"{device_name(device)}: {memory_before:.2f} of {total:.1f} GiB in use before training")
+    for note in notes:
+        print_text(console, note)
+    setup.data.bad_rows.write_to(folder.path / "bad_rows.jsonl")
+    progress = ProgressLine(console, log)
+    trainer = build_trainer(setup, args, [log, progress])
+    setup.model = trainer.model
+    timer.end("trainer")
+
+    # 1. Evaluate the base model. An adapter that starts at zero can be switched off later: its base's answers are
+    # generated after training, so that the first step comes sooner.
+    before = Evaluation(heldout_scores(setup, trainer, console))
+    if (fault := broken_weights(setup)) is not None:
+        raise ModelError(f"{config.model.name}: before training, {fault}; the model's weights are damaged")
+    base_answers_later = is_identity_adapter(trainer.model)
+    if not base_answers_later:
+        answer_questions(before, setup, questions, console)
+    report = begin_report(setup, notes)
+    report.before = before.scores
+    write_figures(folder.path, report)  # from here on `parley report` has something to show
+    release_cached_memory(device)
+    timer.end("evaluation before")
+
+    # 2. Train, and save the weights unless they are broken.
+    meter = ResourceMeter(device)
+    interrupted = run_training(trainer, setup, folder, log, progress)
+    timer.end("training")
+    report.steps = steps_of_events(log.events)
+    report.resources = training_resources(trainer, log, memory_before, meter.seconds())
+    if interrupted:
+        report.notes.append(f"stopped by hand at step {log.steps_done}")
+    fault = broken_weights(setup)
+    if fault is not None:
+        raise _diverged(report, log, folder, fault, config.training.learning_rate)
+    weights = folder.save_weights(trainer.model, setup.tokenizer, full=config.lora is None)
+    write_figures(folder.path, report)
+    timer.end("saving")
+
+    # 3. Evaluate the trained model, and report.
+    if base_answers_later:
+        answer_questions(before, setup, questions, console, base=True)
+    after = evaluate_model(setup, trainer, questions, console)
+    timer.end("evaluation after")
+    add_evaluations(report, questions, before, after)
+    report.resources.stages, report.resources.total_seconds = timer.seconds, timer.total_seconds
+    if after.scores.heldout_loss is not None and not isfinite(after.scores.heldout_loss):
+        raise _diverged(report, log, folder, "the held-out loss is not finite", config.training.learning_rate)
+    report.next_commands = next_commands(config)
+    page = write_report(folder.path, report)
+    print_summary(report, weights, page, console)
+    return RunResult(folder, report, trainer.model, setup.tokenizer, interrupted)
+
+
+def dry_run(config: RunConfig, console: Console) -> None:
+    """Check settings and data of `train`, show mask and number of steps; loads no weights, writes nothing."""
+    _training_arguments(config)
+    model_config = load_config(config.model)
+    tokenizer = load_tokenizer(config.model)
+    data = prepare_data(config, tokenizer, console)
+    print_mask(data, tokenizer, console)
+    report_questions(config, data.heldout_examples, tokenizer, max_positions(model_config))
+    training = config.training
+    steps = training.max_steps if data.summary.streaming else planned_steps(training, len(data.train))
+    rows = rows_per_step(training)
+    print_text(console, f"would train {steps:,} steps of {rows} conversations into {config.output}")
 
 
 def demo(output: Path, console: Console | None = None) -> RunResult:
@@ -92,109 +181,19 @@ def demo(output: Path, console: Console | None = None) -> RunResult:
     return train(RunConfig.create(DEMO_SETTINGS | {"output": str(output)}), console)
 
 
-class _Run:
-    """One run from its made folder to its report: the trainer with its callbacks, and the stages around training."""
-
-    def __init__(
-        self,
-        setup: TrainingSetup,
-        folder: RunFolder,
-        args: SFTConfig,
-        notes: list[str],
-        timer: StageTimer,
-        console: Console,
-    ) -> None:
-        self.setup, self.folder, self.notes, self.timer, self.console = setup, folder, notes, timer, console
-        self.memory_before = ResourceMeter(setup.device).before
-        total = memory_total(setup.device)
-        print_text(
-            console,
-            f"{device_name(setup.device)}: {self.memory_before:.2f} of {total:.1f} GiB in use before training",
-        )
-        for note in notes:
-            print_text(console, note)
-        self.log = EventLog(folder.events, setup.device)
-        self.progress = ProgressLine(console, self.log)
-        self.trainer = SFTTrainer(
-            model=setup.model,
-            args=args,
-            train_dataset=setup.data.train,
-            eval_dataset=setup.data.heldout,
-            processing_class=setup.tokenizer,
-            callbacks=[self.log, self.progress],
-            engine=setup.config.training.engine,
-            memory=setup.config.training.memory,
-        )
-        self.trainer.remove_callback(PrinterCallback)  # the progress line shows its figures
-        timer.end("trainer")
-
-    def evaluate_and_train(self) -> RunResult:
-        self.trainer.bind_fused_step()  # held-out loss before training is measured on it too
-        before = Evaluation(heldout_scores(self.setup, self.trainer, self.console))
-        # An adapter that starts at zero can be switched off later: its base's answers are generated after training,
-        # so that the first step comes sooner.
-        base_answers_later = is_identity_adapter(self.trainer.model)
-        if not base_answers_later:
-            answer_questions(before, self.setup, self.trainer, self.console)
-        release_cached_memory(self.setup.device)
-        self.timer.end("evaluation before")
-
-        meter = ResourceMeter(self.setup.device)
-        interrupted = self._train()
-        self.timer.end("training")
-        resources = self._resources(meter.seconds())
-        weights = self.folder.save_weights(
-            self.trainer.model, self.setup.tokenizer, full=self.setup.config.lora is None
-        )
-        self.timer.end("saving")
-
-        if base_answers_later:
-            answer_questions(before, self.setup, self.trainer, self.console, base=True)
-        after = evaluate_model(self.setup, self.trainer, self.console)
-        self.timer.end("evaluation after")
-        resources.stages, resources.total_seconds = self.timer.seconds, self.timer.total_seconds
-
-        report = assemble_report(self.setup, before, after, self.log.steps)
-        report.resources = resources
-        report.notes = self.notes + (
-            [f"stopped by hand at step {self.trainer.state.global_step}"] if interrupted else []
-        )
-        page = write_report(self.folder.path, report)
-        print_summary(report, weights, page, self.console)
-        return RunResult(self.folder, report, self.trainer.model, self.setup.tokenizer, interrupted)
-
-    def _train(self) -> bool:
-        """Train; True when interrupted by Ctrl-C."""
-        try:
-            self.trainer.train()
-        except KeyboardInterrupt:
-            return True
-        except torch.OutOfMemoryError:
-            raise DeviceError(_out_of_memory(self.setup)) from None
-        finally:
-            self.progress.close()
-        return False
-
-    def _resources(self, seconds: float) -> Resources:
-        """Of training, which took `seconds`."""
-        device, steps = self.setup.device, self.log.steps
-        tokens = int(steps[-1]["num_tokens"]) if steps else 0
-        return Resources(
-            device=device_name(device),
-            memory_total_gib=memory_total(device),
-            memory_before_gib=self.memory_before,
-            memory_peak_gib=memory_peak(device),
-            train_seconds=seconds,
-            tokens=tokens,
-            supervised_tokens=int(self.trainer.supervised_tokens),
-            tokens_per_s=tokens / seconds,
-        )
+def _training_arguments(config: RunConfig) -> tuple[SFTConfig, list[str]]:
+    """TRL's arguments, checked, and notes on what was chosen. Raises UsageError or DeviceError."""
+    args, notes = sft_config(config, config.output / "checkpoints", pick_device(config.model.device))
+    check_settings(config, args)
+    return args, notes
 
 
-def _out_of_memory(setup: TrainingSetup) -> str:
-    training = setup.config.training
-    return (
-        f"out of memory on {device_name(setup.device)} ({memory_total(setup.device):.1f} GiB) with "
-        f"{training.per_device_train_batch_size} x up to {setup.config.model.max_seq_length} tokens a batch; lower "
-        "training.per_device_train_batch_size or model.max_seq_length, or set model.quantization=nf4"
+def _diverged(report: Report, log: EventLog, folder: RunFolder, fault: str, learning_rate: float) -> TrainingError:
+    """The error of a run that ended in numbers that are not finite, once its report is written."""
+    saved = "the weights are saved, but of no use" if folder.weights.is_dir() else "no weights were saved"
+    message = (
+        f"training diverged: after step {log.steps_done} {fault}; {saved}; lower training.learning_rate "
+        f"(it was {learning_rate:g}) and look for the step in the report"
     )
+    report.notes.append(message)
+    return TrainingError(f"{message}: {write_report(folder.path, report)}")

@@ -222,7 +222,7 @@ def test_a_full_disk_leaves_the_old_report(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(report_module.os, "replace", full)
-    with pytest.raises(RunError, match=r"report\.json: could not write the report \(No space left on device\); free"):
+    with pytest.raises(RunError, match=r"report\.json: cannot be written \(No space left on device\); change"):
         write_report(tmp_path, Report(title="new"))
     assert Report.model_validate_json((tmp_path / "report.json").read_text(encoding="utf-8")).title == "old"
     assert sorted(os.listdir(tmp_path)) == ["report.html", "report.json"]

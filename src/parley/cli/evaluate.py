@@ -16,6 +16,9 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     data: Annotated[str | None, typer.Option(help="Other rows to evaluate on: hub id, file or folder.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Evaluate on only the first rows.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the base model's repository ships.")
+    ] = False,
 ) -> None:
     """Compare a run's base and tuned model on held-out rows.
 
@@ -29,7 +32,9 @@ def evaluate(
 
     scores = {
         name: score.model_dump(exclude_none=True)
-        for name, score in evaluate_run(run, data=data, rows=rows, console=out).items()
+        for name, score in evaluate_run(
+            run, data=data, rows=rows, console=out, trust_remote_code=trust_remote_code
+        ).items()
     }
     table = Table("", box=None, pad_edge=False, header_style="dim")
     for name in scores:

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import parley
-from parley.cli import bench, chat, demo, doctor, evaluate, generate, inspect, serve, train
+from parley.cli import bench, chat, demo, doctor, evaluate, generate, inspect, report, serve, train
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError
 from parley.text import print_text
@@ -26,6 +26,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve.serve,
     "inspect": inspect.inspect,
     "eval": evaluate.evaluate,
+    "report": report.report,
     "bench": bench.bench,
     "doctor": doctor.doctor,
 }

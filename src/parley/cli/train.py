@@ -36,10 +36,9 @@ def train(
     with importing():
         quiet_libraries()
         from parley import pipeline
-        from parley.training.setup import dry_run as show_plan
 
     if dry_run:
-        show_plan(run, console=out)
+        pipeline.dry_run(run, console=out)
         return
     try:
         result = pipeline.train(run, console=out)
@@ -67,6 +66,4 @@ def _what_is_kept(output: Path) -> str:
     from parley.training.run_folder import RunFolder
 
     weights = RunFolder(output).weights
-    if weights.is_dir():
-        return f"the trained weights are whole in {weights}"
-    return f"nothing was trained yet; {output} may be removed" if output.exists() else "nothing was written"
+    return f"the trained weights are whole in {weights}" if weights.is_dir() else "nothing was written"

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PrinterCallback
 
-from parley.config import RunConfig
+from parley.config import RunConfig, TrainingSection
 from parley.data.prepare import Prepared, prepare
 from parley.errors import DataError
 from parley.evaluation.evaluation import evaluate_model
@@ -18,27 +18,32 @@ from parley.models.adapters import base_obstacle
 from parley.models.device import pick_device
 from parley.text import print_text
 from parley.training.arguments import sft_config
-from parley.training.report import Scores
+from parley.training.report import Scores, replace_file
 from parley.training.run_folder import RunFolder
 from parley.training.setup import TrainingSetup
 from parley.training.trainer import SFTTrainer
 
 
 def evaluate(
-    run: Path, data: str | None = None, rows: int | None = None, console: Console | None = None
+    run: Path,
+    data: str | None = None,
+    rows: int | None = None,
+    console: Console | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> dict[str, Scores]:
-    """Scores of a run's "base" model (with an adapter) and of what it became, "tuned".
+    """Scores of a run's "base" model (with an adapter) and of the trained one, "tuned".
 
-    `data`: another source to measure on, all of it or its first `rows`; by default the run's held-out rows.
-    Written to eval.json in the run's folder. Raises RunError, ModelError or DataError in one line.
+    `data`: another source to measure on, all of it or its first `rows`; by default the run's held-out rows. A base
+    that cannot be had unchanged is not measured, which is printed. Written to eval.json in the run's folder.
+
+    Raises UsageError, RunError, ModelError or DataError in one line.
     """
     console = console or Console()
-    folder = RunFolder.open(run)
-    config = folder.config
-    full = config.lora is None
+    folder = RunFolder.open(run, trust_remote_code=trust_remote_code)
+    config = _measured_config(folder.config, data)
     model, tokenizer = folder.load()
-    config.report.questions, config.report.from_heldout = [], 0  # scores only
-    prepared = _measured_on(config, tokenizer, data, rows)
+    prepared = _measured_rows(config, tokenizer, data, rows)
     setup = TrainingSetup(config, pick_device(config.model.device), model, tokenizer, prepared)
     with tempfile.TemporaryDirectory(prefix="parley-eval-") as scratch:
         args, _ = sft_config(config, Path(scratch), setup.device)
@@ -55,24 +60,39 @@ def evaluate(
         reason = base_obstacle(model)
         if reason is None:
             with model.disable_adapter():
-                scores["base"] = evaluate_model(setup, trainer, console).scores
-        elif not full:
+                scores["base"] = evaluate_model(setup, trainer, [], console).scores
+        elif config.lora is not None:
             print_text(console, f"only the tuned model is measured: {reason}")
-        scores["tuned"] = evaluate_model(setup, trainer, console).scores
+        scores["tuned"] = evaluate_model(setup, trainer, [], console).scores
     figures = {name: score.model_dump(mode="json") for name, score in scores.items()}
-    (folder.path / "eval.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    replace_file(folder.path / "eval.json", json.dumps(figures, indent=1), f"parley eval {folder.path}")
     return scores
 
 
-def _measured_on(config: RunConfig, tokenizer: Any, data: str | None, rows: int | None) -> Prepared:
-    """Data whose `heldout` rows are measured on. From here on `config` speaks of `data`, where it is given."""
+def _measured_config(config: RunConfig, data: str | None) -> RunConfig:
+    """The run's settings for measuring `data`, or its own held-out rows.
+
+    Of the training section only batch size and precision are kept: a run's loggers, hub and checkpoints are no part of
+    an evaluation, and run.yaml may be a stranger's.
+    """
+    kept = config.training.model_dump(include={"per_device_train_batch_size", "seed", "bf16", "fp16"})
+    values = config.model_dump() | {"training": TrainingSection().model_dump() | kept}
+    overrides = []
     if data is not None:
-        config.data.source, config.data.heldout, config.data.heldout_rows, config.data.streaming = data, None, 0, False
+        overrides = [f"data.source={json.dumps(data)}", "data.heldout=null", "data.heldout_rows=0"]
+        overrides += ["data.streaming=false", "data.limit=null", "data.split=train"]
+    elif config.data.streaming:
+        values["training"]["max_steps"] = 1  # a stream has no length, which RunConfig wants to be said
+    return RunConfig.create(values, overrides)
+
+
+def _measured_rows(config: RunConfig, tokenizer: Any, data: str | None, rows: int | None) -> Prepared:
+    """Prepared data whose `heldout` rows are those to measure on."""
     prepared = prepare(config.data, tokenizer, config.model.max_seq_length)
     if data is not None:
         prepared.heldout = prepared.train
     if prepared.heldout is None:
-        raise DataError(f"{config.output}: the run kept no rows aside to measure on; give some with --data")
+        raise DataError(f"{config.output}: the run kept no held-out rows; give rows to measure on with --data")
     if rows is not None:
         prepared.heldout = prepared.heldout.select(range(min(rows, len(prepared.heldout))))
     return prepared

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from parley.config import DEMO_DATA, GenerationSection
 from parley.evaluation.demo_scoring import heldout_questions, rate
-from parley.evaluation.questions import report_questions
+from parley.evaluation.questions import Question
 from parley.inference.generate import generate
 from parley.training.report import Scores
 from parley.training.setup import TrainingSetup
@@ -17,16 +17,18 @@ from parley.training.trainer import SFTTrainer
 
 @dataclass
 class Evaluation:
-    """Scores, and the answers to `report_questions` in their order."""
+    """Scores, and the answers to the report's questions in their order."""
 
     scores: Scores = field(default_factory=Scores)
     answers: list[str] = field(default_factory=list)
 
 
-def evaluate_model(setup: TrainingSetup, trainer: SFTTrainer, console: Console) -> Evaluation:
+def evaluate_model(
+    setup: TrainingSetup, trainer: SFTTrainer, questions: list[Question], console: Console
+) -> Evaluation:
     """Held-out loss and answers of the model as it is now."""
     evaluation = Evaluation(heldout_scores(setup, trainer, console))
-    answer_questions(evaluation, setup, trainer, console)
+    answer_questions(evaluation, setup, questions, console)
     return evaluation
 
 
@@ -40,20 +42,18 @@ def heldout_scores(setup: TrainingSetup, trainer: SFTTrainer, console: Console) 
 
 
 def answer_questions(
-    evaluation: Evaluation, setup: TrainingSetup, trainer: SFTTrainer, console: Console, *, base: bool = False
+    evaluation: Evaluation, setup: TrainingSetup, questions: list[Question], console: Console, *, base: bool = False
 ) -> None:
     """Add greedy answers to `evaluation`, of the `base` model or of the adapter.
 
     The demo's answers are rated as well: its world knows which are right and which talk like a pirate.
     """
-    if not setup.tokenizer.chat_template:  # a data set of plain text trains a model that answers nobody
-        return
     greedy = GenerationSection(temperature=0, min_p=0, max_new_tokens=setup.config.report.max_new_tokens)
-    questions = [question.messages for question in report_questions(setup.config, setup.data.heldout_examples)]
+    model, tokenizer = setup.model, setup.tokenizer
     with console.status("answering held-out questions"):
-        evaluation.answers = generate(trainer.model, setup.tokenizer, questions, greedy, base=base)
-        if setup.config.data.source == DEMO_DATA:
+        prompts = [question.messages for question in questions]
+        evaluation.answers = generate(model, tokenizer, prompts, greedy, base=base)
+        if setup.config.data.source == DEMO_DATA and tokenizer.chat_template:
             rated = heldout_questions()
-            prompts = [question.messages for question in rated]
-            answers = generate(trainer.model, setup.tokenizer, prompts, greedy, base=base)
+            answers = generate(model, tokenizer, [question.messages for question in rated], greedy, base=base)
             evaluation.scores.style_rate, evaluation.scores.accuracy = rate(rated, answers)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from parley.config import RunConfig
 from parley.data.conversation import Example, Message
+from parley.data.render import render_prompt
+from parley.errors import DataError, ParleyError, UsageError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -17,13 +22,34 @@ class Question:
     reference: str | None = None
 
 
-def report_questions(config: RunConfig, heldout_examples: list[Example]) -> list[Question]:
-    """`report.questions`, then up to `report.from_heldout` held-out rows that end with a question and an answer."""
+def report_questions(
+    config: RunConfig, heldout_examples: list[Example], tokenizer: Any, context: int | None
+) -> list[Question]:
+    """`report.questions`, then up to `report.from_heldout` held-out rows that end with a question and an answer.
+
+    All of them can be answered: a written question that the template refuses, or that fills the model's `context` (in
+    tokens), is an error now and not after training; held-out rows of that kind are left out. None without a template.
+
+    Raises UsageError.
+    """
+    if not tokenizer.chat_template:  # a data set of plain text trains a model that answers nobody
+        return []
     system = config.data.system
     system_turn: list[Message] = [{"role": "system", "content": system}] if system else []
     written = [Question([*system_turn, {"role": "user", "content": text}]) for text in config.report.questions]
-    heldout = [question for question in map(last_question, heldout_examples) if question is not None]
-    return written + heldout[: config.report.from_heldout]
+    for text, written_question in zip(config.report.questions, written, strict=True):
+        try:
+            _check_answerable(written_question, tokenizer, context)
+        except ParleyError as error:
+            raise UsageError(f"report.questions: {text[:40]!r}: {error}") from None
+    heldout: list[Question] = []
+    for example in heldout_examples:
+        if len(heldout) == config.report.from_heldout:
+            break
+        question = last_question(example)
+        if question is not None and _is_answerable(question, tokenizer, context):
+            heldout.append(question)
+    return written + heldout
 
 
 def last_question(example: Example) -> Question | None:
@@ -37,3 +63,20 @@ def last_question(example: Example) -> Question | None:
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
         return None
     return Question(messages[:-1], messages[-1].get("content"))
+
+
+def _is_answerable(question: Question, tokenizer: Any, context: int | None) -> bool:
+    try:
+        _check_answerable(question, tokenizer, context)
+    except ParleyError as error:
+        logger.debug("a held-out row is not asked in the report: %s", error)
+        return False
+    return True
+
+
+def _check_answerable(question: Question, tokenizer: Any, context: int | None) -> None:
+    if not question.messages:
+        raise DataError("a conversation without a message")
+    tokens = len(render_prompt(tokenizer, question.messages))
+    if context is not None and tokens >= context:
+        raise DataError(f"it is {tokens:,} tokens, and the model's context is {context:,}; shorten it")

@@ -2,54 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
 
+from pydantic import ValidationError
+
 from parley.config import DEMO_MODEL, RunConfig
 from parley.data.preview import pieces
 from parley.evaluation.evaluation import Evaluation
-from parley.evaluation.questions import report_questions
+from parley.evaluation.questions import Question
 from parley.training.report import Answer, MaskExample, Report, StepFigures
 from parley.training.setup import TrainingSetup
 from parley.versions import library_versions
 
+# Keys of a `step` event, as the trainer logs them, by the report's own.
+EVENT_KEYS = {"token_accuracy": "mean_token_accuracy"}
 
-def assemble_report(
-    setup: TrainingSetup, before: Evaluation, after: Evaluation, step_events: list[dict[str, Any]]
-) -> Report:
-    """Everything but resources and notes, which the training stage knows."""
-    config = setup.config
+
+def begin_report(setup: TrainingSetup, notes: list[str]) -> Report:
+    """What is known before the first step: settings, data and versions."""
     return Report(
-        title=f"{config.model.name} on {config.data.source}",
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        model=config.model.name,
-        data=config.data.source,
-        before=before.scores,
-        after=after.scores,
-        answers=_answers(setup, before, after),
-        steps=[step_figures(event) for event in step_events],
+        **_headline(setup.config),
         data_summary=setup.data.summary.model_dump(mode="json"),
         data_lines=setup.data.summary.lines(),
         examples=_mask_examples(setup),
-        settings_yaml=config.to_yaml(),
+        settings_yaml=setup.config.to_yaml(),
         versions=library_versions(),
-        next_commands=next_commands(config),
+        notes=list(notes),
     )
 
 
-def step_figures(event: dict[str, Any]) -> StepFigures:
-    """A `step` event of events.jsonl as a row of the report."""
-    return StepFigures(
-        step=event["step"],
-        loss=event["loss"],
-        learning_rate=event["learning_rate"],
-        grad_norm=event.get("grad_norm"),  # transformers leaves it out where nothing was clipped
-        tokens_per_s=event["tokens_per_s"],
-        memory_gib=event["memory_gib"],
-        token_accuracy=event["mean_token_accuracy"],
-        seconds=event["seconds"],
-    )
+def report_of_settings(config: RunConfig) -> Report:
+    """All that run.yaml tells: for a run whose report.json is missing or broken."""
+    return Report(**_headline(config), settings_yaml=config.to_yaml())
+
+
+def add_evaluations(report: Report, questions: list[Question], before: Evaluation, after: Evaluation) -> None:
+    """Scores and answers; answers that were not generated stay None."""
+    report.before, report.after = before.scores, after.scores
+    report.answers = [
+        Answer(
+            question=question.messages,
+            before=before.answers[index] if before.answers else None,
+            after=after.answers[index] if after.answers else None,
+            reference=question.reference,
+        )
+        for index, question in enumerate(questions)
+    ]
+
+
+def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
+    """The `step` events of events.jsonl as rows of the report, with the held-out loss where it was measured.
+
+    Events of other kinds, and those that are not what the event log writes, are left out.
+    """
+    steps: dict[int, StepFigures] = {}
+    for event in events:
+        if event.get("event") == "step":
+            row = {name: event.get(EVENT_KEYS.get(name, name)) for name in StepFigures.model_fields}
+            try:
+                figures = StepFigures.model_validate(row)
+            except ValidationError:
+                continue
+            steps[figures.step] = figures
+        elif event.get("event") == "eval" and event.get("step") in steps:
+            steps[event["step"]].heldout_loss = event.get("eval_loss")
+    return list(steps.values())
 
 
 def next_commands(config: RunConfig) -> list[str]:
@@ -59,12 +79,13 @@ def next_commands(config: RunConfig) -> list[str]:
     return [chat, f"parley eval {config.output}"]
 
 
-def _answers(setup: TrainingSetup, before: Evaluation, after: Evaluation) -> list[Answer]:
-    questions = report_questions(setup.config, setup.data.heldout_examples)
-    return [
-        Answer(question=question.messages, before=old, after=new, reference=question.reference)
-        for question, old, new in zip(questions, before.answers, after.answers, strict=False)
-    ]
+def _headline(config: RunConfig) -> dict[str, str]:
+    return {
+        "title": f"{config.model.name} on {config.data.source}",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "model": config.model.name,
+        "data": config.data.source,
+    }
 
 
 def _mask_examples(setup: TrainingSetup) -> list[MaskExample]:

@@ -70,6 +70,18 @@ def load_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def load_config(section: ModelSection) -> PreTrainedConfig:
+    """The config of the model that `section` describes, of an adapter's base, without weights. Raises ModelError."""
+    folder = model_folder(section, weights=False)
+    base = adapter_base(folder, section)
+    return _read_config(folder, section) if base is None else load_config(base)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """The context length in tokens; None where the model sets no limit."""
+    return config.get_text_config().to_dict().get("max_position_embeddings")
+
+
 def _read_config(folder: Path, section: ModelSection) -> PreTrainedConfig:
     name = section.name
     if not (folder / "config.json").is_file():
@@ -87,7 +99,7 @@ def _read_config(folder: Path, section: ModelSection) -> PreTrainedConfig:
             f"{name}: got {' '.join(heads) or type(config).__name__}, wanted a causal language model "
             "(LlamaForCausalLM and the like); choose a chat model"
         )
-    positions = config.get_text_config().to_dict().get("max_position_embeddings")
+    positions = max_positions(config)
     if positions is not None and section.max_seq_length > positions:
         raise ModelError(
             f"{name}: model.max_seq_length is {section.max_seq_length} and the model has {positions} positions; "

@@ -11,6 +11,7 @@ from trl import SFTConfig
 
 from parley.config import RunConfig, TrainingSection, unknown_key
 from parley.errors import UsageError, one_line
+from parley.training.check_settings import check_types
 
 # Fields that would contradict what the run decides elsewhere, and where to say it instead.
 ELSEWHERE = {
@@ -54,10 +55,31 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
         "use_cpu": device.type == "cpu",
         "output_dir": str(output_dir),
     }
+    values = check_types(values)
+    if values.get("hub_token"):
+        values["hub_token"] = Secret(values["hub_token"])
     try:
         return SFTConfig(**(defaults | values)), notes
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"training: {one_line(error)}") from None
+    except (TypeError, ValueError, ImportError, OSError) as error:
+        raise UsageError(f"training: {one_line(error, 400)}") from None
+
+
+class Secret(str):
+    """Text that is not written: it prints as ***, and pickles (training_args.bin) to an empty string."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+    def __reduce__(self) -> tuple[type[str], tuple[str]]:
+        return str, ("",)
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Secret:
+        return self
 
 
 def precision(device: torch.device, values: dict[str, Any]) -> dict[str, bool]:

@@ -26,7 +26,10 @@ class EventLog(TrainerCallback):
     def __init__(self, path: Path, device: torch.device) -> None:
         self.path = path
         self.device = device
+        self.events: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
+        self.begun = False  # whether the trainer is set up
+        self.steps_done = 0
         self._started = self._last_time = perf_counter()
         self._last_tokens = 0.0
 
@@ -34,6 +37,7 @@ class EventLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._started = self._last_time = perf_counter()
+        self.begun = True
         self.write({"event": "start", "step": state.global_step, "max_steps": state.max_steps})
 
     def on_log(
@@ -62,10 +66,14 @@ class EventLog(TrainerCallback):
             self.steps.append(event)
         self.write(event)
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.steps_done = state.global_step
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.write({"event": "save", "step": state.global_step, "seconds": perf_counter() - self._started})
 
     def write(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 

@@ -123,9 +123,14 @@ def write_report(folder: Path, report: Report) -> Path:
 
     Raises RunError when the folder cannot be written to.
     """
-    page, figures = render_html(report), report.model_dump_json(indent=1)
-    _replace(folder / "report.json", figures)
-    return _replace(folder / "report.html", page)
+    page = render_html(report)
+    write_figures(folder, report)
+    return replace_file(folder / "report.html", page, f"parley report {folder}")
+
+
+def write_figures(folder: Path, report: Report) -> Path:
+    """Write report.json alone. Raises RunError."""
+    return replace_file(folder / "report.json", report.model_dump_json(indent=1), f"parley report {folder}")
 
 
 def render_html(report: Report) -> str:
@@ -270,8 +275,11 @@ def _template() -> Template:
     return environment.from_string(source)
 
 
-def _replace(path: Path, text: str) -> Path:
-    """Write a sibling, then rename it: neither a reader nor a full disk leaves half a file."""
+def replace_file(path: Path, text: str, again: str) -> Path:
+    """Write a sibling, then rename it: a full disk leaves no half file, and a link at `path` is not followed.
+
+    Raises RunError, which names the command that writes the file `again`.
+    """
     sibling = ""
     try:
         with tempfile.NamedTemporaryFile(
@@ -285,5 +293,5 @@ def _replace(path: Path, text: str) -> Path:
         if sibling:
             Path(sibling).unlink(missing_ok=True)
         reason = error.strerror or error
-        raise RunError(f"{path}: could not write the report ({reason}); free space there and run again") from None
+        raise RunError(f"{path}: cannot be written ({reason}); change that, then run `{again}`") from None
     return path

@@ -10,12 +10,13 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from parley.config import RunConfig
+from parley.config import RunConfig, TrainingSection
 from parley.data.prepare import Prepared, prepare
 from parley.data.preview import pieces, to_terminal
+from parley.errors import DataError
 from parley.models.adapters import attach_lora, prepare_full, trainable_summary
 from parley.models.device import pick_device
-from parley.models.load import load_model, load_tokenizer
+from parley.models.load import load_model
 from parley.text import print_text, visible
 from parley.training.resources import StageTimer
 
@@ -44,9 +45,8 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
     with console.status(Text(f"loading {visible(config.model.name)}")):
         model, tokenizer = load_model(config.model)
     timer.end("model")
-    data = prepare(config.data, tokenizer, config.model.max_seq_length)
+    data = prepare_data(config, tokenizer, console)
     timer.end("data")
-    print_data_summary(data, console)
     if config.lora is None:
         prepare_full(model)
     else:
@@ -56,24 +56,34 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
     return TrainingSetup(config, device, model, tokenizer, data)
 
 
-def dry_run(config: RunConfig, console: Console) -> None:
-    """Show the data, the mask and the number of steps of `train`, without model weights and without writing."""
-    tokenizer = load_tokenizer(config.model)
+def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepared:
+    """Read and render the run's data, print its summary, and see that it has rows for a step. Raises DataError."""
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
-    print_data_summary(data, console)
-    print_mask(data, tokenizer, console)
-    training = config.training
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    if training.max_steps > 0:
-        steps = training.max_steps
-    else:
-        steps = math.ceil(len(data.train) / batch * training.num_train_epochs)
-    print_text(console, f"would train {steps:,} steps of {batch} conversations into {config.output}")
-
-
-def print_data_summary(data: Prepared, console: Console) -> None:
     for line in data.summary.lines():
         print_text(console, line)
+    if not data.summary.streaming and planned_steps(config.training, len(data.train)) == 0:
+        raise DataError(
+            f"{config.data.source}: {len(data.train)} rows to train on, fewer than the "
+            f"{rows_per_step(config.training)} of one step, and training.dataloader_drop_last leaves the rest out; set "
+            "it to false, or lower training.per_device_train_batch_size"
+        )
+    return data
+
+
+def rows_per_step(training: TrainingSection) -> int:
+    return training.per_device_train_batch_size * training.gradient_accumulation_steps
+
+
+def planned_steps(training: TrainingSection, rows: int) -> int:
+    """Optimizer steps of a run on `rows` rows; 0 where they do not fill a step and an unfilled one is dropped."""
+    steps = rows / rows_per_step(training)
+    if training.model_dump().get("dataloader_drop_last"):
+        steps = math.floor(steps)
+        if steps == 0:
+            return 0
+    if training.max_steps > 0:
+        return training.max_steps
+    return math.ceil(steps * training.num_train_epochs)
 
 
 def print_mask(data: Prepared, tokenizer: Any, console: Console) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from parley.text import print_text, visible
 from parley.training.formatting import duration, gib, percent, share
-from parley.training.report import Report, Resources
+from parley.training.report import Report, Resources, Scores
 
 ANSWERS_SHOWN = 3
 LONGEST_CELL = 200  # characters of an answer; the report has all of it
@@ -39,18 +39,17 @@ def _resources_line(used: Resources) -> str:
 
 def _comparison(report: Report) -> Table:
     """Scores and the first answers, before and after."""
-    assert report.before is not None
-    assert report.after is not None
+    before, after = report.before or Scores(), report.after or Scores()
     table = Table("", "before", "after", title="before and after training", title_justify="left")
     rates = {
-        "answers in style": (report.before.style_rate, report.after.style_rate),
-        "right answers": (report.before.accuracy, report.after.accuracy),
+        "answers in style": (before.style_rate, after.style_rate),
+        "right answers": (before.accuracy, after.accuracy),
     }
-    for name, (before, after) in rates.items():
-        if before is not None and after is not None:
-            table.add_row(name, percent(before), percent(after))
-    if report.before.heldout_loss is not None and report.after.heldout_loss is not None:
-        table.add_row("held-out loss", f"{report.before.heldout_loss:.3f}", f"{report.after.heldout_loss:.3f}")
+    for name, (old, new) in rates.items():
+        if old is not None and new is not None:
+            table.add_row(name, percent(old), percent(new))
+    if before.heldout_loss is not None and after.heldout_loss is not None:
+        table.add_row("held-out loss", f"{before.heldout_loss:.3f}", f"{after.heldout_loss:.3f}")
     for answer in report.answers[:ANSWERS_SHOWN]:
         question = answer.question if isinstance(answer.question, str) else answer.question[-1].content
         table.add_row(*map(_cell, (question, answer.before, answer.after)), style="dim")

@@ -1,0 +1,112 @@
+"""The trainer of a run: building it, and training with it so that Ctrl-C and a full disk keep the weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PrinterCallback
+from trl import SFTConfig
+
+from parley.errors import DeviceError, ParleyError
+from parley.training.callbacks import EventLog, ProgressLine
+from parley.training.check_settings import REFUSALS, setting_error
+from parley.training.report import Resources
+from parley.training.resources import device_name, memory_peak, memory_total
+from parley.training.run_folder import RunFolder, is_disk_full
+from parley.training.setup import TrainingSetup
+from parley.training.trainer import SFTTrainer
+
+LOGIT_TOKENS = 64  # of the first row: logits of a whole row of a large vocabulary may not fit
+
+
+def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any]) -> SFTTrainer:
+    """Raises UsageError for settings that TRL's constructor refuses."""
+    try:
+        trainer = SFTTrainer(
+            model=setup.model,
+            args=args,
+            train_dataset=setup.data.train,
+            eval_dataset=setup.data.heldout,
+            processing_class=setup.tokenizer,
+            callbacks=callbacks,
+            engine=setup.config.training.engine,
+            memory=setup.config.training.memory,
+        )
+    except ParleyError:
+        raise
+    except REFUSALS as error:
+        raise setting_error("", error) from error
+    trainer.remove_callback(PrinterCallback)  # the progress line shows its figures
+    return trainer
+
+
+def run_training(
+    trainer: SFTTrainer, setup: TrainingSetup, folder: RunFolder, log: EventLog, progress: ProgressLine
+) -> bool:
+    """Train; True when interrupted by Ctrl-C after at least one step.
+
+    Raises UsageError for settings that are refused before the first step, DeviceError out of memory, RunError on a
+    full disk, after which the weights are elsewhere.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=setup.config.training.model_dump().get("resume_from_checkpoint"))
+    except KeyboardInterrupt:
+        if log.steps_done == 0:
+            raise
+        return True
+    except torch.OutOfMemoryError:
+        raise DeviceError(_out_of_memory(setup)) from None
+    except ParleyError:
+        raise
+    except (SafetensorError, *REFUSALS) as error:
+        if is_disk_full(error) and log.steps_done > 0:
+            raise folder.rescue_weights(trainer.model, setup.tokenizer, log.steps_done) from None
+        if not log.begun:  # nothing ran yet but the trainer's own set-up from its settings
+            raise setting_error("", error) from error
+        raise
+    finally:
+        progress.close()
+    return False
+
+
+def training_resources(trainer: SFTTrainer, log: EventLog, memory_before: float, seconds: float) -> Resources:
+    """Of training, which took `seconds`; `memory_before` (GiB) was measured before it."""
+    device = trainer.args.device
+    tokens = int(log.steps[-1]["num_tokens"]) if log.steps else 0
+    return Resources(
+        device=device_name(device),
+        memory_total_gib=memory_total(device),
+        memory_before_gib=memory_before,
+        memory_peak_gib=memory_peak(device),
+        train_seconds=seconds,
+        tokens=tokens,
+        supervised_tokens=int(trainer.supervised_tokens),
+        tokens_per_s=tokens / seconds,
+    )
+
+
+def broken_weights(setup: TrainingSetup) -> str | None:
+    """What is wrong with the model's numbers, None where its trained weights and its logits are finite."""
+    broken = sum(
+        not bool(parameter.isfinite().all()) for parameter in setup.model.parameters() if parameter.requires_grad
+    )
+    if broken:
+        return f"{broken} trained tensors are not finite"
+    ids_1T = torch.tensor([setup.data.preview[0].input_ids[:LOGIT_TOKENS]], device=setup.model.device)
+    was_training = setup.model.training
+    setup.model.eval()
+    with torch.no_grad():
+        largest_1T = setup.model(input_ids=ids_1T).logits.amax(-1)  # -inf alone may mask words that are padding
+    setup.model.train(was_training)
+    return None if bool(largest_1T.isfinite().all()) else "the logits of the first row are not finite"
+
+
+def _out_of_memory(setup: TrainingSetup) -> str:
+    training = setup.config.training
+    return (
+        f"out of memory on {device_name(setup.device)} ({memory_total(setup.device):.1f} GiB) with "
+        f"{training.per_device_train_batch_size} x up to {setup.config.model.max_seq_length} tokens a batch; lower "
+        "training.per_device_train_batch_size or model.max_seq_length, or set model.quantization=nf4"
+    )
