@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -36,6 +37,10 @@ CONTROL = re.compile(
     r"<\|[^<>|\s{}'+]+\|?>|<[^<>|\s{}'+/]+\|>|<｜[^<>{}'+]+｜>|<(?:start|end)_of_\w+>|\[/?[A-Z_]{3,}\]|<SPECIAL_\d+>"
 )
 ALWAYS = ["<s>", "</s>", "<pad>", *(f"<|{role}|>" for role in ("user", "assistant", "system", "tool", "end"))]
+OPENING = re.compile(
+    r"START_OF_TURN|START_ACTION|(CHATBOT|USER|SYSTEM)_TOKEN|im_start|start_header|start_of"
+    r"|<\|(user|assistant|system)(_start)?\||<\|(start|turn)|observation|\[INST|[<｜|](User|Assistant)|human|model[|]>|begin_|tool_result|SPECIAL_1[01]"
+)
 PLAIN = ["<think>", "</think>", "<tool_call>", "</tool_call>"]  # added tokens that are not special, as Qwen has them
 TOOL = {
     "type": "function",
@@ -193,20 +198,20 @@ class Reference:
             (found.start(), found.end()) for mark in self.marks(index) for found in re.finditer(mark, self.text)
         )
 
-    def faults(self, mask: list[bool]) -> Iterator[str]:
+    def faults(self, mask: list[bool], right: list[bool] | None) -> Iterator[str]:
         for index, message in enumerate(self.messages):
             for start, end in self.occurrences(index):
-                right = message["role"] == "assistant"
-                if any(mask[at] != right for at in range(start, end)):
-                    yield f"turn {index} ({message['role']}): {self.text[start:end]!r} is {'not ' * right}supervised"
+                wanted = message["role"] == "assistant"
+                if any(mask[at] != wanted for at in range(start, end)):
+                    yield f"turn {index} ({message['role']}): {self.text[start:end]!r} is {'not ' * wanted}supervised"
             if message["role"] == "assistant":
-                yield from self.edges(index, mask)
+                yield from self.edges(index, mask, right)
         allowed = [self.occurrences(i) for i, m in enumerate(self.messages) if m["role"] == "assistant"]
         for start, end in runs(mask):
             if not any(start <= a and b <= end for spans in allowed for a, b in spans):
                 yield f"supervised without words of an assistant: {self.text[start:end]!r}"
 
-    def edges(self, index: int, mask: list[bool]) -> Iterator[str]:
+    def edges(self, index: int, mask: list[bool], right: list[bool] | None) -> Iterator[str]:
         spans = self.occurrences(index)
         if not spans:
             return
@@ -221,35 +226,51 @@ class Reference:
         if prompted is not None and prompted != before and self.text.startswith(prompted) and start != len(prompted):
             yield f"turn {index} starts with {self.text[start:last]!r}, wanted {self.text[len(prompted) : last]!r}"
         head = self.text[start:first]
+        if index == 0:
+            question = [{"role": "user", "content": "Hm"}]
+            before, prompted = self.tried(question), self.tried(question, prompt=True)
         if prompted is not None and before is not None and prompted.startswith(before) and prompted != before:
-            opening = prompted[len(before) :].strip()
-            if opening and opening in head:
+            opening = self.control.match(prompted[len(before) :])
+            if opening and opening[0] in head:
                 yield f"turn {index} has its header supervised: {head!r}"
-        right = self.closing(index, spans[-1])
-        next_is_assistant = [m["role"] for m in self.messages[index + 1 : index + 2]] == ["assistant"]
-        if right is not None and end != right and not (next_is_assistant and right < end):
-            yield f"turn {index} ends with {self.text[last:end]!r}, wanted {self.text[last:right]!r}"
+        wanted = self.closings(index, spans[-1])
+        if right is not None and wanted:
+            wanted.add(next((at for at in range(last, len(right)) if not right[at]), len(right)))
+        ends = {len(self.text[:right].rstrip()) for right in wanted}
+        later = [m["role"] for m in self.messages[index + 1 :] if m["role"] != "tool"]
+        next_is_assistant = later[:1] == ["assistant"]
+        if wanted and len(self.text[:end].rstrip()) not in ends and not (next_is_assistant and min(wanted) <= end):
+            ways = [self.text[last:right] for right in sorted(wanted)]
+            yield f"turn {index} ends with {self.text[last:end]!r}, wanted {ways}"
 
-    def closing(self, index: int, last: tuple[int, int]) -> int | None:
-        """Where a turn ends whose last words are at `last`: after what the template writes whatever follows."""
+    def closings(self, index: int, last: tuple[int, int]) -> set[int]:
+        """Where a turn may end whose last words are at `last`: after what the template writes of it whatever follows,
+        or after all the control tokens before one that opens another turn."""
         mark = self.text[slice(*last)]
         if index + 1 < len(self.messages):
             other = self.tried(self.messages[: index + 1])
         else:
-            other = self.tried([*self.messages, {"role": "user", "content": "Hm"}])
+            calls = self.messages[index].get("tool_calls") or []
+            results = [{"role": "tool", "content": "Hm", "tool_call_id": call["id"]} for call in calls]
+            other = self.tried([*self.messages, *(results or [{"role": "user", "content": "Hm"}])])
         if other is None or mark not in other:
-            return None
+            return set()
         tail, whole = other[other.rfind(mark) + len(mark) :], self.text[last[1] :]
         pairs = enumerate(zip(tail, whole, strict=False))
         common = next((i for i, (a, b) in pairs if a != b), min(len(tail), len(whole)))
         for text in (tail, whole):  # no half control tokens
             common = next((t.start() for t in self.control.finditer(text) if t.start() < common < t.end()), common)
-        shared = whole[:common]
-        if not shared.strip():  # closed in another way when it is the last turn: by what comes first
-            first = self.control.match(whole[len(shared) :])
-            return last[1] + len(shared) + first.end() if first else last[1]
-        closings = list(self.control.finditer(shared))
-        return last[1] + (closings[-1].end() if closings else len(shared.rstrip()))
+        said = [start for i in range(len(self.messages)) for start, _ in self.occurrences(i) if start >= last[1]]
+        limit = min([self.opening(whole), *(start - last[1] for start in said)])
+        ends = set()
+        for stop in (min(common, limit), limit):
+            closings = list(self.control.finditer(whole, 0, stop))
+            ends.add(last[1] + (closings[-1].end() if closings else len(whole[:stop].rstrip())))
+        return ends
+
+    def opening(self, text: str) -> int:
+        """Where the first control token stands that opens a turn."""
+        return next((token.start() for token in self.control.finditer(text) if OPENING.search(token[0])), len(text))
 
 
 def runs(mask: list[bool]) -> list[tuple[int, int]]:
@@ -290,8 +311,32 @@ def check(tokenizer: Any, name: str, messages: Messages, tools: Any) -> Iterator
         if plain != mask:
             yield f"mask: {[text[slice(*run)] for run in runs(mask)]} for {[text[slice(*run)] for run in runs(plain)]}"
         return
-    for fault in reference.faults(mask):
+    right = None
+    if "{% generation" in tokenizer.chat_template.replace("{%-", "{%"):
+        right = witness(tokenizer, messages, tools)
+        yield from witnessed(text, mask, right)
+    for fault in reference.faults(mask, right):
         yield f"mask: {fault}"
+
+
+def witness(tokenizer: Any, messages: Messages, tools: Any) -> list[bool]:
+    """The mask that the template itself marks with {% generation %}."""
+    marked = tokenizer.apply_chat_template(messages, tools=tools, return_assistant_tokens_mask=True, return_dict=True)
+    marks = SimpleNamespace(input_ids=marked["input_ids"], mask=[bool(mark) for mark in marked["assistant_masks"]])
+    return characters(tokenizer, marks)[1]
+
+
+def witnessed(text: str, mask: list[bool], right: list[bool]) -> Iterator[str]:
+    """Nothing may be supervised that the template does not mark, and no words that it marks may be missing.
+
+    Templates mark more than that: headers, turns without words, a line break after the end of a turn.
+    """
+    for start, end in runs([ours and not theirs for ours, theirs in zip(mask, right, strict=True)]):
+        if text[start:end].strip() and text[start:end] != "<|tool_response>":  # by which Gemma 4 ends a turn of calls
+            yield f"mask: {text[start:end]!r} is supervised, the template does not mark it"
+    for start, end in runs([theirs and not ours for ours, theirs in zip(mask, right, strict=True)]):
+        if re.search(r"Qx\d{3}jv|zk\d{3}wp", text[start:end]):
+            yield f"mask: {text[start:end]!r} is not supervised, the template marks it"
 
 
 def forged(tokenizer: Any) -> str:

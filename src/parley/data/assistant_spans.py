@@ -15,7 +15,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby, takewhile
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -57,8 +57,10 @@ class RenderedConversation:
         self.text = rendered.text
         self._read_runs(rendered)
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
+        self._openings: dict[tuple[Any, ...], str] = {}
         self._headers: dict[tuple[Any, ...], str] = {}
         self._closings: dict[tuple[Any, ...], str] = {}
+        self._turn_separator: str | None = None
 
     def _read_runs(self, rendered: RenderedText) -> None:
         """The regions of each message, and the spans of what it says."""
@@ -67,7 +69,8 @@ class RenderedConversation:
         self.regions: dict[int, list[Span]] = defaultdict(list)
         self.words: dict[int, list[tuple[Span, Source, int]]] = defaultdict(list)
         self.written: set[tuple[int, str]] = set()
-        for start, (length, source, source_start, at) in zip(self.starts, rendered.runs, strict=True):
+        places = self._places(rendered)
+        for start, at, (length, source, source_start, _) in zip(self.starts, places, rendered.runs, strict=True):
             end = start + length
             owner = self._owner(source, at)
             regions = self.regions[owner]
@@ -77,14 +80,32 @@ class RenderedConversation:
                 regions.append((start, end))
             if source is None:
                 continue
-            if self.text[start:end].strip():
-                self.written.add((source.message, source.field))
+            if not self.text[start:end].strip():
+                continue
+            self.written.add((source.message, source.field))
             if owner == source.message != TEMPLATE and source.field not in _NOT_WORDS:
                 self.words[owner].append(((start, end), source, source_start))
 
-    def _owner(self, source: Source | None, at: int | None) -> int:
+    def _places(self, rendered: RenderedText) -> list[int]:
+        """For each run the message that the template was at.
+
+        Some templates write the last turn after their loop over the messages: text between the loops that has the
+        words of one assistant turn, and nobody else's, is that turn's.
+        """
+        places: list[int] = []
+        for outside, group in groupby(rendered.runs, key=lambda run: run[3] in (None, TEMPLATE)):
+            runs = list(group)
+            if not outside:
+                places += [run[3] or 0 for run in runs]
+                continue
+            said = {run[1].message for run in runs if run[1] is not None}
+            only = said.pop() if len(said) == 1 else TEMPLATE
+            own = only != TEMPLATE and self.messages[only]["role"] == "assistant"
+            places += [only if own else TEMPLATE] * len(runs)
+        return places
+
+    def _owner(self, source: Source | None, at: int) -> int:
         """The message that characters belong to, written while the template was at message `at`."""
-        at = TEMPLATE if at is None else at
         if source is None:
             return at
         if source.field == "tool_responses":  # results that stand in the message of their call
@@ -103,7 +124,7 @@ class RenderedConversation:
         words = [span for span, _, _ in self.words[index]]
         for start, end in self.regions[index]:
             inside = [span for span in words if start <= span[0] < end]
-            if not any(self.text[slice(*span)].strip() for span in inside):
+            if not inside:
                 continue
             first, last = inside[0][0], inside[-1][1]
             if not spans:
@@ -130,20 +151,29 @@ class RenderedConversation:
             return first
         prompt = self._generation_prompt(index, start, first)
         if prompt.strip():
-            if self.text.endswith(prompt, 0, start):
+            if self.text.endswith(prompt, 0, start) and prompt not in written:
                 return start
-            shared = self._whole_tokens(written, _shared(prompt, written))
-            if shared:
-                return start + shared
-        header = self._header(index)
-        return start + self._whole_tokens(written, _shared(header, written)) if header.strip() else start
+            header = self._end_of(prompt, written)
+            if header:
+                return start + header
+        header_text = self._header(index)
+        return start + self._end_of(header_text, written) if header_text.strip() else start
 
-    def _whole_tokens(self, text: str, length: int) -> int:
-        """`length`, or less where it would end within a control token."""
-        for token in self.control.finditer(text):
-            if token.start() < length < token.end():
-                return token.start()
-        return length
+    def _end_of(self, prompt: str, written: str) -> int:
+        """Where `prompt`, or as much of it as there is, ends in `written`; 0 where there is none of it.
+
+        Of a prompt that opens a block of reasoning, a turn without reasoning has the beginning alone.
+        """
+        tokens = [token.span() for token in self.control.finditer(prompt)]
+        inside = {at for token in self.control.finditer(written) for at in range(token.start() + 1, token.end())}
+        least = tokens[0][1] if tokens else len(prompt.rstrip())
+        for length in range(len(prompt), max(least, 1) - 1, -1):
+            if any(start < length < end for start, end in tokens):
+                continue
+            found = written.rfind(prompt[:length])
+            if found >= 0 and found + length not in inside:
+                return found + length
+        return 0
 
     def _generation_prompt(self, index: int, start: int, first: int) -> str:
         """What the template writes to ask for turn `index`. Turns after the same kind of turn are asked for alike."""
@@ -179,19 +209,44 @@ class RenderedConversation:
 
     def _end_of_turn(self, index: int, last: int, end: int) -> int:
         """The end of a turn whose words end at `last` and whose own text ends at `end`."""
-        closed = last + _closed(self.control, self.text[last:end])
+        closed = last + self._closed(index, self.text[last:end])
         is_last = index + 1 == len(self.messages)
-        if is_last and closed == last and not self._is_said(end):
+        unclosed = not self.control.search(self.text[last:closed])
+        if is_last and unclosed and not self._is_said(end):
             after = self.control.match(self.text, end + _spaces(self.text[end:]))
-            if after:  # written once, after the loop over the messages
+            if after and not self._opens(index, after[0]):  # written once, after the loop over the messages
                 return after.end()
-        if not is_last and (closed == last or self.messages[index + 1]["role"] == "tool"):
+        if not is_last and unclosed:
+            separator = self._separator()
+            if separator and self.text.startswith(separator, end):
+                return end + len(separator)
+        if not is_last and (unclosed or self.messages[index + 1]["role"] == "tool"):
             closing = self._closing(index)
             if len(closing) > closed - last and self.text.startswith(closing, last):
                 stop = last + len(closing)
                 if not any(self.sources[run] for run in range(self._run_at(last), self._run_at(stop - 1) + 1)):
                     return stop
         return closed
+
+    def _closed(self, index: int, tail: str) -> int:
+        """How much of what the template writes after the words closes the turn: up to its last control token, or all
+        of it but white space at the end. A control token of the generation prompt opens another turn."""
+        tokens = list(self.control.finditer(tail))
+        own = list(takewhile(lambda token: not self._opens(index, token[0]), tokens))
+        if own:
+            return own[-1].end()
+        return len((tail[: tokens[0].start()] if tokens else tail).rstrip())
+
+    def _opens(self, index: int, token: str) -> bool:
+        """Whether the template writes a control token to ask for turn `index`, not to close what is before it."""
+        kind = self._kind(index)
+        if token not in self._generation_prompts.get(kind, ""):
+            return False
+        if kind not in self._openings:
+            before = list(self.messages[:index]) or [{"role": "user", "content": _PROBE}]
+            prompted, plain = self._text(before, prompt=True) or "", self._text(before) or ""
+            self._openings[kind] = prompted[_shared(prompted, plain) :]
+        return token in self._openings[kind]
 
     def _closing(self, index: int) -> str:
         """What the template writes after the words of turn `index` while it is the last one."""
@@ -202,6 +257,26 @@ class RenderedConversation:
             last = shorter.words[index][-1][0][1] if shorter and spans else 0
             self._closings[kind] = shorter.text[last : spans[-1][1]] if shorter and spans else ""
         return self._closings[kind]
+
+    def _separator(self) -> str:
+        """What the template writes between an answer and the header of a question, if that closes the answer: some
+        templates close a turn when they come to the next one."""
+        if self._turn_separator is None:
+            self._turn_separator = self._new_separator()
+        return self._turn_separator
+
+    def _new_separator(self) -> str:
+        roles = ("user", "assistant", "user")
+        three = self._shorter([{"role": role, "content": _PROBE} for role in roles])
+        if three is None or not all(three.words[index] for index in range(3)):
+            return ""
+        spans = [three.words[index][0][0] for index in range(3)]
+        header = three.text[three.regions[0][0][0] : spans[0][0]]
+        between = three.text[spans[1][1] : spans[2][0]]
+        if not header.strip() or not between.endswith(header):
+            return ""
+        tokens = list(self.control.finditer(between.removesuffix(header)))
+        return between[: tokens[-1].end()] if tokens else ""
 
     def _kind(self, index: int) -> tuple[Any, ...]:
         """Turns of one kind follow a turn of one role, with calls or without."""
@@ -227,16 +302,16 @@ class RenderedConversation:
         return found
 
     def unwritten(self) -> list[str]:
-        """What the conversation holds and the template never writes: reasoning of the last turn, tool calls, tools,
-        tool results."""
+        """What the conversation holds and the template never writes: what somebody says, tool calls, their results,
+        tools, the reasoning of the last turn."""
         missing = []
         if self.tools and (TEMPLATE, "tools") not in self.written:
             missing.append("tools")
         for index, message in enumerate(self.messages):
             if message.get("tool_calls") and (index, "tool_calls") not in self.written:
                 missing.append("tool calls")
-            if message["role"] == "tool" and self._lost(index, "content"):
-                missing.append("tool results")
+            if self._lost(index, "content"):
+                missing.append("tool results" if message["role"] == "tool" else f"what the {message['role']} says")
         last = len(self.messages) - 1
         reasoning = [name for name in REASONING if self.messages[last].get(name)]
         if reasoning and all(self._lost(last, name) for name in reasoning):
@@ -302,13 +377,6 @@ def _shared(one: str, other: str) -> int:
     """How many characters both begin with."""
     lengths = range(min(len(one), len(other)) + 1)
     return bisect_left(lengths, True, key=lambda length: one[:length] != other[:length]) - 1
-
-
-def _closed(control: re.Pattern[str], tail: str) -> int:
-    """How much of what a template writes after the words closes the turn: up to its last control token, or all of it
-    but white space at the end."""
-    tokens = list(control.finditer(tail))
-    return tokens[-1].end() if tokens else len(tail.rstrip())
 
 
 def _spaces(text: str) -> int:

@@ -31,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from parley.data.traced_text import TEMPLATE, Run, Source, TracedText, concat, join, runs_of, source_of, trace
+from parley.data.traced_text import TEMPLATE, Run, SafeText, Source, TracedText, concat, join, runs_of, source_of, trace
 
 MAX_STEPS = 20_000_000
 """Rounds of loops and calls in one rendering: about a minute. 6,000 turns need 18 million where a template looks
@@ -56,6 +56,7 @@ class Trace:
     """What one rendering knows while it runs. `loops` has, for each open loop, whether it is over messages, and the
     message that was current before it."""
 
+    roles: Sequence[Any] = ()
     message: int = TEMPLATE
     loops: list[tuple[bool, int]] = field(default_factory=list)
     steps: int = 0
@@ -65,6 +66,11 @@ class Trace:
         self.steps += 1
         if self.steps > MAX_STEPS:
             raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} steps over these messages")
+
+    def at(self, number: int) -> None:
+        """The template is at message `number`; a look back at an assistant's turn leaves it where it is."""
+        if self.message == TEMPLATE or self.roles[number] != "assistant" or self.roles[self.message] == "assistant":
+            self.message = number
 
     def made(self, value: Any) -> None:
         """Count a string or a list that the template made."""
@@ -111,7 +117,7 @@ class ChatTemplate:
             documents=None,
             add_generation_prompt=prompt,
             **variables,
-            **{_STATE: Trace()},
+            **{_STATE: Trace([message.get("role") for message in messages])},
         )
         text = concat(chunks)
         return RenderedText(str.__str__(text), runs_of(text))
@@ -163,8 +169,10 @@ def _next_round(context: Context, item: Any) -> str:
     state.step()
     number = _number(item)
     if number is not None:
-        state.loops[-1] = True, state.loops[-1][1]
-        state.message = number
+        outside = state.loops[-1][1]
+        state.loops[-1] = True, outside
+        state.message = outside
+        state.at(number)
     return ""
 
 
@@ -172,12 +180,22 @@ def _next_round(context: Context, item: Any) -> str:
 def _assigned(context: Context, value: Any) -> str:
     """In a loop over something else than messages, a message that is looked up is the current one."""
     state = _state(context)
-    state.made(value)
     if state.loops and not state.loops[-1][0]:
         number = _number(value)
         if number is not None:
-            state.message = number
+            state.message = state.loops[-1][1]
+            state.at(number)
     return ""
+
+
+@jinja2.pass_context
+def _kept(context: Context, value: Any) -> Any:
+    """A value that is assigned: text is written for the message that it was put together for, whenever it comes out."""
+    state = _state(context)
+    state.made(value)
+    if not isinstance(value, TracedText) or state.message == TEMPLATE:
+        return value
+    return value.labelled(state.message, sources=False)
 
 
 def _number(value: Any) -> int | None:
@@ -313,9 +331,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         for name in _RESIZING & self.filters.keys():
             self.filters[name] = _checked(self.filters[name])
         self.filters |= {"tojson": _tojson, "join": _traced_join, "indent": _checked(_indent)}
-        self.filters |= {"safe": _text, "string": _text, "items": _items, "format": _format}
+        self.filters |= {"safe": _safe, "string": _text, "items": _items, "format": _format}
         self.filters |= {"parley_emit": _emit, "parley_open": _open_loop, "parley_close": _close_loop}
-        self.filters |= {"parley_round": _next_round, "parley_assigned": _assigned, "parley_concat": _concat}
+        self.filters |= {
+            "parley_round": _next_round,
+            "parley_assigned": _assigned,
+            "parley_concat": _concat,
+            "parley_kept": _kept,
+        }
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
@@ -366,6 +389,7 @@ class _Tracing(NodeTransformer):
 
     def visit_Assign(self, node: nodes.Assign) -> Any:
         self.generic_visit(node)
+        node.node = _filtered("parley_kept", node.node)
         if not isinstance(node.target, nodes.Name):
             return node
         return [node, _statement("parley_assigned", nodes.Name(node.target.name, "load", lineno=node.lineno))]
@@ -391,8 +415,12 @@ def _concat(context: Context, parts: list[Any]) -> str:
 
 
 def _text(value: Any) -> str:
-    """What `safe` and `string` come to where nothing is escaped."""
     return value if isinstance(value, str) else str(value)
+
+
+def _safe(value: Any) -> str:
+    text = _text(value)
+    return SafeText._with(text, runs_of(text))
 
 
 def _format(value: str, *args: Any, **kwargs: Any) -> str:

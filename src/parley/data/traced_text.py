@@ -57,7 +57,7 @@ class TracedText(str):
         return str.__str__(self)
 
     def __add__(self, other: str) -> str:
-        if not isinstance(other, str):
+        if not isinstance(other, str) or isinstance(other, SafeText):
             return NotImplemented
         return self._with(str.__add__(self, other), self._runs + runs_of(other))
 
@@ -216,10 +216,32 @@ class TracedText(str):
     def __getnewargs__(self) -> tuple[str]:
         return (self.plain,)
 
-    def labelled(self, message: int) -> TracedText:
-        """The same text, written for `message` where it was not written before."""
-        runs = [run if run[3] is not None else (*run[:3], message) for run in self._runs]
+    def labelled(self, message: int, sources: bool = True) -> TracedText:
+        """The same text, written for `message` where it was not written before; `sources`: what somebody said too."""
+        runs = [run if run[3] is not None or (run[1] and not sources) else (*run[:3], message) for run in self._runs]
         return self._with(self, tuple(runs))
+
+
+class SafeText(TracedText):
+    """Text that went through Jinja's `safe`: what is added to it by `+` is escaped, as markupsafe.Markup does."""
+
+    __slots__ = ()
+
+    def __add__(self, other: str) -> str:
+        other = _escaped(other)
+        return self._with(str.__add__(self, other), self._runs + runs_of(other))
+
+    def __radd__(self, other: str) -> str:
+        other = _escaped(other)
+        return self._with(str.__add__(other, self), runs_of(other) + self._runs)
+
+
+def _escaped(text: str) -> str:
+    if isinstance(text, SafeText):
+        return text
+    for character, entity in {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}.items():
+        text = text.replace(character, entity)
+    return text
 
 
 def runs_of(text: str) -> tuple[Run, ...]:
