@@ -389,6 +389,7 @@ class _Tracing(NodeTransformer):
 
     def visit_Assign(self, node: nodes.Assign) -> Any:
         self.generic_visit(node)
+        assert isinstance(node.node, nodes.Expr)
         node.node = _filtered("parley_kept", node.node)
         if not isinstance(node.target, nodes.Name):
             return node
