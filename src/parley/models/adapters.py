@@ -13,21 +13,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, load_peft_weights
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from parley.config import LoraSection, unknown_key
 from parley.errors import ModelError, ParleyError, UsageError, one_line
+from parley.models.adapter_files import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    lora_config,
+    read_adapter_fields,
+    read_adapter_weights,
+)
 from parley.models.device import seeded
 from parley.models.loftq import check_loftq, init_loftq
 from parley.models.lora_targets import target_modules
+from parley.models.patterns import matching
 from parley.models.quantization import quantization_of
+from parley.models.residual_init import RESIDUAL_INITS, ResidualInitModel, is_residual_init
 
 logger = logging.getLogger(__name__)
 
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
+BASE_CHANGING_INITS = (*RESIDUAL_INITS, "loftq")
 """Values of init_lora_weights, or their beginnings, with which PEFT changes the base's weights."""
 SWITCHED_BY_PEFT = ("lora_", "modules_to_save", "trainable_tokens_")
 """Parts of the names of the weights that PeftModel.disable_adapter switches off."""
@@ -48,7 +57,7 @@ def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> P
         check_loftq(model, section)
     try:
         with seeded(seed, model.device):
-            peft_model = get_peft_model(model, config, revision=vars(model.config).get("_commit_hash"))
+            peft_model = create_peft_model(model, config)
             if section.loftq:
                 init_loftq(peft_model)
     except ParleyError:
@@ -81,6 +90,8 @@ def base_obstacle(model: torch.nn.Module) -> str | None:
         init = str(config.to_dict().get("init_lora_weights")).lower()
         if init.startswith(BASE_CHANGING_INITS):
             return f"lora.init_lora_weights: {init} moved a part of the base's weights into the adapter"
+        if config.to_dict().get("layer_replication"):
+            return "lora.layer_replication repeats layers of the base"
         bias = config.to_dict().get("bias", "none")
         if bias != "none":
             return f"lora.bias: {bias} trained the base's own biases, which stay when the adapter is switched off"
@@ -118,27 +129,72 @@ def prepare_full(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """`model` with the PEFT adapter in `folder`, frozen. Raises ModelError where the two do not match."""
+    """`model` with the LoRA adapter in `folder`, trainable as PEFT's `requires_grad` says, in evaluation mode.
+
+    Only tensors of the adapter are read: LoRA matrices, and what adapter_config.json names beside them (bias,
+    modules_to_save, trainable tokens). A file that holds other tensors, such as weights of the base, is refused unless
+    these equal the base's own. Raises ModelError where files and model do not fit.
+    """
     folder = Path(folder).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder}: no adapter_config.json; give the folder of a PEFT adapter")
-    if not any((folder / f"adapter_model.{kind}").is_file() for kind in ("safetensors", "bin")):
-        raise ModelError(f"{folder}: no adapter_model.safetensors; the adapter was not saved completely")
+    if isinstance(model, PeftModel):
+        raise UsageError(f"{folder}: the model has an adapter already; load its base, or merge the adapter first")
+    if not (folder / CONFIG_FILE).is_file():
+        raise ModelError(f"{folder}: no {CONFIG_FILE}; give the folder of a PEFT adapter")
+    fields = read_adapter_fields(folder)
+    weights = read_adapter_weights(folder, fields)
+    fields.target_modules = _present_modules(model, fields.target_modules, "target_modules")
+    fields.exclude_modules = _present_modules(model, fields.exclude_modules, "exclude_modules")
+    fields.base_model_name_or_path = model.name_or_path
+    if str(fields.init_lora_weights).startswith("pissa_niter_"):
+        raise ModelError(
+            f"{folder}: initialised by {fields.init_lora_weights}, at random, and saved without that start; save it "
+            "again with PEFT's path_initial_model_for_weight_conversion"
+        )
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("error", message="Found missing adapter keys")
-            adapted = PeftModel.from_pretrained(model, folder, torch_device=str(model.device))
-        saved = load_peft_weights(str(folder), device="cpu")
-    except SafetensorError as error:
-        raise ModelError(f"{folder}: the adapter's weights are damaged ({one_line(error)}); save it anew") from None
-    except (OSError, ValueError, TypeError, RuntimeError, UserWarning) as error:
+            warnings.simplefilter("ignore")  # of PEFT: what matters is checked below, and raised
+            adapted = create_peft_model(model, lora_config(fields))
+            missing, unexpected = _set_weights(adapted, folder, weights)
+    except ParleyError:
+        raise
+    except KeyError as error:  # a module of modules_to_save that the file does not hold
+        raise _mismatch(folder, model, f"lacks {error.args[0]}") from None
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError, IndexError) as error:
         raise _mismatch(folder, model, one_line(error)) from None
-    # PEFT drops tensors of modules that the model lacks without a message.
-    loaded = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    dropped = sorted(key for key in saved if "lora_" in key and key not in loaded)
-    if dropped:
-        raise _mismatch(folder, model, f"no module for {dropped[0]} and {len(dropped) - 1} more")
+    for keys, what in [(missing, "lacks"), (unexpected, "no module for")]:
+        if keys:
+            raise _mismatch(folder, model, f"{what} {keys[0]} and {len(keys) - 1} more")
     return adapted.eval()
+
+
+def _present_modules(model: PreTrainedModel, wanted: list[str] | str | None, field: str) -> list[str] | str | None:
+    """A pattern of module names as the list of the modules of `model` that it matches."""
+    if not isinstance(wanted, str) or wanted == "all-linear":
+        return wanted
+    try:
+        return matching(wanted, [name for name, _ in model.named_modules()], field)
+    except UsageError as error:
+        raise ModelError(str(error)) from None
+
+
+def _set_weights(adapted: PeftModel, folder: Path, weights: dict[str, Tensor]) -> tuple[list[str], list[str]]:
+    """Write `weights` into the adapter; the names that were missing, and those that found no module."""
+    entitled = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    own = adapted.state_dict()
+    ours = {}
+    for name, value in weights.items():
+        if name in entitled or ".lora_" in name:
+            ours[name] = value
+        elif name not in own or not torch.equal(own[name].cpu(), value.to(own[name].dtype)):
+            raise ModelError(
+                f"{folder}: {WEIGHTS_FILE} holds {one_line(name, 120)}, which {CONFIG_FILE} does not entitle it to; "
+                "an adapter may not replace weights of its base: name the module in modules_to_save and save it again, "
+                "or merge the adapter with the program that made it"
+            )
+    result = set_peft_model_state_dict(adapted, ours)
+    parts = ("lora_", "modules_to_save", "trainable_tokens_")
+    missing = [name for name in result.missing_keys if any(part in name for part in parts)]
+    return missing, list(result.unexpected_keys)
 
 
 def _mismatch(folder: Path, model: PreTrainedModel, reason: str) -> ModelError:
@@ -146,6 +202,15 @@ def _mismatch(folder: Path, model: PreTrainedModel, reason: str) -> ModelError:
         f"{folder}: the adapter does not fit {model.name_or_path} ({reason}); "
         "load the base named in its adapter_config.json"
     )
+
+
+def create_peft_model(model: PreTrainedModel, config: LoraConfig) -> PeftModel:
+    """PEFT's get_peft_model, but for adapters whose initialisation changes the base: these are saved as plain ones."""
+    if is_residual_init(config):
+        config.base_model_name_or_path = model.name_or_path or None
+        config.revision = vars(model.config).get("_commit_hash")
+        return ResidualInitModel(model, config)
+    return get_peft_model(model, config, revision=vars(model.config).get("_commit_hash"))
 
 
 def trainable_summary(model: Any) -> str:
