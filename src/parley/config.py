@@ -68,6 +68,11 @@ class OpenSection(BaseModel):
 class ModelSection(Section):
     name: PathText = Field(DEMO_MODEL, description="Hub id, folder, or parley-demo for the embedded model.")
     revision: str | None = Field(None, description="Branch, tag or commit on the hub.")
+    adapter: Literal["auto", "continue", "merge", "new"] = Field(
+        "auto",
+        description="Where `name` is an adapter: continue training it, merge it into its base first, or start a new "
+        "one on its base. auto: continue, and with lora: null merge.",
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bf16 where the GPU has it, else fp16; fp32 on CPU."
     )

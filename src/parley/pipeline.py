@@ -35,6 +35,7 @@ from parley.training.setup import (
     prepare_data,
     prepare_training,
     print_mask,
+    resolve_adapter,
     rows_per_step,
 )
 from parley.training.terminal_summary import print_summary
@@ -165,6 +166,7 @@ def _run(
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check settings and data of `train`, show mask and number of steps; loads no weights, writes nothing."""
     _training_arguments(config)
+    resolve_adapter(config, console)
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
     data = prepare_data(config, tokenizer, console)

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 
-from parley.config import ModelSection
+from parley.config import LoraSection, ModelSection
 from parley.errors import DeviceError, ModelError
 from parley.models import load as load_module
-from parley.models.load import load_model
+from parley.models.adapters import attach_lora
+from parley.models.load import load_model, load_tokenizer
 from parley.models.quantization import quantization_of
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -208,8 +209,24 @@ def test_longer_than_the_models_positions(tiny_llama_folder):
 def test_pad_token_without_an_embedding(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "[BRAND NEW]"}))
-    with pytest.raises(ModelError, match=r"pad token \[BRAND NEW\] has id 384 and the model 384 embeddings"):
-        load_model(section(folder))
+    for load in (load_model, load_tokenizer):
+        with pytest.raises(
+            ModelError, match=r"tokenizer's '\[BRAND NEW\]' has the id 384 and the model 384 embeddings"
+        ):
+            load(section(folder))
+
+
+def test_tokenizers_with_more_words_than_embeddings_are_refused(folder, tmp_path):
+    """Of the model itself, and of an adapter that brings its own."""
+    tokenizer = load_tokenizer(section(folder))
+    attach_lora(load_model(section(folder))[0], LoraSection(r=4), seed=1).save_pretrained(tmp_path / "adapter")
+    tokenizer.add_tokens(["ahoy-matey"])
+    for target in (tmp_path / "adapter", folder):
+        tokenizer.save_pretrained(target)
+        for load in (load_model, load_tokenizer):
+            with pytest.raises(ModelError, match=r"'ahoy-matey' has the id 384 and the model 384 embeddings") as caught:
+                load(section(target))
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> P
 
     Raises UsageError for unknown or contradictory fields, ModelError for target modules that the model lacks.
     """
+    if isinstance(model, PeftModel):
+        raise UsageError(
+            "lora: the model has an adapter already; train on with it, merge it first (model.merge_and_unload()), or "
+            "load its base"
+        )
     config = _lora_config(section)
     config.target_modules = target_modules(model, section)
     if section.loftq:
@@ -77,6 +82,25 @@ def is_identity_adapter(model: torch.nn.Module) -> bool:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     )
+
+
+def continue_adapter(model: PeftModel, section: LoraSection) -> None:
+    """Check that training may go on with the adapter of `model`: none of the settings given contradicts it.
+
+    Raises UsageError for a setting that the adapter cannot follow.
+    """
+    adapter = model.active_peft_config.to_dict()
+    for name in sorted(section.model_fields_set):
+        wanted, found = getattr(section, name), adapter.get(name)
+        if isinstance(wanted, list):
+            wanted, found = sorted(wanted), sorted(found or [])
+        if name == "target_modules" and isinstance(wanted, str):
+            continue  # saved as the list of the modules it matched
+        if wanted != found and (wanted or found):
+            raise UsageError(
+                f"lora.{name} is {wanted!r} and the adapter that training goes on with has {found!r}; leave it out, or "
+                "set model.adapter: merge or new"
+            )
 
 
 def base_obstacle(model: torch.nn.Module) -> str | None:
@@ -116,6 +140,11 @@ def prepare_full(model: PreTrainedModel) -> PreTrainedModel:
 
     The gradient scaler that fp16 training needs refuses gradients in fp16. Raises ModelError for quantised weights.
     """
+    if isinstance(model, PeftModel):
+        raise UsageError(
+            "lora is null, but the model has an adapter, which would be saved without the trained base; set "
+            "model.adapter: merge, or keep lora"
+        )
     method = quantization_of(model.config)
     if method != "none":
         raise ModelError(
@@ -165,6 +194,23 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         if keys:
             raise _mismatch(folder, model, f"{what} {keys[0]} and {len(keys) - 1} more")
     return adapted.eval()
+
+
+def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
+    """The base of `model` with its adapter added to the weights; adapters trained on it record `name` as their base.
+
+    Raises ModelError for quantised weights, which would be rounded again, and for an adapter that is not finite.
+    """
+    method = quantization_of(model.get_base_model().config)
+    if method != "none":
+        raise ModelError(
+            f"{name}: the adapter cannot be merged into {method} weights without rounding them again; set "
+            "model.quantization: none with a 16-bit base"
+        )
+    merged = model.merge_and_unload()
+    merged.name_or_path = merged.config._name_or_path = name
+    merged.config._commit_hash = None
+    return merged
 
 
 def _present_modules(model: PreTrainedModel, wanted: list[str] | str | None, field: str) -> list[str] | str | None:

@@ -5,7 +5,6 @@ All later steps read local files only, so network errors occur, and are explaine
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -22,8 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 from parley.config import DEMO_MODEL, ModelSection
 from parley.errors import ModelError, one_line
 from parley.models.demo import demo_model_path
+from parley.models.json_files import read_json_object
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+ADAPTER_CONFIG = "adapter_config.json"
+MOST_ADAPTERS = 8  # on one base; each but the last is merged
 IGNORED_FILES = ["*/*", "consolidated*"]  # subfolders and duplicates of the weights
 
 
@@ -61,19 +63,44 @@ def local_folder(name: str) -> Path | None:
 def adapter_base(folder: Path, section: ModelSection) -> ModelSection | None:
     """For an adapter's folder, `section` with the name of its base model; None for a model's folder.
 
-    Raises ModelError where adapter_config.json cannot be read or names no base.
+    A base that begins with a dot is relative to the adapter's folder. Raises ModelError where adapter_config.json
+    cannot be read or names no base.
     """
-    path = folder / "adapter_config.json"
+    path = folder / ADAPTER_CONFIG
     if not path.is_file() or (folder / "config.json").is_file():
         return None
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path}: not valid JSON ({one_line(error)}); save the adapter again") from None
-    base = saved.get("base_model_name_or_path")
+    saved = read_json_object(path)
+    base, revision = saved.get("base_model_name_or_path"), saved.get("revision")
     if not base:
         raise ModelError(f"{path}: names no base_model_name_or_path; write the model it was trained on there")
-    return section.model_copy(update={"name": base, "revision": saved.get("revision")})
+    for key, value in (("base_model_name_or_path", base), ("revision", revision)):
+        if value is not None and not isinstance(value, str):
+            raise ModelError(f"{path}: {key} is {one_line(repr(value), 60)}, wanted a text")
+    if "\0" in base:
+        raise ModelError(f"{path}: base_model_name_or_path {one_line(base, 60)!r} is neither a path nor a hub id")
+    if base.startswith("."):
+        base = str((folder / base).resolve())
+    return section.model_copy(update={"name": base, "revision": revision})
+
+
+def adapter_chain(section: ModelSection) -> tuple[list[ModelSection], ModelSection]:
+    """The adapters that `section.name` means, the one nearest to the base first, and their base.
+
+    An adapter may be trained on a base that is an adapter itself. Raises ModelError for a chain that does not end.
+    """
+    adapters: list[ModelSection] = []
+    folders: list[Path] = []
+    while True:
+        folder = model_folder(section, weights=False)
+        base = adapter_base(folder, section)
+        if base is None:
+            return adapters, section
+        if folder in folders or len(folders) == MOST_ADAPTERS:
+            reason = "is its own base" if folder in folders else f"stands on more than {MOST_ADAPTERS} other adapters"
+            raise ModelError(f"{folder}: the adapter {reason}; correct base_model_name_or_path in {ADAPTER_CONFIG}")
+        folders.append(folder)
+        adapters.insert(0, section)
+        section = base
 
 
 def _download(section: ModelSection, patterns: list[str]) -> Path:

@@ -25,11 +25,17 @@ from transformers.utils import logging as transformers_logging
 from parley.config import DEMO_MODEL, ModelSection
 from parley.errors import DeviceError, ModelError, one_line
 from parley.library_compat.bitsandbytes import keep_trainable_layout
-from parley.models.adapters import load_adapter
+from parley.models.adapters import load_adapter, merge_adapter
 from parley.models.device import describe_device, pick_device, pick_dtype
-from parley.models.folder import adapter_base, local_folder, model_folder
+from parley.models.folder import adapter_chain, local_folder, model_folder
 from parley.models.quantization import plan_quantization
-from parley.models.tokenizer import has_tokenizer, load_tokenizer, read_tokenizer, require_chat_template
+from parley.models.tokenizer import (
+    check_vocabulary,
+    has_tokenizer,
+    load_tokenizer,
+    read_tokenizer,
+    require_chat_template,
+)
 from parley.units import GIB
 
 __all__ = ["load_adapter", "load_model", "load_tokenizer", "require_chat_template"]
@@ -44,37 +50,50 @@ def load_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model and tokenizer that `section` describes, in evaluation mode on their device.
 
     `section.name` is a hub id, a folder, the embedded demo, or the folder of a PEFT adapter, whose base is loaded
-    first. NF4 is QLoRA's 4-bit type (Dettmers et al. 2023, arXiv:2305.14314), int8 is LLM.int8()
+    first; `section.adapter` says whether the adapter stays one ("auto", "continue"), is merged ("merge") or is left
+    out ("new"). NF4 is QLoRA's 4-bit type (Dettmers et al. 2023, arXiv:2305.14314), int8 is LLM.int8()
     (arXiv:2208.07339), both through bitsandbytes; a checkpoint that was saved quantised is loaded as saved.
 
     Raises ModelError for a model that is missing, damaged or does not fit, DeviceError for a device that is.
     """
+    adapters, base = adapter_chain(section)
+    model, tokenizer = _load_base(base)
+    for adapter in adapters:
+        top = adapter is adapters[-1]
+        if top and section.adapter == "new":
+            break
+        folder = model_folder(adapter)
+        if has_tokenizer(folder):
+            tokenizer = read_tokenizer(folder, adapter)
+            check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, adapter.name)
+        model = load_adapter(model, folder)
+        if not top or section.adapter == "merge":
+            model = merge_adapter(model, adapter.name if local_folder(adapter.name) is None else str(folder))
+            logger.info("%s is merged into %s", adapter.name, base.name)
+    return model, tokenizer
+
+
+def _load_base(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A whole model, and its tokenizer, as load_model describes them."""
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     folder = model_folder(section, weights=False)
-    base = adapter_base(folder, section)
-    if base is not None:
-        model, tokenizer = load_model(base)
-        if has_tokenizer(folder):
-            tokenizer = read_tokenizer(folder, section)
-        return load_adapter(model, model_folder(section)), tokenizer
-
     config = _read_config(folder, section)
     tokenizer = read_tokenizer(folder, section)
     quantization = plan_quantization(config, section, dtype)
     folder = model_folder(section)
     model = _read_weights(folder, section, config, quantization, device, dtype)
     keep_trainable_layout(model)
-    _set_padding(model, tokenizer, section.name)
+    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, section.name)
+    _set_padding(model, tokenizer)
     _set_name(model, section, folder)
     return model.eval(), tokenizer
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """The config of the model that `section` describes, of an adapter's base, without weights. Raises ModelError."""
-    folder = model_folder(section, weights=False)
-    base = adapter_base(folder, section)
-    return _read_config(folder, section) if base is None else load_config(base)
+    _, base = adapter_chain(section)
+    return _read_config(model_folder(base, weights=False), base)
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -183,13 +202,7 @@ def _out_of_memory(section: ModelSection, files: list[Path], device: torch.devic
     )
 
 
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if tokenizer.pad_token_id >= rows:
-        raise ModelError(
-            f"{name}: the pad token {tokenizer.pad_token} has id {tokenizer.pad_token_id} and the model {rows} "
-            "embeddings; name another pad_token in tokenizer_config.json"
-        )
+def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 

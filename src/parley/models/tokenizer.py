@@ -10,7 +10,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from parley.config import ModelSection
 from parley.errors import ModelError, one_line
-from parley.models.folder import adapter_base, model_folder
+from parley.models.folder import adapter_chain, model_folder
+from parley.models.json_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,16 @@ def read_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
     if section.chat_template is not None:
         tokenizer.chat_template = _read_template(section.chat_template, tokenizer)
     return tokenizer
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: str) -> None:
+    """Raises ModelError where `tokenizer` has ids past the last of the model's embeddings."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last >= embeddings:
+        raise ModelError(
+            f"{name}: the tokenizer's {one_line(token, 40)!r} has the id {last:,} and the model {embeddings:,} "
+            "embeddings; use the tokenizer that was made with the model, or resize the model's embeddings and save it"
+        )
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -100,8 +111,24 @@ def _read_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     """The tokenizer of `section.name`, without loading weights: an adapter's own, or its base's. Raises ModelError."""
-    folder = model_folder(section, weights=False)
-    base = adapter_base(folder, section)
-    if base is not None and not has_tokenizer(folder):
-        return load_tokenizer(base)
-    return read_tokenizer(folder, section)
+    adapters, base = adapter_chain(section)
+    used = adapters[:-1] if section.adapter == "new" else adapters
+    base_folder = model_folder(base, weights=False)
+    sources = [(model_folder(adapter, weights=False), adapter) for adapter in reversed(used)]
+    folder, source = next((pair for pair in sources if has_tokenizer(pair[0])), (base_folder, base))
+    tokenizer = read_tokenizer(folder, source)
+    embeddings = _vocabulary_size(base_folder)
+    if embeddings is not None:
+        check_vocabulary(tokenizer, embeddings, source.name)
+    return tokenizer
+
+
+def _vocabulary_size(folder: Path) -> int | None:
+    """The rows of a model's embedding by its config.json, where it says so; load_model checks the weights."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    fields = read_json_object(path)
+    text = fields.get("text_config")
+    size = (text if isinstance(text, dict) else fields).get("vocab_size")
+    return size if isinstance(size, int) else None

@@ -49,7 +49,7 @@ def load_for_inference(source: str) -> LoadedModel:
     run = RunFolder.open(source)
     config = run.config
     model, tokenizer = run.load()
-    names = served_names(source, config.model.name if _serves_base(model) else None)
+    names = served_names(source, _base_name(model, config.model) if _serves_base(model) else None)
     return LoadedModel(model, tokenizer, names, config.generation, config.data.system, run.golden)
 
 
@@ -59,6 +59,11 @@ def _serves_base(model: Any) -> bool:
     if reason is not None and isinstance(model, PeftModel):
         logger.warning("only the tuned model is served: %s", reason)
     return reason is None
+
+
+def _base_name(model: PeftModel, section: ModelSection) -> str:
+    """The base as the run's settings name it; its own name where these name an adapter (then model.adapter is set)."""
+    return section.name if section.adapter == "auto" else model.get_base_model().name_or_path
 
 
 def served_names(source: str, base: str | None) -> dict[str, bool]:

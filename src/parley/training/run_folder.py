@@ -124,7 +124,9 @@ class RunFolder:
         if self.model.is_dir():
             model, _ = load_model(section.model_copy(update={"name": str(self.model)}))
         else:
-            base, _ = load_model(section.model_copy(update={"name": self.base_name()}))
+            # A run that continued an adapter saved all of it; an adapter that was merged first is part of the base.
+            start = "merge" if section.adapter == "merge" else "new"
+            base, _ = load_model(section.model_copy(update={"name": self.base_name(), "adapter": start}))
             model = load_adapter(base, self.adapter)
         return model, read_tokenizer(self.weights, section)
 

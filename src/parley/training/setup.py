@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
 
 from parley.config import RunConfig, TrainingSection
 from parley.data.prepare import Prepared, prepare
 from parley.data.preview import pieces, to_terminal
-from parley.errors import DataError
-from parley.models.adapters import attach_lora, prepare_full, trainable_summary
+from parley.errors import DataError, UsageError
+from parley.models.adapters import attach_lora, continue_adapter, prepare_full, trainable_summary
 from parley.models.device import pick_device
+from parley.models.folder import adapter_chain
 from parley.models.load import load_model
 from parley.text import print_text, visible
 from parley.training.resources import StageTimer
@@ -42,6 +44,7 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
     if config.lora is None and config.model.dtype == "auto":
         config.model.dtype = "float32"  # an update of 1e-4 is below half a unit of most bfloat16 weights
         print_text(console, "full fine-tuning keeps its weights in float32, so that small updates are not lost")
+    resolve_adapter(config, console)
     with console.status(Text(f"loading {visible(config.model.name)}")):
         model, tokenizer = load_model(config.model)
     timer.end("model")
@@ -49,11 +52,37 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
     timer.end("data")
     if config.lora is None:
         prepare_full(model)
+    elif isinstance(model, PeftModel):
+        continue_adapter(model, config.lora)
     else:
         model = attach_lora(model, config.lora, seed=config.training.seed)
     timer.end("adapter")
     print_text(console, trainable_summary(model))
     return TrainingSetup(config, device, model, tokenizer, data)
+
+
+def resolve_adapter(config: RunConfig, console: Console) -> None:
+    """Where model.name is an adapter, decide what training starts from, print it, and keep it in `config`.
+
+    Raises UsageError for an adapter that would be continued while lora is null: it would be saved without the base.
+    """
+    adapters, base = adapter_chain(config.model)
+    if not adapters:
+        return
+    section = config.model
+    if section.adapter == "auto":
+        section.adapter = "merge" if config.lora is None else "continue"
+    if section.adapter == "continue" and config.lora is None:
+        raise UsageError(
+            f"{section.name} is an adapter, and lora: null trains every weight of a model; set model.adapter: merge "
+            f"(train {base.name} with it merged) or new (train {base.name} alone), or leave lora: null out"
+        )
+    meaning = {
+        "continue": "training goes on with it (model.adapter: merge or new would start another)",
+        "merge": "it is merged into its base first, and the result is trained",
+        "new": "it is left out, and its base is trained",
+    }
+    print_text(console, f"{section.name} is an adapter on {base.name}: {meaning[section.adapter]}")
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepared:
