@@ -229,3 +229,109 @@ def test_rows_that_show_nothing_do_not_decide_the_format() -> None:
 def test_a_row_whose_answer_is_missing_has_no_answer() -> None:
     found = recognised({"instruction": "q", "response": "a"})
     assert found.example({"instruction": "q"}, "row 2").messages == [USER]
+
+
+def test_alpaca_s_input_follows_its_instruction() -> None:
+    row = {"instruction": "Translate to French:", "input": "cheese", "output": "fromage"}
+    assert messages(row) == [("user", "Translate to French:\n\ncheese"), ("assistant", "fromage")]
+    assert messages(row | {"input": ""}) == [("user", "Translate to French:"), ("assistant", "fromage")]
+    swapped = {"instruction": "Translate to French:", "context": "cheese", "response": "fromage"}
+    assert messages(swapped)[0] == ("user", "cheese\n\nTranslate to French:")
+    for format in ("alpaca", "dolly"):  # the column decides the order, whatever the data set is called
+        assert messages(row, format=format) == messages(row)
+        assert messages(swapped, format=format) == messages(swapped)
+    mapped = {"instruction": "Translate to French:", "passage": "cheese", "answer": "fromage"}
+    names = {"input": "passage", "output": "answer"}
+    assert messages(mapped, columns=names) == messages(row)
+    assert messages(mapped, columns={"context": "passage", "response": "answer"}) == messages(swapped)
+
+
+def test_alpaca_rows_without_an_input_stay_alpaca_s() -> None:
+    rows = [{"instruction": "q", "input": "i", "output": "a"}, {"instruction": "q", "output": "a"}]
+    found = recognised(rows[0])
+    assert found.example(rows[1], "row 2").messages == [USER, ASSISTANT]
+    assert recognised(rows[1]).name == "alpaca"
+    dolly = recognised({"instruction": "q", "context": "c", "response": "a"})
+    assert dolly.example({"instruction": "q", "context": None, "response": "a"}, "row 2").messages == [USER, ASSISTANT]
+
+
+def test_history_is_earlier_turns() -> None:
+    row = {"instruction": "And now?", "output": "ok", "history": [["Hi", "Hello"]]}
+    assert messages(row, system="s") == [
+        ("system", "s"), ("user", "Hi"), ("assistant", "Hello"), ("user", "And now?"), ("assistant", "ok"),
+    ]  # fmt: skip
+    assert messages(row | {"history": json.dumps(row["history"])}) == messages(row)
+    assert messages(row | {"history": []}) == [("user", "And now?"), ("assistant", "ok")]
+    assert "field 'history' holds ['Hi']; wanted pairs" in refused(row | {"history": [["Hi"]]})
+    assert "field 'history' holds 'H'; wanted pairs" in refused(row | {"history": ["Hi"]} | {"history": {"H": 1}})
+
+
+def test_columns_may_be_nested() -> None:
+    row = {"id": 1, "chat": {"turns": [USER, ASSISTANT]}}
+    assert messages(row, columns={"messages": "chat.turns"}) == [("user", "q"), ("assistant", "a")]
+    assert recognised(row, columns={"messages": "chat.turns"}).reason.startswith("messages (column chat.turns")
+    assert messages({"a.b": [USER, ASSISTANT]}, columns={"messages": "a.b"}) == [("user", "q"), ("assistant", "a")]
+    assert "maps messages to chat.rows, which is missing" in refused(row, columns={"messages": "chat.rows"})
+
+
+def test_keys_and_roles_of_turns_may_be_mapped() -> None:
+    row = {"messages": [{"who": "visitor", "says": "q"}, {"who": "guide", "says": "a"}]}
+    names = {"columns": {"role": "who", "content": "says"}, "roles": {"visitor": "user", "guide": "assistant"}}
+    assert messages(row, **names) == [("user", "q"), ("assistant", "a")]
+    with pytest.raises(UsageError, match=r"data\.roles maps guide to 'guru'; wanted one of assistant"):
+        example(row, **(names | {"roles": {"guide": "guru"}}))
+
+
+def test_columns_that_nobody_reads_are_named() -> None:
+    rows = [
+        {"messages": [USER, ASSISTANT], "id": 1, "chosen": None, "notes": ""},
+        {"messages": [USER, ASSISTANT], "rejected": "x"},
+        {"messages": [USER, ASSISTANT], "notes": "n", "tools": [], "weight": 1},
+    ]
+    found = recognise([("row 1", rows[0])], DataSection())
+    for row in rows:
+        found.example(row, "row")
+    assert list(found.unread) == ["id", "rejected", "notes"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"text": "t", "train": False}, "got a loss weight of 0 on text"),
+        ({"messages": [USER, ASSISTANT], "weight": 5}, "field 'weight' is 5; wanted true, false or a number"),
+        ({"messages": [USER, ASSISTANT], "images": ["cat.png"]}, "row 1: has 'images'; Parley trains on text alone"),
+        ({"prompt": "q", "completion": "a", "audio": {"path": "x"}}, "row 1: has 'audio'"),
+        ({"messages": [USER, ASSISTANT], "label": False}, "label is false, an undesired answer"),
+        ({"prompt": "q", "completion": "a", "label": False}, "train on preferences"),
+        ({"prompt": "q", "chosen": "GOOD", "rejected": "BAD"}, "is a preference pair (columns prompt, chosen"),
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, "is a preference pair"),
+        ({"role": "user", "content": "q"}, "is a single turn; wanted a conversation a row"),
+        ({"from": "human", "value": "q"}, "is a single turn"),
+        ({"text": "t", "weight": 0.5}, "got a loss weight of 0.5 on text"),
+    ],
+)
+def test_rows_that_mean_something_else_are_never_trained_on_in_silence(row: dict[str, Any], said: str) -> None:
+    assert said in refused(row)
+
+
+def test_a_preference_set_may_be_trained_on_its_chosen_answers() -> None:
+    found = example({"prompt": "q", "chosen": "GOOD", "rejected": "BAD"}, columns={"completion": "chosen"})
+    assert (found.prompt, found.completion) == ("q", "GOOD")
+
+
+@pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"instruction": "q", "output": "a"}])
+def test_a_row_s_own_flag_is_on_its_answers(row: dict[str, Any]) -> None:
+    found = example(row | {"weight": 0.5}).messages
+    assert found == [USER, ASSISTANT | {"weight": 0.5}]
+    assert recognised(row | {"train": True}).name == recognised(row).name
+
+
+def test_a_conversation_may_be_json_text() -> None:
+    assert messages({"messages": json.dumps([USER, ASSISTANT])}) == [("user", "q"), ("assistant", "a")]
+    assert "field 'messages' is not JSON" in refused({"messages": "[{"})
+
+
+def test_a_class_label_is_a_column_and_no_flag() -> None:
+    found = recognised({"text": "t", "label": 0})
+    assert found.example({"text": "t", "label": 0}, "row 1").text == "t"
+    assert list(found.unread) == ["label"]

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
+import csv
 import gzip
 import json
+import lzma
+import os
 import socket
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from datasets import Dataset, IterableDataset
 
 from parley.config import DEMO_DATA, DataSection
 from parley.data import sources
-from parley.data.sources import located, read_rows
-from parley.errors import DataError
+from parley.data.sources import FileRows, located, read_rows
+from parley.errors import DataError, UsageError
 
 ROWS = [{"instruction": f"question {n}", "response": f"answer {n}"} for n in range(1, 21)]
 
@@ -57,7 +62,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("no_network")
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("kind", ["jsonl", "json", "data.json", "csv", "parquet", "jsonl.gz", "lines.json"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "data.json", "csv", "tsv", "parquet", "ndjson", "lines.json"])
 def test_every_kind_of_file_gives_the_same_rows_without_a_network(tmp_path: Path, kind: str, streaming: bool) -> None:
     path = tmp_path / f"rows.{kind}"
     if kind == "parquet":
@@ -68,7 +73,8 @@ def test_every_kind_of_file_gives_the_same_rows_without_a_network(tmp_path: Path
             "json": json.dumps(ROWS, indent=1),
             "data.json": json.dumps({"data": ROWS}),
             "csv": "instruction,response\n" + "".join(f"{r['instruction']},{r['response']}\n" for r in ROWS),
-            "jsonl.gz": gzip.compress(jsonl(ROWS).encode()),
+            "ndjson": jsonl(ROWS),
+            "tsv": "instruction\tresponse\n" + "".join(f"{r['instruction']}\t{r['response']}\n" for r in ROWS),
             "lines.json": jsonl(ROWS),
         }
         write(path, contents[kind])
@@ -242,3 +248,111 @@ def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     assert "hub cannot be reached" in refused("nobody/nothing")
+
+
+def zstd(content: bytes) -> bytes:
+    compressed = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(compressed, "zstd") as stream:
+        stream.write(content)
+    return compressed.getvalue().to_pybytes()
+
+
+COMPRESS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+CONTENTS = {
+    "jsonl": '{"text": "a"}\n{"text": "b"}\n',
+    "ndjson": '{"text": "a"}\n{"text": "b"}\n',
+    "json": '[{"text": "a"}, {"text": "b"}]',
+    "csv": "text\na\nb\n",
+    "tsv": "text\na\nb\n",
+    "txt": "a\nb\n",
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_compressed_files_of_every_kind(tmp_path: Path, kind: str, compression: str) -> None:
+    content = COMPRESS[compression](CONTENTS[kind].encode())
+    path = write(tmp_path / f"rows.{kind}.{compression.upper()}", content)
+    assert [row for _, row in read(path)] == [{"text": "a"}, {"text": "b"}]
+    assert len(read_rows(path, DataSection(source=path))) == 2  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_damaged_compressed_files_are_named(tmp_path: Path, compression: str) -> None:
+    whole = COMPRESS[compression]("".join(f'{{"text": "{n}"}}\n' for n in range(2000)).encode())
+    for name, content in {"cut": whole[: len(whole) // 2], "other": b"not compressed", "short": whole[:3]}.items():
+        message = refused(write(tmp_path / f"{name}.jsonl.{compression}", content))
+        assert "not a whole" in message
+        assert "compress it again" in message
+
+
+def test_a_compressed_parquet_file_is_not_read(tmp_path: Path) -> None:
+    assert "got a .parquet.gz; wanted" in refused(write(tmp_path / "rows.parquet.gz", b""))
+
+
+def test_text_files_are_split_at_newlines_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.txt", "\ufeffa\u2028b\x0bc\x85d\x1ce\rf\r\n \n  g\n")
+    assert read(path) == [
+        ("rows.txt line 1", {"text": "a\u2028b\x0bc\x85d\x1ce\rf"}),
+        ("rows.txt line 3", {"text": "  g"}),
+    ]
+
+
+def test_csv_fields_may_be_of_any_length(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    long = "x" * (limit + 1)
+    path = write(tmp_path / "rows.csv", f'a,b\n1,"{long}"\n2,short\n')
+    rows = iter(read_rows(path, DataSection(source=path)))
+    assert next(rows)["b"] == long
+    assert csv.field_size_limit() == limit  # also while the file is being read
+    assert next(rows)["b"] == "short"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "folder"])
+@pytest.mark.parametrize("setting", ["subset", "revision"])
+def test_settings_of_the_hub_are_refused_for_local_rows(tmp_path: Path, name: str, setting: str) -> None:
+    write(tmp_path / "rows.jsonl", jsonl(ROWS))
+    write(tmp_path / "folder" / "rows.jsonl", jsonl(ROWS))
+    for source in (tmp_path / name, DEMO_DATA):
+        with pytest.raises(UsageError, match=f"data.{setting} is 'en', which only data sets on the hub have"):
+            read(source, **{setting: "en"})
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("one.json", {"messages": [{"role": "user", "content": "q"}]}),
+        ("list.json", [{"messages": [{"role": "user", "content": "q"}]}]),
+        ("bare.json", [{"role": "user", "content": "q"}]),
+        ("bare_list.json", [[{"role": "user", "content": "q"}]]),
+        ("bare.jsonl", [{"role": "user", "content": "q"}]),
+    ],
+)
+def test_conversations_may_stand_bare_in_a_file(tmp_path: Path, name: str, content: Any) -> None:
+    rows = [row for _, row in read(write(tmp_path / name, json.dumps(content)))]
+    assert rows == [{"messages": [{"role": "user", "content": "q"}]}]
+
+
+def test_notes_beside_the_data_are_no_rows(tmp_path: Path) -> None:
+    write(tmp_path / "rows.jsonl", jsonl(ROWS))
+    write(tmp_path / "LICENSE.txt", "Do as you like.")
+    assert len(read(tmp_path)) == len(ROWS)
+    write(tmp_path / "more.ndjson", jsonl(ROWS))
+    assert len(read(tmp_path)) == 2 * len(ROWS)
+
+
+def test_rows_of_files_are_a_sequence(tmp_path: Path) -> None:
+    rows = read_rows(write(tmp_path / "rows.jsonl", jsonl(ROWS)), DataSection())
+    assert isinstance(rows, FileRows)
+    assert len(rows) == len(ROWS)
+    assert [rows[0]["response"], rows[-1]["response"]] == ["answer 1", "answer 20"]
+    assert [row["response"] for row in rows[3:5]] == ["answer 4", "answer 5"]
+    with pytest.raises(IndexError):
+        rows[20]
+    limited = read_rows(write(tmp_path / "rows.jsonl", jsonl(ROWS)), DataSection(limit=3, split="train[10:]"))
+    assert (len(limited), limited[0]["response"]) == (3, "answer 11")  # type: ignore[arg-type, index]
+
+
+def test_a_file_that_is_neither_file_nor_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert "is neither a file nor a folder" in refused(tmp_path / "rows.jsonl")

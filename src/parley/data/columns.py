@@ -8,7 +8,7 @@ from typing import Any
 from parley.config import DataSection
 from parley.data.fields import short, text_of
 from parley.data.files import Row
-from parley.data.loss_weights import FLAGS
+from parley.data.loss_weights import ROW_FLAGS
 
 Spellings = tuple[tuple[str, ...], ...]
 """Columns, each under its canonical name first, then other names of the same."""
@@ -34,9 +34,9 @@ class Fields:
     def text(self, canonical: str) -> str:
         return text_of(self.value(canonical), f"{self.origin}: field {self.own.get(canonical, canonical)!r}")
 
-    def flags(self) -> dict[str, str]:
-        """The row's own loss flags."""
-        return {flag: flag for flag in FLAGS if self.row.get(flag) is not None and flag not in self.own.values()}
+    def flags(self) -> list[str]:
+        """The columns that are loss flags of the whole row."""
+        return [flag for flag in ROW_FLAGS if self.row.get(flag) is not None and flag not in self.own.values()]
 
 
 def candidates(names: tuple[str, ...], data: DataSection) -> Iterator[str]:

@@ -43,10 +43,10 @@ def kind_of(path: Path) -> str | None:
     return None if compressed and kind == ".parquet" else kind
 
 
-def read_files(files: list[str], skip_bad: bool = False) -> Iterator[Row]:
+def read_files(files: list[str], keep_bad: bool = False) -> Iterator[Row]:
     """The rows of JSON, CSV or text files one after the other, each with its ORIGIN.
 
-    Raises DataError naming the line; with `skip_bad`, a single row that cannot be read comes as its ERROR instead.
+    Raises DataError naming the line; with `keep_bad`, a single row that cannot be read comes as its ERROR instead.
     """
     for file in files:
         path = Path(file)
@@ -55,7 +55,7 @@ def read_files(files: list[str], skip_bad: bool = False) -> Iterator[Row]:
             empty = False
             if not isinstance(row, DataError):
                 yield {**row, ORIGIN: f"{path.name} {place}"}
-            elif skip_bad:
+            elif keep_bad:
                 yield {ORIGIN: f"{path.name} {place}", ERROR: str(row)}
             else:
                 raise row

@@ -222,9 +222,7 @@ def _weighted(example: Example, fields: Fields) -> Example:
     if weight is None or weight == 1:
         return example
     if example.messages is None:
-        raise DataError(
-            f"{fields.origin}: a loss weight of {weight:g} on a row of text; leave the row out, or use messages"
-        )
+        raise DataError(f"{fields.origin}: got a loss weight of {weight:g} on text; leave the row out, or use messages")
     for message in example.messages:
         if message["role"] == "assistant":
             message[WEIGHT] = weight

@@ -15,7 +15,9 @@ from parley.data.conversation import WEIGHT, WEIGHT_SPANS
 from parley.data.fields import short
 from parley.errors import DataError
 
-FLAGS = ("weight", "loss_weight", "train", "training", "loss", "label")
+FLAGS = ("weight", "loss_weight", "train", "training", "loss")
+ROW_FLAGS = ("weight", "loss_weight", "train")
+"""Flags of a whole row; `label` and the like are often classes there."""
 _DETAIL = ("train_detail", "training_detail")
 
 Span = list[float]
@@ -24,19 +26,22 @@ Span = list[float]
 
 def message_weight(turn: dict[str, Any], place: str) -> float | None:
     """Take the flags out of `turn`: their product, None without any."""
-    weights = [_weight(turn.pop(flag), f"{place}: {flag!r}") for flag in FLAGS if turn.get(flag) is not None]
-    return _product(weights)
+    flags = _flags(turn)
+    return _product([_weight(turn.pop(flag), f"{place}: {flag!r}") for flag in flags])
 
 
 def part_weight(part: dict[str, Any], place: str) -> float | None:
-    weights = [_weight(part[flag], f"{place}: {flag!r} of a part") for flag in FLAGS if part.get(flag) is not None]
-    return _product(weights)
+    return _product([_weight(part[flag], f"{place}: {flag!r} of a part") for flag in _flags(part)])
 
 
-def row_weight(row: dict[str, Any], columns: dict[str, str], place: str) -> float | None:
-    """The weight of a whole row: the product of its flags under `columns` (a flag to the row's own name)."""
-    weights = [_weight(row[column], f"{place}: field {column!r}") for column in columns.values()]
-    return _product(weights)
+def row_weight(row: dict[str, Any], columns: list[str], place: str) -> float | None:
+    """The weight of a whole row: the product of its flags in `columns`."""
+    return _product([_weight(row[column], f"{place}: field {column!r}") for column in columns])
+
+
+def _flags(item: dict[str, Any]) -> list[str]:
+    flags = [flag for flag in FLAGS if item.get(flag) is not None]
+    return [*flags, "label"] if isinstance(item.get("label"), bool) else flags
 
 
 def spans_of_parts(texts: list[tuple[str, float | None]]) -> dict[str, Any]:

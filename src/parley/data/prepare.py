@@ -70,7 +70,7 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     """
     pin_date(tokenizer, data.date)
     heldout_rows = 0 if data.heldout else data.heldout_rows
-    rows = RowRenderer(read_rows(data.source, data), tokenizer, data, max_length, data.source)
+    rows = RowRenderer(read_rows(data.source, data, keep_bad=True), tokenizer, data, max_length, data.source)
     prepared, trained = rows.stream(heldout_rows) if rows.summary.streaming else rows.split(heldout_rows)
     if data.heldout:
         _hold_out(prepared, trained, data, tokenizer, max_length)
@@ -94,7 +94,7 @@ def read_examples(data: DataSection) -> tuple[Recognised, Iterator[Example]]:
 
     With `data.bad_rows: skip`, rows that cannot be understood are left out.
     """
-    rows = read_rows(data.source, data)
+    rows = read_rows(data.source, data, keep_bad=True)
     format = recognise(_readable(rows), data, data.source)
     return format, _good(_examples(rows, format), BadRows(data))
 
@@ -258,18 +258,19 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     if is_local(source):
         changes |= {"subset": None, "revision": None}  # those of a training set on the hub
     section = data.model_copy(update=changes)
-    rows = RowRenderer(read_rows(source, section), tokenizer, section, max_length, source, prefix="held-out")
+    rows = read_rows(source, section, keep_bad=True)
+    renderer = RowRenderer(rows, tokenizer, section, max_length, source, prefix="held-out")
     tokens = _TokenColumns()
-    for outcome in rows.outcomes():
+    for outcome in renderer.outcomes():
         if outcome is not None:
             prepared.heldout_examples.append(outcome[0])
             tokens.add(outcome[1])
     summary = prepared.summary
     summary.heldout, summary.heldout_source = len(tokens.digests), data.heldout
-    summary.heldout_dropped = rows.summary.dropped
+    summary.heldout_dropped = renderer.summary.dropped
     summary.heldout_repeated = sum(digest in trained for digest in tokens.digests)
     if not tokens.digests:
-        raise DataError(f"data.heldout {source}: nothing left to evaluate on; {rows.summary.nothing_left()}")
+        raise DataError(f"data.heldout {source}: nothing left to evaluate on; {renderer.summary.nothing_left()}")
     prepared.heldout = tokens.dataset()
 
 

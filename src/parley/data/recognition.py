@@ -11,7 +11,7 @@ from parley.data.columns import TURN_KEYS, Fields, listed, lookup
 from parley.data.conversation import Example
 from parley.data.files import Row
 from parley.data.formats import BY_NAME, FORMATS, Format
-from parley.data.loss_weights import FLAGS
+from parley.data.loss_weights import ROW_FLAGS
 from parley.data.messages import ROLES
 from parley.errors import DataError, UsageError
 
@@ -57,7 +57,7 @@ class Recognised:
         _refuse_what_training_cannot_see(row, fields)
         key = (*row, None, *fields.own.values())
         if key not in self._unread_of:
-            read = {name.partition(".")[0] for name in fields.own.values()} | set(FLAGS)
+            read = {name.partition(".")[0] for name in fields.own.values()} | set(ROW_FLAGS)
             self._unread_of[key] = [column for column in row if column not in read]
         for column in self._unread_of[key]:
             if row[column] not in _EMPTY:

@@ -46,14 +46,14 @@ class _Part:
 class FileRows(Sequence[Row]):
     """Rows of local files, read anew at every pass: a data set need not fit in memory.
 
-    Each row is as written, with its place under ORIGIN; with `skip_bad`, one that cannot be read has its ERROR.
+    Each row is as written, with its place under ORIGIN; with `keep_bad`, one that cannot be read has its ERROR.
     """
 
-    def __init__(self, parts: list[_Part], skip_bad: bool = False, limit: int | None = None) -> None:
-        self.parts, self.skip_bad, self.limit = parts, skip_bad, limit
+    def __init__(self, parts: list[_Part], keep_bad: bool = False, limit: int | None = None) -> None:
+        self.parts, self.keep_bad, self.limit = parts, keep_bad, limit
 
     def __iter__(self) -> Iterator[Row]:
-        rows = (islice(read_files(list(part.files), self.skip_bad), part.start, part.stop) for part in self.parts)
+        rows = (islice(read_files(list(part.files), self.keep_bad), part.start, part.stop) for part in self.parts)
         return islice(chain.from_iterable(rows), self.limit)
 
     def __len__(self) -> int:
@@ -82,15 +82,15 @@ class FileRows(Sequence[Row]):
 Rows: TypeAlias = "Dataset | IterableDataset | FileRows | list[Row]"
 
 
-def read_rows(source: str, data: DataSection) -> Rows:
+def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
     """The rows of `source`, in `data.split`, up to `data.limit`.
 
     Rows of local JSON, CSV and text files (FileRows, or with `data.streaming` an IterableDataset) are as written and
     carry their place under ORIGIN. What comes from Parquet or the hub has passed through Arrow: see `located`.
-    Local paths never touch the network.
+    With `keep_bad`, a row of a file that cannot be read comes as its ERROR. Local paths never touch the network.
 
-    Raises DataError in one line: nothing there, nothing in it, not readable, or no such split; UsageError for settings
-    of the hub on local rows.
+    Raises DataError in one line: nothing there, nothing in it, not readable, a bad row, or no such split; UsageError
+    for settings of the hub on local rows.
     """
     if source == DEMO_DATA:
         _refuse_hub_settings(source, data)
@@ -99,7 +99,7 @@ def read_rows(source: str, data: DataSection) -> Rows:
         _refuse_hub_settings(source, data)
         files = _files_by_split(Path(source).expanduser(), source)
         if kind_of(Path(next(iter(files.values()))[0])) != ".parquet":
-            return _file_rows(source, files, data)
+            return _file_rows(source, files, data, keep_bad)
         rows = _load("parquet", source, data, data_files=files)
     elif _HUB_ID.fullmatch(source):
         rows = _load(source, source, data, name=data.subset, revision=data.revision)
@@ -159,20 +159,19 @@ def _refuse_hub_settings(source: str, data: DataSection) -> None:
             )
 
 
-def _file_rows(source: str, files: dict[str, list[str]], data: DataSection) -> Rows:
+def _file_rows(source: str, files: dict[str, list[str]], data: DataSection, keep_bad: bool) -> Rows:
     """JSON, CSV and text files. The split may be sliced and added up as on the hub."""
-    skip_bad = data.bad_rows == "skip"
     requested = _SLICE.fullmatch(data.split)
     if data.streaming:
         if requested is None or requested[1] not in files:
             raise _no_split(source, data.split, files)
         rows = IterableDataset.from_generator(
-            read_files, gen_kwargs={"files": files[requested[1]], "skip_bad": skip_bad}
+            read_files, gen_kwargs={"files": files[requested[1]], "keep_bad": keep_bad}
         )
         return _limited(_sliced(rows, requested), data)
     whole = files.get(data.split)
     parts = [_Part(tuple(whole))] if whole else _split_parts(source, files, data.split)
-    file_rows = FileRows(parts, skip_bad, data.limit)
+    file_rows = FileRows(parts, keep_bad, data.limit)
     kind = kind_of(Path(next(iter(files.values()))[0]))
     return list(file_rows) if kind == ".json" else file_rows  # a JSON document is parsed whole: once is enough
 
