@@ -29,14 +29,14 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(8)
         for m in range(5)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + "not JSON\n")
     return path
 
 
 def settings(folder: Path, rows: Path, output: Path, *overrides: str) -> RunConfig:
     values = {
         "model": {"name": str(folder), "device": "cpu", "max_seq_length": 256},
-        "data": {"source": str(rows), "heldout_rows": 4},
+        "data": {"source": str(rows), "heldout_rows": 4, "bad_rows": "skip"},
         "training": {"max_steps": 4, "learning_rate": 0.01, "save_steps": 2},
         "report": {"questions": ["What is 1 and 1?"], "from_heldout": 1, "max_new_tokens": 4},
         "output": str(output),
@@ -106,7 +106,7 @@ def test_every_step_is_in_the_events_and_the_report(result: RunResult) -> None:
 
 def test_what_was_said(result: RunResult, said: io.StringIO) -> None:
     text = said.getvalue()
-    for words in ("instruction", "40 rows", "optimizer: fused AdamW", "in use before training", "report.html"):
+    for words in ("instruction", "41 rows", "optimizer: fused AdamW", "in use before training", "report.html"):
         assert words in text, words
 
 
@@ -196,3 +196,10 @@ def test_a_disk_that_fills_up_while_training(tiny_llama_folder: Path, rows: Path
         train(config, Filling(file=io.StringIO(), force_terminal=False))
     rescued = Path(str(caught.value).split("whole in ")[1].split(": free")[0])
     assert (rescued / "adapter_model.safetensors").is_file()
+
+
+def test_bad_rows_are_kept_beside_the_run(result: RunResult, said: io.StringIO) -> None:
+    bad = json.loads(result.folder.bad_rows.read_text())
+    assert bad["origin"] == "rows.jsonl line 41"
+    assert "broken JSON" in bad["error"]
+    assert "1 bad row skipped (rows.jsonl line 41)" in " ".join(said.getvalue().split())

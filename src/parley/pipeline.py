@@ -84,6 +84,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     )
 
     folder = RunFolder.create(config)
+    setup.data.bad_rows.write_to(folder.bad_rows)
     log = EventLog(folder.events, setup.device)
     try:
         return _run(setup, args, notes, questions, folder, log, timer, console)

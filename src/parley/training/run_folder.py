@@ -45,6 +45,7 @@ class RunFolder:
         self.model = path / "model"
         self.golden = path / "golden.json"
         self.events = path / "events.jsonl"
+        self.bad_rows = path / "bad_rows.jsonl"
         self.checkpoints = path / "checkpoints"
         self.trust_remote_code = False
         self._made: list[Path] = []
