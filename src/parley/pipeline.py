@@ -84,7 +84,6 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     )
 
     folder = RunFolder.create(config)
-    setup.data.bad_rows.write_to(folder.bad_rows)
     log = EventLog(folder.events, setup.device)
     try:
         return _run(setup, args, notes, questions, folder, log, timer, console)
@@ -114,7 +113,7 @@ def _run(
     print_text(console, f"{device_name(device)}: {memory_before:.2f} of {total:.1f} GiB in use before training")
     for note in notes:
         print_text(console, note)
-    setup.data.bad_rows.write_to(folder.path / "bad_rows.jsonl")
+    setup.data.bad_rows.write_to(folder.bad_rows)
     progress = ProgressLine(console, log)
     trainer = build_trainer(setup, args, [log, progress])
     setup.model = trainer.model
