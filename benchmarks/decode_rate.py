@@ -27,7 +27,7 @@ from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, GenerationSection, RunC
 from parley.data.render import render_prompt
 from parley.evaluation.demo_scoring import heldout_questions
 from parley.inference.chat import ChatSession
-from parley.inference.decoder import FastDecoder
+from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.generate import end_of_turn_ids
 from parley.inference.interface import DecodeRequest
 
@@ -62,7 +62,9 @@ def prompts_of(count: int, tokens: int, vocabulary: int = 20000) -> list[list[in
     return torch.randint(vocabulary, (count, tokens), generator=rng).tolist()
 
 
-def answer(decoder: FastDecoder, asked: dict[int, DecodeRequest]) -> tuple[dict[int, list[int]], float, float, float]:
+def answer(
+    decoder: StaticCacheDecoder, asked: dict[int, DecodeRequest]
+) -> tuple[dict[int, list[int]], float, float, float]:
     """The answers, and seconds from the start until prompts are read, until the first tokens and until the last."""
     synchronize()
     start = time.perf_counter()
@@ -77,7 +79,9 @@ def answer(decoder: FastDecoder, asked: dict[int, DecodeRequest]) -> tuple[dict[
     return ids, read, first, time.perf_counter() - start
 
 
-def rate(decoder: FastDecoder, rows: int, context: int, tokens: int, settings: GenerationSection, **more: Any) -> float:
+def rate(
+    decoder: StaticCacheDecoder, rows: int, context: int, tokens: int, settings: GenerationSection, **more: Any
+) -> float:
     """Tokens a second of `rows` answers of `tokens`: the median of three rounds."""
     settings = settings.model_copy(update={"max_new_tokens": tokens})
     asked = {
@@ -94,7 +98,7 @@ def rate(decoder: FastDecoder, rows: int, context: int, tokens: int, settings: G
 
 def on_gpu(model: Any, quantization: str, slots: int, profile: bool) -> None:
     start = time.perf_counter()
-    decoder = FastDecoder.of(model, slots=slots, length=1024)
+    decoder = StaticCacheDecoder.of(model, slots=slots, length=1024)
     synchronize()
     made = time.perf_counter() - start
     decoder.warm_up()
@@ -126,7 +130,7 @@ def on_gpu(model: Any, quantization: str, slots: int, profile: bool) -> None:
 
 def packed_on_gpu(model: Any, profile: bool) -> None:
     """4-bit weights without the 16-bit copies that a decoder makes where memory allows."""
-    decoder = FastDecoder.of(model, slots=4, length=1024, copies=False)
+    decoder = StaticCacheDecoder.of(model, slots=4, length=1024, fuse=False)
     decoder.warm_up()
     of = f"{torch.cuda.get_device_name()}, nf4 without copies"
     report(f"{of}: batch 1, greedy", rate(decoder, 1, 64, 512, GREEDY), "tokens/s")
@@ -137,7 +141,7 @@ def packed_on_gpu(model: Any, profile: bool) -> None:
 
 
 def adapter_on_gpu(model: Any, quantization: str) -> None:
-    decoder = FastDecoder.of(with_adapter(model), slots=64, length=1024)
+    decoder = StaticCacheDecoder.of(with_adapter(model), slots=64, length=1024)
     of = f"{torch.cuda.get_device_name()}, {quantization}, LoRA r = 16"
     for base in (False, True):
         voice = "base" if base else "tuned"
@@ -145,7 +149,7 @@ def adapter_on_gpu(model: Any, quantization: str) -> None:
     report(f"{of}: batch 64 at 512 to 576 of context", rate(decoder, 64, 512, 64, GREEDY), "tokens/s")
 
 
-def show_kernels(decoder: FastDecoder, rows: int, context: int) -> None:
+def show_kernels(decoder: StaticCacheDecoder, rows: int, context: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -192,7 +196,7 @@ def on_cpu(model: Any, tokenizer: Any, count: int, name: str) -> None:
     prompts = [render_prompt(tokenizer, question.messages) for question in heldout_questions()[:count]]
     truth: list[list[int]] = []  # transformers' answers one at a time
     for batch in (1, 16):
-        decoder = FastDecoder.of(model, slots=batch, length=640)
+        decoder = StaticCacheDecoder.of(model, slots=batch, length=640)
         ours, theirs, seconds = [], [], []
         for first in range(0, count, TURN):
             some = prompts[first : first + TURN]
@@ -228,7 +232,7 @@ def turns_on_cpu(model: Any, tokenizer: Any, name: str, turns: int = 40) -> None
 
 
 def in_batches(
-    decoder: FastDecoder, prompts: Sequence[list[int]], settings: GenerationSection, ends: frozenset[int]
+    decoder: StaticCacheDecoder, prompts: Sequence[list[int]], settings: GenerationSection, ends: frozenset[int]
 ) -> list[list[int]]:
     """All answers; a slot is filled again as soon as its answer is over."""
     ids: list[list[int]] = [[] for _ in prompts]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from parley.config import GenerationSection
-from parley.inference.generate import Answerer, generate
+from parley.inference.generate import Generator, generate
 from parley.training.run_folder import RunFolder
 
 GREEDY = GenerationSection(temperature=0, min_p=0, max_new_tokens=8)  # the run's own settings
@@ -97,7 +97,7 @@ def test_ctrl_c_keeps_what_was_answered(
         yield 2, "third"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Answerer, "answers", interrupted)
+    monkeypatch.setattr(Generator, "answers", interrupted)
     output = tmp_path / "answers.jsonl"
     ended = parley("generate", prompts, "--model", run.path, "--output", output)
     assert ended.code == 130

@@ -12,10 +12,10 @@ from tests.gpu import models
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from parley.config import GenerationSection
-from parley.inference.decoder import FastDecoder
+from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.interface import DecodeRequest
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="features a CUDA device")]
 VOCABULARY = 5000
 LENGTHS = (1, 40, 7, 150, 300, 2, 33, 90, 64)
 
@@ -40,7 +40,7 @@ def questions(settings: GenerationSection, lengths: Sequence[int] = LENGTHS, **m
     ]
 
 
-def answers(decoder: FastDecoder, every: Sequence[DecodeRequest]) -> list[list[int]]:
+def answers(decoder: StaticCacheDecoder, every: Sequence[DecodeRequest]) -> list[list[int]]:
     """All answers' ids; slots are filled again as they come free."""
     ids: list[list[int]] = [[] for _ in every]
     waiting, running = list(range(len(every))), dict[int, int]()
@@ -67,8 +67,8 @@ def test_graphs_say_what_the_plain_path_and_transformers_say(slots: int) -> None
     """In float32, base and tuned rows side by side, several rounds through the same graphs."""
     model = adapted(llama())
     every = questions(GREEDY)
-    got = answers(FastDecoder.of(model, slots=slots, length=400), every)
-    assert got == answers(FastDecoder.of(model, slots=slots, length=400, eager=True), every)
+    got = answers(StaticCacheDecoder.of(model, slots=slots, length=400), every)
+    assert got == answers(StaticCacheDecoder.of(model, slots=slots, length=400, eager=True), every)
     for one, answer in list(zip(every, got, strict=True))[:4]:
         ids = torch.tensor([one.prompt_ids], device="cuda")
         arguments = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 21}
@@ -96,7 +96,7 @@ def test_logprobs_in_bfloat16_and_nf4(slots: int, packed: bool, copies: bool, tm
         )
         model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=torch.bfloat16)
     model = adapted(model)
-    decoder = FastDecoder.of(model, slots=slots, length=400, copies=copies)
+    decoder = StaticCacheDecoder.of(model, slots=slots, length=400, fuse=copies)
     every = questions(GenerationSection(max_new_tokens=10), lengths=LENGTHS[:slots], logprobs=1)
     decoder.admit(dict(enumerate(every)))
     told: dict[int, list[Any]] = {slot: [] for slot in range(slots)}
@@ -125,7 +125,9 @@ def test_sampled_answers_are_those_of_the_plain_path() -> None:
     cut = settings.model_copy(update={"top_k": 50, "top_p": 0.9})
     for chosen in (settings, cut):
         every = questions(chosen)
-        graphed, eager = (answers(FastDecoder.of(model, slots=5, length=400, eager=eager), every) for eager in (0, 1))
+        graphed, eager = (
+            answers(StaticCacheDecoder.of(model, slots=5, length=400, eager=eager), every) for eager in (0, 1)
+        )
         assert sum(a == b for a, b in zip(graphed, eager, strict=True)) >= len(every) - 1
 
 
@@ -133,8 +135,8 @@ def test_released_slots_and_long_cached_texts() -> None:
     """A slot is given away while a burst is under way; texts are longer than one program's share of positions."""
     model = llama()
     every = questions(GREEDY, lengths=(2500, 900, 1300, 5))
-    wanted = answers(FastDecoder.of(model, slots=4, length=3000, eager=True), every)
-    decoder = FastDecoder.of(model, slots=4, length=3000)
+    wanted = answers(StaticCacheDecoder.of(model, slots=4, length=3000, eager=True), every)
+    decoder = StaticCacheDecoder.of(model, slots=4, length=3000)
     decoder.admit({0: every[3], 1: every[0], 2: every[1]})
     decoder.decode()
     decoder.decode()
@@ -149,11 +151,13 @@ def test_released_slots_and_long_cached_texts() -> None:
 
 def test_dropping_a_decoder_gives_its_memory_back() -> None:
     model = adapted(llama(torch.bfloat16))
-    answers(FastDecoder.of(model, slots=4, length=4000), questions(GREEDY))  # libraries keep workspaces of their own
+    answers(
+        StaticCacheDecoder.of(model, slots=4, length=4000), questions(GREEDY)
+    )  # libraries keep workspaces of their own
     gc.collect()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    decoder = FastDecoder.of(model, slots=4, length=4000)
+    decoder = StaticCacheDecoder.of(model, slots=4, length=4000)
     decoder.warm_up()
     answers(decoder, questions(GREEDY))
     assert torch.cuda.memory_allocated() > before

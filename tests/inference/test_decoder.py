@@ -17,12 +17,12 @@ from parley.config import LLAMA_PROJECTIONS, GenerationSection
 from parley.data.render import render_prompt
 from parley.errors import DataError, UsageError
 from parley.evaluation.demo_scoring import heldout_questions
-from parley.inference.decoder import FastDecoder
+from parley.inference.cpu.runner import EagerRunner
+from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.generate import end_of_turn_ids
 from parley.inference.interface import Decoder, DecodeRequest, Token
-from parley.inference.sampling import Needs
-from parley.inference.slot_state import Row
-from parley.inference.step_runner import Burst, Eager, Report
+from parley.inference.slot_state import RunningRequest
+from parley.inference.step_runner import InFlightSteps, StepOutputs
 from parley.models.demo import demo_model_path
 from parley.train_step.bind import Unsupported
 
@@ -109,14 +109,14 @@ def test_greedy_is_transformers_greedy_for_every_family(family: str, build_famil
     model = adapted(base)
     wanted = [transformers_greedy(model, prompt) for prompt in PROMPTS]
     assert wanted != wanted_base
-    decoder = FastDecoder.of(model, slots=10, length=100)
+    decoder = StaticCacheDecoder.of(model, slots=10, length=100)
     decoder.warm_up()
     assert answers(decoder, [ask(prompt) for prompt in PROMPTS]) == wanted
     both = [ask(prompt, base=base) for prompt in PROMPTS for base in (False, True)]
     got = answers(decoder, both)
     assert got[::2] == wanted
     assert got[1::2] == wanted_base
-    alone = FastDecoder.of(model, slots=1, length=100)
+    alone = StaticCacheDecoder.of(model, slots=1, length=100)
     assert answers(alone, [ask(prompt) for prompt in PROMPTS]) == wanted
     assert answers(alone, [ask(prompt, base=True) for prompt in PROMPTS]) == wanted_base
 
@@ -130,14 +130,14 @@ def test_greedy_over_the_embedded_model_s_questions() -> None:
     wanted = [transformers_greedy(model, prompt, ends, 60) for prompt in prompts]
     assert sum(answer[-1] in ends for answer in wanted) > 30
     for slots in (1, 7):
-        decoder = FastDecoder.of(model, slots=slots, length=400)
+        decoder = StaticCacheDecoder.of(model, slots=slots, length=400)
         assert answers(decoder, [ask(prompt, ends=ends, max_new_tokens=60) for prompt in prompts]) == wanted
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["gate_proj"]])
 def test_adapters_on_some_projections(build_family: Callable[[str], Path], targets: list[str]) -> None:
     model = adapted(load(build_family("llama")), target_modules=targets, lora_dropout=0.5, use_rslora=True)
-    decoder = FastDecoder.of(model, slots=4, length=100, copies=False)
+    decoder = StaticCacheDecoder.of(model, slots=4, length=100, fuse=False)
     wanted = [transformers_greedy(model, prompt) for prompt in PROMPTS]
     assert answers(decoder, [ask(prompt) for prompt in PROMPTS]) == wanted
 
@@ -160,20 +160,20 @@ def test_nf4_weights_answer_as_their_unpacked_values_do(build_family: Callable[[
     wanted = [transformers_greedy(plain, prompt) for prompt in PROMPTS]
     assert wanted != [transformers_greedy(load(tmp_path), prompt) for prompt in PROMPTS]
     for copies in (True, False):
-        decoder = FastDecoder.of(packed, slots=2, length=100, copies=copies)
+        decoder = StaticCacheDecoder.of(packed, slots=2, length=100, fuse=copies)
         assert answers(decoder, [ask(prompt) for prompt in PROMPTS]) == wanted
 
 
 def test_a_seeded_answer_does_not_depend_on_its_neighbours(llama: Any) -> None:
     settings = {"temperature": 1.0, "max_new_tokens": 20}
     every = [ask(prompt, seed=seed, **settings) for seed, prompt in enumerate(PROMPTS)]
-    alone = [answers(FastDecoder.of(llama, slots=1, length=100), [one])[0] for one in every]
+    alone = [answers(StaticCacheDecoder.of(llama, slots=1, length=100), [one])[0] for one in every]
     crowd = [*every, ask([7, 7], temperature=0.5, top_k=3, max_new_tokens=30), ask([1, 2], repetition_penalty=1.5)]
-    assert answers(FastDecoder.of(llama, slots=3, length=100), crowd)[:5] == alone
+    assert answers(StaticCacheDecoder.of(llama, slots=3, length=100), crowd)[:5] == alone
     assert len({tuple(answer) for answer in alone}) == 5
     again = [ask(PROMPTS[0], seed=seed, **settings) for seed in (0, 1)]
-    assert answers(FastDecoder.of(llama, slots=2, length=100), again)[0] == alone[0]
-    assert answers(FastDecoder.of(llama, slots=2, length=100), again)[1] != alone[0]
+    assert answers(StaticCacheDecoder.of(llama, slots=2, length=100), again)[0] == alone[0]
+    assert answers(StaticCacheDecoder.of(llama, slots=2, length=100), again)[1] != alone[0]
 
 
 def test_repetition_penalty_counts_prompt_and_answer_as_transformers_does(llama: Any) -> None:
@@ -181,7 +181,7 @@ def test_repetition_penalty_counts_prompt_and_answer_as_transformers_does(llama:
     for prompt in PROMPTS:
         ids = torch.tensor([prompt])
         wanted = llama.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        decoder = FastDecoder.of(llama, slots=2, length=100)
+        decoder = StaticCacheDecoder.of(llama, slots=2, length=100)
         got = answers(decoder, [ask(PROMPTS[3]), ask(prompt, max_new_tokens=25, repetition_penalty=1.6)])
         assert got[1] == wanted[0, len(prompt) :].tolist()
 
@@ -190,14 +190,14 @@ def test_an_answer_stops_at_an_end_its_limit_or_where_its_room_is_full(llama: An
     likeliest = transformers_greedy(llama, PROMPTS[1], tokens=12)
     end = likeliest[4]
     stop = likeliest.index(end) + 1
-    decoder = FastDecoder.of(llama, slots=4, length=len(PROMPTS[1]) + 9)
+    decoder = StaticCacheDecoder.of(llama, slots=4, length=len(PROMPTS[1]) + 9)
     got = answers(decoder, [ask(PROMPTS[1], ends=[end]), ask(PROMPTS[1], max_new_tokens=3), ask(PROMPTS[1])])
     assert got == [likeliest[:stop], likeliest[:3], likeliest[:9]]
 
 
 def test_released_slots_say_no_more_and_their_neighbours_go_on(llama: Any) -> None:
     wanted = [transformers_greedy(llama, prompt) for prompt in PROMPTS]
-    decoder = FastDecoder.of(llama, slots=5, length=100)
+    decoder = StaticCacheDecoder.of(llama, slots=5, length=100)
     decoder.admit({slot: ask(prompt) for slot, prompt in enumerate(PROMPTS)})
     first = decoder.decode()
     decoder.release(0)
@@ -218,11 +218,11 @@ def test_what_stands_in_the_cache_is_not_read_again(
 ) -> None:
     """The next turn of a chat, another chat that begins alike, and the other voice, which shares nothing."""
     model = adapted(load(build_family(family), family))
-    decoder = FastDecoder.of(model, slots=3, length=200)
+    decoder = StaticCacheDecoder.of(model, slots=3, length=200)
     known: list[list[int]] = []
-    reader: Any = decoder.reader
-    read = reader._pass
-    monkeypatch.setattr(reader, "_pass", lambda *asked: known.append(asked[-1]) or read(*asked))
+    prefill: Any = decoder.runner._prefill
+    forward = prefill._forward
+    monkeypatch.setattr(prefill, "_forward", lambda *arguments: known.append(arguments[-1]) or forward(*arguments))
     turn = list(range(10, 60))
     decoder.admit({0: ask(turn)})
     said = [token.id for token in collect(decoder)[0]]
@@ -230,19 +230,25 @@ def test_what_stands_in_the_cache_is_not_read_again(
     for slot, asked in enumerate(later):
         decoder.admit({slot: asked})
     assert known == [[0], [len(turn) + len(said) - 1], [len(turn)], [0]]
-    wanted = [answers(FastDecoder.of(model, slots=1, length=200), [asked])[0] for asked in later]
+    wanted = [answers(StaticCacheDecoder.of(model, slots=1, length=200), [asked])[0] for asked in later]
     told = collect(decoder)
     assert [[token.id for token in told[slot]] for slot in range(3)] == wanted
 
 
-class Ahead(Eager):
-    """Works as graphs do, on a CPU: eight steps at a time, one burst under way while another is read."""
+class Ahead(EagerRunner):
+    """Works as graphs do, on a CPU: eight steps per launch, one launch in flight while another is read."""
 
-    tokens, ahead = 8, 1
+    max_steps, launches_ahead = 8, 1
 
-    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
-        report = super().launch(rows, needs, tokens).report
-        return Burst(rows, needs, Report(*(tensor.clone() for tensor in vars(report).values() if tensor is not None)))
+    def launch(self, running: list[RunningRequest], steps: int) -> InFlightSteps:
+        outputs = super().launch(running, steps).outputs
+        copies = [tensor.clone() for tensor in vars(outputs).values() if tensor is not None]
+        return InFlightSteps(running, StepOutputs(*copies))
+
+
+def ahead(decoder: StaticCacheDecoder) -> StaticCacheDecoder:
+    decoder.runner = Ahead(decoder.model, decoder.cache, decoder.state)
+    return decoder
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
@@ -253,16 +259,14 @@ def test_bursts_under_way_change_no_answer(llama: Any, slots: int) -> None:
         ask(prompt, max_new_tokens=tokens, seed=tokens, temperature=temperature)
         for prompt, tokens, temperature in zip(PROMPTS * 3, lengths, [0, 1.0, 0] * 5, strict=True)
     ]
-    wanted = answers(FastDecoder.of(llama, slots=1, length=100), every)
-    decoder = FastDecoder.of(llama, slots=slots, length=100)
-    decoder.runner = Ahead(decoder.runner.step, decoder.state)
+    wanted = answers(StaticCacheDecoder.of(llama, slots=1, length=100), every)
+    decoder = ahead(StaticCacheDecoder.of(llama, slots=slots, length=100))
     assert answers(decoder, every) == wanted
 
 
 def test_a_slot_given_away_hears_nothing_of_its_last_answer(llama: Any) -> None:
     wanted = [transformers_greedy(llama, prompt, tokens=30) for prompt in PROMPTS]
-    decoder = FastDecoder.of(llama, slots=3, length=100)
-    decoder.runner = Ahead(decoder.runner.step, decoder.state)
+    decoder = ahead(StaticCacheDecoder.of(llama, slots=3, length=100))
     decoder.admit({slot: ask(PROMPTS[slot], max_new_tokens=30) for slot in range(3)})
     first = decoder.decode()
     decoder.release(0)
@@ -274,7 +278,7 @@ def test_a_slot_given_away_hears_nothing_of_its_last_answer(llama: Any) -> None:
 
 
 def test_logprobs_are_the_models_own_whatever_is_drawn(llama: Any) -> None:
-    decoder = FastDecoder.of(llama, slots=2, length=100)
+    decoder = StaticCacheDecoder.of(llama, slots=2, length=100)
     decoder.admit({0: ask(PROMPTS[1], temperature=1.5, top_k=5, logprobs=3), 1: ask(PROMPTS[1])})
     told = collect(decoder)
     ids = [*PROMPTS[1], *(token.id for token in told[0])]
@@ -289,7 +293,7 @@ def test_logprobs_are_the_models_own_whatever_is_drawn(llama: Any) -> None:
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_admitted(llama: Any) -> None:
-    decoder = FastDecoder.of(llama, slots=2, length=20)
+    decoder = StaticCacheDecoder.of(llama, slots=2, length=20)
     with pytest.raises(DataError, match="the prompt is 20 tokens and an answer's slot holds 20"):
         decoder.admit({0: ask([1]), 1: ask([1] * 20)})
     with pytest.raises(UsageError, match="17 tokens that end an answer"):
@@ -299,22 +303,22 @@ def test_what_does_not_fit_is_refused_before_anything_is_admitted(llama: Any) ->
 
 
 def test_a_slot_is_no_longer_than_the_models_positions(llama: Any) -> None:
-    assert FastDecoder.of(llama, slots=1, length=10**6).length == llama.config.max_position_embeddings
+    assert StaticCacheDecoder.of(llama, slots=1, length=10**6).length == llama.config.max_position_embeddings
 
 
 def test_families_it_does_not_know_are_refused_by_name(build_family: Callable[[str], Path]) -> None:
     with pytest.raises(Unsupported, match="gemma2"):
-        FastDecoder.of(load(build_family("gemma2")), slots=1, length=20)
+        StaticCacheDecoder.of(load(build_family("gemma2")), slots=1, length=20)
     model = adapted(load(build_family("llama")), modules_to_save=["lm_head"])
     with pytest.raises(Unsupported, match="output head"):
-        FastDecoder.of(model, slots=1, length=20)
+        StaticCacheDecoder.of(model, slots=1, length=20)
 
 
 def test_a_decoder_leaves_the_model_as_it_was_and_goes_when_dropped(build_family: Callable[[str], Path]) -> None:
     """It may be made in the middle of training: gradients and addresses stay."""
     model = adapted(load(build_family("llama"))).train()
     before = {name: (p.data_ptr(), p.requires_grad) for name, p in model.named_parameters()}
-    decoder = FastDecoder.of(model, slots=2, length=100)
+    decoder = StaticCacheDecoder.of(model, slots=2, length=100)
     answers(decoder, [ask(PROMPTS[1])])
     gone = weakref.ref(decoder.cache)
     del decoder

@@ -16,17 +16,17 @@ from transformers.generation import (
 from parley.config import GenerationSection
 from parley.inference.interface import DecodeRequest
 from parley.inference.sampling import (
-    Needs,
+    SamplingFeatures,
     advance,
-    columns,
-    draw,
-    next_tokens,
-    penalise,
+    apply_repetition_penalty,
+    inverse_transform,
+    output_columns,
     probabilities,
-    report_logprobs,
+    sample,
     uniform,
+    write_logprobs,
 )
-from parley.inference.slot_state import DRAWN, State
+from parley.inference.slot_state import NUM_SAMPLED, POSITION, RUNNING, SlotState
 
 CPU = torch.device("cpu")
 VOCABULARY = 503
@@ -46,8 +46,8 @@ def asked(seed: int = 0, prompt: tuple[int, ...] = (3, 1, 4, 1, 5), **settings: 
     return DecodeRequest(prompt, GenerationSection(**{"min_p": 0.0} | settings), frozenset({9}), seed)
 
 
-def state_of(every: list[DecodeRequest], tokens: int = 8) -> State:
-    state = State.empty(len(every), VOCABULARY, tokens, CPU)
+def state_of(every: list[DecodeRequest], tokens: int = 8) -> SlotState:
+    state = SlotState.zeros(len(every), VOCABULARY, tokens, CPU)
     state.admit(0, every, 10**6)
     return state
 
@@ -81,7 +81,7 @@ def test_probabilities_are_those_of_transformers(together: bool) -> None:
     for rows in [list(range(len(every)))] if together else [[i] for i in range(len(every))]:
         some = [every[i] for i in rows]
         state = state_of(some)
-        p = probabilities(penalise(logits[rows], state), state, Needs.of(some))
+        p = probabilities(apply_repetition_penalty(logits[rows], state), state, SamplingFeatures.of(some))
         for i, row in enumerate(rows):
             prompt = torch.tensor([every[row].prompt_ids])
             wanted = processors(every[row])(prompt, logits[row : row + 1].clone()).softmax(-1)[0]
@@ -108,7 +108,7 @@ def test_greedy_rows_take_the_likeliest_token_after_the_penalty() -> None:
     logits = logits_of(3)
     logits[:2, 4] = logits.max() + 1  # said before: loses its lead in the first row
     state = state_of(every)
-    got = next_tokens(logits, state, Needs.of(every))
+    got = sample(logits, state, SamplingFeatures.of(every))
     assert got[0] == processors(every[0])(torch.tensor([every[0].prompt_ids]), logits[:1].clone()).argmax()
     assert got[0] != 4
     assert got[1] == 4
@@ -121,8 +121,8 @@ def test_draws_follow_the_probabilities() -> None:
     state = state_of([asked(seed) for seed in range(200)])
     counts = torch.zeros(len(p))
     for place in range(100):
-        state.whole(DRAWN).fill_(place)
-        counts += torch.bincount(draw(p.repeat(200, 1), uniform(state)), minlength=len(p))
+        state.ints(NUM_SAMPLED).fill_(place)
+        counts += torch.bincount(inverse_transform(p.repeat(200, 1), uniform(state)), minlength=len(p))
     assert counts[[1, 6]].sum() == 0
     merged = torch.tensor([*counts[[0, 2, 3]], counts[4] + counts[5]])
     wanted = torch.tensor([0.4, 0.3, 0.2, 0.1]) * 20_000
@@ -134,7 +134,7 @@ def test_draws_are_even_and_independent_over_seeds_and_places() -> None:
     state = state_of([asked(seed) for seed in range(seeds)])
     drawn = []
     for place in range(100):
-        state.whole(DRAWN).fill_(place)
+        state.ints(NUM_SAMPLED).fill_(place)
         drawn.append(uniform(state))
     u = torch.stack(drawn, dim=1)  # (seeds, places)
     assert ((u >= 0) & (u < 1)).all()
@@ -147,7 +147,7 @@ def test_draws_are_even_and_independent_over_seeds_and_places() -> None:
 def test_a_draw_never_takes_what_has_no_probability() -> None:
     p = torch.tensor([[0.0, 0.0, 1e-3, 0.0, 1e-30, 0.0]])
     for u in (0.0, 0.5, 1 - 2.0**-23):
-        assert p[0, draw(p, torch.tensor([u]))] > 0
+        assert p[0, inverse_transform(p, torch.tensor([u]))] > 0
 
 
 def test_large_seeds_count_to_their_last_bit() -> None:
@@ -158,21 +158,21 @@ def test_large_seeds_count_to_their_last_bit() -> None:
 def test_rows_stop_at_an_end_or_their_limit_and_dead_rows_stay() -> None:
     every = [asked(temperature=0, max_new_tokens=3), asked(temperature=0), asked(temperature=0, max_new_tokens=3)]
     state = state_of(every, tokens=2)
-    needs = Needs.of(every)
+    features = SamplingFeatures.of(every)
     for tokens in ([5, 5, 6], [6, 9, 7], [7, 1, 8], [8, 2, 2]):
-        advance(torch.tensor(tokens), state, needs)
-    assert state.whole(DRAWN).tolist() == [3, 2, 3]
-    assert state.whole(4).tolist() == [0, 0, 0]
-    assert state.whole(1).tolist() == [4 + 3, 4 + 2, 4 + 3]
-    assert state.token_BN[2].tolist()[0] == 8
+        advance(torch.tensor(tokens), state, features)
+    assert state.ints(NUM_SAMPLED).tolist() == [3, 2, 3]
+    assert state.ints(RUNNING).tolist() == [0, 0, 0]
+    assert state.ints(POSITION).tolist() == [4 + 3, 4 + 2, 4 + 3]
+    assert state.token_BU[2].tolist()[0] == 8
 
 
 def test_logprobs_are_the_models_own() -> None:
     every = [asked(temperature=0.3, top_k=2)]
     state, logits = state_of(every), logits_of(1)
-    token = next_tokens(logits, state, Needs.of(every))
-    report_logprobs(logits, token, columns(state), state)
+    token = sample(logits, state, SamplingFeatures.of(every))
+    write_logprobs(logits, token, output_columns(state), state)
     wanted = logits.log_softmax(-1)[0]
-    assert state.logprob_BN[0, 0] == pytest.approx(float(wanted[token]))
-    assert state.top_BNA[0, 0, :3].tolist() == wanted.topk(3).indices.tolist()
-    assert state.top_logprob_BNA[0, 0, 0] == pytest.approx(float(wanted.max()))
+    assert state.logprob_BU[0, 0] == pytest.approx(float(wanted[token]))
+    assert state.top_BUA[0, 0, :3].tolist() == wanted.topk(3).indices.tolist()
+    assert state.top_logprob_BUA[0, 0, 0] == pytest.approx(float(wanted.max()))

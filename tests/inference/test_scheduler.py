@@ -10,7 +10,7 @@ import pytest
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection
 from parley.data.render import render_prompt
 from parley.errors import DataError, ModelError
-from parley.inference.hf_decoder import TransformersDecoder
+from parley.inference.hf import TransformersDecoder
 from parley.inference.interface import DecodeRequest, Token
 from parley.inference.scheduler import Closed, DecoderFailed, OutputChunk, QueueFull, Request, Scheduler
 from parley.models.load import load_model

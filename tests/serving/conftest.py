@@ -16,7 +16,7 @@ import torch
 
 from parley.config import DEMO_MODEL, LLAMA_PROJECTIONS, RunConfig
 from parley.data.render import render
-from parley.inference.hf_decoder import decoder_for
+from parley.inference.generate import make_decoder
 from parley.inference.prompts import end_of_turn_ids
 from parley.inference.scheduler import Scheduler
 from parley.models.load import load_model
@@ -139,7 +139,7 @@ def serving() -> Iterator[Callable[..., Running]]:
         **limits: Any,
     ) -> Running:
         loaded = load_for_inference(str(source))
-        decoder = decoder_for(loaded.model, slots=max_num_seqs, length=max_model_len)
+        decoder = make_decoder(loaded.model, slots=max_num_seqs, length=max_model_len)
         if stop_ids is None:
             stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
         scheduler = Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue)

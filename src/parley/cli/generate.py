@@ -41,7 +41,7 @@ def generate(
     with importing():
         quiet_libraries()
         from parley.data.messages import with_system
-        from parley.inference.generate import Answerer
+        from parley.inference.generate import Generator
         from parley.inference.prompt_file import read_prompts
 
     if output.exists() and not overwrite:
@@ -52,8 +52,8 @@ def generate(
     opened = open_model(model, system, settings or [])
     conversations = [messages for row in asked for messages in [with_system(row.messages, opened.system)] * n]
     with (
-        Answerer(opened.model, opened.tokenizer, slots=slots, engine="plain" if plain else "auto") as answerer,
-        closing(answerer.answers(conversations, opened.settings, base=base)) as answers,
+        Generator(opened.model, opened.tokenizer, slots=slots, engine="plain" if plain else "auto") as generator,
+        closing(generator.answers(conversations, opened.settings, base=base)) as answers,
     ):
         _write(output, asked, n, answers)
 

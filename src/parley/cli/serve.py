@@ -85,7 +85,7 @@ def _serve(
     drain: float,
 ) -> None:
     with importing():
-        from parley.inference.hf_decoder import decoder_for
+        from parley.inference.generate import make_decoder
         from parley.inference.prompts import end_of_turn_ids
         from parley.inference.scheduler import Scheduler
         from parley.serving.app import create_app
@@ -97,7 +97,7 @@ def _serve(
     loaded = load_for_inference(source)
     if loaded.golden is not None:
         _check_golden(loaded.golden, loaded.tokenizer)
-    decoder = decoder_for(loaded.model, slots=max_num_seqs, length=max_model_len)
+    decoder = make_decoder(loaded.model, slots=max_num_seqs, length=max_model_len)
     model = ServedModel(
         tokenizer=loaded.tokenizer,
         names=loaded.names,

@@ -1,8 +1,8 @@
-"""A conversation with a model: turns are kept, answers streamed, the adapter can be switched off and on."""
+"""A conversation with a model: turns are kept, answers streamed, the adapter can be disabled and enabled."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections import abc
 from contextlib import closing
 
 from peft import PeftModel
@@ -10,15 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
-from parley.inference.generate import Answerer, Engine
+from parley.inference.generate import Engine, Generator
 from parley.models.adapters import require_base
 
 
 class ChatSession:
-    """Talks to `model`, tuned or base, and remembers what was said.
+    """Talks to `model`, tuned or base, and keeps the turns.
 
-    `system` may be changed at any time and holds from the next answer on. `settings` likewise. Answers come from the
-    weights as they are at the first one. `engine` as in generate.Answerer.
+    `system` and `settings` may be changed at any time and apply from the next answer on. Answers come from the weights
+    as they are at the first one. `engine` as in generate.Generator.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class ChatSession:
         self.system = system
         self.turns: list[Message] = []
         self._use_base = False
-        self._answerer = Answerer(model, tokenizer, slots=1, engine=engine)
+        self._generator = Generator(model, tokenizer, slots=1, engine=engine)
 
     @property
     def use_base(self) -> bool:
-        """Whether answers come from the base model, the adapter switched off."""
+        """Whether answers come from the base model, with the adapter disabled."""
         return self._use_base
 
     @use_base.setter
@@ -54,29 +54,29 @@ class ChatSession:
         """The system turn, if any, and all turns so far."""
         return [{"role": "system", "content": self.system}, *self.turns] if self.system else list(self.turns)
 
-    def say(self, text: str) -> Generator[str]:
-        """Say `text`; the answer, piece by piece. Closing the iterator stops the answer.
+    def say(self, text: str) -> abc.Generator[str]:
+        """Send `text` as the user's turn; the answer, piece by piece. Closing the iterator stops the answer.
 
-        The question and what was answered, to its end or until it was stopped, are kept as turns; of an
-        answer without a word nothing is kept. Raises DataError when the conversation fills the model's context.
+        The question and the answer, complete or as far as it went, are kept as turns; of an empty answer nothing is
+        kept. Raises DataError when the conversation fills the model's context.
         """
         question = {"role": "user", "content": text}
-        pieces = self._answerer.stream([*self.messages, question], self.settings, base=self.use_base)
+        pieces = self._generator.stream([*self.messages, question], self.settings, base=self.use_base)
         return self._answer(question, pieces)
 
-    def _answer(self, question: Message, pieces: Generator[str]) -> Generator[str]:
-        said = ""
+    def _answer(self, question: Message, pieces: abc.Generator[str]) -> abc.Generator[str]:
+        answer = ""
         try:
             with closing(pieces):
                 for piece in pieces:
-                    said += piece
+                    answer += piece
                     yield piece
         finally:
-            if said:
-                self.turns += [question, {"role": "assistant", "content": said}]
+            if answer:
+                self.turns += [question, {"role": "assistant", "content": answer}]
 
     def undo(self) -> str | None:
-        """Forget the last question and its answer; the question, or None where nothing was said yet."""
+        """Remove the last question and its answer; the question, or None without one."""
         if not self.turns:
             return None
         question, _ = self.turns[-2:]
@@ -84,12 +84,12 @@ class ChatSession:
         return question["content"]
 
     def reset(self) -> None:
-        """Forget all turns; the system turn stays."""
+        """Remove all turns; the system turn stays."""
         self.turns.clear()
 
     def close(self) -> None:
-        """Free what answering took beside the model. The session can go on."""
-        self._answerer.close()
+        """Free the memory of the decoder. The next question allocates it again."""
+        self._generator.close()
 
     def transcript(self) -> str:
         """The conversation as plain text, one paragraph a turn."""

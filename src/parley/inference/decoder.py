@@ -1,87 +1,85 @@
-"""The decoder: answers in slots, drawn side by side from a static cache.
+"""The decoder for the families that the fused step knows: answers in slots, over a static KV cache.
 
-A slot is the number that the caller knows. Inside, the answers being written fill rows 0, 1, 2, ... without a hole, so
-that a step's cost follows how many there are: when one ends, the last row moves into its place.
+A slot is the number that the caller uses. Inside, running answers fill rows 0, 1, 2, ... of the state and the cache
+without gaps, so that the cost of a step follows their number: when one ends, the last row moves into its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from parley.errors import DataError
-from parley.inference.cpu.batch1 import CpuStep
-from parley.inference.cpu.prefill import Reader
+from parley.errors import DataError, ModelError
+from parley.inference.cpu.runner import EagerRunner
 from parley.inference.interface import DecodeRequest, Token
-from parley.inference.kv_cache import Cache
-from parley.inference.linear import make_products
-from parley.inference.model import Model, PlainStep, Voices, prefill
-from parley.inference.sampling import Needs
-from parley.inference.slot_state import LIVE, Row, State, room
-from parley.inference.step_runner import MOST_TOKENS, Burst, Eager, Runner, take
+from parley.inference.kv_cache import KVCache
+from parley.inference.linear import make_linears
+from parley.inference.model import DecoderModel
+from parley.inference.slot_state import RUNNING, RunningRequest, SlotState, max_tokens
+from parley.inference.step_runner import MAX_STEPS, InFlightSteps, StepRunner
+from parley.models.adapters import base_obstacle
 from parley.train_step.bind import read_weights
 from parley.train_step.fused_step import ops_for
-from parley.train_step.packed_batch import StagingBuffer
 
 
-class FastDecoder:
-    """Implements `slots.Decoder` for the families that `engine.bind` knows.
+class StaticCacheDecoder:
+    """Implements `interface.Decoder` for the families that `train_step.bind` knows.
 
-    Dropping the decoder frees all that it took. It is for one thread at a time.
+    Dropping the decoder frees all its memory. It is for one thread at a time.
     """
 
-    def __init__(
-        self, model: Model, runner: Runner, cache: Cache, state: State, length: int, reader: Reader | None = None
-    ) -> None:
+    def __init__(self, model: DecoderModel, runner: StepRunner, cache: KVCache, state: SlotState, length: int) -> None:
         self.model, self.runner, self.cache, self.state = model, runner, cache, state
         self._length = length
-        self.reader = reader  # gives first tokens with their prompts; without it they come from a step, as all others
-        self.staging = StagingBuffer(model.weights.device, 256)
-        self.rows: list[Row] = []
-        self.bursts: list[Burst] = []
-        self.fresh = False  # an answer waits for its first token
+        self.base_obstacle: str | None = None  # why the base of the model cannot answer
+        self.running: list[RunningRequest] = []  # by row
+        self.in_flight: list[InFlightSteps] = []
+        self.awaits_first = False  # an admitted answer has no token read yet
 
     @classmethod
     @torch.inference_mode()
     def of(
-        cls, model: PreTrainedModel | PeftModel, *, slots: int, length: int, copies: bool = True, eager: bool = False
-    ) -> FastDecoder:
+        cls, model: PreTrainedModel | PeftModel, *, slots: int, length: int, fuse: bool = True, eager: bool = False
+    ) -> StaticCacheDecoder:
         """A decoder for `model`, bare or with a LoRA adapter, as its adapter's weights are now.
 
         Args:
             slots: answers at a time.
-            length: tokens that each has room for, prompt included; at most the model's positions.
-            copies: keep weights that are used together side by side, and 4-bit ones unpacked, where half of the free
+            length: tokens that each slot holds, prompt included; at most the model's positions.
+            fuse: copy weights that are used together into one matrix, 4-bit ones dequantized, where half of the free
                 memory holds them.
-            eager: plain PyTorch on a GPU too, which graphs are held against.
+            eager: steps in plain PyTorch on a GPU, too: the reference for CUDA graphs.
 
-        Raises engine.bind.Unsupported, with the reason in a few words, for models that it does not know.
+        Raises train_step.bind.Unsupported, with the reason in a few words, for other models.
         """
         weights = read_weights(model)
         length = min(length, model.config.max_position_embeddings)
         device = weights.device
         ops = ops_for(device)
-        products, head = make_products(weights, ops, copies=copies)
-        answering = Model(weights, products, head, weights.rope_table(length), ops)
-        cache = Cache([layer.shape for layer in weights.layers], slots, length, weights.dtype, device)
+        linears, head = make_linears(weights, ops, fuse=fuse)
+        decoder_model = DecoderModel(weights, linears, head, weights.rope_table(length), ops)
+        cache = KVCache(decoder_model.shapes, slots, length, weights.dtype, device)
         eager = eager or device.type != "cuda"
-        state = State.empty(slots, weights.head_VD.shape[0], MOST_TOKENS, torch.device("cpu") if eager else device)
+        vocab_size = weights.head_VD.shape[0]
+        state = SlotState.zeros(slots, vocab_size, MAX_STEPS, torch.device("cpu") if eager else device)
+        runner: StepRunner
         if eager:
-            voices = Voices.of(answering)
-            on_cpu = device.type == "cpu"
-            step, reader = (CpuStep if on_cpu else PlainStep)(voices, cache), Reader(voices, cache) if on_cpu else None
-            return cls(answering, Eager(step, state), cache, state, length, reader)
-        from parley.inference.cuda.graphs import Graphed  # Triton is there only where a GPU is
+            runner = EagerRunner(decoder_model, cache, state)
+        else:
+            from parley.inference.cuda.graphs import GraphRunner  # Triton is installed only where a GPU is
 
-        return cls(answering, Graphed(answering, cache, state), cache, state, length)
+            runner = GraphRunner(decoder_model, cache, state)
+        decoder = cls(decoder_model, runner, cache, state, length)
+        # Without an adapter the model is its own base.
+        decoder.base_obstacle = base_obstacle(model) if isinstance(model, PeftModel) else None
+        return decoder
 
     @property
     def slots(self) -> int:
-        return len(self.state.fields_BF)
+        return len(self.state.fields_BX)
 
     @property
     def length(self) -> int:
@@ -93,101 +91,99 @@ class FastDecoder:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Compile and capture what the first answers would otherwise wait for. No slot is drawing."""
-        assert not self.rows
-        if self.reader is None:
-            prompts = [[0] * min(64, self._length)]
-            self.runner.warm_up(partial(prefill, self.model, self.cache, self.staging, prompts, [0], [True]))
+        """Compile and capture what the first answers would otherwise wait for. No slot is running."""
+        assert not self.running
+        self.runner.warm_up()
 
     @torch.inference_mode()
-    def admit(self, asked: Mapping[int, DecodeRequest]) -> None:
-        """Read the prompts into free slots, in one pass. They draw from the next `decode` on.
+    def admit(self, requests: Mapping[int, DecodeRequest]) -> None:
+        """Prefill the prompts into free slots, in one pass. Their tokens come from the next `decode` on.
 
-        Raises DataError for a prompt that leaves no room for an answer, UsageError for more `ends` than a row holds;
-        nothing is admitted then.
+        Raises DataError for a prompt that leaves no room for an answer, UsageError for more stop ids than a row holds,
+        ModelError for a base that the adapter has changed; nothing is admitted then.
         """
-        taken = {row.slot for row in self.rows}
-        assert not taken & asked.keys(), "slots are admitted when free"
-        assert asked.keys() <= set(range(self.slots))
-        for one in asked.values():
-            if not 0 < len(one.prompt_ids) < self._length:
-                raise DataError(
-                    f"the prompt is {len(one.prompt_ids)} tokens and an answer's slot holds {self._length}, the answer "
-                    "included; shorten it or start a new one"
+        taken = {running.slot for running in self.running}
+        assert not taken & requests.keys(), "slots are admitted when free"
+        assert requests.keys() <= set(range(self.slots))
+        for request in requests.values():
+            if request.base and self.base_obstacle is not None:
+                raise ModelError(
+                    f"the base model cannot answer: {self.base_obstacle}; to ask it, open it by its own name"
                 )
-        first, every = len(self.rows), list(asked.values())
-        self.state.admit(first, every, self._length)
-        prompts, rows = [one.prompt_ids for one in every], range(first, first + len(every))
-        tuned = [not one.base for one in every]
-        if self.reader is None:
-            prefill(self.model, self.cache, self.staging, prompts, rows, tuned)
-        else:
-            logits_BV = self.reader(prompts, rows, tuned)
-            take(logits_BV, self.state.part(first, first + len(every)), Needs.of(every))
-        sent = 0 if self.reader is None else 1
-        self.rows += [Row(slot, one, room(one, self._length), sent=sent) for slot, one in asked.items()]
-        self.fresh = True
+            if not 0 < len(request.prompt_ids) < self._length:
+                raise DataError(
+                    f"the prompt is {len(request.prompt_ids)} tokens and an answer's slot holds {self._length}, the "
+                    "answer included; shorten it or start a new one"
+                )
+        start = len(self.running)
+        self.state.admit(start, list(requests.values()), self._length)
+        sampled = self.runner.prefill(list(requests.values()), start)
+        self.running += [
+            RunningRequest(slot, request, max_tokens(request, self._length), num_launched=sampled)
+            for slot, request in requests.items()
+        ]
+        self.awaits_first = True
 
     @torch.inference_mode()
     def decode(self) -> Mapping[int, list[Token]]:
-        """The next tokens of each slot that is drawing, one or a few of them; empty when none is."""
-        drawn: dict[int, list[Token]] = {}
-        while any(row.slot not in drawn for row in self.rows):  # a fresh answer is not in bursts already under way
-            while len(self.bursts) <= self.runner.ahead and (
-                self.fresh or any(row.sent < row.limit for row in self.rows)
-            ):
+        """The next tokens of each running slot, one or several of them; empty when none is running."""
+        emitted: dict[int, list[Token]] = {}
+        # Steps already in flight do not have an answer that was admitted since, so one read may not be enough.
+        while any(running.slot not in emitted for running in self.running):
+            while len(self.in_flight) <= self.runner.launches_ahead and self._has_steps():
                 self._launch()
-            burst = self.bursts.pop(0)
-            told = burst.read()
-            for slot, tokens in told.items():
-                drawn.setdefault(slot, []).extend(tokens)
-            if self.reader is not None:
-                for place, row in enumerate(self.rows):
-                    if row.slot in told:
-                        self.reader.kept.draw(place, [token.id for token in told[row.slot]])
-            for row in burst.rows:
-                if row.over and row in self.rows:
-                    self._remove(row)
-        if not self.rows:
-            self.bursts.clear()
-        return drawn
+            steps = self.in_flight.pop(0)
+            new = steps.read()
+            for slot, tokens in new.items():
+                emitted.setdefault(slot, []).extend(tokens)
+            for row, running in enumerate(self.running):
+                if running.slot in new:
+                    self.runner.emitted(row, [token.id for token in new[running.slot]])
+            for running in steps.running:
+                if running.finished and running in self.running:
+                    self._remove(running)
+        if not self.running:
+            self.in_flight.clear()
+        return emitted
+
+    def _has_steps(self) -> bool:
+        return self.awaits_first or any(running.num_launched < running.max_tokens for running in self.running)
 
     def _launch(self) -> None:
-        tokens = self.runner.tokens
-        if self.fresh:  # a first token is not kept waiting, here or where it was drawn with its prompt
-            tokens = 1 if self.reader is None else 0
-        self.fresh = False
-        self.bursts.append(self.runner.launch(list(self.rows), Needs.of(row.asked for row in self.rows), tokens))
-        for row in self.rows:
-            row.sent += tokens
+        steps = self.runner.max_steps
+        if self.awaits_first:  # a first token is not kept waiting for several steps; prefill may have sampled it
+            steps = 1 if any(running.num_launched == 0 for running in self.running) else 0
+        self.awaits_first = False
+        self.in_flight.append(self.runner.launch(list(self.running), steps))
+        for running in self.running:
+            running.num_launched += steps
 
     @torch.inference_mode()
     def release(self, slot: int) -> None:
-        """Free the slot, whether its answer is over or not. Tokens of it that are under way are never told."""
-        for row in self.rows:
-            if row.slot == slot:
-                row.over = True
-                self._remove(row)
+        """Free the slot, whether its answer is finished or not. Its tokens still in flight are never emitted."""
+        for running in self.running:
+            if running.slot == slot:
+                running.finished = True
+                self._remove(running)
                 return
 
     @torch.inference_mode()
     def reset(self) -> None:
         """Free every slot and forget cached prompts, after `admit` or `decode` has raised."""
-        self.rows.clear()
-        self.bursts.clear()
-        self.fresh = False
-        self.state.whole(LIVE).zero_()
-        if self.reader is not None:
-            self.reader.kept.clear()
+        self.running.clear()
+        self.in_flight.clear()
+        self.awaits_first = False
+        self.state.ints(RUNNING).zero_()
+        self.runner.reset()
 
-    def _remove(self, row: Row) -> None:
-        """Give the row's place to the last one."""
-        place, last = self.rows.index(row), self.rows.pop()
-        if last is not row:
-            source = len(self.rows)
-            self.state.move(source, place)
-            self.cache.move(source, place, min(len(last.asked.prompt_ids) + last.sent, self._length))
-            if self.reader is not None:
-                self.reader.kept.move(source, place)
-            self.rows[place] = last
-        self.state.whole(LIVE)[len(self.rows)] = 0
+    def _remove(self, running: RunningRequest) -> None:
+        """Move the last row into the place of this one."""
+        row, last = self.running.index(running), self.running.pop()
+        if last is not running:
+            source = len(self.running)
+            positions = min(len(last.request.prompt_ids) + last.num_launched, self._length)
+            self.state.move(source, row)
+            self.runner.move(source, row, positions)
+            self.running[row] = last
+        # A graph runs more rows than there are answers: those beyond the last must not advance.
+        self.state.ints(RUNNING)[len(self.running)] = 0

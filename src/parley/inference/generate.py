@@ -1,52 +1,56 @@
-"""Answers from a model: through the fast decoder where it knows the model, else through transformers.
+"""Answers from a model, whichever backend decodes it.
 
-An Answerer keeps a decoder for many questions; `generate` and `stream` make one for a single call.
+A Generator keeps a decoder for many questions; `generate` and `stream` make one for a single call.
 """
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
+from collections import abc
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from queue import SimpleQueue
-from typing import Literal
+from typing import Literal, overload
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
-from parley.inference import hf_generate as plain
-from parley.inference.decoder import FastDecoder
+from parley.errors import DeviceError, ParleyError
+from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.fan_in import FanIn, IndexedOutput, nth_seed
-from parley.inference.hf_generate import inference_mode_of
+from parley.inference.hf import TransformersDecoder, inference_mode_of
+from parley.inference.interface import Decoder
 from parley.inference.prompts import Tools, context_length, end_of_turn_ids, prompt_ids
-from parley.inference.scheduler import OutputChunk, Request, Scheduler
+from parley.inference.scheduler import Request, Scheduler
 from parley.models.adapters import require_base
+from parley.models.device import describe_device
 from parley.train_step.bind import Unsupported
 
-__all__ = ["Answerer", "end_of_turn_ids", "generate", "inference_mode_of", "stream"]
+__all__ = ["Generator", "end_of_turn_ids", "generate", "inference_mode_of", "make_decoder", "stream"]
 
 logger = logging.getLogger(__name__)
 
 Engine = Literal["auto", "plain"]
-LEAST_ROOM = 1024
-"""Tokens of a slot, prompt and answer; doubled until a question fits."""
+MIN_LENGTH = 1024
+"""Tokens of a slot, prompt and answer; doubled until a question fits, so that few decoders are made."""
 
 
-class Answerer:
+class Generator:
     """Answers from `model`, with its weights as they are at the first question.
 
     A context manager: leaving it frees the decoder, as dropping it does.
 
     Args:
-        slots: answers written at a time.
-        engine: "auto" takes the fast decoder for every model it knows; "plain" always goes through transformers,
+        slots: answers generated at a time.
+        engine: "auto" takes Parley's own decoder for every model it knows; "plain" always goes through transformers,
             where greedy answers are the same.
-        copies: keep weights in the form that is quickest to read, where memory allows; does not pay for one call.
+        fuse: keep weights in the form that is fastest to read, where memory allows; does not pay for one call.
 
-    `plain_because` says why the fast decoder is not taken, None while it is or nothing was asked yet.
+    `plain_because` says why the answers go through transformers, None while they do not or nothing was asked yet.
     """
 
     def __init__(
@@ -56,13 +60,35 @@ class Answerer:
         *,
         slots: int = 16,
         engine: Engine = "auto",
-        copies: bool = True,
+        fuse: bool = True,
     ) -> None:
-        self.model, self.tokenizer, self.slots, self.copies = model, tokenizer, slots, copies
+        self.model, self.tokenizer, self.slots, self.fuse = model, tokenizer, slots, fuse
         self.plain_because: str | None = "engine: plain" if engine == "plain" else None
         self._scheduler: Scheduler | None = None
-        self._freeing: weakref.finalize | None = None  # an Answerer that is dropped frees its decoder too
-        self._room = 0
+        self._finalizer: weakref.finalize | None = None  # frees the decoder of a Generator that is dropped
+        self._length = 0
+
+    @overload
+    def answers(
+        self,
+        conversations: Sequence[list[Message]],
+        settings: GenerationSection,
+        tools: Tools | None = None,
+        base: bool = False,
+        *,
+        return_errors: Literal[False] = False,
+    ) -> abc.Generator[tuple[int, str]]: ...
+
+    @overload
+    def answers(
+        self,
+        conversations: Sequence[list[Message]],
+        settings: GenerationSection,
+        tools: Tools | None = None,
+        base: bool = False,
+        *,
+        return_errors: Literal[True],
+    ) -> abc.Generator[tuple[int, str | ParleyError]]: ...
 
     def answers(
         self,
@@ -70,19 +96,45 @@ class Answerer:
         settings: GenerationSection,
         tools: Tools | None = None,
         base: bool = False,
-    ) -> Generator[tuple[int, str]]:
-        """The answer to each conversation with its number, as they are finished: free slots are filled at once.
+        *,
+        return_errors: bool = False,
+    ) -> abc.Generator[tuple[int, str | ParleyError]]:
+        """The answer to each conversation with its index, as they are finished: free slots are filled at once.
 
         With `settings.seed` they are repeatable, and torch's random state is left alone. `base`: with the adapter
-        switched off. Raises, before anything is answered, DataError for a conversation that fills the context and
-        ModelError for the base of a model without an adapter.
+        disabled. `return_errors`: a conversation that cannot be answered gives its error instead of a text, and the
+        others are answered.
+
+        Raises, before anything is generated, ModelError for the base of a model without an adapter, and without
+        `return_errors` DataError for a conversation that fills the context.
         """
         self._check(base)
-        prompts = [prompt_ids(self.model, self.tokenizer, messages, tools) for messages in conversations]
-        scheduler = self._fast(prompts, settings)
-        if scheduler is None:
-            return self._plain_answers(prompts, settings, base)
-        return _collected(scheduler, prompts, settings, base)
+        prompts: list[list[int]] = []
+        errors: dict[int, ParleyError] = {}
+        for index, messages in enumerate(conversations):
+            try:
+                prompts.append(prompt_ids(self.model, self.tokenizer, messages, tools))
+            except ParleyError as error:
+                if not return_errors:
+                    raise
+                errors[index] = error
+        indices = [index for index in range(len(conversations)) if index not in errors]
+        requests = [
+            Request(prompt, nth_seed(settings, index), base) for index, prompt in zip(indices, prompts, strict=True)
+        ]
+        return self._answers(indices, requests, errors, return_errors)
+
+    def _answers(
+        self, indices: Sequence[int], requests: Sequence[Request], errors: dict[int, ParleyError], return_errors: bool
+    ) -> abc.Generator[tuple[int, str | ParleyError]]:
+        yield from errors.items()
+        if not requests:
+            return
+        with self._open_scheduler(requests) as scheduler, closing(_collect(scheduler, requests)) as answers:
+            for index, answer in answers:
+                if isinstance(answer, Exception) and not (return_errors and isinstance(answer, ParleyError)):
+                    raise answer
+                yield indices[index], answer
 
     def stream(
         self,
@@ -90,22 +142,25 @@ class Answerer:
         settings: GenerationSection,
         tools: Tools | None = None,
         base: bool = False,
-    ) -> Generator[str]:
+    ) -> abc.Generator[str]:
         """One answer, piece by piece; closing the iterator stops it. Raises as `answers` does."""
         self._check(base)
         prompt = prompt_ids(self.model, self.tokenizer, messages, tools)
-        scheduler = self._fast([prompt], settings)
-        if scheduler is None:
-            return self._plain_stream(prompt, settings, base)
-        return _texts(scheduler.stream(Request(prompt, settings, base)))
+        return self._stream(Request(prompt, settings, base))
+
+    def _stream(self, request: Request) -> abc.Generator[str]:
+        with self._open_scheduler([request]) as scheduler, closing(scheduler.stream(request)) as chunks:
+            for chunk in chunks:
+                if chunk.text:
+                    yield chunk.text
 
     def close(self) -> None:
         """Free the decoder. The next question makes another."""
-        if self._freeing is not None:
-            self._freeing()
-        self._scheduler, self._freeing, self._room = None, None, 0
+        if self._finalizer is not None:
+            self._finalizer()
+        self._scheduler, self._finalizer, self._length = None, None, 0
 
-    def __enter__(self) -> Answerer:
+    def __enter__(self) -> Generator:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -115,36 +170,62 @@ class Answerer:
         if base:
             require_base(self.model)
 
-    def _fast(self, prompts: Sequence[list[int]], settings: GenerationSection) -> Scheduler | None:
-        """The fast decoder's scheduler, with room for `prompts` and their answers; None where there is none."""
-        if self.plain_because is not None or not prompts:
+    @contextmanager
+    def _open_scheduler(self, requests: Sequence[Request]) -> Iterator[Scheduler]:
+        """The kept scheduler with slots long enough for `requests`, or one through transformers for this call alone.
+
+        transformers' models are only in evaluation mode while they decode: the decode loop has ended on leaving.
+        """
+        length = self._length_for(requests)
+        if (scheduler := self._static_cache_scheduler(length)) is not None:
+            yield scheduler
+            return
+        with inference_mode_of(self.model):
+            decoder = TransformersDecoder(self.model, slots=min(self.slots, len(requests)), length=length)
+            with Scheduler(decoder, self.tokenizer, end_of_turn_ids(self.model, self.tokenizer)) as scheduler:
+                yield scheduler
+
+    def _length_for(self, requests: Sequence[Request]) -> int:
+        length = MIN_LENGTH
+        needed = max(len(request.prompt_ids) + request.settings.max_new_tokens for request in requests)
+        while length < needed:
+            length *= 2
+        return min(length, context_length(self.model) or length)
+
+    def _static_cache_scheduler(self, length: int) -> Scheduler | None:
+        """The kept scheduler; None where the model has no decoder of Parley's own."""
+        if self.plain_because is not None:
             return None
-        room, needed = LEAST_ROOM, max(map(len, prompts)) + settings.max_new_tokens
-        while room < needed:
-            room *= 2
-        room = min(room, context_length(self.model) or room)
-        if room > self._room or self._scheduler is None or self._scheduler.error is not None:
+        if length > self._length or self._scheduler is None or self._scheduler.error is not None:
             self.close()
             try:
-                decoder = FastDecoder.of(self.model, slots=self.slots, length=room, copies=self.copies)
+                decoder = StaticCacheDecoder.of(self.model, slots=self.slots, length=length, fuse=self.fuse)
             except Unsupported as reason:
                 self.plain_because = str(reason)
                 logger.debug("answers go through transformers: %s", reason)
                 return None
             self._scheduler = Scheduler(decoder, self.tokenizer, end_of_turn_ids(self.model, self.tokenizer))
-            self._freeing = weakref.finalize(self, self._scheduler.close, drain=False)
-            self._room = room
+            self._finalizer = weakref.finalize(self, self._scheduler.close, drain=False)
+            self._length = length
         return self._scheduler
 
-    def _plain_answers(
-        self, prompts: list[list[int]], settings: GenerationSection, base: bool
-    ) -> Generator[tuple[int, str]]:
-        with self.model.disable_adapter() if base else nullcontext():
-            yield from enumerate(plain.answer(self.model, self.tokenizer, prompts, settings, self.slots))
 
-    def _plain_stream(self, prompt: list[int], settings: GenerationSection, base: bool) -> Generator[str]:
-        with self.model.disable_adapter() if base else nullcontext():
-            yield from plain.stream(self.model, self.tokenizer, prompt, settings)
+def make_decoder(model: PreTrainedModel | PeftModel, *, slots: int, length: int) -> Decoder:
+    """Parley's own decoder where it knows the model, warmed up, else one through transformers.
+
+    `length` is cut to the model's positions. Raises DeviceError where so many slots do not fit into memory.
+    """
+    length = min(length, context_length(model) or length)
+    try:
+        decoder = StaticCacheDecoder.of(model, slots=slots, length=length)
+        decoder.warm_up()
+    except Unsupported as reason:
+        logger.info("answers go through transformers, which is slower: %s", reason)
+        return TransformersDecoder(model, slots=slots, length=length)
+    except torch.OutOfMemoryError:
+        answers = f"{slots} answers of {length} tokens do not fit into {describe_device(model.device)} beside the model"
+        raise DeviceError(f"{answers}; lower --slots or --max-model-len") from None
+    return decoder
 
 
 def generate(
@@ -158,17 +239,17 @@ def generate(
     base: bool = False,
     engine: Engine = "auto",
 ) -> list[str]:
-    """Answer each conversation (messages that end before the assistant speaks); the answers' text, in order.
+    """Answer each conversation (messages that end before the assistant's turn); the answers' text, in order.
 
-    `batch_size` are written at a time; an answer ends at an end-of-turn token, before a stop string, after
+    `batch_size` are generated at a time; an answer ends at an end-of-turn token, before a stop string, after
     `settings.max_new_tokens`, or where the model's context ends. With `settings.seed` the answers are repeatable and
-    torch's global random state is left alone. `base` switches the adapter off; `engine` as in Answerer. Raises
+    torch's global random state is left alone. `base` disables the adapter; `engine` as in Generator. Raises
     DataError for a prompt that fills the context.
     """
     slots = max(1, min(batch_size, len(conversations)))
-    with Answerer(model, tokenizer, slots=slots, engine=engine, copies=False) as answerer:
-        answers = dict(answerer.answers(conversations, settings, tools, base))
-    return [answers[number] for number in range(len(conversations))]
+    with Generator(model, tokenizer, slots=slots, engine=engine, fuse=False) as generator:
+        answers = dict(generator.answers(conversations, settings, tools, base))
+    return [answers[index] for index in range(len(conversations))]
 
 
 def stream(
@@ -180,40 +261,32 @@ def stream(
     *,
     base: bool = False,
     engine: Engine = "auto",
-) -> Generator[str]:
-    """One answer, piece by piece as it is written; joined, the pieces are what `generate` returns.
+) -> abc.Generator[str]:
+    """One answer, piece by piece as it is generated; joined, the pieces are what `generate` returns.
 
-    Closing or dropping the iterator stops the model within a burst of tokens. What goes wrong while generating is
-    raised from the iterator. Raises DataError, before anything is generated, for a prompt that fills the context.
+    Closing or dropping the iterator stops the model within a few tokens. What goes wrong while generating is raised
+    from the iterator. Raises DataError, before anything is generated, for a prompt that fills the context.
     """
-    answerer = Answerer(model, tokenizer, slots=1, engine=engine, copies=False)
-    return _closing_after(answerer, answerer.stream(messages, settings, tools, base))
+    generator = Generator(model, tokenizer, slots=1, engine=engine, fuse=False)
+    return _closing_after(generator, generator.stream(messages, settings, tools, base))
 
 
-def _closing_after(answerer: Answerer, pieces: Generator[str]) -> Generator[str]:
-    with answerer, closing(pieces):
+def _closing_after(generator: Generator, pieces: abc.Generator[str]) -> abc.Generator[str]:
+    with generator, closing(pieces):
         yield from pieces
 
 
-def _texts(pieces: Generator[OutputChunk]) -> Generator[str]:
-    with closing(pieces):
-        for piece in pieces:
-            if piece.text:
-                yield piece.text
-
-
-def _collected(
-    scheduler: Scheduler, prompts: Sequence[list[int]], settings: GenerationSection, base: bool
-) -> Generator[tuple[int, str]]:
+def _collect(scheduler: Scheduler, requests: Sequence[Request]) -> abc.Generator[tuple[int, str | Exception]]:
+    """The whole answer to each request, or the exception that ended it, as they are finished."""
     queue: SimpleQueue[IndexedOutput] = SimpleQueue()
-    texts = [""] * len(prompts)
-    requests = [Request(prompt, nth_seed(settings, index), base) for index, prompt in enumerate(prompts)]
+    texts = [""] * len(requests)
     fan_in = FanIn(scheduler, requests, queue.put)
     try:
         while fan_in.unfinished:
             index, output = fan_in.receive(queue.get())
             if isinstance(output, Exception):
-                raise output
+                yield index, output
+                continue
             texts[index] += output.text
             if output.finish_reason is not None:
                 yield index, texts[index]

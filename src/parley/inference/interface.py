@@ -50,7 +50,7 @@ class Decoder(Protocol):
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the model's embedding: prompt ids must lie below."""
+        """DeviceBatch of the model's embedding: prompt ids must lie below."""
 
     def admit(self, requests: Mapping[int, DecodeRequest]) -> None:
         """Prefill the prompts into free slots. Sampled tokens come from the next `decode` on.

@@ -1,4 +1,4 @@
-"""What a model is asked, in ids; the room it has for that and its answer; the tokens that end answers."""
+"""Prompts in token ids, the length of a model's context, and the tokens that end an answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tools = list[dict[str, Any]]
 def prompt_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools | None
 ) -> list[int]:
-    """The ids that ask for the next turn. Raises DataError where they fill the model's context."""
+    """The rendered conversation with the generation prompt. Raises DataError where it fills the model's context."""
     prompt = render_prompt(tokenizer, messages, tools)
     context = context_length(model)
     if context is not None and len(prompt) >= context:
@@ -28,7 +28,7 @@ def prompt_ids(
 
 
 def context_length(model: PreTrainedModel) -> int | None:
-    """Tokens that the model has positions for; None where it sets no limit."""
+    """The model's maximum number of positions; None where it has no limit."""
     return model.config.get_text_config().to_dict().get("max_position_embeddings")
 
 
@@ -41,9 +41,9 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _end_of_turn_in_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that training teaches to end a turn with: the last one supervised in a rendered turn."""
+    """The token that training teaches to end a turn with: the last supervised one of a rendered turn."""
     if not tokenizer.chat_template:
         return None
     turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    learned = [token for token, trained in zip(turn.input_ids, turn.mask, strict=True) if trained]
-    return learned[-1] if learned and learned[-1] in tokenizer.added_tokens_decoder else None
+    supervised = [token for token, is_supervised in zip(turn.input_ids, turn.mask, strict=True) if is_supervised]
+    return supervised[-1] if supervised and supervised[-1] in tokenizer.added_tokens_decoder else None

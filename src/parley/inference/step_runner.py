@@ -1,139 +1,117 @@
-"""Steps without a look from the host, and what they drew.
-
-Shape suffixes: B rows, N tokens between host looks, A alternatives, V vocabulary.
-"""
+"""What the decoder asks of a backend, and the outputs of decode steps that the host has not read yet."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from parley.inference.interface import Token
-from parley.inference.sampling import Needs, advance, columns, next_tokens, report_logprobs
-from parley.inference.slot_state import DRAWN, LIVE, Row, State
+from parley.inference.interface import DecodeRequest, Token
+from parley.inference.sampling import SamplingFeatures
+from parley.inference.slot_state import NUM_SAMPLED, RUNNING, RunningRequest, SlotState
 
-MOST_TOKENS = 8  # of a row in one burst
+MAX_STEPS = 8  # per launch, and so the output columns of a row
 
 
 @dataclass(frozen=True)
-class Report:
-    """The parts of a State that the host reads. `ready`: recorded once they have arrived; None where they lie."""
+class StepOutputs:
+    """The parts of a SlotState that the host reads. `copied`: recorded after their copy to the host; None without."""
 
-    fields_BF: Tensor
-    token_BN: Tensor
-    logprob_BN: Tensor
-    top_BNA: Tensor
-    top_logprob_BNA: Tensor
-    ready: torch.cuda.Event | None = None
-
-    @classmethod
-    def of(cls, state: State) -> Report:
-        return cls(state.fields_BF, state.token_BN, state.logprob_BN, state.top_BNA, state.top_logprob_BNA)
+    fields_BX: Tensor
+    token_BU: Tensor
+    logprob_BU: Tensor
+    top_BUA: Tensor
+    top_logprob_BUA: Tensor
+    copied: torch.cuda.Event | None = None
 
     @classmethod
-    def pinned(cls, state: State) -> Report:
-        """Room on the host for `state`'s report."""
-        tensors = [torch.empty_like(t, device="cpu", pin_memory=True) for t in cls.of(state)._tensors()]
-        return replace(cls(*tensors), ready=torch.cuda.Event())
+    def of(cls, state: SlotState) -> StepOutputs:
+        return cls(state.fields_BX, state.token_BU, state.logprob_BU, state.top_BUA, state.top_logprob_BUA)
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        return self.fields_BF, self.token_BN, self.logprob_BN, self.top_BNA, self.top_logprob_BNA
+    @classmethod
+    def pinned_like(cls, state: SlotState) -> StepOutputs:
+        """Pinned host buffers for the outputs of `state`."""
+        outputs = cls.of(state)
+        tensors = (outputs.fields_BX, outputs.token_BU, outputs.logprob_BU, outputs.top_BUA, outputs.top_logprob_BUA)
+        pinned = [torch.empty_like(tensor, device="cpu", pin_memory=True) for tensor in tensors]
+        return replace(cls(*pinned), copied=torch.cuda.Event())
 
-    def send(self, state: State, needs: Needs) -> None:
-        """Start copying `state`, of as many rows or fewer, into this pinned report."""
-        assert self.ready is not None
-        for name in (
-            "fields_BF",
-            "token_BN",
-            *(("logprob_BN", "top_BNA", "top_logprob_BNA") if needs.logprobs else ()),
-        ):
+    def copy_from(self, state: SlotState, features: SamplingFeatures) -> None:
+        """Start the copy of `state`, of as many rows or fewer, into these pinned buffers."""
+        assert self.copied is not None
+        names = ["fields_BX", "token_BU"]
+        if features.logprobs:
+            names += ["logprob_BU", "top_BUA", "top_logprob_BUA"]
+        for name in names:
             source = vars(state)[name]
             vars(self)[name][: len(source)].copy_(source, non_blocking=True)
-        self.ready.record()
+        self.copied.record()
 
 
-class Burst:
-    """What some steps drew for `rows`, on its way to the host."""
+class InFlightSteps:
+    """Launched steps of `running`, which were the state's first rows in this order, and their outputs."""
 
-    def __init__(self, rows: list[Row], needs: Needs, report: Report) -> None:
-        self.rows, self.needs, self.report = rows, needs, report
+    def __init__(self, running: list[RunningRequest], outputs: StepOutputs) -> None:
+        self.running, self.outputs = running, outputs
 
     def read(self) -> Mapping[int, list[Token]]:
-        """The new tokens of each slot that was not released meanwhile; takes note of answers that are over."""
-        if self.report.ready is not None:
-            self.report.ready.synchronize()
-        rows = len(self.rows)
-        fields, token_BN = self.report.fields_BF.numpy()[:rows], self.report.token_BN.numpy()[:rows].tolist()
-        drawn_B, live_B = fields[:, DRAWN].tolist(), fields[:, LIVE].tolist()
-        told: dict[int, list[Token]] = {}
-        for index, (row, drawn, live) in enumerate(zip(self.rows, drawn_B, live_B, strict=True)):
-            if row.over:
+        """Wait for the outputs: the new tokens of each slot that was not released since. Marks finished answers."""
+        if self.outputs.copied is not None:
+            self.outputs.copied.synchronize()
+        count = len(self.running)
+        fields, token_BU = self.outputs.fields_BX.numpy()[:count], self.outputs.token_BU.numpy()[:count].tolist()
+        num_sampled_B, running_B = fields[:, NUM_SAMPLED].tolist(), fields[:, RUNNING].tolist()
+        emitted: dict[int, list[Token]] = {}
+        for row, (request, num_sampled, running) in enumerate(zip(self.running, num_sampled_B, running_B, strict=True)):
+            if request.finished:
                 continue
-            places = [place % len(token_BN[index]) for place in range(row.drawn, drawn)]
-            if places:
-                told[row.slot] = [self._token(token_BN[index][place], index, place) for place in places]
-            row.drawn, row.over = drawn, not live
-        return told
+            columns = [index % len(token_BU[row]) for index in range(request.num_read, num_sampled)]
+            if columns:
+                emitted[request.slot] = [self._token(token_BU[row][column], row, column) for column in columns]
+            request.num_read, request.finished = num_sampled, not running
+        return emitted
 
     def _token(self, token: int, row: int, column: int) -> Token:
-        wanted = self.rows[row].asked.logprobs
-        if wanted is None:
+        count = self.running[row].request.logprobs
+        if count is None:
             return Token(token)
-        top = self.report.top_BNA[row, column, :wanted].tolist()
-        logprobs = self.report.top_logprob_BNA[row, column, :wanted].tolist()
-        return Token(token, self.report.logprob_BN[row, column].item(), tuple(zip(top, logprobs, strict=True)))
+        top = self.outputs.top_BUA[row, column, :count].tolist()
+        logprobs = self.outputs.top_logprob_BUA[row, column, :count].tolist()
+        return Token(token, self.outputs.logprob_BU[row, column].item(), tuple(zip(top, logprobs, strict=True)))
 
 
-class Runner(Protocol):
-    """Runs steps on the device."""
-
-    @property
-    def tokens(self) -> int:
-        """The most it draws for a row in one burst."""
+class StepRunner(Protocol):
+    """A backend: prefill and decode steps over the rows of one state and one KV cache."""
 
     @property
-    def ahead(self) -> int:
-        """How many bursts to have under way while one is read."""
+    def max_steps(self) -> int:
+        """The most steps of one launch."""
 
-    def warm_up(self, read: Callable[[], None]) -> None:
-        """Compile and capture what common steps need, and `read`, which reads a prompt. No answer is running."""
+    @property
+    def launches_ahead(self) -> int:
+        """How many launches to have in flight while the outputs of one are read."""
 
-    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
-        """Start up to `tokens` steps of `rows`, which are the state's first rows in order."""
+    def warm_up(self) -> None:
+        """Compile and capture what common steps need. No row is running."""
 
+    def prefill(self, requests: Sequence[DecodeRequest], start: int) -> int:
+        """Compute the keys and values of the prompts in the rows from `start` on, which the state already has.
 
-class Eager:
-    """Steps one by one: what runs on a CPU, and what graphs are held against.
+        Returns how many tokens of each answer were sampled by it: 1 where it ends with the prompt's last token, 0
+        where that is left to the first step.
+        """
 
-    `step` gives the fp32 logits (B, V) that follow one token of each row. The state lies on the host.
-    """
+    def launch(self, running: list[RunningRequest], steps: int) -> InFlightSteps:
+        """Start up to `steps` steps of `running`, which are the state's first rows in order."""
 
-    tokens = 1
-    ahead = 0
+    def emitted(self, row: int, ids: Sequence[int]) -> None:
+        """Take note of an answer's new tokens."""
 
-    def __init__(self, step: Callable[[State], Tensor], state: State) -> None:
-        self.step = step
-        self.states = [state.first(rows) for rows in range(1, len(state.fields_BF) + 1)]
+    def move(self, source: int, target: int, positions: int) -> None:
+        """Copy a row of the KV cache, of which `positions` are filled."""
 
-    def warm_up(self, read: Callable[[], None]) -> None:
-        read()
-
-    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
-        if not rows:
-            return Burst(rows, needs, Report.of(self.states[0]))
-        state = self.states[len(rows) - 1]
-        for _ in range(tokens):
-            take(self.step(state).cpu(), state, needs)
-        return Burst(rows, needs, Report.of(state))
-
-
-def take(logits_BV: Tensor, state: State, needs: Needs) -> None:
-    """Draw each row's next token and step on. `state` lies on the host."""
-    token_B = next_tokens(logits_BV, state, needs)
-    if needs.logprobs:
-        report_logprobs(logits_BV, token_B, columns(state), state)
-    advance(token_B, state, needs)
+    def reset(self) -> None:
+        """Forget what the KV cache holds."""

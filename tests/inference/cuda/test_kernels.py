@@ -13,12 +13,13 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from parley.config import GenerationSection
-from parley.inference.decoder import FastDecoder
+from parley.inference.cpu.runner import EagerRunner
+from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.interface import DecodeRequest
-from parley.inference.linear import Product
-from parley.inference.sampling import Needs, advance, next_tokens
-from parley.inference.slot_state import Row, State
-from parley.inference.step_runner import Burst, Report
+from parley.inference.linear import DecodeLinear
+from parley.inference.sampling import SamplingFeatures, advance, sample
+from parley.inference.slot_state import NUM_SAMPLED, RunningRequest, SlotState
+from parley.inference.step_runner import InFlightSteps, StepOutputs
 from parley.train_step import reference_ops as reference
 from parley.train_step.fused_linear import DenseWeight, FusedLinear
 from parley.train_step.nf4 import Nf4Weight
@@ -26,11 +27,11 @@ from parley.train_step.ops import Adapter, AttentionShape, QkNorm, RopeTable
 
 triton = pytest.importorskip("triton", reason="no Triton here")
 attention = pytest.importorskip("parley.inference.cuda.kernels.decode_attention")
-drawing = pytest.importorskip("parley.inference.cuda.kernels.sampling")
+sampling_kernels = pytest.importorskip("parley.inference.cuda.kernels.sampling")
 kernels = pytest.importorskip("parley.inference.cuda.kernels.gemv")
 graphs = pytest.importorskip("parley.inference.cuda.graphs")
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() and not triton.knobs.runtime.interpret, reason="needs a GPU or TRITON_INTERPRET=1"
+    not torch.cuda.is_available() and not triton.knobs.runtime.interpret, reason="features a GPU or TRITON_INTERPRET=1"
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,7 +45,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def projections(sizes: tuple[int, ...], columns: int, rank: int, *, packed: bool, bias: bool = False) -> Product:
+def projections(sizes: tuple[int, ...], columns: int, rank: int, *, packed: bool, bias: bool = False) -> DecodeLinear:
     """Projections side by side, every other one adapted where `rank` says so."""
     bases: list[Any] = []
     adapters: list[Adapter | None] = []
@@ -54,7 +55,7 @@ def projections(sizes: tuple[int, ...], columns: int, rank: int, *, packed: bool
         adapter = Adapter(draw(rank, columns, seed=10 + i), draw(size, rank, seed=20 + i), weight[0], weight[0], 0.3)
         adapters.append(adapter if rank and i % 2 == 0 else None)
     fused = FusedLinear(bases, adapters, draw(sum(sizes), seed=30) if bias else None)
-    return Product(fused, reference, torch.float32, DEVICE)
+    return DecodeLinear(fused, reference, torch.float32, DEVICE)
 
 
 def packed_weight(weight: torch.Tensor) -> Nf4Weight:
@@ -73,7 +74,7 @@ def rounded(weight: Nf4Weight) -> Nf4Weight:
 def adapting(rows: int, ranks: int) -> Any:
     tuned = torch.tensor([1.0, 0.0, 1.0, 1.0], device=DEVICE)[:rows]
     ready = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    return kernels.Adapting(torch.full((rows * max(ranks, 1),), torch.nan, device=DEVICE), ready, tuned)
+    return kernels.LoraScratch(torch.full((rows * max(ranks, 1),), torch.nan, device=DEVICE), ready, tuned)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -81,20 +82,20 @@ def adapting(rows: int, ranks: int) -> Any:
 @pytest.mark.parametrize("packed", [False, True])
 def test_product(rows: int, sizes: tuple[int, ...], columns: int, rank: int, packed: bool) -> None:
     of = projections(sizes, columns, rank, packed=packed, bias=len(sizes) == 3)
-    of_rows = kernels.RowProducts(of)
+    of_rows = kernels.GemvLinear(of)
     x, norm = draw(rows, columns, seed=40), kernels.Norm(1 + draw(columns, seed=41) / 10, 1e-5)
     given = adapting(rows, of_rows.ranks)
-    of.copy()
+    of.fuse()
     normed = functional.rms_norm(x, (columns,), norm.weight_D, norm.eps)
-    wanted = of(normed, given.tuned_B[:, None])
+    wanted = of(normed, given.adapter_B[:, None])
     out = torch.full_like(wanted, torch.nan)
-    kernels.product(of_rows, x, out, given, norm, add=False)
+    kernels.gemv(of_rows, x, out, given, norm, add=False)
     assert off(out, wanted) < 1e-5
     given.ready_1.zero_()
     total = draw(*wanted.shape, seed=42)
     wanted = total.clone()
-    of.add_to(wanted, x, given.tuned_B[:, None])
-    kernels.product(of_rows, x, total, given, add=True)
+    of.add_to(wanted, x, given.adapter_B[:, None])
+    kernels.gemv(of_rows, x, total, given, add=True)
     assert off(total, wanted) < 1e-5
 
 
@@ -103,15 +104,15 @@ def test_product(rows: int, sizes: tuple[int, ...], columns: int, rank: int, pac
 @pytest.mark.parametrize("packed", [False, True])
 def test_gated(rows: int, size: int, columns: int, rank: int, packed: bool) -> None:
     of = projections((size, size), columns, rank, packed=packed)
-    of_rows = kernels.RowProducts(of)
+    of_rows = kernels.GemvLinear(of)
     x, norm = draw(rows, columns, seed=40), kernels.Norm(1 + draw(columns, seed=41) / 10, 1e-5)
     given = adapting(rows, of_rows.ranks)
-    of.copy()
-    both = of(functional.rms_norm(x, (columns,), norm.weight_D, norm.eps), given.tuned_B[:, None])
+    of.fuse()
+    both = of(functional.rms_norm(x, (columns,), norm.weight_D, norm.eps), given.adapter_B[:, None])
     wanted = torch.empty(rows, size, device=DEVICE)
     reference.swiglu(both, wanted)
     out = torch.full_like(wanted, torch.nan)
-    kernels.gated(of_rows, x, out, given, norm)
+    kernels.gemv_swiglu(of_rows, x, out, given, norm)
     assert off(out, wanted) < 1e-5
 
 
@@ -119,9 +120,9 @@ def test_nf4_products_equal_bitsandbytes_own() -> None:
     """Its kernel for one row, the plain reference of ours; it takes the 16 values in fp32."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
     linear = FusedLinear([packed_weight(draw(48, 256, seed=0) / 16)], [None])
-    of = Product(linear, reference, torch.float32, DEVICE)
+    of = DecodeLinear(linear, reference, torch.float32, DEVICE)
     x, out = draw(1, 256, seed=1), torch.empty(1, 48, device=DEVICE)
-    kernels.product(kernels.RowProducts(of), x, out, None, add=False)
+    kernels.gemv(kernels.GemvLinear(of), x, out, None, add=False)
     weight: Any = of.linear.bases[0]
     wanted = bitsandbytes.matmul_4bit(x, weight.weight.data.t(), weight.weight.quant_state)
     assert off(out, wanted) < 2**-12  # what rounding to fp16 changes of a value at most
@@ -138,13 +139,13 @@ def test_attention(positions: tuple[int, ...], heads: int, kv_heads: int, window
     qk_norm = QkNorm(1 + draw(size, seed=4) / 10, 1 + draw(size, seed=5) / 10, 1e-5) if norms else None
     fields = torch.zeros(rows, 7, dtype=torch.int32, device=DEVICE)
     fields[:, 3] = torch.tensor(positions, device=DEVICE)
-    shares = attention.Shares.room(rows, shape, DEVICE, programs=16)
+    buffers = attention.SplitBuffers.allocate(rows, shape, DEVICE, programs=16)
     got_cache, got = cache.clone(), torch.full((rows, heads * size), torch.nan, device=DEVICE)
     for _ in range(2):  # the counters are left as they were found
         got_cache.copy_(cache)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()  # the cache is read before the launch ahead has ended
-        attention.attend(qkv, got_cache, got, fields[:, 3], rope, shape, qk_norm, shares)
+        attention.decode_attention(qkv, got_cache, got, fields[:, 3], rope, shape, qk_norm, buffers)
     wanted_cache, wanted = plain_attention(qkv, cache, positions, rope, shape, qk_norm)
     assert off(got_cache, wanted_cache) < 1e-6
     assert off(got, wanted) < 1e-5
@@ -188,43 +189,39 @@ def test_drawing(vocabulary: int) -> None:
         GenerationSection(temperature=1.0, min_p=0.05, max_new_tokens=2),
     ]
     asked = [DecodeRequest([1, 2, 3], one, frozenset({4}), seed) for seed, one in enumerate(settings)]
-    needs = Needs.of(asked)
+    features = SamplingFeatures.of(asked)
     states = []
     for device in (DEVICE, torch.device("cpu")):
-        state = State.empty(len(asked) + 1, vocabulary, 3, device)
+        state = SlotState.zeros(len(asked) + 1, vocabulary, 3, device)
         state.admit(0, asked, 50)
         states.append(state)
     for step in range(7):
         logits = 2 * draw(len(asked) + 1, vocabulary, seed=step)
-        drawing.draw_and_advance(logits, states[0])
-        advance(next_tokens(logits.cpu(), states[1], needs), states[1], needs)
-        assert torch.equal(states[0].fields_BF[:5].cpu(), states[1].fields_BF[:5])
-        assert torch.equal(states[0].token_BN[:5].cpu(), states[1].token_BN[:5])
-    assert states[0].whole(2).tolist()[:5] == [7, 7, 7, 7, 2]
+        sampling_kernels.sample_and_advance(logits, states[0])
+        advance(sample(logits.cpu(), states[1], features), states[1], features)
+        assert torch.equal(states[0].fields_BX[:5].cpu(), states[1].fields_BX[:5])
+        assert torch.equal(states[0].token_BU[:5].cpu(), states[1].token_BU[:5])
+    assert states[0].ints(NUM_SAMPLED).tolist()[:5] == [7, 7, 7, 7, 2]
 
 
-class Interpreted:
-    """A runner whose steps are the graphs' steps, run at once."""
+class Interpreted(EagerRunner):
+    """A runner whose steps are those that graphs capture, run at once."""
 
-    tokens, ahead = 1, 0
+    def __init__(self, decoder: StaticCacheDecoder) -> None:
+        super().__init__(decoder.model, decoder.cache, decoder.state)
+        self.step = graphs.DecodeStep(decoder.model, decoder.cache, decoder.state, programs=4)
 
-    def __init__(self, decoder: FastDecoder) -> None:
-        self.step = graphs.Step(decoder.model, decoder.cache, decoder.state, programs=4)
-        self.state = decoder.state
-
-    def warm_up(self, read: Callable[[], None]) -> None:
-        read()
-
-    def launch(self, rows: list[Row], needs: Needs, tokens: int) -> Burst:
-        for _ in range(tokens):
-            self.step.run(len(rows), cut=needs.cut, logprobs=needs.logprobs)
-        return Burst(rows, needs, Report.of(self.state))
+    def launch(self, running: list[RunningRequest], steps: int) -> InFlightSteps:
+        features = SamplingFeatures.of(each.request for each in running)
+        for _ in range(steps):
+            self.step.run(len(running), truncation=features.truncation, logprobs=features.logprobs)
+        return InFlightSteps(running, StepOutputs.of(self.state))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the graphs themselves are compared: tests/gpu")
 @pytest.mark.parametrize(("family", "rows"), [("llama", 2), ("qwen2", 1), ("qwen3", 1), ("mistral", 5), ("qwen3", 5)])
 def test_a_whole_step_is_the_plain_one(build_family: Callable[[str], Path], family: str, rows: int) -> None:
-    """Base and tuned, greedy and drawn, cut and penalised rows side by side, with log-probabilities."""
+    """BaseWeight and tuned, greedy and drawn, cut and penalised rows side by side, with log-probabilities."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(build_family(family), dtype=torch.float32).to(DEVICE)
     if family != "llama":  # what differs between families is in every layer
@@ -242,7 +239,7 @@ def test_a_whole_step_is_the_plain_one(build_family: Callable[[str], Path], fami
     }
     told = []
     for runner in (None, Interpreted):
-        decoder = FastDecoder.of(model, slots=rows, length=30, eager=True)
+        decoder = StaticCacheDecoder.of(model, slots=rows, length=30, eager=True)
         if runner is not None:
             decoder.runner = runner(decoder)
         decoder.admit(every)

@@ -1,1 +1,1 @@
-"""Decoding on a CPU, in PyTorch."""
+"""Decoding in plain PyTorch: the backend of CPUs, and on a GPU the reference for CUDA graphs."""

@@ -1,1 +1,1 @@
-"""Decoding on a GPU: CUDA graphs over Triton kernels."""
+"""The CUDA backend: steps as CUDA graphs over Triton kernels."""

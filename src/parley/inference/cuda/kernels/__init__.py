@@ -1,2 +1,1 @@
-"""What a step of the decoder is made of on a GPU, as Triton kernels; the plain counterparts are in `forward`,
-`products` and `sampling`."""
+"""The Triton kernels of a decode step. Their references in PyTorch are `cpu.step`, `linear` and `sampling`."""

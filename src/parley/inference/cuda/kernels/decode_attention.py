@@ -1,11 +1,14 @@
-"""One new query a row over its cached keys: head norms, rotation, the new keys and values into the cache, attention.
+"""Decode attention: one new query per row over its cached keys, with QK norm, rotary embedding and cache update.
 
-Flash-decoding: programs take a row, a key-value head and a share of the positions; queries that share keys are one
-tile, so that nothing is repeated or read twice. The last program of a head to finish adds the shares up. Only as many
-positions as the row has are read, and by as many programs, so one CUDA graph serves rows of any length.
+Algorithm: flash-decoding with split KV. The grid is (splits, KV heads, rows): each program takes one split of the
+positions of one KV head, with the query heads that share the KV head as one tile, so that no key is read twice. The
+softmax is the online one of FlashAttention, in base 2.
 
-Shape suffixes: B rows, C query, key and value columns, D query columns (H E), H heads, K key-value heads, L positions,
-G queries that share keys, E head size.
+Synchronisation: the programs of a (row, KV head) count their arrivals atomically after they have stored their partial
+results; the last one to arrive combines them. Only as many positions as the row has are read, and only as many splits
+as they fill take part, so that one CUDA graph serves rows of any length.
+
+Shape suffixes besides docs/design.md's: Q query heads that share a KV head (Q = H / G).
 """
 
 from __future__ import annotations
@@ -17,184 +20,195 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parley.inference.cuda.kernels.dependent_launch import ahead_done, early, next_may_come
+from parley.inference.cuda.kernels.dependent_launch import launch_dependents, pdl_options, wait_for_previous
 from parley.train_step.kernels.precompile import kernel
 from parley.train_step.ops import AttentionShape, QkNorm, RopeTable
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-HIDDEN = tl.constexpr(-1.0e6)  # finite: a share without a position must not turn into NaN
-TILE = 16  # rows that the matrix units take at least
-POSITIONS = 64  # of a tile
-PROGRAMS = 128  # that keep a large GPU busy; more have more to add up
-MOST_SHARES = 32
+MASKED = tl.constexpr(-1.0e6)  # finite: a split without a position must not become NaN
+MIN_DOT_ROWS = 16  # the tensor cores take at least so many rows
+BLOCK_POSITIONS = 64
+PROGRAMS = 128  # enough to occupy a large GPU; more splits cost more to combine
+MAX_SPLITS = 32
 
 
 @triton.jit
-def _turned(x, weight, cos, sin, e, mask, eps, E: tl.constexpr, HEAD_NORMS: tl.constexpr):
-    """Heads at the pointers `x` (rows, 1), normalised if need be and rotated by `cos` and `sin`, (rows, E) in fp32."""
+def _load_heads(x, weight, cos, sin, e, mask, eps, E: tl.constexpr, QK_NORM: tl.constexpr):
+    """Heads at the pointers `x` (rows, 1), normalised where QK_NORM says so and rotated, (rows, E) in fp32."""
     HALF: tl.constexpr = E // 2
     partner = (e + HALF) % E
     value = tl.load(x + e, mask=mask, other=0.0).to(tl.float32)
-    other = tl.load(x + partner, mask=mask, other=0.0).to(tl.float32)
-    if HEAD_NORMS:
+    partner_value = tl.load(x + partner, mask=mask, other=0.0).to(tl.float32)
+    if QK_NORM:
         inverse = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / E + eps)[:, None]
         value *= inverse * tl.load(weight + e).to(tl.float32)
-        other *= inverse * tl.load(weight + partner).to(tl.float32)
-    return value * cos + tl.where(e < HALF, -other, other) * sin
+        partner_value *= inverse * tl.load(weight + partner).to(tl.float32)
+    return value * cos + tl.where(e < HALF, -partner_value, partner_value) * sin
 
 
 @triton.jit
-def _cached(keys, values, begin, until, e, E: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Keys and values (L, E) of BLOCK_L positions, zero from `until` on."""
-    at = begin + tl.arange(0, BLOCK_L)[:, None]
-    place = at.to(tl.int64) * E + e
-    return tl.load(keys + place, mask=at < until, other=0.0), tl.load(values + place, mask=at < until, other=0.0)
+def _load_kv(keys, values, begin, end, e, E: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Keys and values (L, E) of BLOCK_L positions, zero from `end` on."""
+    position = begin + tl.arange(0, BLOCK_L)[:, None]
+    offset = position.to(tl.int64) * E + e
+    inside = position < end
+    return tl.load(keys + offset, mask=inside, other=0.0), tl.load(values + offset, mask=inside, other=0.0)
 
 
 @triton.jit
-def _seen(query, key, value, begin, until, top, total, summed, scale, BLOCK_L: tl.constexpr):
-    """What the queries (G, E) have summed up (G, E), its weights' total (G) and their top (G), with one tile more."""
-    seen = begin + tl.arange(0, BLOCK_L)[None, :] < until
+def _online_softmax(query, key, value, begin, end, m, denom, acc, scale, BLOCK_L: tl.constexpr):
+    """One block of the online softmax: running maximum m (Q), sum of weights denom (Q), weighted values acc
+    (Q, E)."""
+    inside = begin + tl.arange(0, BLOCK_L)[None, :] < end
     s = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2_E)
-    s = tl.where(seen, s, HIDDEN)
-    higher = tl.maximum(top, tl.max(s, axis=1))
-    p = tl.where(seen, tl.exp2(s - higher[:, None]), 0.0)
-    shrink = tl.exp2(top - higher)
-    total = total * shrink + tl.sum(p, axis=1)
-    summed = tl.dot(p.to(value.dtype), value, summed * shrink[:, None], input_precision="ieee")
-    return higher, total, summed
+    s = tl.where(inside, s, MASKED)
+    new_m = tl.maximum(m, tl.max(s, axis=1))
+    p = tl.where(inside, tl.exp2(s - new_m[:, None]), 0.0)
+    rescale = tl.exp2(m - new_m)
+    denom = denom * rescale + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
+    return new_m, denom, acc
 
 
 @kernel()
-def _attend(
-    qkv, cache, out, position_at, cos, sin, q_norm, k_norm, shares, tops, arrived,
+def _decode_attention(
+    qkv, cache, out, position_at, cos, sin, q_norm, k_norm, partial_acc, partial_ml, arrivals,
     qkv_stride, row_stride, value_stride, head_stride, out_stride, position_stride, eps, scale, window,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, SHARES: tl.constexpr,
-    WINDOW: tl.constexpr, HEAD_NORMS: tl.constexpr, MEMBERS: tl.constexpr, BLOCK_G: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, E: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, QK_NORM: tl.constexpr, GROUP_POW2: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    share, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    next_may_come()
+    split, kv_head, row = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    launch_dependents()
     position = tl.load(position_at + row * position_stride)
     first = 0
     if WINDOW:
         first = tl.maximum(position - window + 1, 0)
-    each = tl.maximum(tl.cdiv(tl.cdiv(position - first, SHARES), BLOCK_L), 1) * BLOCK_L
-    busy = tl.maximum(tl.cdiv(position - first, each), 1)  # shares that have a position, or the new one
-    if share >= busy:
+    # Splits are whole blocks; a short row fills fewer of them than the grid has, at least one for the new token.
+    per_split = tl.maximum(tl.cdiv(tl.cdiv(position - first, SPLITS), BLOCK_L), 1) * BLOCK_L
+    used_splits = tl.maximum(tl.cdiv(position - first, per_split), 1)
+    if split >= used_splits:
         return
-    begin = first + share * each
-    until = tl.minimum(begin + each, position)
+    begin = first + split * per_split
+    end = tl.minimum(begin + per_split, position)
     e = tl.arange(0, E)[None, :]
-    g = tl.arange(0, BLOCK_G)
-    in_group = (g < GROUP)[:, None]
+    q = tl.arange(0, BLOCK_Q)
+    in_group = (q < GROUP)[:, None]
     qkv += row * qkv_stride
     keys = cache + row * row_stride + kv_head * head_stride
     values = keys + value_stride
-    if SHARES > 1:  # with many rows there are enough programs for one to read while another waits
-        key, value = _cached(keys, values, begin, until, e, E, BLOCK_L)
-    turn = position * (E // 2) + e % (E // 2)
-    cosine = tl.load(cos + turn).to(tl.float32)
-    sine = tl.load(sin + turn).to(tl.float32)
-    ahead_done()
-    query = _turned(qkv + (kv_head * GROUP + g)[:, None] * E, q_norm, cosine, sine, e, in_group, eps, E, HEAD_NORMS)
+    # The cache is loaded before the wait. With one split there are enough programs to overlap loads with each other.
+    if SPLITS > 1:
+        key, value = _load_kv(keys, values, begin, end, e, E, BLOCK_L)
+    rotary = position * (E // 2) + e % (E // 2)
+    cosine = tl.load(cos + rotary).to(tl.float32)
+    sine = tl.load(sin + rotary).to(tl.float32)
+    wait_for_previous()
+    query = _load_heads(qkv + (kv_head * GROUP + q)[:, None] * E, q_norm, cosine, sine, e, in_group, eps, E, QK_NORM)
     query = query.to(qkv.dtype.element_ty)
-    top = tl.full((BLOCK_G,), HIDDEN, tl.float32)
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    summed = tl.zeros((BLOCK_G, E), tl.float32)
-    if share == 0:  # the new token sees itself, and is kept for those after it
-        one = tl.arange(0, 1)[:, None]
-        new_key = _turned(qkv + (HEADS + kv_head) * E + one, k_norm, cosine, sine, e, one < 1, eps, E, HEAD_NORMS).to(
-            qkv.dtype.element_ty
+    m = tl.full((BLOCK_Q,), MASKED, tl.float32)
+    denom = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, E), tl.float32)
+    # The first split takes the new token, which attends to itself, and stores its key and value.
+    if split == 0:
+        single = tl.arange(0, 1)[:, None]
+        new_key = _load_heads(
+            qkv + (HEADS + kv_head) * E + single, k_norm, cosine, sine, e, single < 1, eps, E, QK_NORM
         )
+        new_key = new_key.to(qkv.dtype.element_ty)
         new_value = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * E + e)
         tl.store(keys + position.to(tl.int64) * E + e, new_key)
         tl.store(values + position.to(tl.int64) * E + e, new_value)
-        top = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * (scale * LOG2_E)
-        total += 1.0
-        summed += new_value.to(tl.float32)
-    if SHARES > 1:
-        top, total, summed = _seen(query, key, value, begin, until, top, total, summed, scale, BLOCK_L)
+        m = tl.sum(query.to(tl.float32) * new_key.to(tl.float32), axis=1) * (scale * LOG2_E)
+        denom += 1.0
+        acc += new_value.to(tl.float32)
+    if SPLITS > 1:
+        m, denom, acc = _online_softmax(query, key, value, begin, end, m, denom, acc, scale, BLOCK_L)
         begin += BLOCK_L
-    for start in range(begin, until, BLOCK_L):
-        key, value = _cached(keys, values, start, until, e, E, BLOCK_L)
-        top, total, summed = _seen(query, key, value, start, until, top, total, summed, scale, BLOCK_L)
+    for start in range(begin, end, BLOCK_L):
+        key, value = _load_kv(keys, values, start, end, e, E, BLOCK_L)
+        m, denom, acc = _online_softmax(query, key, value, start, end, m, denom, acc, scale, BLOCK_L)
     out += row * out_stride + kv_head * GROUP * E
-    if (SHARES == 1) or (busy == 1):
-        result = summed / total[:, None]
-        tl.store(out + g[:, None] * E + e, result.to(out.dtype.element_ty), mask=in_group)
+    if (SPLITS == 1) or (used_splits == 1):
+        result = acc / denom[:, None]
+        tl.store(out + q[:, None] * E + e, result.to(out.dtype.element_ty), mask=in_group)
     else:
         head = row * KV_HEADS + kv_head
-        shares += head * SHARES * GROUP * E
-        tops += head * SHARES * GROUP * 2
-        tl.store(shares + share * GROUP * E + g[:, None] * E + e, summed, mask=in_group)
-        tl.store(tops + (share * GROUP + g) * 2, top, mask=g < GROUP)
-        tl.store(tops + (share * GROUP + g) * 2 + 1, total, mask=g < GROUP)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + head, 1, sem="acq_rel") == busy - 1:
-            tl.store(arrived + head, 0)
-            # All at once, as each look into memory takes as long as a whole share.
-            s, m = tl.arange(0, SHARES)[:, None], tl.arange(0, MEMBERS)[None, :]
-            inside = (s < busy) & (m < GROUP)
-            at = s * GROUP + m
-            level = tl.load(tops + 2 * at, mask=inside, other=HIDDEN, cache_modifier=".cg")
-            mass = tl.load(tops + 2 * at + 1, mask=inside, other=0.0, cache_modifier=".cg")
-            part = tl.load(
-                shares + at[:, :, None] * E + e[None], mask=inside[:, :, None], other=0.0, cache_modifier=".cg"
+        partial_acc += head * SPLITS * GROUP * E
+        partial_ml += head * SPLITS * GROUP * 2
+        tl.store(partial_acc + split * GROUP * E + q[:, None] * E + e, acc, mask=in_group)
+        tl.store(partial_ml + (split * GROUP + q) * 2, m, mask=q < GROUP)
+        tl.store(partial_ml + (split * GROUP + q) * 2 + 1, denom, mask=q < GROUP)
+        tl.debug_barrier()  # all threads have stored before one of them counts the arrival
+        if tl.atomic_add(arrivals + head, 1, sem="acq_rel") == used_splits - 1:
+            tl.store(arrivals + head, 0)
+            # All splits in one load each: a dependent round trip to memory takes as long as a whole split. They were
+            # written by other processors, so the loads bypass the L1 cache (.cg).
+            s, g = tl.arange(0, SPLITS)[:, None], tl.arange(0, GROUP_POW2)[None, :]
+            inside = (s < used_splits) & (g < GROUP)
+            index = s * GROUP + g
+            split_m = tl.load(partial_ml + 2 * index, mask=inside, other=MASKED, cache_modifier=".cg")
+            split_l = tl.load(partial_ml + 2 * index + 1, mask=inside, other=0.0, cache_modifier=".cg")
+            split_acc = tl.load(
+                partial_acc + index[:, :, None] * E + e[None], mask=inside[:, :, None], other=0.0, cache_modifier=".cg"
             )
-            weight = tl.exp2(level - tl.max(level, axis=0, keep_dims=True))
-            whole = tl.sum(weight * mass, axis=0) + (tl.arange(0, MEMBERS) >= GROUP)
-            result = tl.sum(part * weight[:, :, None], axis=0) / whole[:, None]
-            member = tl.arange(0, MEMBERS)[:, None]
-            tl.store(out + member * E + e, result.to(out.dtype.element_ty), mask=member < GROUP)
+            weight = tl.exp2(split_m - tl.max(split_m, axis=0, keep_dims=True))
+            total = tl.sum(weight * split_l, axis=0) + (tl.arange(0, GROUP_POW2) >= GROUP)  # padding: not 0 / 0
+            result = tl.sum(split_acc * weight[:, :, None], axis=0) / total[:, None]
+            group = tl.arange(0, GROUP_POW2)[:, None]
+            tl.store(out + group * E + e, result.to(out.dtype.element_ty), mask=group < GROUP)
 
 
 @dataclass(frozen=True)
-class Shares:
-    """Room for what the programs of a head add up. `arrived` is zero between launches."""
+class SplitBuffers:
+    """The partial results of the splits: `acc` (split, Q, E) and `ml` (split, Q, 2) for each row and KV head.
 
-    summed: Tensor
-    top: Tensor
-    arrived: Tensor
+    `arrivals` is zero between launches. `programs`: the number of programs that few rows are split into.
+    """
+
+    acc: Tensor
+    ml: Tensor
+    arrivals: Tensor
     programs: int
 
     @classmethod
-    def room(cls, rows: int, shape: AttentionShape, device: torch.device, programs: int = PROGRAMS) -> Shares:
-        """Enough for up to `rows` rows of layers of `shape`; few rows are cut so that there are some `programs`."""
-        most = max(share_count(row + 1, shape, programs) * (row + 1) for row in range(rows))
+    def allocate(cls, rows: int, shape: AttentionShape, device: torch.device, programs: int = PROGRAMS) -> SplitBuffers:
+        """Buffers for any number of rows up to `rows`, in layers of this shape."""
+        splits = max(num_splits(row + 1, shape, programs) * (row + 1) for row in range(rows))
         return cls(
-            torch.empty(most * shape.heads * shape.head_dim, dtype=torch.float32, device=device),
-            torch.empty(most * shape.heads * 2, dtype=torch.float32, device=device),
+            torch.empty(splits * shape.heads * shape.head_dim, dtype=torch.float32, device=device),
+            torch.empty(splits * shape.heads * 2, dtype=torch.float32, device=device),
             torch.zeros(rows * shape.kv_heads, dtype=torch.int32, device=device),
             programs,
         )
 
 
-def share_count(rows: int, shape: AttentionShape, programs: int) -> int:
-    """Into how many shares a row's positions are cut: a power of two."""
-    return min(MOST_SHARES, triton.next_power_of_2(triton.cdiv(programs, rows * shape.kv_heads)))
+def num_splits(rows: int, shape: AttentionShape, programs: int) -> int:
+    """How many splits a row's positions are cut into: a power of two."""
+    return min(MAX_SPLITS, triton.next_power_of_2(triton.cdiv(programs, rows * shape.kv_heads)))
 
 
-def attend(
-    qkv_BC: Tensor, cache_B2KLE: Tensor, out_BD: Tensor, position_B: Tensor, rope: RopeTable, shape: AttentionShape,
-    norms: QkNorm | None, shares: Shares,
+def decode_attention(
+    qkv_BC: Tensor, cache_B2GLE: Tensor, out_BD: Tensor, position_B: Tensor, rope: RopeTable, shape: AttentionShape,
+    norms: QkNorm | None, buffers: SplitBuffers,
 ) -> None:  # fmt: skip
-    """Attention of each row's new token, whose queries, keys and values `qkv_BC` holds unrotated, into `out_BD`.
+    """Write the attention of each row's new token, whose unrotated queries, keys and values are `qkv_BC`, to `out_BD`.
 
-    Its keys and values are written to the cache at `position_B`; positions before that are read. Reading may begin
-    before the launch ahead has ended: that one must write neither the cache nor `position_B`.
+    Its keys and values are written to the cache at `position_B`; the positions before that are read. Under
+    programmatic dependent launch they are read before the previous kernel has ended: that one must write neither the
+    cache nor `position_B`.
     """
     rows, group = qkv_BC.shape[0], shape.heads // shape.kv_heads
-    count = share_count(rows, shape, shares.programs)
-    assert cache_B2KLE.stride(3) == shape.head_dim
-    _attend[(count, shape.kv_heads, rows)](
-        qkv_BC, cache_B2KLE, out_BD, position_B, rope.cos_LE, rope.sin_LE,
+    splits = num_splits(rows, shape, buffers.programs)
+    assert cache_B2GLE.stride(3) == shape.head_dim
+    _decode_attention[(splits, shape.kv_heads, rows)](
+        qkv_BC, cache_B2GLE, out_BD, position_B, rope.cos_LE, rope.sin_LE,
         qkv_BC if norms is None else norms.q_E, qkv_BC if norms is None else norms.k_E,
-        shares.summed, shares.top, shares.arrived,
-        qkv_BC.stride(0), cache_B2KLE.stride(0), cache_B2KLE.stride(1), cache_B2KLE.stride(2), out_BD.stride(0),
+        buffers.acc, buffers.ml, buffers.arrivals,
+        qkv_BC.stride(0), cache_B2GLE.stride(0), cache_B2GLE.stride(1), cache_B2GLE.stride(2), out_BD.stride(0),
         position_B.stride(0), 0.0 if norms is None else norms.eps, shape.scale, shape.window or 0,
-        HEADS=shape.heads, KV_HEADS=shape.kv_heads, GROUP=group, E=shape.head_dim, SHARES=count,
-        WINDOW=shape.window is not None, HEAD_NORMS=norms is not None, MEMBERS=triton.next_power_of_2(group),
-        BLOCK_G=max(TILE, triton.next_power_of_2(group)), BLOCK_L=POSITIONS, num_warps=4,
-        **early(qkv_BC.device),
+        HEADS=shape.heads, KV_HEADS=shape.kv_heads, GROUP=group, E=shape.head_dim, SPLITS=splits,
+        WINDOW=shape.window is not None, QK_NORM=norms is not None, GROUP_POW2=triton.next_power_of_2(group),
+        BLOCK_Q=max(MIN_DOT_ROWS, triton.next_power_of_2(group)), BLOCK_L=BLOCK_POSITIONS, num_warps=4,
+        **pdl_options(qkv_BC.device),
     )  # fmt: skip

@@ -1,12 +1,13 @@
-"""Kernels that start before the one ahead of them has ended, and read their weights while they wait for it.
+"""Programmatic dependent launch: kernels that start before the previous one has ended, and load weights meanwhile.
 
-Hopper's programmatic dependent launch: once every program of a kernel has ended or said that the next may come, that
-one's programs start, up to `ahead_done`, which holds them until all kernels ahead have ended and what those wrote can
-be read. Some program of every such kernel passes there, so that the end of the last is the end of all. Ahead of it may
-be read what no kernel writes between the last ordinary launch and this one.
+Hopper's synchronisation rule: once every program of a kernel has ended or called `launch_dependents`, the programs of
+the next kernel start. They run up to `wait_for_previous`, which blocks until all previous kernels have ended and their
+writes are visible. Every kernel launched with `pdl_options` has at least one program that waits there, so that the end
+of the last kernel implies the end of all. Before the wait, a kernel may read only what no kernel writes since the last
+ordinary launch: weights, and the cache and positions of earlier steps.
 
-Products say so when their weights are in: said at once, the next one's programs would crowd on those processors that
-happen to have room, and leave others without work.
+Matrix-vector products call `launch_dependents` after their weights are loaded: called at once, the next kernel's
+programs would crowd on the processors that happen to have room and leave others idle.
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
@@ -19,24 +20,26 @@ import torch
 import triton
 import triton.language as tl
 
-COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter knows no assembly
+COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter has no inline assembly
 HOPPER = (9, 0)
 
 
 @triton.jit
-def next_may_come():
+def launch_dependents():
+    """Let the next kernel's programs start, once every program of this one has called it."""
     if COMPILED and tl.target_info.cuda_capability_geq(9, 0):
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
-def ahead_done():
+def wait_for_previous():
+    """Block until the previous kernels have ended and their writes are visible."""
     if COMPILED and tl.target_info.cuda_capability_geq(9, 0):
         tl.extra.cuda.gdc_wait()
 
 
 @cache
-def early(device: torch.device) -> dict[str, bool]:
-    """The launch option, for a GPU that has it."""
+def pdl_options(device: torch.device) -> dict[str, bool]:
+    """The launch option of a kernel that calls `wait_for_previous`, on a GPU that has it."""
     compiled = not triton.knobs.runtime.interpret
     return {"launch_pdl": True} if compiled and torch.cuda.get_device_capability(device) >= HOPPER else {}

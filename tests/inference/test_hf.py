@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 
 from parley.config import GenerationSection
 from parley.data.render import render_prompt
-from parley.inference.decoder import FastDecoder
-from parley.inference.hf_decoder import TransformersDecoder, decoder_for
+from parley.inference.decoder import StaticCacheDecoder
+from parley.inference.generate import make_decoder
+from parley.inference.hf import TransformersDecoder
 from parley.inference.interface import DecodeRequest, Token
 
 PROMPTS = ["Ahoy!", "What be the colour of the sea on a clear morning?", "How many apples are in the basket? " * 3]
@@ -113,9 +114,9 @@ def test_the_adapter_is_switched_off_for_those_who_ask_for_the_base(model: Any, 
 
 
 def test_families_that_the_fast_decoder_does_not_know_are_answered_by_this_one(build_family: Any) -> None:
-    fast = decoder_for(AutoModelForCausalLM.from_pretrained(build_family("llama")).eval(), slots=2, length=4096)
-    plain = decoder_for(AutoModelForCausalLM.from_pretrained(build_family("gemma2")).eval(), slots=2, length=64)
-    assert isinstance(fast, FastDecoder)
+    fast = make_decoder(AutoModelForCausalLM.from_pretrained(build_family("llama")).eval(), slots=2, length=4096)
+    plain = make_decoder(AutoModelForCausalLM.from_pretrained(build_family("gemma2")).eval(), slots=2, length=64)
+    assert isinstance(fast, StaticCacheDecoder)
     assert isinstance(plain, TransformersDecoder)
     assert (fast.slots, fast.length) == (2, 2048)  # the model's positions
     assert (plain.slots, plain.length) == (2, 64)
