@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -76,26 +74,21 @@ def test_a_stopped_answer_is_kept_as_far_as_it_went(tuned: Any, tiny_tokenizer: 
     assert tuned.get_model_status().enabled is True
 
 
-def test_the_model_is_at_rest_before_the_adapter_is_back(
-    tuned: Any, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    disable, generating = tuned.disable_adapter, []
-
-    @contextmanager
-    def watched() -> Iterator[None]:
-        with disable():
-            try:
-                yield
-            finally:
-                generating.append([t for t in threading.enumerate() if t.name.startswith("parley-scheduler")])
-
-    monkeypatch.setattr(tuned, "disable_adapter", watched)
+def test_the_model_is_at_rest_after_an_answer_was_stopped(tuned: Any, tiny_tokenizer: Any) -> None:
+    """No thread decodes any more, the adapter is enabled, and what was trainable or not is so again."""
+    tuned.train()
+    frozen = next(parameter for name, parameter in tuned.named_parameters() if "lora_A" in name)
+    frozen.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in tuned.named_parameters()}
     session = ChatSession(tuned, tiny_tokenizer, GenerationSection(seed=0, max_new_tokens=300), engine="plain")
     session.use_base = True
     answer = session.say("Ahoy!")
     next(answer)
     answer.close()
-    assert generating == [[]]
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("parley-scheduler")] == []
+    assert tuned.get_model_status().enabled is True
+    assert tuned.training
+    assert {name: parameter.requires_grad for name, parameter in tuned.named_parameters()} == before
 
 
 def test_of_an_answer_that_fails_at_once_nothing_is_kept(base: Any, tiny_tokenizer: Any) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from parley.config import GenerationSection
 from parley.data.render import render_prompt
@@ -120,3 +120,32 @@ def test_families_that_the_fast_decoder_does_not_know_are_answered_by_this_one(b
     assert isinstance(plain, TransformersDecoder)
     assert (fast.slots, fast.length) == (2, 2048)  # the model's positions
     assert (plain.slots, plain.length) == (2, 64)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "rwkv", "recurrent_gemma", "bloom"])
+def test_models_with_another_kind_of_cache(kind: str) -> None:
+    """State-space and recurrent models among them: greedy answers, two at a time, are those of the whole text read
+    anew for each token."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2}
+    extra: dict[str, Any] = {
+        "mamba": {"state_size": 4},
+        "mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1},
+        "rwkv": {"context_length": 64},
+        "recurrent_gemma": {"intermediate_size": 16, "num_attention_heads": 2, "lru_width": 16, "num_hidden_layers": 3},
+        "bloom": {"n_head": 2},
+    }[kind]
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | extra)).eval()
+    for parameter in model.parameters():
+        parameter.data.mul_(3)  # logits further apart than rounding
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4]]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.no_grad():
+            for _ in range(6):
+                ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    requests = [DecodeRequest(p, GREEDY.model_copy(update={"max_new_tokens": 6}), frozenset(), 0) for p in prompts]
+    answers = answer(TransformersDecoder(model, slots=2, length=64), *requests)
+    assert [[token.id for token in tokens] for tokens in answers] == expected

@@ -28,7 +28,9 @@ from parley.config import GenerationSection
 from parley.inference.interface import DecodeRequest, Token
 from parley.models.adapters import require_base
 
-CACHES = ("past_key_values", "cache_params")  # the names of a forward pass's cache; Mamba has the second
+# The names of a forward pass's cache, in and out: `cache` since transformers 5.23, before that `cache_params` in Mamba
+# and its relatives and `past_key_values` elsewhere; `state` is RWKV's.
+CACHE_NAMES = ("cache", "past_key_values", "cache_params", "state")
 
 
 class TransformersDecoder:
@@ -47,9 +49,9 @@ class TransformersDecoder:
         self._answers: dict[int, _Answer] = {}
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         parameters = inspect.signature(inner.forward).parameters
-        self._cache_name = next((name for name in CACHES if name in parameters), None)
+        self._cache_name: Any = next((name for name in CACHE_NAMES if name in parameters), None)
         self._options: dict[str, Any] = {}
-        if self._cache_name is not None:  # without one the whole text is read for each token
+        if "use_cache" in parameters:
             self._options["use_cache"] = True
         if "logits_to_keep" in parameters:
             self._options["logits_to_keep"] = 1
@@ -86,17 +88,17 @@ class TransformersDecoder:
     @torch.inference_mode()
     def _next(self, answer: _Answer) -> Token:
         options = dict(self._options)
-        new_1T = answer.ids_1T
-        if self._cache_name is not None:
-            new_1T = answer.ids_1T[:, answer.num_cached :]
+        if answer.cache is not None:
             options[self._cache_name] = answer.cache
+        new_1T = answer.ids_1T[:, answer.num_cached :]
         if answer.request.base:
             with adapter_disabled(self._model):
                 output = self._model(input_ids=new_1T, **options)
         else:
             output = self._model(input_ids=new_1T, **options)
-        if self._cache_name is not None:
-            answer.cache, answer.num_cached = output[self._cache_name], answer.ids_1T.shape[1]
+        answer.cache = None if self._cache_name is None else output.get(self._cache_name)
+        if answer.cache is not None:  # a model that returns none reads the whole text for each token
+            answer.num_cached = answer.ids_1T.shape[1]
         return answer.sample(output.logits[:, -1].float())
 
 
