@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {
     "ParleyError": "parley.errors",
     "RunConfig": "parley.config",
+    "SFTConfig": "parley.training.config",
     "SFTTrainer": "parley.training.trainer",
     "train": "parley.pipeline",
     "load_model": "parley.models.load",

@@ -53,6 +53,9 @@ Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
+Overlong = Literal["drop", "error", "keep-whole-turns", "truncate", "truncate-start", "split"]
+
+
 class Section(BaseModel):
     """A section whose unknown keys are an error."""
 
@@ -111,8 +114,10 @@ class DataSection(Section):
     bad_rows_limit: int = Field(1000, ge=0, description="With bad_rows: skip, more bad rows than these end the run.")
     system: str | None = Field(None, description="System turn given to conversations that have none.")
     train_on: Literal["all", "last"] = Field("all", description="Which assistant turns are supervised.")
-    overlong: Literal["drop", "error", "keep-whole-turns"] = Field(
-        "drop", description="Policy for rows longer than model.max_seq_length."
+    overlong: Overlong = Field(
+        "drop",
+        description="Policy for rows longer than model.max_seq_length. truncate keeps their first tokens, "
+        "truncate-start their last, split cuts them into rows of their own.",
     )
     date: Date = Field(Date(2024, 7, 26), description="The date that templates write in place of today's.")
     limit: Positive | None = Field(None, description="Use only the first rows.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,31 @@ def test_a_row_of_which_no_turn_fits_is_dropped(prepared: Any) -> None:
     data = prepared(rows, 100, overlong="keep-whole-turns")
     assert data.summary.dropped["longer than 100 tokens"].first == ["rows.jsonl line 1"]
     assert len(data.train) == 1
+
+
+@pytest.mark.parametrize(
+    ("overlong", "starts", "line"),
+    [
+        ("truncate", [0], "1 row cut to their first 60 tokens (line 1)"),
+        ("truncate-start", [-60], "1 row cut to their last 60 tokens (line 1)"),
+        ("split", range(0, 6000, 60), "1 row split into parts of at most 60 tokens (line 1)"),
+    ],
+)
+def test_overlong_rows_are_cut_with_their_mask(
+    prepared: Any, tiny_tokenizer: Any, overlong: str, starts: Iterable[int], line: str
+) -> None:
+    data = prepared([{"messages": CHAT}], 60, overlong=overlong)
+    whole = render(tiny_tokenizer, CHAT)
+    assert len(whole.input_ids) > 60
+    labels = [token if kept else IGNORE_INDEX for token, kept in zip(whole.input_ids, whole.mask, strict=True)]
+    wanted = [
+        {"input_ids": whole.input_ids[start:][:60], "labels": labels[start:][:60]}
+        for start in starts
+        if any(label != IGNORE_INDEX for label in labels[start:][1:60])
+    ]
+    assert list(data.train) == wanted
+    assert line.removesuffix("(line 1)") in "\n".join(data.summary.lines())
+    assert data.summary.tokens == sum(len(row["input_ids"]) for row in wanted)
 
 
 def test_overlong_rows_may_be_an_error(prepared: Any) -> None:

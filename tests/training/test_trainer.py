@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import trl
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
 from parley.data.tokens import IGNORE_INDEX
-from parley.errors import UsageError
+from parley.errors import DataError, UsageError
+from parley.training.config import SFTConfig as ParleyConfig
 from parley.training.trainer import SFTTrainer
 
 ROWS = [
@@ -222,3 +224,212 @@ class Substeps(TrainerCallback):
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seen.append((args.per_device_train_batch_size, args.gradient_accumulation_steps))
+
+
+def plain_rows(lengths: list[int]) -> Dataset:
+    return Dataset.from_list([{"input_ids": list(range(10, 10 + n)), "labels": [*range(10, 10 + n)]} for n in lengths])
+
+
+def prepared_with(folder: Path, out: Path, rows: Dataset, overlong: Any = None, **settings: Any) -> SFTTrainer:
+    """A trainer of `rows`, which prepares them."""
+    args = ParleyConfig(output_dir=str(out), report_to="none", use_cpu=True, save_strategy="no", **settings)
+    return SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(folder),
+        args,
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(folder),
+        overlong=overlong,
+    )
+
+
+@pytest.mark.parametrize(
+    ("overlong", "settings", "kept", "said"),
+    [
+        (None, {}, [5, 8], "train: 2 dropped: 2 longer than 8 tokens (train rows 2, 4)"),
+        ("truncate", {}, [5, 8, 8, 8], "train: 2 rows cut to their first 8 tokens (train rows 2, 4)"),
+        (None, {"truncation_mode": "keep_end"}, [5, 8, 8, 8], "train: 2 rows cut to their last 8 tokens"),
+        ("split", {}, [5, 8, 1, 8, 8, 8, 4], "train: 2 rows split into parts of at most 8 tokens (train rows 2, 4)"),
+    ],
+)
+def test_rows_over_max_length_are_kept_as_asked_and_named(
+    tiny_llama_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    overlong: Any,
+    settings: dict[str, Any],
+    kept: list[int],
+    said: str,
+) -> None:
+    rows = plain_rows([5, 9, 8, 20])
+    trainer = prepared_with(tiny_llama_folder, tmp_path, rows, overlong, max_length=8, **settings)
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    assert lengths == [length for length in kept if length > 1]  # one token alone predicts nothing
+    first = trainer.train_dataset[1]["input_ids"][0]
+    assert first == (11 if settings else 10)
+    assert [said in record.message for record in caplog.records if record.message.startswith("train:")] == [True]
+
+
+def test_whole_turns_are_no_policy_for_token_ids(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    trainer = prepared_with(tiny_llama_folder, tmp_path, plain_rows([5, 9]), "keep-whole-turns", max_length=8)
+    assert [len(row["input_ids"]) for row in trainer.train_dataset] == [5]
+    with pytest.raises(DataError, match=r"9 tokens, the longest allowed is 8; raise .* or set data.overlong to drop"):
+        prepared_with(tiny_llama_folder, tmp_path, plain_rows([5, 9]), "error", max_length=8)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_packing_is_trl_s(tiny_llama_folder: Path, tmp_path: Path, strategy: str) -> None:
+    rows = plain_rows([5, 9, 3, 20])
+    settings = {"max_length": 8, "packing": True, "packing_strategy": strategy, "bf16": False}
+    ours = prepared_with(tiny_llama_folder, tmp_path, rows, **settings)
+    theirs = trl.SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+        SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, save_strategy="no", **settings),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(tiny_llama_folder),
+    )
+    if strategy == "bfd_split":  # 20 = 8 + 8 + 4 and 9 = 8 + 1, whose last token predicts nothing: theirs packs it too
+        assert sorted(map(sorted, ours.train_dataset["seq_lengths"])) == [[3, 5], [4], [8], [8], [8]]
+    else:
+        assert ours.train_dataset[:] == theirs.train_dataset[:]
+    if strategy != "wrapped":
+        documents = ours.data_collator(list(ours.train_dataset))["documents"]
+        assert sorted(len(d.ids_L) for d in documents) == sorted(
+            length for row in ours.train_dataset for length in row["seq_lengths"]
+        )
+    assert ours.train().training_loss > 0
+
+
+def test_packing_sees_as_many_tokens_a_step_as_trl_s(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    rows = plain_rows([4] * 192)
+    settings = {
+        "max_length": 64,
+        "packing": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "logging_steps": 1,
+        "bf16": False,
+    }
+    seen = []
+    for packing in (True, False):
+        trainer = prepared_with(tiny_llama_folder, tmp_path, rows, **(settings | {"packing": packing}))
+        trainer.train()
+        seen.append(trainer.state.log_history[-2]["num_tokens"])
+    assert seen == [2 * 2 * 64, 2 * 2 * 4]
+
+
+PAIRS = [{"prompt": "The sea is", "completion": " blue."}, {"prompt": "Say", "completion": " ahoy"}]
+
+
+@pytest.mark.parametrize(("setting", "everything"), [(None, False), (True, False), (False, True)])
+def test_completion_only_loss(tiny_llama_folder: Path, tmp_path: Path, setting: bool | None, everything: bool) -> None:
+    trainer = prepared_with(
+        tiny_llama_folder, tmp_path, Dataset.from_list(PAIRS), completion_only_loss=setting, max_length=None
+    )
+    tokenizer = trainer.processing_class
+    for row, pair in zip(trainer.train_dataset, PAIRS, strict=True):
+        supervised = tokenizer.decode([label for label in row["labels"] if label != IGNORE_INDEX])
+        whole = pair["prompt"] + pair["completion"]
+        assert (
+            supervised.removeprefix("<|begin_of_text|>") == (whole if everything else pair["completion"]) + "<|eot_id|>"
+        )
+
+
+@pytest.mark.parametrize(("setting", "supervised"), [(None, [12]), (True, [12]), (False, [10, 11, 12])])
+def test_a_completion_mask_is_followed(
+    tiny_llama_folder: Path, tmp_path: Path, setting: bool | None, supervised: list[int]
+) -> None:
+    rows = Dataset.from_list([{"input_ids": [10, 11, 12], "completion_mask": [0, 0, 1]}])
+    trainer = prepared_with(tiny_llama_folder, tmp_path, rows, completion_only_loss=setting)
+    assert [label for label in trainer.train_dataset[0]["labels"] if label != IGNORE_INDEX] == supervised
+
+
+def test_assistant_only_loss_needs_conversations_and_no_template_of_trl_s(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    trainer = prepared_with(tiny_llama_folder, tmp_path, Dataset.from_list(ROWS), assistant_only_loss=True)
+    assert trainer.args.assistant_only_loss is True
+    with pytest.raises(UsageError, match="it needs conversations"):
+        prepared_with(tiny_llama_folder, tmp_path, Dataset.from_dict({"text": ["a b"]}), assistant_only_loss=True)
+
+
+def test_a_model_s_name_and_data_are_enough(tiny_llama_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer = SFTTrainer(model=str(tiny_llama_folder), train_dataset=Dataset.from_list(ROWS))
+    assert trainer.args.output_dir == "llama-SFT"
+    assert trainer.args.bf16 == (torch.cuda.is_available() and torch.cuda.is_bf16_supported())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_a_number_format_that_the_device_lacks_is_left_out_with_a_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    args = ParleyConfig(output_dir=str(tmp_path), **{name: True})
+    assert (args.bf16, args.fp16) == (False, False)
+    assert [record.message for record in caplog.records] == [
+        f"{name}=True: this device has no {name}; training in float32"
+    ]
+    assert ParleyConfig(output_dir=str(tmp_path)).bf16 is False
+    assert ParleyConfig(output_dir=str(tmp_path), use_cpu=True, bf16=True).bf16 is True  # a CPU has bf16 when asked
+
+
+def test_metrics_get_one_row_an_example_and_evaluation_logs_what_trl_s_does(
+    tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[Any, Any]] = []
+
+    def count(prediction: Any) -> dict[str, float]:
+        seen.append((prediction.predictions.shape[:2], prediction.label_ids.shape))
+        return {"rows": len(prediction.predictions)}
+
+    made = {}
+    for name, metrics in (("loss", None), ("logits", count)):
+        torch.manual_seed(0)
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+            ParleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, per_device_eval_batch_size=3),
+            train_dataset=Dataset.from_list(ROWS),
+            eval_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama_folder),
+            compute_metrics=metrics,
+        )
+        made[name] = trainer.evaluate()
+    longest = max(len(row["input_ids"]) for row in trainer.eval_dataset)
+    assert seen == [((len(ROWS), longest), (len(ROWS), longest))]
+    assert made["logits"].pop("eval_rows") == len(ROWS)
+    for figure in ("eval_loss", "eval_mean_token_accuracy", "eval_entropy", "eval_num_tokens"):
+        assert made["logits"][figure] == pytest.approx(made["loss"][figure], rel=1e-5), figure
+    predicted = trainer.predict(trainer.eval_dataset)
+    assert predicted.predictions.shape[:2] == predicted.label_ids.shape == (len(ROWS), longest)
+    assert predicted.metrics["test_loss"] == pytest.approx(made["loss"]["eval_loss"], rel=1e-5)
+    row = trainer.eval_dataset[0]
+    with torch.no_grad():
+        logits = trainer.model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+    torch.testing.assert_close(torch.tensor(predicted.predictions[0, : len(logits)]), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_virtual_tokens_stand_before_every_document(
+    tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = []
+    for batch in (1, 8):
+        torch.manual_seed(0)
+        trainer = SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+            ParleyConfig(
+                output_dir=str(tmp_path),
+                report_to="none",
+                use_cpu=True,
+                max_length=60,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=8 // batch,
+                gradient_checkpointing=False,
+                max_steps=1,
+            ),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama_folder),
+            peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        )
+        losses.append(trainer.train().training_loss)
+    assert "padded batches in place of packed rows: virtual tokens" in caplog.text
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -22,6 +22,13 @@ BATCH = 256
 AHEAD = 4
 """Batches that threads tokenise while the template writes the next: also where tokenizers' own threads are off."""
 
+SHORTENED = {
+    "truncate": "cut to their first {} tokens",
+    "truncate-start": "cut to their last {} tokens",
+    "split": "split into parts of at most {} tokens",
+    "keep-whole-turns": "cut after their last turn that fits {} tokens",
+}
+"""Policies that keep a part of a row that is too long, and how the summary reports them."""
 NO_ANSWER = "without an assistant turn"
 NOTHING_TO_LEARN = "with nothing to learn"
 
@@ -107,25 +114,52 @@ def _batches(
 def _fitting(
     example: Example, rendered: Rendered, tokenizer: Any, data: DataSection, max_length: int, summary: DataSummary
 ) -> tuple[Example, Rendered] | None:
-    length = len(rendered.input_ids)
-    if length > max_length:
-        if data.overlong == "error":
-            raise DataError(
-                f"{example.origin}: {length:,} tokens, the longest allowed is {max_length:,}; raise "
-                "model.max_seq_length, or set data.overlong to drop or keep-whole-turns"
-            )
-        cut = _longest_prefix(example, tokenizer, data, max_length) if data.overlong == "keep-whole-turns" else None
-        if cut is None:
+    if len(rendered.input_ids) > max_length:
+        shortened = _shortened(example, rendered, tokenizer, data, max_length)
+        if shortened is None:
             summary.drop(f"longer than {max_length:,} tokens", example.origin)
             return None
-        summary.shortened.add(example.origin)
-        example, rendered = cut
+        summary.shorten(SHORTENED[data.overlong].format(f"{max_length:,}"), example.origin)
+        example, rendered = shortened
     if not any(rendered.mask[1:]):  # the first token of a row is never predicted
         summary.drop(NOTHING_TO_LEARN, example.origin)
         return None
     if control_tokens_in(tokenizer, _said(example)):
         summary.control_tokens.add(example.origin)
     return example, rendered
+
+
+def _shortened(
+    example: Example, rendered: Rendered, tokenizer: Any, data: DataSection, max_length: int
+) -> tuple[Example, Rendered] | None:
+    """An example that is too long, by `data.overlong`: cut, as it is where `split_row` cuts it later, or None."""
+    match data.overlong:
+        case "keep-whole-turns":
+            return _longest_prefix(example, tokenizer, data, max_length)
+        case "truncate":
+            return example, rendered.part(0, max_length)
+        case "truncate-start":
+            return example, rendered.part(len(rendered.input_ids) - max_length, None)
+        case "split":
+            return example, rendered
+        case "error":
+            raise DataError(
+                f"{example.origin}: {len(rendered.input_ids):,} tokens, the longest allowed is {max_length:,}; raise "
+                f"model.max_seq_length, or set data.overlong to drop, {', '.join(SHORTENED)}"
+            )
+    return None
+
+
+def split_row(rendered: Rendered, data: DataSection, max_length: int) -> list[Rendered]:
+    """`rendered` alone, or with `overlong: split` its parts of at most `max_length` tokens that have a supervised one.
+
+    The first token of a part is never predicted, and no part attends to another.
+    """
+    if data.overlong != "split" or len(rendered.input_ids) <= max_length:
+        return [rendered]
+    starts = range(0, len(rendered.input_ids), max_length)
+    parts = [rendered.part(start, start + max_length) for start in starts]
+    return [part for part in parts if any(part.mask[1:])]
 
 
 def _longest_prefix(

@@ -6,7 +6,7 @@ Shape suffixes: T tokens of the packed row, L tokens of one document.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,17 @@ class DocumentCollator:
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, list[Document]]:
         return {DOCUMENTS: [document for row in rows for document in _documents(row)]}
+
+
+class PaddedCollator:
+    """Rows of a data set to one padded row a document, by `pad`: a collator of `input_ids` and `labels`."""
+
+    def __init__(self, pad: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.pad = pad
+
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        documents = [document for row in rows for document in _documents(row)]
+        return self.pad([{"input_ids": d.ids_L.tolist(), "labels": d.label_L.tolist()} for d in documents])
 
 
 def _documents(row: dict[str, Any]) -> list[Document]:

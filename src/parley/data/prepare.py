@@ -21,7 +21,7 @@ from parley.config import DataSection
 from parley.data.bad_rows import BadRow, BadRows
 from parley.data.conversation import Example
 from parley.data.files import ERROR, Row
-from parley.data.filtering import AHEAD, BATCH, render_examples
+from parley.data.filtering import AHEAD, BATCH, render_examples, split_row
 from parley.data.recognition import Recognised, recognise
 from parley.data.render import Rendered, pin_date
 from parley.data.sources import Rows, is_local, located, read_rows
@@ -196,13 +196,13 @@ class RowRenderer:
                 continue
             example, rendered = outcome
             if index in chosen:
-                heldout.add(rendered)
+                self.add(heldout, rendered)
                 examples.append(example)
                 continue
-            digest = train.add(rendered)
-            if digest in seen:
+            digests = self.add(train, rendered)
+            if digests and seen.issuperset(digests):
                 self.summary.repeated.add(example.origin)
-            seen.add(digest)
+            seen.update(digests)
             self._count(rendered)
             if len(preview) < PREVIEWED:
                 preview.append(rendered)
@@ -219,7 +219,7 @@ class RowRenderer:
         heldout, examples = _TokenColumns(), []
         kept = (outcome for outcome in self.outcomes(STREAM_BATCH, ahead=0) if outcome is not None)
         for example, rendered in islice(kept, heldout_rows):
-            heldout.add(rendered)
+            self.add(heldout, rendered)
             examples.append(example)
         used = self.summary.rows
 
@@ -231,7 +231,7 @@ class RowRenderer:
                     yield outcome
 
         def columns() -> Iterator[dict[str, np.ndarray]]:
-            return (_columns(rendered) for _, rendered in training_rows())
+            return (_columns(part) for _, rendered in training_rows() for part in self._parts(rendered))
 
         shown = list(islice(training_rows(), PREVIEWED))
         self._check_any()
@@ -241,8 +241,15 @@ class RowRenderer:
         heldout_rows_T = heldout.dataset() if examples else None
         return Prepared(train, heldout_rows_T, examples, self.summary, self.bad_rows, preview, origins), set()
 
+    def _parts(self, rendered: Rendered) -> list[Rendered]:
+        return split_row(rendered, self.data, self.max_length)
+
+    def add(self, tokens: _TokenColumns, rendered: Rendered) -> list[bytes]:
+        return [tokens.add(part) for part in self._parts(rendered)]
+
     def _count(self, rendered: Rendered) -> None:
-        self.summary.keep(len(rendered.input_ids), sum(rendered.mask[1:]))
+        for part in self._parts(rendered):
+            self.summary.keep(len(part.input_ids), sum(part.mask[1:]))
 
     def _check_any(self) -> None:
         self.summary.unread = list(self.format.unread)
@@ -264,7 +271,7 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     for outcome in renderer.outcomes():
         if outcome is not None:
             prepared.heldout_examples.append(outcome[0])
-            tokens.add(outcome[1])
+            rows.add(tokens, outcome[1])
     summary = prepared.summary
     summary.heldout, summary.heldout_source = len(tokens.digests), data.heldout
     summary.heldout_dropped = renderer.summary.dropped

@@ -34,6 +34,10 @@ class Rendered:
     input_ids: list[int]
     mask: list[bool]
 
+    def part(self, start: int, stop: int | None) -> Rendered:
+        """The tokens from `start` to before `stop`."""
+        return Rendered(self.input_ids[start:stop], self.mask[start:stop])
+
 
 @dataclass(frozen=True)
 class Script:

@@ -49,6 +49,7 @@ class DataSummary(BaseModel):
     heldout_repeated: int = Field(0, description="Held-out rows that also occur among the training rows.")
     dropped: dict[str, RowGroup] = Field(default_factory=dict)
     shortened: RowGroup = Field(default_factory=RowGroup)
+    shortened_how: str = Field("", description="What was done to those that were too long.")
     repeated: RowGroup = Field(default_factory=RowGroup)
     control_tokens: RowGroup = Field(default_factory=RowGroup)
     bad: RowGroup = Field(default_factory=RowGroup, description="Rows that could not be read or rendered.")
@@ -68,6 +69,11 @@ class DataSummary(BaseModel):
 
     def drop(self, reason: str, origin: str) -> None:
         self.dropped.setdefault(reason, RowGroup()).add(origin)
+
+    def shorten(self, how: str, origin: str) -> None:
+        """Count a row of which a part is kept; `how` follows "12 rows" in the report."""
+        self.shortened_how = how
+        self.shortened.add(origin)
 
     def skip(self, origin: str, error: str) -> None:
         """Count a bad row."""
@@ -118,7 +124,7 @@ class DataSummary(BaseModel):
         if self.heldout_dropped:
             lines.append(f"of the rows to hold out, {_dropped_line(self.heldout_dropped)}")
         if self.shortened.count:
-            lines.append(f"{_rows(self.shortened.count)} cut after their last turn that fits {self.shortened}")
+            lines.append(self.shortened_line())
         if self.kept:
             share = self.supervised_tokens / self.tokens
             lines.append(f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised ({share:.0%})")
@@ -138,6 +144,9 @@ class DataSummary(BaseModel):
 
     def dropped_line(self) -> str:
         return _dropped_line(self.dropped)
+
+    def shortened_line(self) -> str:
+        return f"{_rows(self.shortened.count)} {self.shortened_how} {self.shortened}"
 
     def nothing_left(self) -> str:
         """Why there is nothing to train on, for an error."""

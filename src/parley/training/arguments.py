@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trl import SFTConfig
 
 from parley.config import RunConfig, TrainingSection, unknown_key
 from parley.errors import UsageError, one_line
 from parley.training.check_settings import check_types
+from parley.training.config import SFTConfig, has_bf16
 
 # Fields that would contradict what the run decides elsewhere, and where to say it instead.
 ELSEWHERE = {
@@ -24,6 +24,11 @@ ELSEWHERE = {
     "dataset_text_field": "data.columns",
     "data_seed": "training.seed",
 }
+REFUSED = {
+    "resume_from_checkpoint": "a run cannot go on from a checkpoint; leave it out, and give the adapter of an earlier "
+    "run as the model to train it further",
+}
+PREPARING = ("packing", "eval_packing", "shuffle_dataset")
 
 
 def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tuple[SFTConfig, list[str]]:
@@ -37,6 +42,8 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
     for name in set(values) - set(TrainingSection.model_fields):
         if name in ELSEWHERE:
             raise UsageError(f"training.{name} is decided by the run; set {ELSEWHERE[name]} instead")
+        if name in REFUSED and values[name]:
+            raise UsageError(f"training.{name}: {REFUSED[name]}")
         if name not in known:
             raise unknown_key(f"training.{name}", known, "the run's settings")
 
@@ -49,9 +56,9 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
         "report_to": "none",
         "disable_tqdm": True,
         "save_total_limit": 2,
-        "logging_nan_inf_filter": False,  # a loss that is not a number is shown as such
         "max_length": config.model.max_seq_length,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
+        # Rows are rendered already, and TRL would map over them once more; packing and shuffling are part of that.
+        "dataset_kwargs": {"skip_prepare_dataset": not any(map(values.get, PREPARING))},
         "use_cpu": device.type == "cpu",
         "output_dir": str(output_dir),
     }
@@ -88,5 +95,5 @@ def precision(device: torch.device, values: dict[str, Any]) -> dict[str, bool]:
         return {"bf16": False} if values.get("fp16") else {}
     if device.type == "cpu":
         return {"bf16": False, "fp16": False}
-    bf16 = torch.cuda.is_bf16_supported()
+    bf16 = has_bf16()
     return {"bf16": bf16, "fp16": not bf16}

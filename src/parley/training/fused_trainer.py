@@ -10,7 +10,7 @@ Shape suffixes: see docs/design.md.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -52,8 +52,10 @@ class FusedTrainer(trl.SFTTrainer):
     reason. `supervised_tokens` counts those trained on so far, by all processes.
     """
 
+    data_collator: Any
     optimizer: torch.optim.Optimizer | None
     max_tokens: int | None = None  # of one document
+    padded_collator: Callable[..., Any] | None = None  # of one row a document; None beside a collator of the user's own
 
     def __init__(
         self,
@@ -77,13 +79,25 @@ class FusedTrainer(trl.SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches stay on the host, where the fused step reads document lengths; the plain path moves them itself."""
-        loader = super().get_train_dataloader()
-        loader.device = None
-        return loader
+        return self._on_host(super().get_train_dataloader)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Batches stay on the host, as in training."""
-        loader = super().get_eval_dataloader(eval_dataset)
+        """Batches stay on the host, as in training. Where metrics want logits, a row is one example."""
+        wants_logits = self.compute_metrics is not None and not self.args.prediction_loss_only
+        return self._on_host(super().get_eval_dataloader, eval_dataset, padded=wants_logits)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """For `predict`, whose predictions are one row an example."""
+        return self._on_host(super().get_test_dataloader, test_dataset, padded=not self.args.prediction_loss_only)
+
+    def _on_host(self, make: Callable[..., DataLoader], *dataset: Any, padded: bool = False) -> DataLoader:
+        collator = self.data_collator
+        if padded and self.padded_collator is not None:
+            self.data_collator = self.padded_collator
+        try:
+            loader = make(*dataset)
+        finally:
+            self.data_collator = collator
         loader.device = None
         return loader
 

@@ -1,38 +1,45 @@
 """`parley.SFTTrainer`: TRL's SFTTrainer with Parley's masks, packing and accounting.
 
-What differs from TRL's:
-- conversations are rendered with the mask of the assistant's words (parley.data.render), whatever the template;
-- a whole optimizer step is one row without padding, split only where it would exceed the tokens of one micro-batch of
-  longest rows (parley.training.fused_trainer);
-- adapter weights stay in float32 on a quantised model, where TRL rounds them to bfloat16;
-- evaluation loss is the sum over supervised tokens divided by their count, not a mean of batch means;
-- the older spellings of tutorials are accepted: tokenizer, dataset_text_field, max_seq_length, dataset_num_proc,
-  packing.
+What differs from TRL's, each with the setting that gives TRL's behaviour, is in docs/trl.md.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset, IterableDataset
-from peft import get_peft_model
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from trl import SFTConfig
+from peft import PeftModel, get_peft_model
+from transformers import (
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainingArguments,
+    set_seed,
+)
+from trl import SFTConfig as TRLConfig
+from trl import pack_dataset
 
-from parley.config import DataSection
-from parley.data.packing import DocumentCollator
+from parley.config import DataSection, Overlong
+from parley.data.packing import DocumentCollator, PaddedCollator
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
 from parley.errors import UsageError
 from parley.library_compat.bitsandbytes import keep_trainable_layout
+from parley.models.quantization import quantization_of
+from parley.training.config import SFTConfig, unavailable_formats
 from parley.training.fused_trainer import FusedTrainer
 
 logger = logging.getLogger(__name__)
 
 OLD_SPELLINGS = ("dataset_text_field", "max_seq_length", "dataset_num_proc", "packing")
+PACKING_OVERLONG: dict[str, Overlong] = {"bfd": "truncate", "bfd_split": "split", "wrapped": "truncate"}
+"""What TRL's packing does with documents over `max_length`; for wrapped rows there are none."""
+IMAGE_COLUMNS = ("image", "images")
 
 
 class SFTTrainer(FusedTrainer):
@@ -42,15 +49,18 @@ class SFTTrainer(FusedTrainer):
         engine, memory: see FusedTrainer.
         tokenizer: older name of `processing_class`.
         train_on: "all" assistant turns, or only the "last" of each conversation.
-        overlong: what happens to rows over the maximum length: "drop", "error" or "keep-whole-turns".
+        overlong: what becomes of rows over `max_length`, as `data.overlong` in a run's settings. Without a value they
+            are dropped, with packing treated as TRL's strategy treats them, and cut at the start where
+            `truncation_mode` is "keep_end".
         dataset_text_field, max_seq_length, dataset_num_proc, packing: as in older releases of TRL.
 
-    Data sets may hold `input_ids` and `labels`, or rows of any format Parley recognises. `data_summaries` says, for
-    "train" and "eval", what became of them.
+    Data sets may hold `input_ids`, with `labels` or a mask, or rows of any format Parley recognises. `data_summaries`
+    reports, for "train" and "eval", what became of them. `args` are copied: what is handed in stays as it is.
 
     Raises:
-        UsageError: arguments that contradict each other.
-        DataError: rows that cannot be rendered or leave nothing to learn.
+        UsageError: arguments that contradict each other, or a data set of images.
+        DataError: rows that cannot be rendered or leave nothing to train on.
+        ValueError, TypeError: what TRL's trainer refuses.
     """
 
     def __init__(
@@ -64,7 +74,7 @@ class SFTTrainer(FusedTrainer):
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         train_on: Literal["all", "last"] = "all",
-        overlong: Literal["drop", "error", "keep-whole-turns"] = "drop",
+        overlong: Overlong | None = None,
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
         dataset_num_proc: int | None = None,
@@ -74,80 +84,152 @@ class SFTTrainer(FusedTrainer):
         if tokenizer is not None and processing_class is not None:
             raise UsageError("got both tokenizer and processing_class; pass one of them")
         old = dict(zip(OLD_SPELLINGS, (dataset_text_field, max_seq_length, dataset_num_proc, packing), strict=True))
-        args = _as_sft_config(args, {name: value for name, value in old.items() if value is not None})
+        args = _own_config(args, model, {name: value for name, value in old.items() if value is not None})
+        _refuse_images(train_dataset, processing_class or tokenizer)
         self.train_on = train_on
-        self.overlong = overlong
+        self.overlong: Overlong = overlong or _overlong(args)
         self.max_tokens = args.max_length
         self.data_summaries: dict[str, DataSummary] = {}
-        # TRL's own cutting and packing have nothing left to do.
-        args.max_length, args.packing, args.padding_free = None, False, False
-        if data_collator is None or isinstance(data_collator, DataCollatorForSeq2Seq):
-            data_collator = DocumentCollator()
+        custom = data_collator is not None and not isinstance(data_collator, DataCollatorForSeq2Seq)
+        if custom:
+            kwargs["engine"] = "plain"  # the fused step reads documents
+        else:
             # Accelerate would dispatch a stream's batches from the first process, as tensors; documents are none.
             args.accelerator_config.dispatch_batches = False
-        elif not isinstance(data_collator, DocumentCollator):
-            kwargs["engine"] = "plain"  # the fused step reads documents
+        # Parley's masks need no template that TRL knows: its own preparation is not asked for them.
+        assistant_only, args.assistant_only_loss = args.assistant_only_loss, False
         peft_config = kwargs.pop("peft_config", None)
-        if peft_config is not None and not isinstance(model, str):
+        if peft_config is not None and not isinstance(model, str | PeftModel):
             set_seed(args.seed)
             model, peft_config = get_peft_model(model, peft_config), None
-        masters = [] if isinstance(model, str) else [(p, p.data) for p in model.parameters() if p.requires_grad]
+        originals = (
+            {} if isinstance(model, str) else {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+        )
+        self.assistant_only = assistant_only
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator,
+            data_collator=data_collator if custom else None,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class or tokenizer,
             peft_config=peft_config,
             **kwargs,
         )
-        for parameter, master in masters:
-            if parameter.dtype != master.dtype:  # TRL rounds adapters on quantised models; 1e-4 is lost in bfloat16
-                parameter.data = master.to(parameter.device)
+        self.args.assistant_only_loss = assistant_only
+        if not custom:
+            self._choose_collator()
+        self._restore_adapters(originals)
         if keep_trainable_layout(self.model):
             logger.warning(
                 "4-bit weights had been rearranged for answers on a CPU; they are put back, with scales rounded to bf16"
             )
 
+    def _choose_collator(self) -> None:
+        """Padding-free rows of documents where the model keeps these apart, else padded batches as in TRL."""
+        # TRL's own collator pads, but for packing: only the padding is wanted of it here.
+        self.padded_collator = PaddedCollator(dataclasses.replace(self.data_collator, padding_free=False))
+        reason = padding_reason(self.model)
+        if reason is None:
+            self.data_collator = DocumentCollator()
+        else:
+            self.data_collator = self.padded_collator
+            self.plain_because = self.plain_because or reason
+            logger.warning("padded batches in place of packed rows: %s", reason)
+
+    @torch.no_grad()
+    def _restore_adapters(self, originals: dict[str, torch.Tensor]) -> None:
+        """Adapters of a quantised model as they were, or in float32: TRL rounds them to bfloat16, which loses 1e-4."""
+        if quantization_of(self.model.config) == "none":
+            return
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                original = originals.get(name)
+                parameter.data = parameter.data.float() if original is None else original.to(parameter.device)
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
         processing_class: PreTrainedTokenizerBase,
-        args: SFTConfig,
+        args: TRLConfig,
         packing: bool,
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        """Render rows into `input_ids` and `labels`; rows that have them already are left as they are."""
-        columns = dataset.column_names or list(next(iter(dataset)))
-        if "input_ids" in columns:
-            return dataset if "labels" in columns else dataset.map(_learn_everything)
-        if formatting_func is not None:
-            dataset = dataset.map(lambda row: {"text": formatting_func(row)}, remove_columns=columns)
-            columns = ["text"]
-        section = DataSection(train_on=self.train_on, overlong=self.overlong)
-        if args.dataset_text_field in columns:
-            section.format, section.columns = "text", {"text": args.dataset_text_field}
-        rows, summary = render_rows(
-            dataset,
-            processing_class,
-            section,
-            self.max_tokens or processing_class.model_max_length,
-            where=dataset_name,
-        )
+        """Render rows into `input_ids` and `labels`, and pack them where TRL's packing is asked for."""
+        rows, summary = self._render(dataset, processing_class, args, formatting_func, dataset_name)
         self.data_summaries[dataset_name] = summary
-        return rows
+        if summary.dropped:
+            logger.warning("%s: %s", dataset_name, summary.dropped_line())
+        if summary.shortened.count:
+            logger.warning("%s: %s", dataset_name, summary.shortened_line())
+        if self.assistant_only and summary.format in ("text", "tokens"):
+            raise UsageError(
+                f"assistant_only_loss=True, and {dataset_name} has {summary.reason or 'text'}; it needs conversations"
+            )
+        if packing:
+            if args.max_length is None:
+                raise UsageError("packing=True needs max_length: the tokens of a packed row")
+            if args.shuffle_dataset:  # so that rows packed together are no neighbours
+                rows = rows.shuffle(seed=args.seed)
+            rows = pack_dataset(rows, args.max_length, args.packing_strategy)
+        return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+
+    def _render(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: TRLConfig,
+        formatting_func: Callable[[dict[str, Any]], str] | None,
+        dataset_name: str,
+    ) -> tuple[Dataset | IterableDataset, DataSummary]:
+        if isinstance(dataset, Dataset) and dataset.format["type"] == "custom":
+            raise UsageError(
+                f"{dataset_name} uses Dataset.with_transform(), which preparation would apply once and for all; set "
+                "dataset_kwargs={'skip_prepare_dataset': True} and let it give trainer-ready rows of input_ids and "
+                "labels, or apply it with Dataset.map()"
+            )
+        columns = dataset.column_names or list(next(iter(dataset)))
+        section = DataSection(train_on=self.train_on, overlong=self.overlong)
+        everything = args.completion_only_loss is False and not self.assistant_only
+        if "input_ids" in columns:
+            section.format = "tokens"
+            if formatting_func is not None:
+                logger.warning("%s: formatting_func is not called, as the rows have input_ids", dataset_name)
+            if everything and "completion_mask" in columns:
+                dataset, everything = dataset.remove_columns("completion_mask"), False
+        elif formatting_func is not None:
+            dataset = dataset.map(lambda row: {"text": formatting_func(row)}, remove_columns=columns)
+            section.format = "text"
+        elif args.dataset_text_field in columns:
+            section.format, section.columns = "text", {"text": args.dataset_text_field}
+        wrapped = args.packing and args.packing_strategy == "wrapped"  # cuts wherever a row is full
+        longest = processing_class.model_max_length if wrapped or self.max_tokens is None else self.max_tokens
+        rows, summary = render_rows(dataset, processing_class, section, longest, where=dataset_name)
+        if everything and section.format != "tokens":
+            rows = rows.map(_supervise_everything)
+        return rows, summary
 
 
-def _as_sft_config(args: TrainingArguments | None, old: dict[str, Any]) -> SFTConfig:
+def padding_reason(model: torch.nn.Module) -> str | None:
+    """Why documents of one row would not be apart in `model`; None where they are."""
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        return "virtual tokens stand before each row, and would before its first document alone"
+    return None
+
+
+def _own_config(args: TrainingArguments | None, model: Any, old: dict[str, Any]) -> TRLConfig:
     """A copy of `args` as SFTConfig, with older spellings moved into it; a plain TrainingArguments becomes one."""
     if args is None:
-        args = SFTConfig(output_dir="outputs")
-    elif isinstance(args, SFTConfig):
+        name = model if isinstance(model, str) else model.config.name_or_path
+        args = SFTConfig(f"{name.rstrip('/').rpartition('/')[2] or 'model'}-SFT")
+    elif isinstance(args, TRLConfig):
         args = _copied(args)
     else:
         args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+    for name in unavailable_formats(args):
+        logger.warning("%s=True: this device has no %s; training in float32", name, name)
+        setattr(args, name, False)
     if "max_seq_length" in old:
         old["max_length"] = old.pop("max_seq_length")
     for name, value in old.items():
@@ -155,7 +237,7 @@ def _as_sft_config(args: TrainingArguments | None, old: dict[str, Any]) -> SFTCo
     return args
 
 
-def _copied(args: SFTConfig) -> SFTConfig:
+def _copied(args: TRLConfig) -> TRLConfig:
     """A copy that shares nothing changeable with `args`: TRL and Trainer write into their arguments."""
     copied = copy.copy(args)
     for name, value in vars(args).items():
@@ -164,5 +246,20 @@ def _copied(args: SFTConfig) -> SFTConfig:
     return copied
 
 
-def _learn_everything(row: dict[str, Any]) -> dict[str, Any]:
+def _overlong(args: TRLConfig) -> Overlong:
+    if args.packing:
+        return PACKING_OVERLONG[args.packing_strategy]
+    return "truncate-start" if args.truncation_mode == "keep_end" else "drop"
+
+
+def _refuse_images(dataset: Any, processing_class: Any) -> None:
+    """Raises UsageError for image data that comes with an image processor; TRL itself refuses it for a text model."""
+    if not isinstance(processing_class, ProcessorMixin) or dataset is None:
+        return
+    found = [name for name in IMAGE_COLUMNS if name in (dataset.column_names or next(iter(dataset)))]
+    if found:
+        raise UsageError(f"train_dataset has {found[0]}: images are not trained on here; use trl.SFTTrainer for them")
+
+
+def _supervise_everything(row: dict[str, Any]) -> dict[str, Any]:
     return {"labels": list(row["input_ids"])}

@@ -1,0 +1,54 @@
+"""`parley.SFTConfig`: TRL's SFTConfig with a number format that the device has."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+import torch
+import trl
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SFTConfig(trl.SFTConfig):
+    """TRL's SFTConfig, which a script for a GPU can construct on a CPU too.
+
+    What differs from TRL's:
+    - `bf16`: without a value, where the GPU has it; TRL's default needs such a GPU. Where neither the GPU nor `use_cpu`
+      gives it, `bf16=True` and `fp16=True` are dropped with a warning, and training is in float32;
+    - `logging_nan_inf_filter`: False, so that a loss that is not a number is logged as such.
+    """
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision; without a value, where the GPU has it."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and has_bf16()
+        for name in unavailable_formats(self):
+            logger.warning("%s=True: this device has no %s; training in float32", name, name)
+            setattr(self, name, False)
+        super().__post_init__()
+
+
+def has_bf16() -> bool:
+    """Whether the GPU has bf16 in hardware; False without a GPU."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+
+def unavailable_formats(args: trl.SFTConfig) -> list[str]:
+    """Those of bf16 and fp16 that `args` wants and the device lacks. A CPU has bf16 once `use_cpu` asks for the CPU."""
+    on_gpu = torch.cuda.is_available() and not args.use_cpu
+    lacking = []
+    if args.bf16 and not (args.use_cpu or has_bf16()):
+        lacking.append("bf16")
+    if args.fp16 and not on_gpu:
+        lacking.append("fp16")
+    return lacking
