@@ -24,10 +24,6 @@ ELSEWHERE = {
     "dataset_text_field": "data.columns",
     "data_seed": "training.seed",
 }
-REFUSED = {
-    "resume_from_checkpoint": "a run cannot go on from a checkpoint; leave it out, and give the adapter of an earlier "
-    "run as the model to train it further",
-}
 PREPARING = ("packing", "eval_packing", "shuffle_dataset")
 
 
@@ -42,8 +38,6 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
     for name in set(values) - set(TrainingSection.model_fields):
         if name in ELSEWHERE:
             raise UsageError(f"training.{name} is decided by the run; set {ELSEWHERE[name]} instead")
-        if name in REFUSED and values[name]:
-            raise UsageError(f"training.{name}: {REFUSED[name]}")
         if name not in known:
             raise unknown_key(f"training.{name}", known, "the run's settings")
 
