@@ -433,3 +433,12 @@ def test_virtual_tokens_stand_before_every_document(
         losses.append(trainer.train().training_loss)
     assert "padded batches in place of packed rows: virtual tokens" in caplog.text
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_held_out_sets_may_be_streams_by_name(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    trainer, _ = make(tiny_llama_folder, tmp_path)
+    rows = Dataset.from_list(ROWS)
+    whole = trainer.evaluate(rows)
+    named = trainer.evaluate({"a": rows.to_iterable_dataset(), "b": rows})
+    assert named["eval_a_loss"] == named["eval_b_loss"] == pytest.approx(whole["eval_loss"], rel=1e-6)
+    assert named["eval_a_supervised_tokens"] == whole["eval_supervised_tokens"]

@@ -271,7 +271,7 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     for outcome in renderer.outcomes():
         if outcome is not None:
             prepared.heldout_examples.append(outcome[0])
-            rows.add(tokens, outcome[1])
+            renderer.add(tokens, outcome[1])
     summary = prepared.summary
     summary.heldout, summary.heldout_source = len(tokens.digests), data.heldout
     summary.heldout_dropped = renderer.summary.dropped

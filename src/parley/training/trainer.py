@@ -10,6 +10,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from typing import Any, Literal
+from weakref import WeakSet
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -90,6 +91,7 @@ class SFTTrainer(FusedTrainer):
         self.overlong: Overlong = overlong or _overlong(args)
         self.max_tokens = args.max_length
         self.data_summaries: dict[str, DataSummary] = {}
+        self._prepared: WeakSet[Dataset | IterableDataset] = WeakSet()
         custom = data_collator is not None and not isinstance(data_collator, DataCollatorForSeq2Seq)
         if custom:
             kwargs["engine"] = "plain"  # the fused step reads documents
@@ -156,7 +158,12 @@ class SFTTrainer(FusedTrainer):
         formatting_func: Callable[[dict[str, Any]], str] | None,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        """Render rows into `input_ids` and `labels`, and pack them where TRL's packing is asked for."""
+        """Render rows into `input_ids` and `labels`, and pack them where TRL's packing is asked for.
+
+        `evaluate` hands every one of several data sets over a second time: what is prepared stays as it is.
+        """
+        if dataset in self._prepared:
+            return dataset
         rows, summary = self._render(dataset, processing_class, args, formatting_func, dataset_name)
         self.data_summaries[dataset_name] = summary
         if summary.dropped:
@@ -173,7 +180,10 @@ class SFTTrainer(FusedTrainer):
             if args.shuffle_dataset:  # so that rows packed together are no neighbours
                 rows = rows.shuffle(seed=args.seed)
             rows = pack_dataset(rows, args.max_length, args.packing_strategy)
-        return rows.shuffle(seed=args.seed) if args.shuffle_dataset else rows
+        if args.shuffle_dataset:
+            rows = rows.shuffle(seed=args.seed)
+        self._prepared.add(rows)
+        return rows
 
     def _render(
         self,
