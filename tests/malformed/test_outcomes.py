@@ -24,8 +24,10 @@ def test_success_and_one_clear_line_pass(outcome_of: Any) -> None:
 
 @pytest.mark.parametrize("message", ["two\nlines of it", "x " * 300, "KeyError", "an \x1b[31m escape"])
 def test_other_lines_do_not(outcome_of: Any, message: str) -> None:
+    error = DataError()
+    error.args = (message,)  # as if ParleyError had let it through
     with pytest.raises(AssertionError):
-        outcome_of(raising(DataError(message)))
+        outcome_of(raising(error))
 
 
 def test_another_exception_comes_out_as_itself(outcome_of: Any) -> None:

@@ -233,8 +233,10 @@ def _history(fields: Fields) -> list[tuple[str, str]]:
     """Earlier turns of an instruction: [["question", "answer"], ...]."""
     history = fields.value("history")
     place = f"{fields.origin}: field 'history'"
-    if isinstance(history, str) and history.strip():
-        history = parse_json(history, place)
+    if isinstance(history, str):
+        history = parse_json(history, place) if history.strip() else None
+    if not isinstance(history, list | None):
+        raise DataError(f"{place} is {short(history)}, wanted a list of pairs of a question and its answer")
     turns: list[tuple[str, str]] = []
     for pair in history or []:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):

@@ -31,6 +31,8 @@ _SPLIT_OF = {
     }.items()
     for word in words.split()
 }
+LARGEST_FOLDER = 50_000
+"""Files and folders looked through: a home folder is named by mistake."""
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}
 
 
@@ -127,15 +129,27 @@ def located(rows: Iterable[Row], where: str = "") -> Iterator[tuple[str, Row]]:
     keys and fills in None: nulls are removed.
     """
     through_arrow = not isinstance(rows, list)
-    try:
-        for number, row in enumerate(rows, 1):
-            row = dict(row)
-            origin = row.pop(ORIGIN, None)
-            if origin is None and through_arrow:
-                row = _without_nulls(row)
-            yield origin or f"{where} row {number}".strip(), row
-    except DatasetsError as error:
-        raise DataError(f"{where or 'data set'}: cannot be read ({one_line(error)})") from None
+    for number, row in enumerate(_read_through(rows, where), 1):
+        row = dict(row)
+        origin = row.pop(ORIGIN, None)
+        if origin is None and through_arrow:
+            row = _without_nulls(row)
+        yield origin or f"{where} row {number}".strip(), row
+
+
+def _read_through(rows: Iterable[Row], where: str) -> Iterator[Row]:
+    """`rows` with what datasets and pyarrow raise while they read in one line: pyarrow's own errors are builtins'."""
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator, None)
+        except DataError:
+            raise
+        except (DatasetsError, OSError, ValueError, TypeError) as error:
+            raise DataError(f"{where or 'data set'}: cannot be read ({one_line(error)})") from None
+        if row is None:
+            return
+        yield row
 
 
 def _without_nulls(value: Any) -> Any:
@@ -239,9 +253,12 @@ def _files_by_split(path: Path, source: str) -> dict[str, list[str]]:
     if not path.is_dir():
         return _single_file(path, source)
     try:
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _holds_rows(p.relative_to(path)))
+        entries = list(islice(path.rglob("*"), LARGEST_FOLDER + 1))
+        found = sorted(p for p in entries if p.is_file() and _holds_rows(p.relative_to(path)))
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error.strerror}); check its permissions") from None
+    if len(entries) > LARGEST_FOLDER:
+        raise DataError(f"{source}: holds more than {LARGEST_FOLDER:,} files; name the folder of the data")
     if any(kind_of(file) != ".txt" for file in found):
         found = [file for file in found if kind_of(file) != ".txt"]  # notes beside the data
     if not found:
