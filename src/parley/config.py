@@ -36,6 +36,8 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file name and of a path on Li
 
 def _checked_path(text: str) -> str:
     """`text`, a path or a hub id, with `~` expanded. Raises ValueError for what no file system takes."""
+    if not text.strip():
+        raise ValueError("it is empty; wanted a path or a hub id")
     if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
         raise ValueError(f"a path has at most {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes")
     if not text.startswith("~"):

@@ -18,7 +18,7 @@ from parley.errors import ModelError, RunError, TrainingError
 from parley.evaluation.evaluation import Evaluation, answer_questions, evaluate_model, heldout_scores
 from parley.evaluation.questions import Question, report_questions
 from parley.evaluation.run_report import add_evaluations, begin_report, next_commands, steps_of_events
-from parley.models.adapters import is_identity_adapter
+from parley.models.adapters import base_obstacle, is_identity_adapter
 from parley.models.device import pick_device
 from parley.models.load import load_config, load_tokenizer, max_positions
 from parley.text import print_text
@@ -124,7 +124,7 @@ def _run(
     before = Evaluation(heldout_scores(setup, trainer, console))
     if (fault := broken_weights(setup)) is not None:
         raise ModelError(f"{config.model.name}: before training, {fault}; the model's weights are damaged")
-    base_answers_later = is_identity_adapter(trainer.model)
+    base_answers_later = is_identity_adapter(trainer.model) and base_obstacle(trainer.model) is None
     if not base_answers_later:
         answer_questions(before, setup, questions, console)
     report = begin_report(setup, notes)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parley.cli.loading import change_settings, open_model
+from parley.cli.loading import TrustRemoteCode, change_settings, open_model
 from parley.cli.terminal import complain, err, importing, out, quiet_libraries
 from parley.errors import ParleyError, UsageError
 from parley.text import print_text, visible
@@ -42,6 +42,7 @@ def chat(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other generation setting. Repeatable.")
     ] = None,
     plain: Annotated[bool, typer.Option("--plain", help="Through transformers, without the fast decoder.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a run's tuned and base model; /base switches.
 
@@ -53,7 +54,7 @@ def chat(
 
     named = {"temperature": temperature, "max_new_tokens": max_new_tokens}
     changes = [f"{name}={value}" for name, value in named.items() if value is not None]
-    opened = open_model(source, system, [*changes, *(settings or [])])
+    opened = open_model(source, system, [*changes, *(settings or [])], trust_remote_code=trust_remote_code)
     session = ChatSession(
         opened.model, opened.tokenizer, opened.settings, opened.system, engine="plain" if plain else "auto"
     )

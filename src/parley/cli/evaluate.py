@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from parley.cli.loading import TrustRemoteCode
 from parley.cli.terminal import importing, out, quiet_libraries
 from parley.text import print_text
 
@@ -16,9 +17,7 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     data: Annotated[str | None, typer.Option(help="Other rows to evaluate on: hub id, file or folder.")] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="Evaluate on only the first rows.")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the base model's repository ships.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare a run's base and tuned model on held-out rows.
 

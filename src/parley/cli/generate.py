@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parley.cli.loading import open_model
+from parley.cli.loading import TrustRemoteCode, open_model
 from parley.cli.terminal import Stopped, err, importing, quiet_libraries
 from parley.errors import UsageError
 from parley.text import print_text
@@ -33,6 +33,7 @@ def generate(
     slots: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 16,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT where it is there.")] = False,
     plain: Annotated[bool, typer.Option("--plain", help="Through transformers, without the fast decoder.")] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Answer every prompt of a file.
 
@@ -49,7 +50,7 @@ def generate(
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such folder; make it, or choose another --output")
     asked = read_prompts(prompts)
-    opened = open_model(model, system, settings or [])
+    opened = open_model(model, system, settings or [], trust_remote_code=trust_remote_code)
     conversations = [messages for row in asked for messages in [with_system(row.messages, opened.system)] * n]
     with (
         Generator(opened.model, opened.tokenizer, slots=slots, engine="plain" if plain else "auto") as generator,

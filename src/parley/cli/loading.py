@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from parley.errors import UsageError
+
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that the model's repository ships.")
+]
 
 if TYPE_CHECKING:
     from parley.config import GenerationSection
     from parley.serving.loading import LoadedModel
 
 
-def open_model(name: str | None, system: str | None, changes: Iterable[str]) -> LoadedModel:
+def open_model(
+    name: str | None, system: str | None, changes: Iterable[str], *, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load a run, adapter or model, the embedded one without `name`; `changes` are KEY=VALUE of its settings."""
     from dataclasses import replace
 
@@ -20,7 +28,7 @@ def open_model(name: str | None, system: str | None, changes: Iterable[str]) -> 
     from parley.serving.loading import load_for_inference
 
     change_settings(GenerationSection(), changes)  # a wrong key fails before anything is loaded
-    loaded = load_for_inference(name or DEMO_MODEL)
+    loaded = load_for_inference(name or DEMO_MODEL, trust_remote_code=trust_remote_code)
     return replace(
         loaded,
         settings=change_settings(loaded.settings, changes),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parley.cli.loading import TrustRemoteCode
 from parley.cli.terminal import err, importing, out, renamed_option, require_extra
 from parley.errors import ModelError
 from parley.text import print_text
@@ -44,6 +45,7 @@ def serve(
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 256,
     drain: Annotated[float, typer.Option(min=1, help="Seconds to finish open requests in when stopped.")] = 30,
     engine: Annotated[Engine, typer.Option(help="vllm hands the run to `vllm serve`.")] = Engine.parley,
+    trust_remote_code: TrustRemoteCode = False,
     slots: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
     length: Annotated[int | None, typer.Option(min=8, hidden=True)] = None,
     queue: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
@@ -59,7 +61,15 @@ def serve(
 
     check_api_key(host, api_key)
     if engine is Engine.vllm:
-        _serve_with_vllm(source, api_key, host=host, port=port, max_num_seqs=max_num_seqs, max_model_len=max_model_len)
+        _serve_with_vllm(
+            source,
+            api_key,
+            host=host,
+            port=port,
+            max_num_seqs=max_num_seqs,
+            max_model_len=max_model_len,
+            trust_remote_code=trust_remote_code,
+        )
     require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
     bound = bind(host, port)
     _quiet_libraries()
@@ -71,6 +81,7 @@ def serve(
         max_model_len=max_model_len or DEFAULT_MAX_MODEL_LEN,
         max_queue=max_queue,
         drain=drain,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -83,6 +94,7 @@ def _serve(
     max_model_len: int,
     max_queue: int,
     drain: float,
+    trust_remote_code: bool,
 ) -> None:
     with importing():
         from parley.inference.generate import make_decoder
@@ -94,7 +106,7 @@ def _serve(
         from parley.serving.server import Server
         from parley.serving.service import ServedModel, Service
 
-    loaded = load_for_inference(source)
+    loaded = load_for_inference(source, trust_remote_code=trust_remote_code)
     if loaded.golden is not None:
         _check_golden(loaded.golden, loaded.tokenizer)
     decoder = make_decoder(loaded.model, slots=max_num_seqs, length=max_model_len)

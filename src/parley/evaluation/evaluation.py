@@ -10,6 +10,7 @@ from parley.config import DEMO_DATA, GenerationSection
 from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.evaluation.questions import Question
 from parley.inference.generate import generate
+from parley.training.check_settings import check_best_metric
 from parley.training.report import Scores
 from parley.training.setup import TrainingSetup
 from parley.training.trainer import SFTTrainer
@@ -38,6 +39,7 @@ def heldout_scores(setup: TrainingSetup, trainer: SFTTrainer, console: Console) 
         return Scores()
     with console.status("measuring held-out loss"):
         metrics = trainer.evaluate()
+    check_best_metric(trainer.args, metrics)
     return Scores(heldout_loss=metrics["eval_loss"], heldout_tokens=metrics["eval_supervised_tokens"])
 
 

@@ -27,11 +27,9 @@ def rebuild_report(run: Path, console: Console | None = None) -> Path:
     Raises RunError where there is no run, or nothing of it to report.
     """
     console = console or Console()
-    folder = RunFolder(run)
-    if not RunFolder.is_run(run):
-        raise RunError(f"{run}: no run there (no run.yaml); give the folder `parley train` wrote")
+    folder = RunFolder.existing(run)
     config = folder.config
-    report = _read_report(run / "report.json", console) or report_of_settings(config)
+    report = _read_report(folder.path / "report.json", console) or report_of_settings(config)
     events = _read_events(folder.events, console)
     steps = steps_of_events(events)
     if len(steps) > len(report.steps):
@@ -39,7 +37,7 @@ def rebuild_report(run: Path, console: Console | None = None) -> Path:
     _add_heldout_losses(report, events)
     if not report.steps and not report.answers and report.before is None:
         raise RunError(f"{run}: neither report.json nor events.jsonl has anything to report; train again")
-    return write_report(run, report)
+    return write_report(folder.path, report)
 
 
 def _read_report(path: Path, console: Console) -> Report | None:

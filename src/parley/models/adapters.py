@@ -286,6 +286,11 @@ def _lora_config(section: LoraSection) -> LoraConfig:
     if section.lora_alpha == int(section.lora_alpha):  # PEFT declares an int; readers of the file expect one
         fields["lora_alpha"] = int(section.lora_alpha)
     try:
+        AdapterFields.model_validate({**fields, "lora_alpha": float(section.lora_alpha)})
         return LoraConfig(**{"task_type": "CAUSAL_LM", **fields})
-    except (ValueError, TypeError) as error:
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"][:1]))
+        raise UsageError(f"lora.{where}: got {one_line(repr(first['input']), 120)}; {first['msg']}") from None
+    except (ValueError, TypeError, ImportError) as error:
         raise UsageError(f"lora: {one_line(error)}") from None

@@ -37,19 +37,21 @@ class LoadedModel:
     golden: Path | None = None
 
 
-def load_for_inference(source: str) -> LoadedModel:
+def load_for_inference(source: str, *, trust_remote_code: bool = False) -> LoadedModel:
     """Load a run, an adapter or a model. A run is named after its folder, its base model as in the run's settings.
+
+    `trust_remote_code` runs code that the model's repository ships, whatever a run's own settings say.
 
     Raises ModelError, RunError or DeviceError.
     """
     if not RunFolder.is_run(source):
-        model, tokenizer = load_model(ModelSection(name=source))
+        model, tokenizer = load_model(ModelSection(name=source, trust_remote_code=trust_remote_code))
         base = model.get_base_model().name_or_path if _serves_base(model) else None
         return LoadedModel(model, tokenizer, served_names(source, base), GenerationSection())
-    run = RunFolder.open(source)
+    run = RunFolder.open(source, trust_remote_code=trust_remote_code)
     config = run.config
     model, tokenizer = run.load()
-    names = served_names(source, _base_name(model, config.model) if _serves_base(model) else None)
+    names = served_names(source, _base_name(model, run) if _serves_base(model) else None)
     return LoadedModel(model, tokenizer, names, config.generation, config.data.system, run.golden)
 
 
@@ -61,9 +63,9 @@ def _serves_base(model: Any) -> bool:
     return reason is None
 
 
-def _base_name(model: PeftModel, section: ModelSection) -> str:
+def _base_name(model: PeftModel, run: RunFolder) -> str:
     """The base as the run's settings name it; its own name where these name an adapter (then model.adapter is set)."""
-    return section.name if section.adapter == "auto" else model.get_base_model().name_or_path
+    return run.base_name() if run.config.model.adapter == "auto" else model.get_base_model().name_or_path
 
 
 def served_names(source: str, base: str | None) -> dict[str, bool]:

@@ -23,14 +23,20 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 
 
 def vllm_arguments(
-    source: str, *, host: str, port: int, max_num_seqs: int | None, max_model_len: int | None
+    source: str,
+    *,
+    host: str,
+    port: int,
+    max_num_seqs: int | None,
+    max_model_len: int | None,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """The arguments of `vllm` that serve a run's folder, or any model, as `parley serve` does.
 
     The API key is not among them, because other users can read a process's arguments (see `run_vllm`).
     """
-    run = RunFolder.open(source) if RunFolder.is_run(source) else None
-    config = run.config if run else RunConfig(model=ModelSection(name=source))
+    run = RunFolder.open(source, trust_remote_code=trust_remote_code) if RunFolder.is_run(source) else None
+    config = run.config if run else RunConfig(model=ModelSection(name=source, trust_remote_code=trust_remote_code))
     arguments = ["serve", *_model(source, run, config), "--host", host, "--port", str(port)]
     if max_num_seqs is not None:
         arguments += ["--max-num-seqs", str(max_num_seqs)]
@@ -53,6 +59,7 @@ def _model(source: str, run: RunFolder | None, config: RunConfig) -> list[str]:
         tokenizer += ["--chat-template", str(template)]
     if run.model.is_dir():
         return [str(weights), "--served-model-name", short_name(source), *tokenizer]
+    section = section.model_copy(update={"name": run.base_name()})
     adapter_name, base_name = served_names(source, section.name)
     arguments = [_model_path(section), "--served-model-name", base_name, *tokenizer]
     if section.revision is not None:

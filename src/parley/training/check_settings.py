@@ -69,6 +69,15 @@ def check_settings(config: RunConfig, args: SFTConfig) -> None:
     _check_checkpoint(args)
 
 
+def check_best_metric(args: SFTConfig, metrics: dict[str, float]) -> None:
+    """Raises UsageError where an evaluation does not give the metric that decides which checkpoint is best."""
+    name = args.metric_for_best_model
+    if name is None or not (args.load_best_model_at_end or args.save_strategy == "best"):
+        return
+    if f"eval_{name.removeprefix('eval_')}" not in metrics:
+        raise setting_error("metric_for_best_model", f"got {name!r}; an evaluation gives {', '.join(sorted(metrics))}")
+
+
 def setting_error(name: str, error: BaseException | str) -> UsageError:
     """The error for the setting `name`, or for all of the section where the library does not say which."""
     return UsageError(f"{f'training.{name}' if name else 'training'}: {one_line(error, 400)}")

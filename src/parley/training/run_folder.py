@@ -98,15 +98,20 @@ class RunFolder:
 
         `trust_remote_code` is for the person at the keyboard: what run.yaml says about it is ignored.
         """
-        folder = cls(Path(path).expanduser())
+        folder = cls.existing(path)
         folder.trust_remote_code = trust_remote_code
-        if not cls.is_run(path):
-            raise RunError(f"{path}: no run there (no run.yaml); give the folder `parley train` wrote")
         if not folder.weights.is_dir():
             raise RunError(f"{path}: the run did not finish (no adapter); train again into another folder")
         if folder._read_config().model.trust_remote_code and not trust_remote_code:
             logger.warning("%s: trust_remote_code of run.yaml is ignored when a run is opened", path)
         return folder
+
+    @classmethod
+    def existing(cls, path: str | Path) -> RunFolder:
+        """A run, finished or not. Raises RunError where there is none."""
+        if not cls.is_run(path):
+            raise RunError(f"{path}: no run there (no run.yaml); give the folder `parley train` wrote")
+        return cls(Path(path).expanduser())
 
     @staticmethod
     def is_run(path: str | Path) -> bool:
