@@ -30,6 +30,7 @@ LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_pr
 
 
 MAX_COUNT = 2**31 - 1  # counts reach int32 tensors and range objects of the libraries below
+MAX_RANK = 16_384  # no matrix of today's models has a higher one
 MAX_SEED = 2**32 - 1  # NumPy's generator takes 32 bits, and transformers seeds it with training.seed
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file name and of a path on Linux
 
@@ -129,7 +130,7 @@ class DataSection(Section):
 
 
 class LoraSection(OpenSection):
-    r: int = Field(16, ge=1, le=MAX_COUNT, description="Rank.")
+    r: int = Field(16, ge=1, le=MAX_RANK, description="Rank.")
     lora_alpha: float = Field(16.0, gt=0, description="Scale: alpha / r, or alpha / sqrt(r) with use_rslora.")
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     bias: Literal["none", "all", "lora_only"] = "none"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -291,7 +290,7 @@ def test_a_run_with_nothing_to_report_is_one_line(run: Path, outcome_of: Outcome
     for name in ("events.jsonl", "report.json"):
         _write(run / name, content)
     line = outcome_of(lambda: rebuild_report(run, Console(quiet=True)))
-    assert line is None or "nothing" in line or "anything to report" in line
+    assert line is None or "anything to report" in line
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
@@ -304,7 +303,7 @@ def test_broken_files_of_the_adapter(run: Path, outcome_of: Outcome, name: str, 
 
 def _write(path: Path, content: bytes | None) -> None:
     if content is None:
-        path.unlink()
+        path.unlink(missing_ok=True)
     else:
         path.write_bytes(content)
 
@@ -319,18 +318,16 @@ def test_places_that_are_no_run(tmp_path: Path, outcome_of: Outcome) -> None:
     loop = tmp_path / "loop"
     loop.mkdir()
     (loop / "run.yaml").symlink_to(loop / "run.yaml")
-    for path in (fifo, device, loop, tmp_path, tmp_path / "nothing", Path("x" * 5000), Path("a\0b"), Path("~nobody-here/x")):
+    names = ("x" * 5000, "a\0b", "~nobody-here/x", "\ud83d", "")
+    for path in (fifo, device, loop, tmp_path, tmp_path / "nothing", *map(Path, names)):
         assert outcome_of(lambda path=path: RunFolder.open(path)) is not None
         assert outcome_of(lambda path=path: rebuild_report(path)) is not None
 
 
-def test_parley_report_writes_the_page_of_a_run_that_died(run: Path, parley: Any) -> None:
+def test_parley_report_writes_the_page_of_a_run_that_died(run: Path, outcome_of_command: Outcome) -> None:
     shutil.rmtree(run / "adapter")  # it never got to saving
     (run / "events.jsonl").write_text(EVENTS + '{"event": "step", "step": 3, "lo')
-    ended = parley("report", run)
-    assert ended.code == 0, ended.err
-    assert "1 lines are not events, left out" in ended.out
-    assert "report.json: missing" in ended.out
+    assert outcome_of_command("report", run) is None
     report = json.loads((run / "report.json").read_text())
     assert [step["loss"] for step in report["steps"]] == [5.0, 4.0]
     assert report["steps"][0]["token_accuracy"] == 0.25

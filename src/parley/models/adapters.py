@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from parley.errors import ModelError, ParleyError, UsageError, one_line
 from parley.models.adapter_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    AdapterFields,
     lora_config,
     read_adapter_fields,
     read_adapter_weights,
@@ -35,6 +37,9 @@ from parley.models.quantization import quantization_of
 from parley.models.residual_init import RESIDUAL_INITS, ResidualInitModel, is_residual_init
 
 logger = logging.getLogger(__name__)
+
+# Fields of LoraConfig that say what an adapter is or belongs to. With inference_mode nothing would be trained.
+DECIDED_BY_RUN = {"inference_mode", "peft_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 
 BASE_CHANGING_INITS = (*RESIDUAL_INITS, "loftq")
 """Values of init_lora_weights, or their beginnings, with which PEFT changes the base's weights."""
@@ -67,7 +72,7 @@ def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> P
                 init_loftq(peft_model)
     except ParleyError:
         raise
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, NotImplementedError, IndexError) as error:
         raise ModelError(f"lora: PEFT cannot attach it: {one_line(error)}") from None
     return peft_model
 
@@ -283,6 +288,8 @@ def _lora_config(section: LoraSection) -> LoraConfig:
     for key in fields:
         if key not in known:
             raise unknown_key(f"lora.{key}", known | {"loftq"}, "the run's settings")
+        if key in DECIDED_BY_RUN:
+            raise UsageError(f"lora.{key} is decided by the run; leave it out")
     if section.lora_alpha == int(section.lora_alpha):  # PEFT declares an int; readers of the file expect one
         fields["lora_alpha"] = int(section.lora_alpha)
     try:

@@ -25,6 +25,7 @@ from parley.text import shorten_middle
 # What the libraries raise for a value they refuse. Only settings reach the calls below, so none of these hides a fault.
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, KeyError, AttributeError, OSError)
 MAX_WORKERS = 256  # processes of a data loader; each takes a second and 300 MB
+MAX_ACCUMULATION = 65_536  # rows: the largest batches in print are of a few thousand
 PROBE_STEPS = 100
 
 
@@ -35,6 +36,8 @@ class Range(NamedTuple):
 
 # Fields of SFTConfig that neither the library nor a copy built from them bounds.
 RANGES = {
+    "gradient_accumulation_steps": Range(1, MAX_ACCUMULATION),
+    "per_device_train_batch_size": Range(1, MAX_ACCUMULATION),
     "num_train_epochs": Range(0, 1e6),
     "warmup_steps": Range(0, MAX_COUNT),
     "max_grad_norm": Range(0, 1e30),
