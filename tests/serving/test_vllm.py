@@ -85,7 +85,8 @@ def test_ranks_are_those_that_vllm_takes(tmp_path: Path, rank: int, allowed: str
     assert given["--max-lora-rank"] == allowed
     assert (given["--revision"], given["--dtype"], given["--quantization"]) == ("v2", "bfloat16", "bitsandbytes")
     assert arguments[1] == "owner/model"
-    assert "--trust-remote-code" in arguments
+    assert "--trust-remote-code" not in arguments  # run.yaml alone does not decide that
+    assert "--trust-remote-code" in vllm_arguments(str(folder.path), **WHERE, trust_remote_code=True)
     assert "--chat-template" not in given
 
 
