@@ -22,8 +22,8 @@ from parley.inference.scheduler import Scheduler
 from parley.models.load import load_model
 from parley.serving.address import bind
 from parley.serving.app import create_app
+from parley.serving.limits import Limits
 from parley.serving.loading import load_for_inference
-from parley.serving.middleware import Limits
 from parley.serving.server import Server
 from parley.serving.service import ServedModel, Service
 from parley.training.run_folder import RunFolder
@@ -147,8 +147,9 @@ def serving() -> Iterator[Callable[..., Running]]:
         model = ServedModel(loaded.tokenizer, loaded.names, loaded.settings, loaded.system, decoder.length, vocab_size)
         service = Service(model, scheduler)
         bound, ready = bind("127.0.0.1", 0), threading.Event()
-        app = create_app(service, limits=Limits(max_open_requests=max_num_seqs + max_queue, **limits), api_key=api_key)
-        server = Server(app, bound, scheduler, drain_seconds=drain, on_ready=ready.set)
+        all_limits = Limits(max_open_requests=max_num_seqs + max_queue, **limits)
+        app = create_app(service, limits=all_limits, api_key=api_key)
+        server = Server(app, bound, scheduler, all_limits, drain_seconds=drain, on_ready=ready.set)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])))
         handle = Running(server, service, bound.getsockname()[1], api_key or "none")
         thread.start()

@@ -64,7 +64,6 @@ def answers_on(tuned: Running) -> Iterator[None]:
         ({"messages": "Hello!"}, "messages", "messages: got 'Hello!'; wanted a valid list"),
         ({"messages": [{"role": "captain", "content": "Hello!"}]}, "messages", "messages: turn 1 has role 'captain'"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages", "messages: all turns are empty"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "half a character"),
         ({"top_logprobs": 3}, "top_logprobs", "top_logprobs: only with logprobs: true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs: got 21; wanted less than"),
         ({"stream_options": {}}, "stream_options", "stream_options: only with stream: true"),
@@ -72,7 +71,6 @@ def answers_on(tuned: Running) -> Iterator[None]:
         ({"response_format": {"type": "json_object"}}, "response_format", "response_format: not supported"),
         ({"temprature": 1}, "temprature", "temprature: no such field"),
         ({"tools": [{"type": "function"}]}, "tools", "tools: got a list of 1; wanted objects with"),
-        ({"tools": [{**WEATHER, "note": "\ud800"}]}, "tools", "half a character"),
     ],
 )
 def test_wrong_values_are_named(tuned: Running, changed: dict[str, Any], param: str, message: str) -> None:
@@ -104,11 +102,13 @@ def test_wrong_prompts_are_named(tuned: Running, changed: dict[str, Any], param:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b'{"model": ', "the body is not valid JSON: Expecting value at character 10"),
-        (b"", "the body must be a JSON object"),
+        (b'{"model": ', "the body is not valid JSON: EOF while parsing a value at line 1 column 10"),
+        (b"", "the body is not valid JSON"),
         (b"[1, 2]", "the body must be a JSON object"),
         (b"\xff\xfe\x00{", "the body"),
-        (b'{"a":' * 100_000, "body"),
+        (b'{"a":' * 100_000, "the body is not valid JSON: recursion limit exceeded"),
+        (b'{"model": "\\ud800"}', "half a character, a lone surrogate"),
+        (b'{"model": "\xed\xa0\x80"}', "the body is not valid JSON: invalid unicode code point"),
     ],
 )
 def test_broken_json_is_told(tuned: Running, body: bytes, message: str) -> None:
@@ -144,7 +144,7 @@ def test_unknown_models_and_routes_are_not_found(tuned: Running) -> None:
 
 def test_a_prompt_longer_than_the_context_is_refused(tuned: Running) -> None:
     long = [{"role": "user", "content": "What is the opposite of hot? " * 100}]
-    with pytest.raises(openai.BadRequestError, match=r"tokens and the context is 512, output included") as told:
+    with pytest.raises(openai.BadRequestError, match=r"tokens and the context is 512 tokens, output included") as told:
         tuned.client.chat.completions.create(model="pirate", messages=long)  # type: ignore[arg-type]
     assert (told.value.code, told.value.param) == ("context_length_exceeded", "messages")
     with pytest.raises(openai.BadRequestError) as told:

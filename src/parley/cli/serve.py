@@ -101,8 +101,8 @@ def _serve(
         from parley.inference.prompts import end_of_turn_ids
         from parley.inference.scheduler import Scheduler
         from parley.serving.app import create_app
+        from parley.serving.limits import Limits
         from parley.serving.loading import load_for_inference
-        from parley.serving.middleware import Limits
         from parley.serving.server import Server
         from parley.serving.service import ServedModel, Service
 
@@ -123,7 +123,7 @@ def _serve(
         limits = Limits(max_open_requests=max_num_seqs + max_queue)
         app = create_app(Service(model, scheduler), limits=limits, api_key=api_key)
         on_ready = partial(_print_banner, model, bound, max_num_seqs, api_key)
-        Server(app, bound, scheduler, drain_seconds=drain, on_ready=on_ready).run_until_signal()
+        Server(app, bound, scheduler, limits, drain_seconds=drain, on_ready=on_ready).run_until_signal()
 
 
 def _check_golden(golden: Path, tokenizer: object) -> None:

@@ -9,17 +9,18 @@ from time import perf_counter
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from parley.serving.errors import ApiError, from_validation_error
+from parley.serving.limits import Limits
 from parley.serving.metrics import Metrics
-from parley.serving.middleware import AdmissionMiddleware, Limits, run_until_disconnect
-from parley.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
+from parley.serving.middleware import CLOSE, AdmissionMiddleware, run_until_disconnect
+from parley.serving.protocol import Body, ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from parley.serving.responses import ChatResponse, CompletionResponse, GenerationResponse
 from parley.serving.service import Service
 from parley.serving.streams import OutputStream
@@ -33,10 +34,10 @@ def create_app(service: Service, *, limits: Limits, api_key: str | None = None) 
     _add_read_routes(app, service)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        service.uses_base(body.model)
+    async def chat_completions(request: Request) -> Response:
         started = perf_counter()
-        prompt = await asyncio.to_thread(service.chat_prompt, body)
+        body = await _parse_body(ChatRequest, request, service)
+        prompt = await service.run(service.chat_prompt, body)
         outputs = service.submit([prompt], body, body.num_top_logprobs)
         response = ChatResponse(
             body.model, body.num_choices, len(prompt), service.texts, bool(body.logprobs), tools=body.offered_tools
@@ -44,16 +45,34 @@ def create_app(service: Service, *, limits: Limits, api_key: str | None = None) 
         return await _respond(_Generation(outputs, response, service.metrics, started), body, request)
 
     @app.post("/v1/completions", response_model=None)
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        service.uses_base(body.model)
+    async def completions(request: Request) -> Response:
         started = perf_counter()
-        prompts = await asyncio.to_thread(service.completion_prompts, body)
+        body = await _parse_body(CompletionRequest, request, service)
+        prompts = await service.run(service.completion_prompts, body)
         outputs = service.submit(prompts, body, body.logprobs)
         num_choices, prompt_tokens = len(prompts) * body.num_choices, sum(map(len, prompts))
         response = CompletionResponse(body.model, num_choices, prompt_tokens, service.texts, body.logprobs is not None)
         return await _respond(_Generation(outputs, response, service.metrics, started), body, request)
 
     return app
+
+
+async def _parse_body(kind: type[Body], request: Request, service: Service) -> Body:
+    """The request's JSON body, parsed off the event loop.
+
+    Only JSON by its own name: a web page may make a browser post text to this machine without asking, but not JSON.
+    """
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise ApiError(400, "the body must be JSON, sent with Content-Type: application/json", headers=CLOSE)
+    try:
+        body = await service.run(parse_body, kind, await request.body())
+    except ValidationError as error:
+        raise from_validation_error(error) from None
+    except ValueError as error:
+        raise ApiError(400, str(error)) from None
+    service.uses_base(body.model)
+    return body
 
 
 def _add_read_routes(app: FastAPI, service: Service) -> None:
@@ -90,10 +109,6 @@ def _add_error_handlers(app: FastAPI) -> None:
             message = f"{route}: no such route" if error.status_code == 404 else f"{route}: {error.detail}"
             error = ApiError(error.status_code, message, headers=error.headers)
         return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def validation_error(request: Request, error: RequestValidationError) -> Response:
-        return from_validation_error(error).response()
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(request: Request, error: ClientDisconnect) -> Response:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from parley.errors import ParleyError, one_line
+from parley.errors import ParleyError
 from parley.inference.scheduler import Closed, QueueFull
+from parley.text import one_line, shorten_middle
 
 MAX_SHOWN = 160  # characters of a client's value that an error repeats
+MAX_MESSAGE = 500
+MAX_PARAM = 80
 
 _ERROR_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -29,8 +32,9 @@ class ApiError(HTTPException):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(status, message, headers)
-        self.param, self.code = param, code
+        # What a client sent may be in it: bounded, on one line, and encodable in UTF-8.
+        super().__init__(status, shorten_middle(one_line(message, len(message) + 1), MAX_MESSAGE), headers)
+        self.param, self.code = None if param is None else one_line(param, MAX_PARAM), code
 
     def body(self) -> dict[str, dict[str, str | None]]:
         error_type = (
@@ -49,7 +53,7 @@ def to_api_error(error: Exception, param: str | None = None) -> ApiError:
     if isinstance(error, Closed):
         return ApiError(503, str(error), code="unavailable", headers={"Retry-After": "5"})
     if isinstance(error, ParleyError):
-        return ApiError(400, one_line(error, 1000), param=param)
+        return ApiError(400, str(error), param=param)
     return ApiError(500, f"the decoder failed ({type(error.__cause__ or error).__name__}); see the server's log")
 
 
@@ -57,17 +61,16 @@ def too_many_requests(reason: str) -> ApiError:
     return ApiError(429, f"{reason}; try again shortly", code="queue_full", headers={"Retry-After": "1"})
 
 
-def from_validation_error(error: RequestValidationError) -> ApiError:
+def from_validation_error(error: ValidationError) -> ApiError:
     """The first problem of a request, in one line."""
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not valid JSON: {first['ctx']['error']} at character {first['loc'][1]}")
-    location = [part for part in first["loc"][1:] if not _is_type_name(part)]
+    first = error.errors(include_url=False)[0]
+    location = [part for part in first["loc"] if not _is_type_name(part)]
     if not location:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error":  # from a model validator, whose messages begin with the field's name
-            return ApiError(400, message, param=message.partition(":")[0])
-        return ApiError(400, "the body must be a JSON object, sent with Content-Type: application/json")
+            field, colon, _ = message.partition(":")
+            return ApiError(400, message, param=field if colon else None)
+        return ApiError(400, "the body must be a JSON object")
     param = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "missing":
         return ApiError(400, f"{param}: missing; it is required", param=param)

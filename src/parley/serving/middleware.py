@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-from dataclasses import dataclass
 from time import perf_counter
 
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parley.serving.errors import ApiError, too_many_requests
+from parley.serving.limits import Limits
 from parley.serving.metrics import Metrics
 
 PUBLIC_PATH = "/health"  # the one route without a key
 CLOSE = {"Connection": "close"}  # the rest of the request is not read
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Bounds on what clients can hold; times are in seconds.
-
-    Attributes:
-        max_open_requests: POST requests at a time, from their first byte to the last byte read of their response.
-        max_body_bytes: size of a request body.
-        body_timeout: time in which the whole body must arrive.
-        send_timeout: time for which a client may read nothing of a response that is ready.
-    """
-
-    max_open_requests: int
-    max_body_bytes: int = 4 * 2**20
-    body_timeout: float = 30
-    send_timeout: float = 60
 
 
 class AdmissionMiddleware:

@@ -12,6 +12,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from parley.inference.scheduler import Scheduler
+from parley.serving.connections import Connection, accept_connections
+from parley.serving.limits import Limits
 
 FLUSH_SECONDS = 5  # for clients to read the end of their responses
 
@@ -29,6 +31,7 @@ class Server(uvicorn.Server):
         app: FastAPI,
         bound: socket.socket,
         scheduler: Scheduler,
+        limits: Limits,
         *,
         drain_seconds: float,
         on_ready: Callable[[], None] = lambda: None,
@@ -37,13 +40,15 @@ class Server(uvicorn.Server):
             app,
             lifespan="off",
             log_config=None,  # uvicorn's log goes through the program's own handlers
-            log_level="warning",
+            log_level="error",  # its warnings are about clients, who could fill the log with them
             access_log=False,
+            http="h11",
+            ws="none",
             timeout_graceful_shutdown=int(drain_seconds) + FLUSH_SECONDS,
             server_header=False,
         )
         super().__init__(config)
-        self._bound, self._scheduler, self._on_ready = bound, scheduler, on_ready
+        self._bound, self._scheduler, self._limits, self._on_ready = bound, scheduler, limits, on_ready
         self._drain_seconds, self._skip_drain = drain_seconds, False
 
     def run_until_signal(self) -> None:
@@ -56,8 +61,16 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        await super().startup(sockets=[])  # without sockets uvicorn accepts no connections by itself
+        self._bound.setblocking(False)
+        self._bound.listen(self.config.backlog)
+        self._accepting = asyncio.create_task(
+            accept_connections(self._bound, self._new_connection, self.server_state.connections, self._limits)
+        )
         self._on_ready()
+
+    def _new_connection(self) -> Connection:
+        return Connection(self.config, self.server_state, self.lifespan.state, limits=self._limits)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit and not self._skip_drain:
@@ -66,6 +79,8 @@ class Server(uvicorn.Server):
             super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
         draining = asyncio.create_task(self._close_scheduler())
         await super().shutdown(sockets)
         draining.cancel()

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import time
-from typing import Any
+from typing import Any, TypeVar
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
 from parley.data.messages import parse_messages, with_system
 from parley.data.render import render_prompt
+from parley.data.tokens import strings
 from parley.errors import DataError, ParleyError
 from parley.inference.fan_in import nth_seed
 from parley.inference.scheduler import Request, Scheduler
@@ -18,6 +22,10 @@ from parley.serving.metrics import Metrics
 from parley.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from parley.serving.streams import OutputStream
 from parley.serving.token_text import TokenTexts
+
+PARSE_THREADS = 2  # so many requests are parsed and tokenized at a time: a large one takes 100 times its size
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ class Service:
         self.metrics = Metrics(scheduler)
         self.texts = TokenTexts(model.tokenizer)
         self.started = int(time())
+        self._threads = ThreadPoolExecutor(PARSE_THREADS, thread_name_prefix="parley-parse")
+        self._max_prompt_bytes = model.max_model_len * _longest_token(model.tokenizer)
 
     def uses_base(self, name: str) -> bool:
         """Whether `name` is the base model."""
@@ -56,8 +66,13 @@ class Service:
             raise ApiError(404, message, param="model", code="model_not_found")
         return self.model.names[name]
 
+    async def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Run a slow function off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *args)
+
     def chat_prompt(self, body: ChatRequest) -> list[int]:
         """The prompt ids of a conversation, generation prompt included."""
+        self._check_size(strings([body.messages, body.offered_tools]), len(body.messages), "messages")
         try:
             messages = parse_messages(body.messages, "messages", "messages")
             if not messages:
@@ -65,20 +80,18 @@ class Service:
             ids = self._render(messages, body.offered_tools)
         except ParleyError as error:
             raise to_api_error(error, "messages") from error
-        self._check_length(ids, "messages")
+        self._check_ids(ids, "messages")
         return ids
 
     def completion_prompts(self, body: CompletionRequest) -> list[list[int]]:
         """The ids of each prompt."""
-        prompts = [
-            self.model.tokenizer(prompt, verbose=False)["input_ids"] if isinstance(prompt, str) else prompt
-            for prompt in body.prompt
-        ]
-        for ids in prompts:
-            if not all(0 <= token < self.model.vocab_size for token in ids):
-                message = f"prompt: got a token id outside 0..{self.model.vocab_size - 1}, the model's vocabulary"
-                raise ApiError(400, message, param="prompt")
-            self._check_length(ids, "prompt")
+        prompts = []
+        for prompt in body.prompt:
+            if isinstance(prompt, str):
+                self._check_size([prompt], 1, "prompt")
+                prompt = _encode_text(self.model.tokenizer, prompt)
+            self._check_ids(prompt, "prompt")
+            prompts.append(prompt)
         return prompts
 
     def submit(self, prompts: list[list[int]], body: GenerationRequest, num_top_logprobs: int | None) -> OutputStream:
@@ -102,12 +115,43 @@ class Service:
             raise DataError("tools: the model's chat template ignores tools; leave them out")
         return ids
 
-    def _check_length(self, ids: list[int], param: str) -> None:
+    def _check_size(self, texts: Iterable[str], num_turns: int, param: str) -> None:
+        """Refuses before tokenizing what cannot fit: more bytes than the longest token times the context."""
+        size = sum(len(text.encode()) for text in texts)
+        if size > self._max_prompt_bytes or num_turns > self.model.max_model_len:
+            raise self._too_long(
+                f"{size} bytes in {num_turns} turns" if param == "messages" else f"{size} bytes", param
+            )
+
+    def _check_ids(self, ids: list[int], param: str) -> None:
         if not ids:
             raise ApiError(400, f"{param}: empty; wanted at least one token", param=param)
         if len(ids) >= self.model.max_model_len:
-            message = (
-                f"{param}: got {len(ids)} tokens and the context is {self.model.max_model_len}, output included; "
-                "shorten it"
-            )
-            raise ApiError(400, message, param=param, code="context_length_exceeded")
+            raise self._too_long(f"{len(ids)} tokens", param)
+        # The decoder cannot survive an id past the embedding on a GPU, and the tokenizer may have more words than that.
+        outside = next((token for token in ids if not 0 <= token < self.model.vocab_size), None)
+        if outside is not None:
+            message = f"{param}: got token id {outside}; the model's embedding has ids 0 to {self.model.vocab_size - 1}"
+            raise ApiError(400, message, param=param)
+
+    def _too_long(self, got: str, param: str) -> ApiError:
+        message = (
+            f"{param}: got {got} and the context is {self.model.max_model_len} tokens, output included; shorten it"
+        )
+        return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def _encode_text(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text prompt, with exactly one beginning-of-text token where the tokenizer has one, as in training.
+
+    The tokenizer's own special tokens are left out: it would put a second beginning before the prompt's own, and some
+    tokenizers put none, others an end after the prompt.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    begins = tokenizer.bos_token is None or text.startswith(tokenizer.bos_token)
+    return ids if begins else [tokenizer.bos_token_id, *ids]
+
+
+def _longest_token(tokenizer: Any) -> int:
+    """Upper bound of the bytes that one token stands for; at least 16, as an unknown word is one token too."""
+    return max(16, *(len(token.encode()) for token in tokenizer.get_vocab()))

@@ -1,0 +1,197 @@
+"""From a request to prompt ids: bounded before tokenizing, off the event loop, with the ids that training has."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pydantic
+import pytest
+from tests.serving.conftest import Running
+from tests.serving.test_errors import HELLO, post, refused
+
+from parley.data.conversation import Example
+from parley.data.render import render_example
+from parley.serving.protocol import ChatRequest, CompletionRequest, parse_body
+from parley.serving.service import ServedModel, Service
+
+MODEL = {"model": "pirate"}
+
+
+@pytest.fixture
+def calls(tuned: Running, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The length of each text that is tokenized, and the thread that does it."""
+    seen: list[tuple[int, str]] = []
+    tokenizer = tuned.service.model.tokenizer
+
+    class Recording:
+        def __call__(self, text: str, **options: Any) -> Any:
+            seen.append((len(text), threading.current_thread().name))
+            return tokenizer(text, **options)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(tokenizer, name)
+
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=Recording()))
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "ahoy " * 800_000}, "prompt"),
+        ("/v1/completions", {"prompt": ["a", "ahoy " * 800_000]}, "prompt"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "ahoy " * 800_000}]}, "messages"),
+        ("/v1/chat/completions", {"messages": HELLO, "tools": [{"type": "function", "function": {
+            "name": "f", "description": "x" * 2_000_000}}]}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}] * 100_000}, "messages"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": ""}] * 100_000}, "messages"),
+        ("/v1/completions", {"prompt": [5] * 1_000_000}, "prompt"),
+    ],
+)  # fmt: skip
+def test_what_cannot_fit_is_refused_before_it_is_tokenized(
+    tuned: Running, calls: list[tuple[int, str]], path: str, body: dict[str, Any], param: str
+) -> None:
+    error = refused(tuned, {**MODEL, **body}, path=path)
+    assert (error["status"], error["code"], error["param"]) == (400, "context_length_exceeded", param)
+    assert max((length for length, _ in calls), default=0) < 10
+
+
+def test_the_longest_text_that_fits_is_not_refused(tuned: Running) -> None:
+    """The bound holds for every token: a prompt of the longest one, as often as the context takes."""
+    tokenizer = tuned.service.model.tokenizer
+    longest = max(
+        tokenizer.get_vocab(), key=lambda token: len(tokenizer.decode([tokenizer.convert_tokens_to_ids(token)]))
+    )
+    text = tokenizer.decode([tokenizer.convert_tokens_to_ids(longest)]) * 500
+    reply = tuned.client.completions.create(model="pirate", prompt=text, max_tokens=1)
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == 501
+
+
+def test_tokenizing_leaves_the_event_loop(tuned: Running, calls: list[tuple[int, str]]) -> None:
+    tuned.client.chat.completions.create(model="pirate", messages=HELLO, max_tokens=1)  # type: ignore[arg-type]
+    tuned.client.completions.create(model="pirate", prompt="Ahoy", max_tokens=1)
+    assert len(calls) == 2
+    assert all(name.startswith("parley-parse") for _, name in calls)
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (ChatRequest, {"messages": [1] * 1000}),
+        (ChatRequest, {"messages": HELLO, "tools": [1] * 1000}),
+        (ChatRequest, {"messages": HELLO, "stop": [1] * 1000}),
+        (ChatRequest, {"messages": HELLO, **{f"field{number}": 1 for number in range(1000)}}),
+        (ChatRequest, {"messages": HELLO, "stream_options": {f"field{number}": 1 for number in range(1000)}}),
+        (ChatRequest, {"messages": HELLO, "logit_bias": {f"field{number}": [] for number in range(1000)}}),
+        (CompletionRequest, {"prompt": [1.5] * 1000}),
+        (CompletionRequest, {"prompt": ["a"] * 1000}),
+        (CompletionRequest, {"prompt": [["a"] * 1000]}),
+        (CompletionRequest, {"prompt": [[1]] * 1000}),
+    ],
+)
+def test_a_wrong_body_makes_few_errors(kind: Any, body: dict[str, Any]) -> None:
+    """pydantic makes an object for each wrong element; a body of a million took 25 to 57 seconds."""
+    with pytest.raises(pydantic.ValidationError) as error_info:
+        parse_body(kind, json.dumps({**MODEL, **body}).encode())
+    assert error_info.value.error_count() <= 2
+
+
+@pytest.mark.parametrize("depth", [190, 600, 100_000])
+@pytest.mark.parametrize("field", ["metadata", "messages", "tools"])
+def test_deep_nesting_is_answered_or_refused(tuned: Running, depth: int, field: str) -> None:
+    deep = "[" * depth + "]" * depth
+    values = {
+        "metadata": deep,
+        "messages": f'[{{"role": "user", "content": "a", "note": {deep}}}]',
+        "tools": f'[{{"type": "function", "function": {{"name": "f", "parameters": {{"a": {deep}}}}}}}]',
+    }
+    body = {"model": '"pirate"', "messages": json.dumps(HELLO), "max_tokens": "1", field: values[field]}
+    raw = "{" + ", ".join(f'"{name}": {value}' for name, value in body.items()) + "}"
+    status, told = post(tuned, raw.encode())
+    assert status == (200 if depth < 200 else 400) or (field == "tools" and status == 400), told
+
+
+def text_ids(running: Running, prompt: str) -> list[int]:
+    return running.service.completion_prompts(CompletionRequest(model="x", prompt=prompt))[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompt", ["Hi", "<|begin_of_text|>Hi", " Hi", "", "<|begin_of_text|>"])
+@pytest.mark.parametrize("adds", ["bos", "nothing", "bos and eos"])
+def test_a_text_prompt_begins_as_text_does_in_training(
+    tuned: Running, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any, prompt: str, adds: str
+) -> None:
+    """One beginning of text, whether the prompt brings it, and whatever the tokenizer adds by itself."""
+    import copy
+
+    from tokenizers import processors
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
+    single = {"bos": f"{bos} $A", "nothing": "$A", "bos and eos": f"{bos} $A {eos}"}[adds]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=tokenizer))
+    trained = render_example(tokenizer, Example("row", text=prompt + "!")).input_ids
+    ids = text_ids(tuned, prompt)
+    assert ids == trained[: len(ids)]
+    assert ids.count(tokenizer.bos_token_id) == 1
+    assert len(ids) == len(trained) - 2  # the "!" and the end
+    assert text_ids(tuned, "<|begin_of_text|>Hi") == text_ids(tuned, "Hi")
+
+
+def test_a_tokenizer_without_a_beginning_of_text_adds_nothing(
+    tuned: Running, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
+) -> None:
+    import copy
+
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = None
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=tokenizer))
+    assert text_ids(tuned, "Hi") == tokenizer("Hi", add_special_tokens=False)["input_ids"]
+
+
+def test_ids_past_the_embedding_are_refused_on_every_route(
+    serving: Callable[..., Running], tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    """A tokenizer with a word more than the embedding has rows: others are served on."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "grown"
+    shutil.copytree(tiny_llama_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["grog"])
+    tokenizer.save_pretrained(folder)
+    running = serving(folder, max_num_seqs=2)
+    client = running.client
+    requests: list[Callable[[], Any]] = [
+        lambda: client.chat.completions.create(model="grown", messages=[{"role": "user", "content": "grog"}]),
+        lambda: client.chat.completions.create(
+            model="grown", messages=[{"role": "user", "content": "grog"}], stream=True
+        ),
+        lambda: client.completions.create(model="grown", prompt="grog"),
+        lambda: client.completions.create(model="grown", prompt=[1, rows]),
+        lambda: client.completions.create(model="grown", prompt=[[1], [rows]]),
+    ]
+    for request in requests:
+        with pytest.raises(openai.BadRequestError, match=f"got token id {rows}; the model's embedding has ids 0 to"):
+            request()
+        assert client.completions.create(model="grown", prompt="Ahoy", max_tokens=2).choices
+    assert running.scheduler.error is None
+
+
+def test_the_size_bound_follows_the_context_and_the_longest_token(tuned: Running) -> None:
+    model: ServedModel = tuned.service.model
+    bounds = [
+        Service(replace(model, max_model_len=length), tuned.scheduler)._max_prompt_bytes for length in (512, 1024)
+    ]
+    longest = max(len(token.encode()) for token in model.tokenizer.get_vocab())
+    assert bounds == [512 * max(longest, 16), 1024 * max(longest, 16)]
