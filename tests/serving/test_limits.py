@@ -17,6 +17,7 @@ from tests.serving.conftest import Running
 from tests.serving.test_errors import post, refused
 
 HELLO: Any = [{"role": "user", "content": "Hello!"}]
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\n"
 
 
 def long_answer(running: Running, **more: Any) -> bytes:
@@ -92,9 +93,7 @@ def test_only_so_many_requests_are_open(endless: Running) -> None:
     name = next(iter(endless.service.model.names))
     idle = [connect(endless) for _ in range(8)]  # slots and queue together
     for each in idle:
-        each.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
-        )
+        each.sendall(HEAD + b"Content-Length: 9\r\n\r\n")
     time.sleep(0.2)
     with pytest.raises(openai.RateLimitError, match="8 requests are open"):
         endless.client.chat.completions.create(model=name, messages=HELLO)
@@ -112,9 +111,7 @@ def test_bodies_have_a_size_and_a_time(endless: Running) -> None:
     assert error["status"] == 413
     assert post(endless, {"model": "x", "messages": HELLO, "user": "x" * 2**19})[0] == 404
     with connect(endless) as slow:
-        slow.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
-        )
+        slow.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
         told = b"".join(iter(lambda: slow.recv(4096), b""))
     assert told.startswith(b"HTTP/1.1 408")
     assert b"body_timeout" in told
@@ -122,9 +119,7 @@ def test_bodies_have_a_size_and_a_time(endless: Running) -> None:
 
 def test_a_body_without_end_is_cut_off(endless: Running) -> None:
     with connect(endless) as flood:
-        flood.sendall(
-            b"POST /v1/chat/completions HTTP/1.1\r\nHost: here\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
-        )
+        flood.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
         sent = 0
         with contextlib.suppress(ConnectionError):
             while sent < 2**30:

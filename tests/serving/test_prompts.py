@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import shutil
 import threading
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import openai
 import pydantic
 import pytest
 from tests.serving.conftest import Running
@@ -129,8 +126,6 @@ def test_a_text_prompt_begins_as_text_does_in_training(
     tuned: Running, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any, prompt: str, adds: str
 ) -> None:
     """One beginning of text, whether the prompt brings it, and whatever the tokenizer adds by itself."""
-    import copy
-
     from tokenizers import processors
 
     tokenizer = copy.deepcopy(tiny_tokenizer)
@@ -150,42 +145,32 @@ def test_a_text_prompt_begins_as_text_does_in_training(
 def test_a_tokenizer_without_a_beginning_of_text_adds_nothing(
     tuned: Running, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any
 ) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.bos_token = None
     monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=tokenizer))
     assert text_ids(tuned, "Hi") == tokenizer("Hi", add_special_tokens=False)["input_ids"]
 
 
-def test_ids_past_the_embedding_are_refused_on_every_route(
-    serving: Callable[..., Running], tiny_llama_folder: Path, tmp_path: Path
-) -> None:
+def test_ids_past_the_embedding_are_refused_on_every_route(tuned: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer with a word more than the embedding has rows: others are served on."""
-    from transformers import AutoTokenizer
-
-    folder = tmp_path / "grown"
-    shutil.copytree(tiny_llama_folder, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    rows = len(tokenizer)
-    tokenizer.add_tokens(["grog"])
-    tokenizer.save_pretrained(folder)
-    running = serving(folder, max_num_seqs=2)
-    client = running.client
-    requests: list[Callable[[], Any]] = [
-        lambda: client.chat.completions.create(model="grown", messages=[{"role": "user", "content": "grog"}]),
-        lambda: client.chat.completions.create(
-            model="grown", messages=[{"role": "user", "content": "grog"}], stream=True
-        ),
-        lambda: client.completions.create(model="grown", prompt="grog"),
-        lambda: client.completions.create(model="grown", prompt=[1, rows]),
-        lambda: client.completions.create(model="grown", prompt=[[1], [rows]]),
+    tokenizer = copy.deepcopy(tuned.service.model.tokenizer)
+    rows = tuned.service.model.vocab_size
+    tokenizer.add_tokens([f"filler{number}" for number in range(rows - len(tokenizer))] + ["grog"])
+    assert tokenizer.convert_tokens_to_ids("grog") == rows
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=tokenizer))
+    chat = {**MODEL, "messages": [{"role": "user", "content": "grog"}]}
+    requests = [
+        ("/v1/chat/completions", chat),
+        ("/v1/chat/completions", {**chat, "stream": True}),
+        ("/v1/completions", {**MODEL, "prompt": "grog"}),
+        ("/v1/completions", {**MODEL, "prompt": [1, rows]}),
+        ("/v1/completions", {**MODEL, "prompt": [[1], [rows]], "stream": True}),
     ]
-    for request in requests:
-        with pytest.raises(openai.BadRequestError, match=f"got token id {rows}; the model's embedding has ids 0 to"):
-            request()
-        assert client.completions.create(model="grown", prompt="Ahoy", max_tokens=2).choices
-    assert running.scheduler.error is None
+    for path, body in requests:
+        error = refused(tuned, body, path=path)
+        assert error["status"] == 400
+        assert f"got token id {rows}; the model's embedding has ids 0 to {rows - 1}" in error["message"]
+    assert tuned.scheduler.error is None
 
 
 def test_the_size_bound_follows_the_context_and_the_longest_token(tuned: Running) -> None:

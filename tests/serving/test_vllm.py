@@ -17,7 +17,13 @@ from parley.models.demo import demo_model_path
 from parley.serving.vllm import find_vllm, vllm_arguments
 from parley.training.run_folder import RunFolder
 
-WHERE: dict[str, Any] = {"host": "127.0.0.1", "port": 8000, "max_num_seqs": 64, "max_model_len": 2048}
+WHERE: dict[str, Any] = {
+    "host": "127.0.0.1",
+    "port": 8000,
+    "max_num_seqs": 64,
+    "max_model_len": 2048,
+    "trust_remote_code": False,
+}
 
 
 def options(arguments: list[str]) -> dict[str, str]:
@@ -64,8 +70,8 @@ def test_a_model_goes_by_its_name(tiny_llama_folder: Path) -> None:
     assert vllm_arguments("owner/model", **WHERE)[1] == "owner/model"
 
 
-@pytest.mark.parametrize(("rank", "allowed"), [(1, "8"), (12, "16"), (64, "64"), (300, "320"), (700, None)])
-def test_ranks_are_those_that_vllm_takes(tmp_path: Path, rank: int, allowed: str | None) -> None:
+def adapter_run(tmp_path: Path, **fields: Any) -> RunFolder:
+    """A run whose adapter has these fields in its settings."""
     model = {
         "name": "owner/model",
         "revision": "v2",
@@ -75,19 +81,70 @@ def test_ranks_are_those_that_vllm_takes(tmp_path: Path, rank: int, allowed: str
     }
     folder = RunFolder.create(RunConfig.create({"output": str(tmp_path / "run"), "model": model}))
     folder.adapter.mkdir()
-    (folder.adapter / "adapter_config.json").write_text(json.dumps({"r": 1, "rank_pattern": {"q_proj": rank}}))
-    if allowed is None:
-        with pytest.raises(UsageError, match="up to rank 512, got 700"):
-            vllm_arguments(str(folder.path), **WHERE)
-        return
-    arguments = vllm_arguments(str(folder.path), **WHERE)
+    saved = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], **fields}
+    (folder.adapter / "adapter_config.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.mark.parametrize(("rank", "allowed"), [(1, "8"), (8, "8"), (12, "16"), (64, "64"), (300, "320"), (512, "512")])
+def test_ranks_are_those_that_vllm_takes(tmp_path: Path, rank: int, allowed: str) -> None:
+    arguments = vllm_arguments(str(adapter_run(tmp_path, r=rank).path), **WHERE)
     given = options(arguments)
     assert given["--max-lora-rank"] == allowed
     assert (given["--revision"], given["--dtype"], given["--quantization"]) == ("v2", "bfloat16", "bitsandbytes")
     assert arguments[1] == "owner/model"
-    assert "--trust-remote-code" not in arguments  # run.yaml alone does not decide that
-    assert "--trust-remote-code" in vllm_arguments(str(folder.path), **WHERE, trust_remote_code=True)
     assert "--chat-template" not in given
+
+
+def test_the_code_of_a_repository_runs_for_the_person_at_the_keyboard_alone(tmp_path: Path) -> None:
+    """What run.yaml says is data that one was given."""
+    folder = adapter_run(tmp_path)
+    assert "--trust-remote-code" not in vllm_arguments(str(folder.path), **WHERE)
+    assert "--trust-remote-code" in vllm_arguments(str(folder.path), **{**WHERE, "trust_remote_code": True})
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "named"),
+    [
+        ("r", 700, "up to rank 512, got 700"),
+        ("bias", "all", "bias: all"),
+        ("bias", "lora_only", "bias: lora_only"),
+        ("use_dora", True, "use_dora"),
+        ("lora_bias", True, "lora_bias"),
+        ("modules_to_save", ["lm_head"], "modules_to_save"),
+        ("rank_pattern", {"q_proj": 16}, "rank_pattern"),
+        ("alpha_pattern", {"q_proj": 16}, "alpha_pattern"),
+        ("trainable_token_indices", [3], "trainable_token_indices"),
+        ("target_parameters", ["experts"], "target_parameters"),
+        ("layer_replication", [[0, 2]], "layer_replication"),
+        ("init_lora_weights", "pissa", "init_lora_weights: pissa"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights: pissa_niter_4"),
+        ("init_lora_weights", "olora", "init_lora_weights: olora"),
+        ("init_lora_weights", "loftq", "init_lora_weights: loftq"),
+    ],
+)
+def test_what_vllm_reads_wrongly_or_not_at_all_is_refused(tmp_path: Path, field: str, value: Any, named: str) -> None:
+    folder = adapter_run(tmp_path, **{field: value})
+    with pytest.raises(UsageError, match=f"--engine vllm .*{named}.*use --engine parley"):
+        vllm_arguments(str(folder.path), **WHERE)
+
+
+@pytest.mark.parametrize("init", [True, False, "gaussian", "eva", "orthogonal"])
+def test_what_vllm_reads_is_let_through(tmp_path: Path, init: Any) -> None:
+    folder = adapter_run(tmp_path, init_lora_weights=init, use_rslora=True, rank_pattern={}, modules_to_save=None)
+    assert "--enable-lora" in vllm_arguments(str(folder.path), **WHERE)
+
+
+def test_an_adapters_folder_goes_with_the_base_that_it_names(tuned_run: RunFolder, tmp_path: Path) -> None:
+    given = options(vllm_arguments(str(tuned_run.adapter), **WHERE))
+    assert given["--lora-modules"] == f"adapter={tuned_run.adapter.resolve()}"
+    assert given["--served-model-name"] == demo_model_path().name
+    on_top = tmp_path / "top"
+    on_top.mkdir()
+    saved = {"peft_type": "LORA", "r": 8, "base_model_name_or_path": str(tuned_run.adapter)}
+    (on_top / "adapter_config.json").write_text(json.dumps(saved))
+    with pytest.raises(UsageError, match="cannot read an adapter on an adapter"):
+        vllm_arguments(str(on_top), **WHERE)
 
 
 def test_without_vllm_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

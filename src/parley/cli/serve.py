@@ -156,8 +156,7 @@ def _print_banner(model: ServedModel, bound: socket.socket, max_num_seqs: int, a
 
 
 def _serve_with_vllm(source: str, api_key: str | None, **options: Any) -> None:
-    from transformers import AutoTokenizer
-
+    from parley.models.tokenizer import read_tokenizer
     from parley.serving.vllm import find_vllm, run_vllm, vllm_arguments
     from parley.training.run_folder import RunFolder
 
@@ -165,7 +164,7 @@ def _serve_with_vllm(source: str, api_key: str | None, **options: Any) -> None:
     arguments = vllm_arguments(source, **options)
     if RunFolder.is_run(source):
         run = RunFolder.open(source)
-        _check_golden(run.golden, AutoTokenizer.from_pretrained(run.weights, local_files_only=True))
+        _check_golden(run.golden, read_tokenizer(run.weights, run.config.model))
     run_vllm(program, arguments, api_key)
 
 

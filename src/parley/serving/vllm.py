@@ -13,84 +13,111 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from parley.config import GenerationSection, ModelSection, RunConfig
+from parley.config import DEMO_MODEL, GenerationSection, ModelSection
 from parley.errors import UsageError
-from parley.models.folder import model_folder
+from parley.models.adapter_files import read_adapter_fields
+from parley.models.adapters import BASE_CHANGING_INITS
+from parley.models.folder import adapter_base, local_folder, model_folder
 from parley.serving.loading import served_names, short_name
 from parley.training.run_folder import RunFolder
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+UNREAD_FIELDS = (
+    "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
+    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "velora_config", "monteclora_config", "kasa_config", "arrow_config",
+)  # fmt: skip
+"""Fields of adapter_config.json that vLLM refuses or ignores (vllm/lora/peft_helper.py reads r, lora_alpha,
+target_modules, bias and use_rslora): its answers would not be the adapter's."""
 
 
 def vllm_arguments(
-    source: str,
-    *,
-    host: str,
-    port: int,
-    max_num_seqs: int | None,
-    max_model_len: int | None,
-    trust_remote_code: bool = False,
+    source: str, *, host: str, port: int, max_num_seqs: int | None, max_model_len: int | None, trust_remote_code: bool
 ) -> list[str]:
-    """The arguments of `vllm` that serve a run's folder, or any model, as `parley serve` does.
+    """The arguments of `vllm` that serve a run's folder, or any model or adapter, as `parley serve` does.
 
-    The API key is not among them, because other users can read a process's arguments (see `run_vllm`).
+    The API key is not among them, because other users can read a process's arguments (see `run_vllm`). Raises
+    UsageError for an adapter that vLLM cannot read.
     """
     run = RunFolder.open(source, trust_remote_code=trust_remote_code) if RunFolder.is_run(source) else None
-    config = run.config if run else RunConfig(model=ModelSection(name=source, trust_remote_code=trust_remote_code))
-    arguments = ["serve", *_model(source, run, config), "--host", host, "--port", str(port)]
+    arguments = ["serve", *(_run_model(source, run) if run else _plain_model(source))]
+    arguments += ["--host", host, "--port", str(port)]
     if max_num_seqs is not None:
         arguments += ["--max-num-seqs", str(max_num_seqs)]
     if max_model_len is not None:
         arguments += ["--max-model-len", str(max_model_len)]
-    if config.model.trust_remote_code:
+    if trust_remote_code:
         arguments.append("--trust-remote-code")
-    arguments += ["--override-generation-config", json.dumps(_sampling(config.generation))]
+    settings = run.config.generation if run else GenerationSection()
+    arguments += ["--override-generation-config", json.dumps(_sampling(settings))]
     return [*arguments, "--enable-auto-tool-choice", "--tool-call-parser", "llama3_json"]
 
 
-def _model(source: str, run: RunFolder | None, config: RunConfig) -> list[str]:
-    section = config.model
-    if run is None:
-        return [_model_path(section), "--served-model-name", short_name(source)]
-    weights = run.weights.resolve()
-    tokenizer = ["--tokenizer", str(weights)]
-    template = weights / "chat_template.jinja"
-    if template.is_file():
-        tokenizer += ["--chat-template", str(template)]
+def _plain_model(source: str) -> list[str]:
+    """A model, or an adapter's folder with the base that it names."""
+    section = ModelSection(name=source)
+    folder = local_folder(source) if source != DEMO_MODEL else None
+    base = adapter_base(folder, section) if folder is not None else None
+    if folder is None or base is None:
+        return [_model_path(source, section), "--served-model-name", short_name(source)]
+    return _adapter(source, folder, base)
+
+
+def _run_model(source: str, run: RunFolder) -> list[str]:
+    weights, section = run.weights.resolve(), run.config.model
     if run.model.is_dir():
-        return [str(weights), "--served-model-name", short_name(source), *tokenizer]
-    section = section.model_copy(update={"name": run.base_name()})
-    adapter_name, base_name = served_names(source, section.name)
-    arguments = [_model_path(section), "--served-model-name", base_name, *tokenizer]
-    if section.revision is not None:
-        arguments += ["--revision", section.revision]
-    if section.dtype != "auto":
-        arguments += ["--dtype", section.dtype]
-    if section.quantization == "nf4":
+        return [str(weights), "--served-model-name", short_name(source), *_tokenizer(weights)]
+    if section.adapter == "merge":
+        raise UsageError(
+            f"{source}: --engine vllm cannot merge the run's base, an adapter, on loading; use --engine parley"
+        )
+    return _adapter(source, weights, section.model_copy(update={"name": run.base_name()}))
+
+
+def _adapter(source: str, weights: Path, base: ModelSection) -> list[str]:
+    rank = _lora_rank(source, weights)
+    adapter_name, base_name = served_names(source, base.name)
+    arguments = [_model_path(source, base), "--served-model-name", base_name, *_tokenizer(weights)]
+    if base.revision is not None:
+        arguments += ["--revision", base.revision]
+    if base.dtype != "auto":
+        arguments += ["--dtype", base.dtype]
+    if base.quantization == "nf4":
         arguments += ["--quantization", "bitsandbytes"]
-    return [
-        *arguments,
-        "--enable-lora",
-        "--max-lora-rank",
-        str(_rank(weights)),
-        "--lora-modules",
-        f"{adapter_name}={weights}",
-    ]
+    lora_module = f"{adapter_name}={weights}"
+    return [*arguments, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", lora_module]
 
 
-def _model_path(section: ModelSection) -> str:
+def _tokenizer(weights: Path) -> list[str]:
+    template = weights / "chat_template.jinja"
+    return ["--tokenizer", str(weights), *(["--chat-template", str(template)] if template.is_file() else [])]
+
+
+def _model_path(source: str, section: ModelSection) -> str:
     """A folder, or a hub id that vLLM downloads itself."""
-    return (
-        section.name if short_name(section.name) == section.name and "/" in section.name else str(model_folder(section))
-    )
+    if section.name == DEMO_MODEL or local_folder(section.name) is not None:
+        folder = model_folder(section)
+        if adapter_base(folder, section) is not None:
+            raise UsageError(f"{source}: --engine vllm cannot read an adapter on an adapter; use --engine parley")
+        return str(folder)
+    return section.name
 
 
-def _rank(adapter: Path) -> int:
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    rank = max([config["r"], *config.get("rank_pattern", {}).values()])
-    allowed = [choice for choice in LORA_RANKS if choice >= rank]
+def _lora_rank(source: str, adapter: Path) -> int:
+    """The least --max-lora-rank for an adapter. Raises UsageError for one that vLLM reads wrongly or not at all."""
+    fields = read_adapter_fields(adapter)
+    unread = [name for name in UNREAD_FIELDS if fields.model_dump()[name]]
+    if fields.bias != "none":
+        unread.append(f"bias: {fields.bias}")
+    if str(fields.init_lora_weights).lower().startswith(BASE_CHANGING_INITS):
+        unread.append(f"init_lora_weights: {fields.init_lora_weights}")  # it changed the base, which vLLM does not
+    if unread:
+        raise UsageError(f"{source}: --engine vllm cannot read the adapter's {', '.join(unread)}; use --engine parley")
+    allowed = [rank for rank in LORA_RANKS if rank >= fields.r]
     if not allowed:
-        raise UsageError(f"--engine vllm takes adapters up to rank {LORA_RANKS[-1]}, got {rank}; use --engine parley")
+        raise UsageError(
+            f"{source}: --engine vllm takes adapters up to rank {LORA_RANKS[-1]}, got {fields.r}; use --engine parley"
+        )
     return allowed[0]
 
 
