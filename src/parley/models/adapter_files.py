@@ -105,11 +105,15 @@ def read_adapter_fields(folder: Path) -> AdapterFields:
 def _check_patterns(path: Path, fields: AdapterFields) -> None:
     layers = [fields.layers_pattern] if isinstance(fields.layers_pattern, str) else fields.layers_pattern or []
     for pattern in [*(fields.rank_pattern or {}), *(fields.alpha_pattern or {}), *layers]:
-        repeats = pattern.count("*") + pattern.count("+")
-        if not PLAIN_PATTERN.fullmatch(pattern) or repeats > MOST_REPEATS:
+        if not is_plain_pattern(pattern):
             raise ModelError(
                 f"{path}: {one_line(repr(pattern), 60)} is no plain pattern of module names; write the names out"
             )
+
+
+def is_plain_pattern(pattern: str) -> bool:
+    """Whether PEFT can match `pattern` with `re` in bounded time."""
+    return PLAIN_PATTERN.fullmatch(pattern) is not None and pattern.count("*") + pattern.count("+") <= MOST_REPEATS
 
 
 def _check_unread(path: Path, values: dict[str, Any]) -> None:

@@ -25,13 +25,15 @@ from parley.models.adapter_files import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     AdapterFields,
+    is_plain_pattern,
     lora_config,
+    missing_package,
     read_adapter_fields,
     read_adapter_weights,
 )
 from parley.models.device import seeded
-from parley.models.loftq import check_loftq, init_loftq
-from parley.models.lora_targets import target_modules
+from parley.models.loftq import ADAPTER, check_loftq, init_loftq
+from parley.models.lora_targets import check_modules_to_save, target_modules
 from parley.models.patterns import matching
 from parley.models.quantization import quantization_of
 from parley.models.residual_init import RESIDUAL_INITS, ResidualInitModel, is_residual_init
@@ -43,6 +45,9 @@ DECIDED_BY_RUN = {"inference_mode", "peft_type", "base_model_name_or_path", "rev
 
 BASE_CHANGING_INITS = (*RESIDUAL_INITS, "loftq")
 """Values of init_lora_weights, or their beginnings, with which PEFT changes the base's weights."""
+NEEDS_DATA = ("eva", "corda", "lora_ga")
+"""Values of init_lora_weights that PEFT computes from data in calls of its own, before or after it attaches."""
+MOST_RANKS = 16  # times the hidden size
 SWITCHED_BY_PEFT = ("lora_", "modules_to_save", "trainable_tokens_")
 """Parts of the names of the weights that PeftModel.disable_adapter switches off."""
 
@@ -61,8 +66,14 @@ def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> P
             "lora: the model has an adapter already; train on with it, merge it first (model.merge_and_unload()), or "
             "load its base"
         )
+    section = _with_own_loftq(section)
     config = _lora_config(section)
     config.target_modules = target_modules(model, section)
+    check_modules_to_save(model, config.modules_to_save)
+    if isinstance(config.exclude_modules, str):
+        names = [name for name, _ in model.named_modules()]
+        config.exclude_modules = matching(config.exclude_modules, names, "lora.exclude_modules")
+    _check_ranks(model, config)
     if section.loftq:
         check_loftq(model, section)
     try:
@@ -72,9 +83,27 @@ def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> P
                 init_loftq(peft_model)
     except ParleyError:
         raise
-    except (ValueError, TypeError, NotImplementedError, IndexError) as error:
+    except ImportError as error:
+        raise UsageError(f"lora: {missing_package(error)}") from None
+    except (ValueError, TypeError, NotImplementedError, IndexError, KeyError, AttributeError, RuntimeError) as error:
         raise ModelError(f"lora: PEFT cannot attach it: {one_line(error)}") from None
     return peft_model
+
+
+def _with_own_loftq(section: LoraSection) -> LoraSection:
+    """`section` with PEFT's spelling of LoftQ, which needs scipy and leaves the scale out, read as lora.loftq."""
+    if section.model_dump().get("init_lora_weights") != "loftq":
+        return section
+    logger.info("lora.init_lora_weights: loftq is read as lora.loftq: true")
+    return section.model_copy(update={"init_lora_weights": True, "loftq": True})
+
+
+def _check_ranks(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Refuse ranks that only cost memory: one over the size of a matrix adds nothing to what it can express."""
+    limit = MOST_RANKS * model.config.get_text_config().hidden_size
+    for name, rank in {"r": config.r, **(config.rank_pattern or {})}.items():
+        if rank > limit:
+            raise UsageError(f"lora.{name} is {rank:,}; with this model a rank over {limit:,} only costs memory")
 
 
 def is_identity_adapter(model: torch.nn.Module) -> bool:
@@ -243,8 +272,8 @@ def _set_weights(adapted: PeftModel, folder: Path, weights: dict[str, Tensor]) -
                 "or merge the adapter with the program that made it"
             )
     result = set_peft_model_state_dict(adapted, ours)
-    parts = ("lora_", "modules_to_save", "trainable_tokens_")
-    missing = [name for name in result.missing_keys if any(part in name for part in parts)]
+    # Names in the model hold that of the adapter; a tied copy of trainable tokens is no tensor of the file.
+    missing = [name for name in result.missing_keys if name.replace(f".{ADAPTER}", "") in entitled]
     return missing, list(result.unexpected_keys)
 
 
@@ -284,6 +313,14 @@ def _short(count: int) -> str:
 
 def _lora_config(section: LoraSection) -> LoraConfig:
     fields = section.model_dump(exclude={"loftq"})
+    if str(fields.get("init_lora_weights")).lower().startswith(NEEDS_DATA):
+        raise UsageError(
+            f"lora.init_lora_weights: {fields['init_lora_weights']} is computed from data, which is not offered; "
+            "choose pissa, olora, orthogonal, gaussian or true"
+        )
+    for name in (*(fields.get("rank_pattern") or {}), *(fields.get("alpha_pattern") or {})):
+        if not is_plain_pattern(str(name)):
+            raise UsageError(f"lora: {one_line(str(name), 60)!r} is no plain pattern of module names; write them out")
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     for key in fields:
         if key not in known:
@@ -299,5 +336,7 @@ def _lora_config(section: LoraSection) -> LoraConfig:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"][:1]))
         raise UsageError(f"lora.{where}: got {one_line(repr(first['input']), 120)}; {first['msg']}") from None
-    except (ValueError, TypeError, ImportError) as error:
+    except ImportError as error:
+        raise UsageError(f"lora: {missing_package(error)}") from None
+    except (ValueError, TypeError) as error:
         raise UsageError(f"lora: {one_line(error)}") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterable
 
 import torch
@@ -11,7 +10,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from parley.config import LLAMA_PROJECTIONS, LoraSection
-from parley.errors import ModelError, UsageError
+from parley.errors import ModelError
+from parley.models.patterns import matching
+from parley.text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +30,13 @@ def target_modules(model: PreTrainedModel, section: LoraSection) -> list[str] | 
     if requested == "all-linear":
         return requested
     if isinstance(requested, str):
-        if not any(_matches_pattern(requested, name) for name in names):
-            raise ModelError(f"lora.target_modules {requested!r} matches no module; {_advice(names)}")
-        return requested
+        matched = matching(requested, names, "lora.target_modules")
+        if not matched:
+            raise ModelError(f"lora.target_modules {one_line(requested, 80)!r} matches no module; {_advice(names)}")
+        # PEFT matches a text with `re`, which has no time limit; the names it matched give the same adapter. It refuses
+        # a text together with these fields, and does so still.
+        fields = section.model_dump()
+        return requested if fields.get("layers_to_transform") or fields.get("layers_pattern") else matched
     absent = [target for target in requested if not any(f".{name}".endswith(f".{target}") for name in names)]
     if absent and sorted(requested) == sorted(LLAMA_PROJECTIONS):
         # The default names are Llama's. A family with other names gets the equivalent: all linear layers but the head.
@@ -51,11 +56,12 @@ def target_modules(model: PreTrainedModel, section: LoraSection) -> list[str] | 
     return requested
 
 
-def _matches_pattern(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UsageError(f"lora.target_modules {pattern!r}: not a regular expression ({error})") from None
+def check_modules_to_save(model: PreTrainedModel, wanted: Iterable[str] | None) -> None:
+    """Raises ModelError for a name of lora.modules_to_save that no module ends in, which PEFT leaves out."""
+    names = [name for name, _ in model.named_modules()]
+    for module in wanted or ():
+        if not any(name.endswith(module) for name in names):
+            raise ModelError(f"lora.modules_to_save {one_line(module, 80)} matches no module of {type(model).__name__}")
 
 
 def _linear_leaves(model: PreTrainedModel) -> list[str]:
