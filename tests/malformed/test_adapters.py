@@ -26,7 +26,7 @@ FIELDS = [
     "base_model_name_or_path", "bias", "init_lora_weights", "layers_to_transform", "lora_alpha", "lora_dropout",
     "modules_to_save", "peft_type", "r", "rank_pattern", "target_modules", "task_type",
 ]  # fmt: skip
-ENDLESS = ["(.*)*x", "(a|a)*(.*.*)*y", "(([a-z_.]+)+)+[0-9]z", "(?:(?:.*)*)*q!"]
+ENDLESS = ["(.*)*x", "(a|a)*(.*.*)*y", "(([a-z_.]+)+)+[0-9]z", "(?:(?:.*)*)*q!", "(.*)" * 10 + r"[^\w.]"]
 OTHER_FIELDS: list[dict[str, Any]] = [
     {"alpha_pattern": {"q_proj": "x"}},
     {"alpha_pattern": {"q_proj": float("nan")}},

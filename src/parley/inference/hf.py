@@ -66,7 +66,7 @@ class TransformersDecoder:
 
     @property
     def vocab_size(self) -> int:
-        return self._model.get_input_embeddings().num_embeddings
+        return self._model.get_input_embeddings().weight.shape[0]
 
     def admit(self, requests: Mapping[int, DecodeRequest]) -> None:
         """Raises ModelError for the base of a model that has none, or whose adapter changed it."""

@@ -15,6 +15,7 @@ from weakref import WeakSet
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model
+from peft.utils.other import TrainableTokensWrapper
 from transformers import (
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerBase,
@@ -119,6 +120,11 @@ class SFTTrainer(FusedTrainer):
             **kwargs,
         )
         self.args.assistant_only_loss = assistant_only
+        if isinstance(self.model.get_output_embeddings(), TrainableTokensWrapper):
+            raise UsageError(
+                "lora.trainable_token_indices: the head shares the embedding's weights here, and TRL reads the head "
+                "without the trained tokens; set modules_to_save: [embed_tokens, lm_head] in its place"
+            )
         if not custom:
             self._choose_collator()
         self._restore_adapters(originals)
