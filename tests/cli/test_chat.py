@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -48,8 +49,8 @@ def test_piped_lines_are_answered_by_tuned_and_base(run: RunFolder, parley_proce
     ]
     assert len(set(answers)) == 4
     assert ended.out == "".join(f"{answer}\n" for answer in answers)
-    told = ["conversation forgotten", "the base model answers", "the tuned model answers"]
-    assert ended.err.splitlines() == [*told, "conversation forgotten", "system: Be brief."]
+    told = ["conversation removed", "the base model answers", "the tuned model answers"]
+    assert ended.err.splitlines() == [*told, "conversation removed", "system: Be brief."]
 
 
 def test_options_change_how_a_plain_model_talks(
@@ -70,7 +71,7 @@ def test_options_change_how_a_plain_model_talks(
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["Ahoy!", "/base"], "parley: error: this model has no adapter"),
+        (["Ahoy!", "/base"], "parley: error: the base model cannot answer: this model has no adapter"),
         (["What be the sea? " * 2000], "parley: error: the conversation is"),
     ],
 )
@@ -115,7 +116,7 @@ def test_a_conversation_is_saved_and_undone(
     lines = ["/undo", "Ahoy!", "And the sea?", "/undo", f"/save {talk}", "/undo", f"/save! {talk}", f"/save {talk}"]
     monkeypatch.setattr(sys, "stdin", iter_stdin(lines[:5]))
     ended = parley("chat", tiny_llama_folder, "--temperature", "0", "--max-new-tokens", "4", "--system", "Be brief.")
-    assert ended.err.splitlines() == ["nothing to undo", "forgotten: And the sea?", f"3 messages are in {talk}"]
+    assert ended.err.splitlines() == ["nothing to undo", "removed: And the sea?", f"3 messages are in {talk}"]
     saved = json.loads(talk.read_text(encoding="utf-8"))
     answer = ended.out.splitlines()[0]
     assert saved == [
@@ -127,7 +128,7 @@ def test_a_conversation_is_saved_and_undone(
     ended = parley("chat", tiny_llama_folder)
     assert json.loads(talk.read_text(encoding="utf-8")) == []
     assert ended.code == 2
-    assert "is there already; take another name, or /save! " in ended.err
+    assert "exists; choose another name, or /save! " in ended.err
 
 
 class iter_stdin:
@@ -185,8 +186,14 @@ def _take_terminal() -> None:
 
 
 @pytest.fixture
-def terminal(tiny_llama_folder: Path) -> Iterator[Terminal]:
-    terminal = Terminal("chat", str(tiny_llama_folder), "--temperature", "0", "--max-new-tokens", "1900")
+def terminal(tiny_llama_folder: Path, tmp_path: Path) -> Iterator[Terminal]:
+    """A chat whose answers last a minute, so that a late Ctrl-C on a busy machine still interrupts one."""
+    folder = tmp_path / "llama"
+    shutil.copytree(tiny_llama_folder, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["max_position_embeddings"] = 65536
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    terminal = Terminal("chat", str(folder), "--temperature", "0", "--max-new-tokens", "60000")
     yield terminal
     terminal.process.kill()
     terminal.process.wait()

@@ -26,7 +26,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("options", [[], ["--plain"], ["--base"], ["--slots", "1"]])
+@pytest.mark.parametrize("options", [[], ["--plain"], ["--base"], ["--max-num-seqs", "1"]])
 def test_answers_are_the_run_s_in_the_file_s_order(
     parley: Callable[..., Any], run: RunFolder, prompts: Path, tmp_path: Path, options: list[str]
 ) -> None:
@@ -105,3 +105,30 @@ def test_ctrl_c_keeps_what_was_answered(
     assert not output.exists()
     kept = rows_of(tmp_path / "answers.jsonl.partial")
     assert [(row["prompt"], row["answer"]) for row in kept] == [(QUESTIONS[0], "first"), (QUESTIONS[2], "third")]
+
+
+def test_one_prompt_that_is_too_long_does_not_keep_the_others(
+    parley: Callable[..., Any], run: RunFolder, tmp_path: Path
+) -> None:
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    rows = [{"id": 1, "prompt": "Ahoy!"}, {"id": 2, "prompt": "sea " * 9000}, {"id": 3, "prompt": "And the sea?"}]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    ended = parley("generate", source, "--model", run.path, "--output", output)
+    first, second, third = rows_of(output)
+    assert [row["id"] for row in (first, second, third)] == [1, 2, 3]
+    assert "answer" in first
+    assert "answer" in third
+    assert "model's context is" in second["error"]
+    assert ended.code == 1
+    told = ended.err.splitlines()
+    assert told[-2] == f"2 prompts are answered in {output}"
+    assert "1 of 3 prompts were not answered, the first at prompts.jsonl line 2: the conversation is" in told[-1]
+
+
+def test_the_old_name_of_an_option_is_read_with_a_line(
+    parley: Callable[..., Any], run: RunFolder, prompts: Path, tmp_path: Path
+) -> None:
+    ended = parley("generate", prompts, "--model", run.path, "--output", tmp_path / "a.jsonl", "--slots", "2")
+    assert ended.code == 0, ended.err
+    assert "--slots is now --max-num-seqs" in ended.err
+    assert "--slots" not in parley("generate", "--help").out

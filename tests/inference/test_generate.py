@@ -17,7 +17,9 @@ from transformers.utils import logging as transformers_logging
 from parley.config import GenerationSection
 from parley.data.render import render_prompt
 from parley.errors import DataError, ModelError
-from parley.inference.generate import Generator, end_of_turn_ids, generate, inference_mode_of, stream
+from parley.inference.chat import ChatSession
+from parley.inference.generate import Generator, end_of_turn_ids, generate, inference_mode_of, make_decoder, stream
+from parley.inference.interface import DecodeRequest
 
 GREEDY = GenerationSection(temperature=0, max_new_tokens=12)
 QUESTIONS = [
@@ -253,6 +255,26 @@ def test_an_answer_ends_before_a_stop_string(model: Any, tokenizer: Any, engine:
     assert "".join(stream(model, tokenizer, CONVERSATIONS[0], settings, engine=engine)) == whole[: whole.index(stop)]
 
 
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_an_answer_ends_at_a_stop_string_that_is_a_control_token(model: Any, tokenizer: Any, engine: Any) -> None:
+    """The model writes the control token as its third one; the text never holds it."""
+    ids = greedy_ids(model.eval(), render_prompt(tokenizer, CONVERSATIONS[1]), 12)
+    control = tokenizer.convert_tokens_to_ids("<|finetune_right_pad_id|>")
+    assert control not in [*ids, *end_of_turn_ids(model, tokenizer)]
+    head = model.get_output_embeddings()
+    model.config.tie_word_embeddings = False
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    head.weight.data[[control, ids[2]]] = head.weight.data[[ids[2], control]]
+    before = tokenizer.decode(ids[:2], skip_special_tokens=True)
+    settings = GREEDY.model_copy(update={"stop": ["<|finetune_right_pad_id|>"]})
+    assert generate(model, tokenizer, [CONVERSATIONS[1]], settings, engine=engine) == [before]
+    assert len(generate(model, tokenizer, [CONVERSATIONS[1]], GREEDY, engine=engine)[0]) > len(before)
+    with pytest.raises(DataError, match="would never match"):
+        generate(
+            model, tokenizer, [CONVERSATIONS[1]], GREEDY.model_copy(update={"stop": ["<|eot_id|>!"]}), engine=engine
+        )
+
+
 def test_more_questions_than_slots_come_back_with_their_numbers(model: Any, tokenizer: Any) -> None:
     asked = CONVERSATIONS * 3
     expected = generate(model, tokenizer, asked, GREEDY)
@@ -296,3 +318,54 @@ def test_families_that_the_fast_decoder_does_not_know_say_why(build_family: Any)
         answers = dict(generator.answers(CONVERSATIONS, GREEDY))
         assert "gemma3" in str(generator.plain_because)
         assert "".join(generator.stream(CONVERSATIONS[0], GREEDY)) == answers[0]
+
+
+def test_one_conversation_that_cannot_be_answered_does_not_keep_the_others(model: Any, tokenizer: Any) -> None:
+    too_long = [{"role": "user", "content": "What be the sea? " * 2000}]
+    conversations = [CONVERSATIONS[0], too_long, CONVERSATIONS[1]]
+    expected = generate(model, tokenizer, CONVERSATIONS[:2], GREEDY)
+    with Generator(model, tokenizer, slots=2) as generator:
+        answers = dict(generator.answers(conversations, GREEDY, return_errors=True))
+        assert [answers[0], answers[2]] == expected
+        assert isinstance(answers[1], DataError)
+        assert "model's context is" in str(answers[1])
+        with pytest.raises(DataError, match="model's context is"):
+            generator.answers(conversations, GREEDY)
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"modules_to_save": ["norm"]},
+        {"trained_norms": True},
+    ],
+    ids=str,
+)
+def test_the_base_is_the_untouched_model_or_is_refused(model: Any, tokenizer: Any, lora: Any, engine: Any) -> None:
+    lora = dict(lora)
+    trained_norms = lora.pop("trained_norms", False)
+    untouched = generate(copy.deepcopy(model), tokenizer, CONVERSATIONS, GREEDY)
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], **lora))
+    for name, parameter in tuned.named_parameters():
+        if trained_norms and name.endswith("norm.weight"):
+            parameter.requires_grad_(True)
+        if parameter.requires_grad:
+            parameter.data.add_(torch.randn_like(parameter))
+    session = ChatSession(tuned, tokenizer, GREEDY, engine=engine)
+    try:
+        answers = generate(tuned, tokenizer, CONVERSATIONS, GREEDY, base=True, engine=engine)
+        session.use_base = True
+        answers[:1] = ["".join(session.say(QUESTIONS[0]))]
+    except ModelError:
+        with pytest.raises(ModelError, match=r"\Athe base model cannot answer: .*\Z"):
+            session.use_base = True
+        decoder = make_decoder(tuned.eval(), slots=1, length=64)
+        with pytest.raises(ModelError, match="the base model cannot answer"):
+            decoder.admit({0: DecodeRequest([5], GREEDY, frozenset(), 0, base=True)})
+    else:
+        assert answers == untouched

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from parley.errors import DataError
 from parley.inference.interface import Token
-from parley.inference.output_processor import Detokenizer, OutputChunk, OutputProcessor
+from parley.inference.output_processor import Detokenizer, OutputChunk, OutputProcessor, control_token_stops
 from parley.models.demo import demo_model_path
 
 SAID = "Ahoy, naïve café – 42 °C ☕ 👩‍👩‍👧!\n\n  Two  spaces \ufffd and 漢字."
@@ -151,3 +152,11 @@ def test_no_character_of_a_stop_string_is_emitted_before_it_is_complete(byte_lev
     assert emitted == ["O", "h", " ", *[""] * len(begun), f"{begun}!", " ", *[""] * len(stop)]
     assert chunk is not None
     assert chunk.finish_reason == "stop"
+
+
+def test_stop_strings_that_are_control_tokens_become_ids(byte_level: Any) -> None:
+    eot = byte_level.convert_tokens_to_ids("<|eot_id|>")
+    assert control_token_stops(byte_level, ["matey", "<|eot_id|>", ""]) == {eot}
+    assert control_token_stops(byte_level, []) == frozenset()
+    with pytest.raises(DataError, match=r"contains the control token '<\|eot_id\|>', .* give the control token alone"):
+        control_token_stops(byte_level, ["\n<|eot_id|>"])

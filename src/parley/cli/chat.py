@@ -24,10 +24,10 @@ HELP = """\
 /base            answers come from the model as it was before training
 /tuned           answers come from the trained model again
 /system TEXT     set the system turn; without TEXT, remove it
-/set KEY=VALUE   change how answers are drawn: temperature, min_p, max_new_tokens ...
-/settings        how they are drawn now
-/undo            forget the last question and its answer
-/reset           forget the conversation
+/set KEY=VALUE   change how answers are sampled: temperature, min_p, max_new_tokens ...
+/settings        how they are sampled now
+/undo            remove the last question and its answer
+/reset           remove the whole conversation
 /save FILE       write the conversation as JSON messages; /save! overwrites
 /help            this list
 /quit            end, as Ctrl-D does; Ctrl-C stops an answer"""
@@ -36,12 +36,12 @@ HELP = """\
 def chat(
     source: Annotated[str | None, typer.Argument(metavar="[RUN|MODEL]", help="A run's folder, or any model.")] = None,
     system: Annotated[str | None, typer.Option(help="System turn.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0: always the likeliest token.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: always the most likely token.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any other generation setting. Repeatable.")
     ] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Through transformers, without the fast decoder.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Through transformers, without Parley's decoder.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a run's tuned and base model; /base switches.
@@ -52,11 +52,11 @@ def chat(
         quiet_libraries()
         from parley.inference.chat import ChatSession
 
-    named = {"temperature": temperature, "max_new_tokens": max_new_tokens}
-    changes = [f"{name}={value}" for name, value in named.items() if value is not None]
-    opened = open_model(source, system, [*changes, *(settings or [])], trust_remote_code=trust_remote_code)
+    options = {"temperature": temperature, "max_new_tokens": max_new_tokens}
+    changes = [f"{name}={value}" for name, value in options.items() if value is not None]
+    loaded = open_model(source, system, [*changes, *(settings or [])], trust_remote_code=trust_remote_code)
     session = ChatSession(
-        opened.model, opened.tokenizer, opened.settings, opened.system, engine="plain" if plain else "auto"
+        loaded.model, loaded.tokenizer, loaded.settings, loaded.system, engine="plain" if plain else "auto"
     )
     if sys.stdin.isatty():
         _converse(session)
@@ -65,15 +65,15 @@ def chat(
 
 
 def _answer_lines(session: ChatSession, lines: Iterator[str]) -> None:
-    """Piped input: each line is said or obeyed; answers alone go to stdout."""
+    """Piped input: each line is a question or a command; only answers go to stdout."""
     for line in lines:
         if not (line := line.strip()):
             continue
         if line.startswith("/"):
-            if not _obey(session, line):
+            if not _run_command(session, line):
                 return
         else:
-            _say(session, line)
+            _stream_answer(session, line)
 
 
 def _converse(session: ChatSession) -> None:
@@ -91,18 +91,18 @@ def _converse(session: ChatSession) -> None:
             continue
         try:
             if line.startswith("/"):
-                if not _obey(session, line):
+                if not _run_command(session, line):
                     return
             elif line:
-                out.print(_say(session, line), style="dim")
+                out.print(_stream_answer(session, line), style="dim")
         except KeyboardInterrupt:
             out.print("\n(stopped)", style="dim")
         except ParleyError as error:
             complain(str(error))
 
 
-def _say(session: ChatSession, text: str) -> str:
-    """Print the answer as it comes; how fast it came."""
+def _stream_answer(session: ChatSession, text: str) -> str:
+    """Print the answer as it comes. Returns a line with its length and speed."""
     answer, started, first = "", perf_counter(), 0.0
     with closing(session.say(text)) as pieces:
         for piece in pieces:
@@ -112,12 +112,12 @@ def _say(session: ChatSession, text: str) -> str:
     seconds = perf_counter() - started
     print()
     tokens = len(session.tokenizer.encode(answer, add_special_tokens=False))
-    told = [f"{tokens} tokens", f"{tokens / seconds:,.0f} tokens/s", f"first after {1000 * first:,.0f} ms"]
-    return " · ".join([*told, "base"] if session.use_base else told)
+    figures = [f"{tokens} tokens", f"{tokens / seconds:,.0f} tokens/s", f"first after {1000 * first:,.0f} ms"]
+    return " · ".join([*figures, "base"] if session.use_base else figures)
 
 
-def _obey(session: ChatSession, line: str) -> bool:
-    """Carry out a /command; False ends the conversation."""
+def _run_command(session: ChatSession, line: str) -> bool:
+    """Run a /command. Returns False where it ends the program."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     match command:
@@ -125,28 +125,28 @@ def _obey(session: ChatSession, line: str) -> bool:
             return False
         case "/base" | "/tuned":
             session.use_base = command == "/base"
-            told = "the base model answers" if session.use_base else "the tuned model answers"
+            message = "the base model answers" if session.use_base else "the tuned model answers"
         case "/reset":
             session.reset()
-            told = "conversation forgotten"
+            message = "conversation removed"
         case "/undo":
             question = session.undo()
-            told = "nothing to undo" if question is None else f"forgotten: {question}"
+            message = "nothing to undo" if question is None else f"removed: {question}"
         case "/system":
             session.system = rest or None
-            told = f"system: {session.system}" if session.system else "no system turn"
+            message = f"system: {session.system}" if session.system else "no system turn"
         case "/set":
             session.settings = change_settings(session.settings, [rest])
-            told = _settings(session)
+            message = _settings(session)
         case "/settings":
-            told = _settings(session)
+            message = _settings(session)
         case "/save" | "/save!":
-            told = _save(session, rest, overwrite=command == "/save!")
+            message = _save(session, rest, overwrite=command == "/save!")
         case "/help":
-            told = HELP
+            message = HELP
         case _:
-            told = f"{command}: no such command; /help lists them"
-    print_text(err, told, "dim", wrap=False)
+            message = f"{command}: no such command; /help lists them"
+    print_text(err, message, "dim", wrap=False)
     return True
 
 
@@ -166,7 +166,7 @@ def _save(session: ChatSession, name: str, *, overwrite: bool) -> str:
         with path.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UsageError(f"{path}: is there already; take another name, or /save! {name} to overwrite it") from None
+        raise UsageError(f"{path}: exists; choose another name, or /save! {name} to overwrite it") from None
     except OSError as error:
-        raise UsageError(f"{path}: {error.strerror}; take another name") from None
+        raise UsageError(f"{path}: {error.strerror}; choose another name") from None
     return f"{len(session.messages)} messages are in {path}"

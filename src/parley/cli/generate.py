@@ -12,12 +12,15 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from parley.cli.loading import TrustRemoteCode, open_model
-from parley.cli.terminal import Stopped, err, importing, quiet_libraries
-from parley.errors import UsageError
-from parley.text import print_text
+from parley.cli.terminal import Stopped, err, importing, quiet_libraries, renamed_option
+from parley.errors import DataError, ParleyError, UsageError
+from parley.text import one_line, print_text
 
 if TYPE_CHECKING:
+    from parley.inference.generate import Engine
     from parley.inference.prompt_file import PromptRow
+
+Answer = str | ParleyError
 
 
 def generate(
@@ -30,12 +33,13 @@ def generate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="temperature=0.7, seed=1 ... Repeatable.")
     ] = None,
-    slots: Annotated[int, typer.Option(min=1, help="Answers written at a time.")] = 16,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT where it is there.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="Through transformers, without the fast decoder.")] = False,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Answers generated at a time.")] = 16,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUTPUT where it exists.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Through transformers, without Parley's decoder.")] = False,
     trust_remote_code: TrustRemoteCode = False,
+    slots: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
 ) -> None:
-    """Answer every prompt of a file.
+    """Answer every prompt of a file. One that cannot be answered gets an `error` in OUTPUT, and the exit code is 1.
 
     Example: parley generate questions.txt --model runs/demo --output answers.jsonl
     """
@@ -45,76 +49,92 @@ def generate(
         from parley.inference.generate import Generator
         from parley.inference.prompt_file import read_prompts
 
+    max_num_seqs = renamed_option("--slots", slots, "--max-num-seqs", max_num_seqs)
     if output.exists() and not overwrite:
-        raise UsageError(f"{output}: is there already; choose another --output, or say --overwrite")
+        raise UsageError(f"{output}: exists; choose another --output, or add --overwrite")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such folder; make it, or choose another --output")
-    asked = read_prompts(prompts)
-    opened = open_model(model, system, settings or [], trust_remote_code=trust_remote_code)
-    conversations = [messages for row in asked for messages in [with_system(row.messages, opened.system)] * n]
+    rows = read_prompts(prompts)
+    loaded = open_model(model, system, settings or [], trust_remote_code=trust_remote_code)
+    conversations = [messages for row in rows for messages in [with_system(row.messages, loaded.system)] * n]
+    engine: Engine = "plain" if plain else "auto"
     with (
-        Generator(opened.model, opened.tokenizer, slots=slots, engine="plain" if plain else "auto") as generator,
-        closing(generator.answers(conversations, opened.settings, base=base)) as answers,
+        Generator(loaded.model, loaded.tokenizer, slots=max_num_seqs, engine=engine) as generator,
+        closing(generator.answers(conversations, loaded.settings, base=base, return_errors=True)) as answers,
     ):
-        _write(output, asked, n, answers)
+        failed = _write(output, rows, n, answers)
+    if failed:
+        index, error = failed[0]
+        count = f"{len(failed)} of {len(rows)} prompts were not answered"
+        raise DataError(f"{count}, the first at {rows[index].origin}: {error}; each has its error in {output}")
 
 
-def _write(output: Path, asked: list[PromptRow], n: int, answers: Iterator[tuple[int, str]]) -> None:
-    """Write beside `output` as answers come, in order, and move into place at the end.
+def _write(
+    output: Path, prompts: list[PromptRow], n: int, answers: Iterator[tuple[int, Answer]]
+) -> list[tuple[int, str]]:
+    """Write rows, in order, to a file beside `output` as answers come, and rename it at the end.
 
-    Ctrl-C keeps every row that was answered, later ones too, and raises Stopped.
+    Returns the index and the error of each prompt that was not answered. Ctrl-C keeps every row that was answered,
+    later ones too, and raises Stopped.
     """
     partial = output.with_name(f"{output.name}.partial")
-    rows = _Rows(asked, n)
+    rows = _Rows(prompts, n)
     try:
         with partial.open("w", encoding="utf-8") as file:
             try:
-                for number, text in _with_progress(answers, len(asked) * n):
-                    rows.add(number, text)
+                for index, answer in _with_progress(answers, len(prompts) * n):
+                    rows.add(index, answer)
                     rows.write_next(file)
             except KeyboardInterrupt:
                 rows.write_all(file)
-                raise Stopped(f"{rows.written} of {len(asked)} prompts are answered in {partial}") from None
+                raise Stopped(f"{rows.answered} of {len(prompts)} prompts are answered in {partial}") from None
         partial.replace(output)
     except OSError as error:
         raise UsageError(f"{output}: {error.strerror}; choose another --output") from None
-    print_text(err, f"{rows.written} prompts are answered in {output}", wrap=False)
+    print_text(err, f"{rows.answered} prompts are answered in {output}", wrap=False)
+    return rows.failed
 
 
 class _Rows:
-    """Answers as they come in, and the rows whose answers are all there."""
+    """The answers so far, `n` for each prompt, and the rows that are complete."""
 
-    def __init__(self, asked: list[PromptRow], n: int) -> None:
-        self.asked, self.n = asked, n
-        self.texts: dict[int, str] = {}
-        self.next = self.written = 0
+    def __init__(self, prompts: list[PromptRow], n: int) -> None:
+        self.prompts, self.n = prompts, n
+        self.answers: dict[int, Answer] = {}  # by index among all answers
+        self.next = self.answered = 0
+        self.failed: list[tuple[int, str]] = []
 
-    def add(self, number: int, text: str) -> None:
-        self.texts[number] = text
+    def add(self, index: int, answer: Answer) -> None:
+        self.answers[index] = answer
 
     def write_next(self, file: TextIO) -> None:
-        """The rows that follow on those written, as far as they are answered."""
-        while self.next < len(self.asked) and self._write(file, self.next):
+        """Write the rows that follow on those written, as far as they are complete."""
+        while self.next < len(self.prompts) and self._write(file, self.next):
             self.next += 1
         file.flush()
 
     def write_all(self, file: TextIO) -> None:
-        """Every further row that is answered, with gaps."""
-        for index in range(self.next, len(self.asked)):
-            self._write(file, index)
+        """Write every further row that is complete, with gaps."""
+        for row in range(self.next, len(self.prompts)):
+            self._write(file, row)
 
-    def _write(self, file: TextIO, index: int) -> bool:
-        numbers = range(index * self.n, (index + 1) * self.n)
-        if not all(number in self.texts for number in numbers):
+    def _write(self, file: TextIO, row: int) -> bool:
+        indices = range(row * self.n, (row + 1) * self.n)
+        if not all(index in self.answers for index in indices):
             return False
-        said = [self.texts.pop(number) for number in numbers]
-        told: dict[str, Any] = {"answer": said[0]} if self.n == 1 else {"answers": said}
-        file.write(json.dumps({**self.asked[index].row, **told}, ensure_ascii=False) + "\n")
-        self.written += 1
+        answers = [self.answers.pop(index) for index in indices]
+        error = next((answer for answer in answers if isinstance(answer, ParleyError)), None)
+        if error is not None:  # all n answers have the same prompt, and so the same error
+            self.failed.append((row, one_line(error)))
+            columns: dict[str, Any] = {"error": str(error)}
+        else:
+            self.answered += 1
+            columns = {"answer": answers[0]} if self.n == 1 else {"answers": answers}
+        file.write(json.dumps({**self.prompts[row].row, **columns}, ensure_ascii=False) + "\n")
         return True
 
 
-def _with_progress(answers: Iterator[tuple[int, str]], count: int) -> Iterator[tuple[int, str]]:
+def _with_progress(answers: Iterator[tuple[int, Answer]], count: int) -> Iterator[tuple[int, Answer]]:
     bar = Progress(
         TextColumn("answering"),
         BarColumn(bar_width=None),

@@ -224,7 +224,7 @@ def make_decoder(model: PreTrainedModel | PeftModel, *, slots: int, length: int)
         return TransformersDecoder(model, slots=slots, length=length)
     except torch.OutOfMemoryError:
         answers = f"{slots} answers of {length} tokens do not fit into {describe_device(model.device)} beside the model"
-        raise DeviceError(f"{answers}; lower --slots or --max-model-len") from None
+        raise DeviceError(f"{answers}; lower --max-num-seqs or --max-model-len") from None
     return decoder
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from parley.errors import DataError
 from parley.inference.interface import Token
 
 UNFINISHED = "\ufffd"  # decoding writes it for a character some of whose bytes are missing
@@ -67,6 +68,24 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def control_token_stops(tokenizer: Any, stop_strings: Sequence[str]) -> frozenset[int]:
+    """The ids of stop strings that are control tokens: these are no part of an answer's text, so only ids match them.
+
+    Raises DataError for a stop string that contains a control token beside other text, and so would never match.
+    """
+    if not stop_strings:
+        return frozenset()
+    control_tokens = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for stop in stop_strings:
+        inside = next((token for token in control_tokens if token in stop and token != stop), None)
+        if inside is not None and stop not in control_tokens:
+            raise DataError(
+                f"stop {stop!r} contains the control token {inside!r}, which is no part of an answer's text, so it "
+                "would never match; give the control token alone"
+            )
+    return frozenset(control_tokens[stop] for stop in stop_strings if stop in control_tokens)
 
 
 class OutputProcessor:

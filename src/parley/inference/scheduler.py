@@ -18,7 +18,7 @@ from typing import Any
 from parley.config import GenerationSection
 from parley.errors import DataError, ParleyError, one_line
 from parley.inference.interface import Decoder, DecodeRequest, Token
-from parley.inference.output_processor import FinishReason, OutputChunk, OutputProcessor
+from parley.inference.output_processor import FinishReason, OutputChunk, OutputProcessor, control_token_stops
 
 __all__ = [
     "Closed", "Counts", "DecoderFailed", "FinishReason", "OutputChunk", "QueueFull", "Request", "RequestHandle",
@@ -123,8 +123,8 @@ class Scheduler:
         `finish_reason`; or, instead of a further chunk, with the exception that ended the answer. It must not block
         or raise.
 
-        Raises DataError for a prompt that is empty, leaves no room for an answer or has ids outside the vocabulary,
-        QueueFull, and Closed.
+        Raises DataError for a prompt that is empty, leaves no room for an answer or has ids outside the vocabulary, and
+        for a stop string that cannot match; QueueFull; Closed.
         """
         handle = self._handle(request, deliver)
         with self._changed:
@@ -172,8 +172,9 @@ class Scheduler:
         seed = secrets.randbits(63) if settings.seed is None else settings.seed % 2**63
         max_tokens = min(settings.max_new_tokens, self._decoder.length - len(prompt))
         settings = settings.model_copy(update={"max_new_tokens": max_tokens})
-        decode_request = DecodeRequest(prompt, settings, self._stop_ids, seed, request.base, request.logprobs)
-        output = OutputProcessor(self._tokenizer, self._stop_ids, settings.stop, max_tokens)
+        stop_ids = self._stop_ids | control_token_stops(self._tokenizer, settings.stop)
+        decode_request = DecodeRequest(prompt, settings, stop_ids, seed, request.base, request.logprobs)
+        output = OutputProcessor(self._tokenizer, stop_ids, settings.stop, max_tokens)
         return RequestHandle(decode_request, deliver, output, self._drop_waiting)
 
     def _check_prompt(self, prompt: list[int]) -> None:
