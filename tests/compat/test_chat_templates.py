@@ -1,4 +1,4 @@
-"""get_chat_template, standardize_sharegpt."""
+"""get_chat_template."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import copy
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from jinja2 import TemplateError
 
-from parley.compat.unsloth import get_chat_template, standardize_sharegpt
+from parley.compat.unsloth import get_chat_template
+from parley.compat.unsloth.families import FAMILIES, NAMES
 from parley.data.render import render
-from parley.errors import DataError, ModelError, UsageError
+from parley.errors import ModelError, UsageError
 
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]
 SHAREGPT = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
@@ -83,18 +84,61 @@ def test_system_message_opens_conversations_that_have_none(tokenizer: Any) -> No
 def test_unknown_names_and_missing_families_say_what_there_is(tokenizer: Any) -> None:
     with pytest.raises(UsageError, match=r"did you mean 'llama-3\.1'"):
         get_chat_template(tokenizer, "lama-3.1")
-    with pytest.raises(ModelError, match="written here are llama-3, chatml"):
-        get_chat_template(tokenizer, "mistral")
+    with pytest.raises(ModelError, match=r"no token <\|im_start\|>, which phi-4 needs"):
+        get_chat_template(tokenizer, "phi-4")
     with pytest.raises(UsageError, match="did you mean 'mapping'"):
         get_chat_template(tokenizer, "llama-3", maping={})
 
 
-def test_sharegpt_turns_become_standard_ones() -> None:
-    rows = [{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ahoy"}], "score": 1.0}]
-    dataset = standardize_sharegpt(Dataset.from_list(rows))
-    assert dataset[0] == {"conversations": TURNS, "score": 1.0}
-    with pytest.raises(DataError, match="columns text; wanted one named conversations or messages"):
-        standardize_sharegpt(Dataset.from_dict({"text": ["a"]}))
-    broken = [{"conversations": [{"from": "narrator", "value": "Once"}]}]
-    with pytest.raises(DataError, match="row 1: turn 1 has from 'narrator'"):
-        standardize_sharegpt(Dataset.from_list(broken))
+EXCHANGE = [
+    {"role": "system", "content": "Be brief."},
+    *TURNS,
+    {"role": "user", "content": "Where to?"},
+    {"role": "assistant", "content": "Tortuga"},
+]
+
+
+@pytest.mark.parametrize("name", sorted(name for name in NAMES if FAMILIES[NAMES[name]].turns))
+def test_a_tokenizer_without_a_template_gets_one_of_each_name(tokenizer: Any, name: str) -> None:
+    family = FAMILIES[NAMES[name]]
+    tokenizer.add_special_tokens({"additional_special_tokens": list(family.tokens)})
+    tokenizer.chat_template, tokenizer.eos_token = None, "<|end_of_text|>"
+    get_chat_template(tokenizer, name)
+    assert tokenizer.eos_token == (family.end or "<|end_of_text|>")
+    written = text(tokenizer, EXCHANGE)
+    for turn in EXCHANGE:
+        assert written.count(turn["content"]) == 1
+    assert written.count(family.instruction.strip()) == written.count(family.response.strip()) == 2
+    prompt = text(tokenizer, EXCHANGE[:-1], add_generation_prompt=True)
+    assert written.startswith(prompt.rstrip())
+    # The answers are supervised, each with what ends it, and the model's words stand where the prompt stops.
+    rendered = render(tokenizer, EXCHANGE)
+    supervised = tokenizer.decode([t for t, kept in zip(rendered.input_ids, rendered.mask, strict=True) if kept])
+    if NAMES[name] == "gpt-oss":
+        supervised = supervised.replace("<|channel|>final<|message|>", "")
+        assert supervised == "Ahoy<|end|>Tortuga<|return|>"
+    else:
+        assert "".join(supervised.split()) == "".join(f"{word}{tokenizer.eos_token}" for word in ("Ahoy", "Tortuga"))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, TURNS[1]]
+    assert text(tokenizer, parts) == text(tokenizer, TURNS)
+
+
+def test_roles_that_a_template_does_not_write_are_refused(tokenizer: Any) -> None:
+    tokenizer.chat_template = None
+    get_chat_template(tokenizer, "alpaca")
+    with pytest.raises(TemplateError, match="writes no turns of tool"):
+        text(tokenizer, [*TURNS, {"role": "tool", "content": "4"}])
+
+
+def test_a_template_of_the_notebook_s_own_comes_with_its_end_token(tokenizer: Any, caplog: Any) -> None:
+    own = "{% for message in messages %}{{ message['content'] + '<|stop|>' }}{% endfor %}"
+    get_chat_template(tokenizer, (own.replace("'<|stop|>'", "eos_token"), "eos_token"))
+    assert text(tokenizer, TURNS) == "Hi<|eot_id|>Ahoy<|eot_id|>"
+    get_chat_template(tokenizer, (own, "<|stop|>"))
+    assert text(tokenizer, TURNS) == "Hi<|eot_id|>Ahoy<|eot_id|>"
+    assert "no token <|stop|>; turns end with <|eot_id|>" in caplog.text
+    with pytest.raises(ModelError, match=r"has no token <\|stop\|>"):
+        get_chat_template(tokenizer, (own, "<|stop|>"), map_eos_token=False)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    get_chat_template(tokenizer, (own, "<|stop|>"))
+    assert (text(tokenizer, TURNS), tokenizer.eos_token) == ("Hi<|stop|>Ahoy<|stop|>", "<|stop|>")

@@ -15,7 +15,8 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedModel
 
-from parley.compat.unsloth import FastLanguageModel, is_bfloat16_supported
+import parley.compat.unsloth as unsloth
+from parley.compat.unsloth import FastLanguageModel, FastModel, FastQwen2Model, is_bfloat16_supported
 from parley.errors import ModelError, ParleyError, UsageError
 
 TURNS = [{"role": "user", "content": "Hi"}]
@@ -190,3 +191,107 @@ def test_import_changes_nothing_in_the_libraries() -> None:
         "assert before == [dict(vars(owner)) for owner in owners]\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "adapted"),
+    [
+        ({}, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ({"finetune_mlp_modules": False}, {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ({"finetune_attention_modules": False, "target_modules": None}, {"gate_proj", "up_proj", "down_proj"}),
+        ({"finetune_vision_layers": True, "finetune_mlp_modules": False, "target_modules": ["q_proj"]}, {"q_proj"}),
+    ],
+)
+def test_layers_are_chosen_as_fastmodel_s_notebooks_do(
+    tiny_llama_folder: Path, options: dict[str, Any], adapted: set[str]
+) -> None:
+    model, _ = FastModel.from_pretrained(str(tiny_llama_folder), load_in_4bit=False)
+    model = FastModel.get_peft_model(model, r=4, **options)
+    assert {name.split(".")[-4] for name, p in model.named_parameters() if p.requires_grad} == adapted
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"finetune_language_layers": False}, "would train nothing of a text model"),
+        ({"finetune_attention_modules": False, "finetune_mlp_modules": False}, "set one of them"),
+        ({"finetune_mlp_modules": False, "target_modules": ".*q_proj"}, "choose from a list"),
+    ],
+)
+def test_layers_that_cannot_be_chosen_are_refused(loaded: tuple[Any, Any], options: dict[str, Any], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        FastModel.get_peft_model(loaded[0], **options)
+
+
+def test_embeddings_among_the_targets_are_trained_whole(
+    loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FastLanguageModel.get_peft_model(loaded[0], target_modules=["q_proj", "embed_tokens", "lm_head"])
+    config = model.peft_config["default"]
+    assert (set(config.target_modules), set(config.modules_to_save)) == ({"q_proj"}, {"embed_tokens", "lm_head"})
+    assert "embed_tokens and lm_head: trained whole, as modules_to_save" in caplog.text
+
+
+def test_older_and_other_options_of_loading(tiny_llama_folder: Path) -> None:
+    name = str(tiny_llama_folder)
+    model, _ = FastQwen2Model.from_pretrained(
+        name, max_seq_length=None, torch_dtype=torch.bfloat16, load_in_4bit=False, attn_implementation="eager"
+    )
+    assert (model.dtype, model.config._attn_implementation) == (torch.bfloat16, "eager")
+    with pytest.raises(UsageError, match="got both dtype and torch_dtype"):
+        FastLanguageModel.from_pretrained(name, dtype=torch.float32, torch_dtype=torch.float32)
+    with pytest.raises(UsageError, match=r"from_pretrained\(attn_implementation='no-such'\)") as caught:
+        FastLanguageModel.from_pretrained(name, load_in_4bit=False, attn_implementation="no-such")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("use", "said"),
+    [
+        (lambda: unsloth.FastVisionModel.from_pretrained("x"), "FastVisionModel is for vision models"),
+        (lambda: unsloth.UnslothVisionDataCollator(None, None), "UnslothVisionDataCollator is for vision models"),
+        (lambda: unsloth.FastSentenceTransformer.from_pretrained("x"), "is for embedding models"),
+        (lambda: unsloth.PatchFastRL("GRPO"), "PatchFastRL is for reinforcement learning"),
+    ],
+)
+def test_what_is_out_of_scope_says_so_by_name_once_it_is_used(use: Any, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        use()
+
+
+def test_embeddings_have_a_learning_rate_of_their_own(
+    tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rates = []
+    for targets in (["q_proj", "embed_tokens"], ["q_proj"]):
+        model, tokenizer = FastLanguageModel.from_pretrained(str(tiny_llama_folder), load_in_4bit=False)
+        model = FastLanguageModel.get_peft_model(model, r=4, target_modules=targets, use_gradient_checkpointing=False)
+        trainer = unsloth.UnslothTrainer(
+            model=model,
+            tokenizer=tokenizer,
+            train_dataset=Dataset.from_dict({"text": ["Ahoy matey!"] * 8}),
+            args=unsloth.UnslothTrainingArguments(
+                output_dir=str(tmp_path),
+                learning_rate=1e-3,
+                embedding_learning_rate=1e-5,
+                max_steps=1,
+                warmup_ratio=0.0,
+                report_to="none",
+                save_strategy="no",
+            ),
+        )
+        unsloth.unsloth_train(trainer)
+        rates.append([(group["initial_lr"], len(group["params"])) for group in trainer.optimizer.param_groups])
+    assert rates[0] == [(1e-3, 4), (1e-5, 1)]
+    assert rates[1] == [(1e-3, 1)]  # the fused step's flat parameter
+    assert "embedding_learning_rate: neither embeddings nor output head are trained" in caplog.text
+    unsloth.PatchDPOTrainer()
+    assert "nothing is patched here" in caplog.text
+
+
+def test_arguments_that_trl_dropped_are_taken(tmp_path: Path) -> None:
+    args = unsloth.UnslothTrainingArguments(output_dir=str(tmp_path), warmup_ratio=0.1, max_seq_length=77)
+    assert (args.warmup_steps, args.max_length) == (0.1, 77)
+    assert args.get_warmup_steps(200) == 20
+    args = unsloth.UnslothTrainingArguments(output_dir=str(tmp_path), warmup_ratio=0.1, warmup_steps=5)
+    assert args.get_warmup_steps(200) == 5

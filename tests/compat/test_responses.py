@@ -122,3 +122,57 @@ def test_return_function_labels_a_batch(tiny_tokenizer: Any) -> None:
     label = train_on_responses_only(trainer, USER, ASSISTANT, return_function=True)
     labels = label({"input_ids": trainer.train_dataset["input_ids"][:]})["labels"]
     assert labels == [rendered_labels(tiny_tokenizer, each) for each in CONVERSATIONS]
+
+
+# Turns as the templates of these families write them: control tokens, the user's header, the assistant's, the end.
+FAMILY_TURNS = {
+    "gemma-4": (["<|turn>", "<turn|>"], "<|turn>user\n", "<|turn>model\n", "<turn|>", "\n"),
+    "granite": (
+        ["<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"],
+        "<|start_of_role|>user<|end_of_role|>",
+        "<|start_of_role|>assistant<|end_of_role|>",
+        "<|end_of_text|>",
+        "\n",
+    ),
+    "gpt-oss": (
+        ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>"],
+        "<|start|>user<|message|>",
+        "<|start|>assistant<|channel|>final<|message|>",
+        "<|end|>",
+        "",
+    ),
+    "cohere": (
+        ["<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>"],
+        "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>",
+        "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+        "<|END_OF_TURN_TOKEN|>",
+        "",
+    ),
+    "deepseek": (["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"], "<｜User｜>", "<｜Assistant｜>", "", ""),
+}
+
+
+@pytest.mark.parametrize("family", FAMILY_TURNS)
+def test_without_parts_those_of_each_family_s_template_are_taken(tiny_tokenizer: Any, family: str) -> None:
+    tokens, user, assistant, end, gap = FAMILY_TURNS[family]
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    last = "<｜end▁of▁sentence｜>" if family == "deepseek" else end
+    if family == "deepseek":
+        tokenizer.eos_token = last
+    if family == "gpt-oss":
+        last, tokenizer.eos_token = "<|return|>", "<|return|>"
+    tokenizer.chat_template = (
+        "{%- for message in messages %}{%- if message['role'] == 'user' %}"
+        f"{{{{- {user!r} + message['content'] + {end + gap!r} }}}}{{%- else %}}"
+        f"{{{{- {assistant!r} + message['content'] + ({last + gap!r} if loop.last or {not end} else {end + gap!r}) }}}}"
+        "{%- endif %}{%- endfor %}"
+        f"{{%- if add_generation_prompt %}}{{{{- {assistant!r} }}}}{{%- endif %}}"
+    )
+    turns = [*CONVERSATIONS[0], *CONVERSATIONS[1][1:]]
+    trainer = train_on_responses_only(trainer_with(tokenizer, [turns]))
+    supervised = tokenizer.decode([token for token in trainer.train_dataset[0]["labels"] if token != IGNORE_INDEX])
+    header = assistant.removeprefix("<|start|>assistant") if family == "gpt-oss" else ""
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    ends = [end or last] * (len(answers) - 1) + [last]
+    assert supervised == "".join(f"{header}{answer}{each}" for answer, each in zip(answers, ends, strict=True))

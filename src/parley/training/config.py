@@ -18,6 +18,7 @@ class SFTConfig(trl.SFTConfig):
     What differs from TRL's:
     - `bf16`: without a value, where the GPU has it; TRL's default needs such a GPU. Where neither the GPU nor `use_cpu`
       gives it, `bf16=True` and `fp16=True` are dropped with a warning, and training is in float32;
+    - `warmup_ratio`, which TRL dropped, and `max_seq_length`, the older name of `max_length`, are accepted;
     - `logging_nan_inf_filter`: False, so that a loss that is not a number is logged as such.
     """
 
@@ -29,7 +30,18 @@ class SFTConfig(trl.SFTConfig):
         default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
     )
 
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
+    )
+    max_seq_length: int | None = field(default=None, metadata={"help": "Older name of `max_length`."})
+
     def __post_init__(self) -> None:
+        self.warmup_steps: float
+        self.max_length: int | None
+        if self.warmup_ratio and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio
+        if self.max_seq_length is not None:
+            self.max_length = self.max_seq_length
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and has_bf16()
         for name in unavailable_formats(self):

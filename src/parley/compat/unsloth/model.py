@@ -1,4 +1,4 @@
-"""`FastLanguageModel` as notebooks call it."""
+"""`FastLanguageModel`, `FastModel` and their aliases as notebooks call them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parley.compat.unsloth.options import check_options
 from parley.compat.unsloth.tokenizer import as_notebooks_expect
 from parley.config import LLAMA_PROJECTIONS, LoraSection, ModelSection, RunConfig
 from parley.data.render import pin_date
-from parley.errors import UsageError
+from parley.errors import UsageError, one_line
 from parley.models.adapters import attach_lora, prepare_full
 from parley.models.device import pick_device, pick_dtype
 from parley.models.load import load_model
@@ -39,6 +39,9 @@ LOADING_NOT_OFFERED = {
     "text_only": "load a model without a vision part",
 }
 ADAPTER_NO_MEANING = ["max_seq_length", "temporary_location", "offload_layers", "checkpoint_skip_layers"]
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+"""Projections of an attention layer; LLAMA_PROJECTIONS has those of the feed-forward layer besides."""
+EMBEDDINGS = ("embed_tokens", "lm_head")
 ADAPTER_NOT_OFFERED = {
     "finetune_last_n_layers": "list the layers in layers_to_transform",
     "qat_scheme": "leave it out",
@@ -59,7 +62,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str = "unsloth/Llama-3.2-1B-Instruct",
-        max_seq_length: int = 2048,
+        max_seq_length: int | None = 2048,
         dtype: torch.dtype | str | None = None,
         load_in_4bit: bool = True,
         load_in_8bit: bool = False,
@@ -73,13 +76,16 @@ class FastLanguageModel:
         use_gradient_checkpointing: bool | str = "unsloth",
         resize_model_vocab: int | None = None,
         revision: str | None = None,
+        attn_implementation: str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         **options: Any,
     ) -> tuple[PreTrainedModel | PeftModel, Any]:
         """The model and its tokenizer: a hub id or a folder, an adapter's too.
 
         `load_in_4bit` means NF4 with double quantisation, on a CPU as well; without any of the `load_in_` options the
-        checkpoint is taken as it was saved. `dtype` None is bf16 where the GPU has it, else fp16, and fp32 on a CPU.
-        `fix_tokenizer` and `use_gradient_checkpointing` decide nothing here.
+        checkpoint is taken as it was saved. `dtype` None is bf16 where the GPU has it, else fp16, and fp32 on a CPU;
+        `torch_dtype` is its older name. `attn_implementation` is transformers' own. `max_seq_length` belongs to the
+        trainer here; `fix_tokenizer` and `use_gradient_checkpointing` decide nothing.
 
         Raises UsageError for options that contradict each other or are not offered, ModelError for a model that is
         missing or does not fit, DeviceError for a device that is.
@@ -98,6 +104,9 @@ class FastLanguageModel:
             logger.warning(
                 "from_pretrained: token is not kept; for a private model run `hf auth login`, or set HF_TOKEN"
             )
+        if dtype is not None and torch_dtype is not None:
+            raise UsageError("from_pretrained() got both dtype and torch_dtype; set one of them")
+        dtype = dtype if torch_dtype is None else torch_dtype
         if full_finetuning:
             load_in_4bit = False
         section = RunConfig.create(
@@ -105,7 +114,7 @@ class FastLanguageModel:
                 "model": {
                     "name": model_name,
                     "revision": revision,
-                    "max_seq_length": max_seq_length,
+                    "max_seq_length": 2048 if max_seq_length is None else max_seq_length,
                     "dtype": "float32" if full_finetuning and dtype is None else _dtype_name(dtype),
                     "quantization": _quantization(load_in_4bit, load_in_8bit, load_in_16bit),
                     "device": _device(device_map),
@@ -114,6 +123,8 @@ class FastLanguageModel:
             }
         ).model
         model, tokenizer = load_model(section)
+        if attn_implementation is not None:
+            _set_attention(model, attn_implementation)
         _say_quantization(model, section)
         if full_finetuning:
             model = prepare_full(model)
@@ -124,7 +135,7 @@ class FastLanguageModel:
     def get_peft_model(
         model: PreTrainedModel,
         r: int = 16,
-        target_modules: Sequence[str] | str = tuple(LLAMA_PROJECTIONS),
+        target_modules: Sequence[str] | str | None = tuple(LLAMA_PROJECTIONS),
         lora_alpha: float = 16,
         lora_dropout: float = 0.0,
         bias: str = "none",
@@ -136,9 +147,17 @@ class FastLanguageModel:
         modules_to_save: list[str] | None = None,
         init_lora_weights: bool | str = True,
         loftq_config: Any = None,
+        finetune_vision_layers: bool = False,
+        finetune_language_layers: bool = True,
+        finetune_attention_modules: bool = True,
+        finetune_mlp_modules: bool = True,
         **options: Any,
     ) -> PeftModel:
         """`model` frozen, with a LoRA adapter in fp32. Any further field of PEFT's LoraConfig may be given.
+
+        `finetune_attention_modules` and `finetune_mlp_modules` choose among `target_modules`; a text model has no
+        vision layers, and its language layers are all it has. `embed_tokens` and `lm_head` among the target modules
+        are trained whole, as `modules_to_save`.
 
         A `loftq_config`, or `init_lora_weights="loftq"`, starts the adapter by LoftQ. Gradient checkpointing is
         PyTorch's, on for True and "unsloth".
@@ -152,12 +171,19 @@ class FastLanguageModel:
         )
         if isinstance(model, PeftModel):
             raise UsageError("get_peft_model() got a model that has an adapter already; pass what from_pretrained gave")
+        if not finetune_language_layers:
+            raise UsageError("get_peft_model(finetune_language_layers=False) would train nothing of a text model")
+        targets = _chosen_targets(target_modules, finetune_attention_modules, finetune_mlp_modules)
+        if isinstance(targets, list) and (whole := [name for name in EMBEDDINGS if name in targets]):
+            logger.warning("get_peft_model: %s: trained whole, as modules_to_save", " and ".join(whole))
+            targets = [name for name in targets if name not in whole]
+            modules_to_save = sorted({*(modules_to_save or []), *whole})
         loftq = bool(loftq_config) or init_lora_weights == "loftq"
         section = RunConfig.create(
             {
                 "lora": {
                     "r": r,
-                    "target_modules": target_modules if isinstance(target_modules, str) else list(target_modules),
+                    "target_modules": targets,
                     "lora_alpha": lora_alpha,
                     "lora_dropout": lora_dropout,
                     "bias": bias,
@@ -189,6 +215,36 @@ class FastLanguageModel:
         else:
             model.gradient_checkpointing_disable()
         return model.train()
+
+
+class FastModel(FastLanguageModel):
+    """FastLanguageModel under the name that notebooks for any kind of model use; text models alone."""
+
+
+FastLlamaModel = FastMistralModel = FastQwen2Model = FastQwen3Model = FastLanguageModel
+FastGemmaModel = FastGemma2Model = FastCohereModel = FastGraniteModel = FastLanguageModel
+
+
+def _chosen_targets(targets: Sequence[str] | str | None, attention: bool, mlp: bool) -> list[str] | str:
+    """Those of `targets` that are wanted. Raises UsageError where none is left, or where a pattern cannot be cut."""
+    if not attention and not mlp:
+        raise UsageError(
+            "get_peft_model() got finetune_attention_modules=False and finetune_mlp_modules=False; set one of them"
+        )
+    if attention and mlp:
+        return targets if isinstance(targets, str) else list(LLAMA_PROJECTIONS if targets is None else targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        raise UsageError(f"get_peft_model() got target_modules={targets!r}, and finetune_ options choose from a list")
+    names = LLAMA_PROJECTIONS if targets is None or isinstance(targets, str) else targets
+    return [name for name in names if (name in ATTENTION) == attention]
+
+
+def _set_attention(model: PreTrainedModel | PeftModel, implementation: str) -> None:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    try:
+        base.set_attn_implementation(implementation)
+    except (ValueError, ImportError) as error:
+        raise UsageError(f"from_pretrained(attn_implementation={implementation!r}): {one_line(error)}") from None
 
 
 def _dtype_name(dtype: torch.dtype | str | None) -> str:

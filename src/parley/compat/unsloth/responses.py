@@ -114,13 +114,14 @@ def _parts(tokenizer: Any, instruction: str | None, response: str | None, exact:
 
 
 def _ends_of_turn(tokenizer: Any) -> list[str]:
-    """The end-of-text token, and what the tokenizer's own template ends a turn with."""
+    """The end-of-text token, and what the tokenizer's own template ends a turn with: the last may differ."""
     ends = {tokenizer.eos_token} - {None}
     if tokenizer.chat_template:
-        turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-        last = max(index for index, learned in enumerate(turn.mask) if learned)
-        if turn.input_ids[last] in tokenizer.added_tokens_decoder:
-            ends.add(tokenizer.convert_ids_to_tokens(turn.input_ids[last]))
+        exchange = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turns = render(tokenizer, [*exchange, *exchange])
+        for index, (supervised, following) in enumerate(zip(turns.mask, [*turns.mask[1:], False], strict=True)):
+            if supervised and not following and turns.input_ids[index] in tokenizer.added_tokens_decoder:
+                ends.add(tokenizer.convert_ids_to_tokens(turns.input_ids[index]))
     return sorted(ends)
 
 
