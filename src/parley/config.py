@@ -169,7 +169,9 @@ class GenerationSection(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     top_k: Count = Field(0, description="0: all tokens.")
     repetition_penalty: float = Field(1.0, gt=0)
-    stop: list[str] = Field(default_factory=list, description="Strings that end an answer; they are not part of it.")
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(
+        default_factory=list, description="Strings that end an answer; they are not part of it."
+    )
     seed: Seed | None = None
 
 

@@ -15,6 +15,8 @@ from parley.models.json_files import read_json_object
 
 logger = logging.getLogger(__name__)
 
+MAX_TEMPLATE_BYTES = 2**20  # the longest published template has 30 KB
+
 VOCABULARY_FILES = [
     "tokenizer.json",
     "tokenizer.model",
@@ -92,8 +94,11 @@ def _choose_pad_token(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def _read_template(path: Path, tokenizer: PreTrainedTokenizerBase) -> str:
+    path = path.expanduser()
+    if path.exists() and (not path.is_file() or path.stat().st_size > MAX_TEMPLATE_BYTES):
+        raise ModelError(f"model.chat_template: {path} is no Jinja file of at most {MAX_TEMPLATE_BYTES // 1024} KiB")
     try:
-        template = path.expanduser().read_text(encoding="utf-8")
+        template = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ModelError(
             f"model.chat_template: {path} cannot be read ({one_line(error)}); give the path of a Jinja file"
