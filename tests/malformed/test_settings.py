@@ -1,7 +1,7 @@
 """Settings that no run can begin with, or that a library would refuse late: one clear line, and no run folder.
 
-Each is a list of `--set` overrides of a run that works. REFUSED must be an error before anything is written; ACCEPTED must
-pass the checks of a dry run. What a value does once training runs is held elsewhere.
+Each is a list of `--set` overrides of a run that works. REFUSED must be an error before anything is written; ACCEPTED
+must pass the checks of a dry run. What a value does once training runs is held elsewhere.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ REFUSED: list[tuple[str, str]] = [
     *((f"{key}={'x' * 300}", "at most 4095 bytes") for key in ("output", "model.name", "data.source", "data.heldout")),
     *((f"{key}={'x/' * 3000}", "at most 4095 bytes") for key in ("output", "model.name", "data.source")),
     *((f"{key}=~no-such-user/x", "is no user") for key in ("output", "model.name", "data.source", "data.heldout")),
-    *((f"{key}=''", "is empty") for key in ("output", "model.name", "data.source")),
+    *((f"{key}=''", "is empty") for key in ("model.name", "data.source")),
     *((f'{key}="\\ud83d"', "that UTF-8 can hold") for key in ("output", "model.name", "data.system", "data.source")),
-    ("output=/dev/null", "is a file"),
+    ("output=/dev/null", "is no folder"),
     ("output=/dev/null/x", "cannot be written"),
     ("output=/proc/x/y", "cannot be written"),
     ("output=/", "already holds other files"),
@@ -152,7 +152,7 @@ REFUSED: list[tuple[str, str]] = [
     ("training", "wanted section.key=value"),
     ("training.=1", "wanted section.key=value"),
     ("=1", "wanted section.key=value"),
-    ("output.a.b=1", "which has no keys"),
+    ("output.a.b=1", "not a valid path"),
     ("a.b.c.d.e=1", "unknown key"),
     (f"training.max_steps={'x' * 100_000}", "training.max_steps"),
     (f"{'x' * 100_000}=1", "unknown key"),

@@ -65,6 +65,8 @@ def check_types(values: dict[str, Any]) -> dict[str, Any]:
 
 def check_settings(config: RunConfig, args: SFTConfig) -> None:
     """Raises UsageError in one line for settings with which the trainer could not begin, or could not go on."""
+    if args.bf16 and args.fp16:
+        raise setting_error("fp16", "bf16 is true as well; set one of the two")
     _check_heldout(config, args)
     _check_packages(args)
     _check_optimizer_and_scheduler(args)

@@ -55,8 +55,8 @@ class RunFolder:
         """Raises RunError where a run cannot be written to `path`: taken, or not writable. Leaves nothing behind."""
         made: list[Path] = []
         try:
-            if path.is_file():
-                raise RunError(f"output {path}: is a file; wanted a folder, choose another with --output")
+            if path.exists() and not path.is_dir():
+                raise RunError(f"output {path}: is no folder; choose another with --output")
             if path.is_dir() and any(path.iterdir()):
                 held = "another run" if (path / "run.yaml").is_file() else "other files"
                 raise RunError(f"output {path}: already holds {held}; choose another with --output, or remove it")
