@@ -60,13 +60,14 @@ def check_types(values: dict[str, Any]) -> dict[str, Any]:
     Raises UsageError for the first that cannot be, or that is out of its range.
     """
     declared = {name: field.type for name, field in SFTConfig.__dataclass_fields__.items()}
-    return {name: _converted(name, value, declared[name]) for name, value in values.items()}
+    converted = {name: _converted(name, value, declared[name]) for name, value in values.items()}
+    if converted.get("bf16") and converted.get("fp16"):
+        raise setting_error("fp16", "bf16 is true as well; set one of the two")
+    return converted
 
 
 def check_settings(config: RunConfig, args: SFTConfig) -> None:
     """Raises UsageError in one line for settings with which the trainer could not begin, or could not go on."""
-    if args.bf16 and args.fp16:
-        raise setting_error("fp16", "bf16 is true as well; set one of the two")
     _check_heldout(config, args)
     _check_packages(args)
     _check_optimizer_and_scheduler(args)
