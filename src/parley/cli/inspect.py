@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,46 +10,53 @@ import typer
 from rich.text import Text
 
 from parley.cli.terminal import importing, out, quiet_libraries
-from parley.errors import DataError, RunError
+from parley.errors import RunError
 from parley.text import print_text
 
 if TYPE_CHECKING:
-    from parley.config import DataSection
-    from parley.data.conversation import Example
+    from parley.config import RunConfig
 
 
 def inspect(
-    data: Annotated[str, typer.Argument(help="Hub id, file (.json .jsonl .csv .parquet) or folder.")],
+    data: Annotated[str, typer.Argument(help="Hub id, file (.jsonl .json .csv .tsv .txt .parquet) or folder.")],
     model: Annotated[str, typer.Option(help="Hub id or folder whose chat template writes the row.")],
     row: Annotated[int, typer.Option(min=1, help="Which row; the first is 1.")] = 1,
-    train_on: Annotated[Literal["all", "last"], typer.Option(help="Assistant turns that are learned.")] = "all",
+    train_on: Annotated[
+        Literal["all", "last"] | None, typer.Option(help="Assistant turns that are supervised; all by default.")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System turn for conversations without one.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A run's setting, such as data.split=test. Repeatable."),
+    ] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print the token ids as well.")] = False,
     html: Annotated[Path | None, typer.Option(help="Also write the coloured row to this file.")] = None,
 ) -> None:
-    """Show a row as the model sees it, trained tokens in colour.
+    """Show a row as the model sees it, supervised tokens in colour.
 
     Example: parley inspect rows.jsonl --model meta-llama/Llama-3.2-1B-Instruct --row 3
     """
+    run = _run_config(data, model, train_on, system, settings or [])
     with importing():
         quiet_libraries()
-        from parley.config import DataSection, ModelSection
+        from parley.data.inspection import inspect_row
         from parley.data.preview import pieces, to_html, to_terminal
-        from parley.data.render import pin_date, render_example
         from parley.models.tokenizer import load_tokenizer
 
-    section = DataSection(source=data, train_on=train_on, system=system)
-    example = _example(section, row)
-    tokenizer = load_tokenizer(ModelSection(name=model))
-    pin_date(tokenizer, section.date)
-    rendered = render_example(tokenizer, example, train_on)
-    shown = pieces(tokenizer, rendered)
+    tokenizer = load_tokenizer(run.model)
+    inspected = inspect_row(run.data, tokenizer, run.model.max_seq_length, row)
+    rendered = inspected.rendered
+    shown = pieces(tokenizer, rendered) if rendered is not None else []
 
-    out.print(to_terminal(shown))
-    summary = f"{example.origin}: {len(rendered.input_ids)} tokens, {sum(rendered.mask)} trained (in colour)"
-    print_text(out, summary, "dim", wrap=False)
-    if ids:
-        styles = ("green" if trained else "dim" for trained in rendered.mask)
+    print_text(out, inspected.format, "dim", wrap=False)
+    if rendered is not None:
+        out.print(to_terminal(shown))
+        counts = f"{len(rendered.input_ids)} tokens, {sum(rendered.mask)} supervised (in colour)"
+        print_text(out, f"{inspected.origin}: {counts}", "dim", wrap=False)
+    for line in inspected.lines:
+        print_text(out, f"{inspected.origin}: {line}", wrap=False)
+    if ids and rendered is not None:
+        styles = ("green" if supervised else "dim" for supervised in rendered.mask)
         out.print(
             Text.assemble(*((f"{token} ", style) for token, style in zip(rendered.input_ids, styles, strict=True)))
         )
@@ -57,16 +65,13 @@ def inspect(
         print_text(out, f"written: {html}", "dim", wrap=False)
 
 
-def _example(section: DataSection, row: int) -> Example:
-    from parley.data.prepare import read_examples
+def _run_config(data: str, model: str, train_on: str | None, system: str | None, settings: list[str]) -> RunConfig:
+    """The named options, then --set: later ones win."""
+    from parley.config import RunConfig
 
-    format, examples = read_examples(section)
-    print_text(out, format.reason, "dim", wrap=False)
-    count = 0
-    for count, example in enumerate(examples, start=1):
-        if count == row:
-            return example
-    raise DataError(f"{section.source}: got --row {row}; it has {count} rows, and the first is 1")
+    named = {"data.source": data, "model.name": model, "data.train_on": train_on, "data.system": system}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
+    return RunConfig.create({}, [*overrides, *settings])
 
 
 def _write(path: Path, text: str) -> None:

@@ -22,7 +22,7 @@ from parley.data.bad_rows import BadRow, BadRows
 from parley.data.conversation import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, render_examples, split_row
-from parley.data.recognition import Recognised, recognise
+from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.render import Rendered, pin_date
 from parley.data.sources import Rows, is_local, located, read_rows
 from parley.data.summary import DataSummary
@@ -31,7 +31,6 @@ from parley.errors import DataError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
 PREVIEWED = 8
-RECOGNITION_ROWS = 20
 STREAM_BATCH = 16
 ARROW_BATCH = 4096
 """Rows converted to Arrow at once."""

@@ -16,6 +16,8 @@ from parley.data.messages import ROLES
 from parley.errors import DataError, UsageError
 
 _KNOWN = "instruction, response (context) / conversations / messages / prompt, completion / text / input_ids"
+RECOGNITION_ROWS = 20
+"""Rows read to recognise a format by."""
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos", "media")
 

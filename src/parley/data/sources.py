@@ -122,6 +122,11 @@ def is_local(source: str) -> bool:
     return source.startswith((".", "/", "~")) or kind_of(path) is not None or _exists(path)
 
 
+def is_plain_split(split: str) -> bool:
+    """Whether a split can be streamed: a name, or name[a:b] in rows."""
+    return _SLICE.fullmatch(split) is not None
+
+
 def located(rows: Iterable[Row], where: str = "") -> Iterator[tuple[str, Row]]:
     """Each row with its origin: its place in its file, or its number.
 

@@ -142,6 +142,15 @@ class DataSummary(BaseModel):
             lines.append(f"held-out rows that are training rows as well: {self.heldout_repeated:,}, {why}")
         return lines
 
+    def row_lines(self) -> list[str]:
+        """The report on a single row."""
+        lines = [f"dropped: {reason}" for reason in self.dropped]
+        if self.shortened.count:
+            lines.append("cut after its last turn that fits")
+        if self.control_tokens.count:
+            lines.append("has control tokens in its text, which the model reads as control tokens")
+        return [*lines, self.unread_line()] if self.unread else lines
+
     def dropped_line(self) -> str:
         return _dropped_line(self.dropped)
 
