@@ -82,7 +82,7 @@ def test_errors_end_piped_input_in_one_line(
     ended = parley("chat", tiny_llama_folder, "--max-new-tokens", "2")
     assert ended.code == 1
     assert ended.err.startswith(said)
-    assert ended.err.count("\n") == 1
+    assert ended.err.count("\n") == 1 + said.count("\n")
 
 
 def test_unknown_commands_are_told(
@@ -129,6 +129,38 @@ def test_a_conversation_is_saved_and_undone(
     assert json.loads(talk.read_text(encoding="utf-8")) == []
     assert ended.code == 2
     assert "exists; choose another name, or /save! " in ended.err
+
+
+def test_a_state_space_model_chats(
+    parley: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mamba's cache has another name and form, and its configuration no number of positions."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": len(tiny_tokenizer), "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "stdin", iter_stdin(["Ahoy!", "And the sea?"]))
+    ended = parley("chat", tmp_path, "--max-new-tokens", "4")
+    assert ended.code == 0, ended.err
+    assert len(ended.out.strip()) > 2
+
+
+def test_control_characters_of_an_answer_do_not_reach_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from parley.cli.chat import _stream_answer
+
+    class Session:
+        tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: list(text))})
+        use_base = False
+
+        def say(self, text: str) -> Iterator[str]:
+            yield from (piece for piece in ["\x1b[31mred", "\x9b2J\u202e", "\x07 a\tb\n"])
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    _stream_answer(Session(), "Ahoy!")  # type: ignore[arg-type]
+    assert capsys.readouterr().out == "\u241b[31mred\u24212J\ufffd\u2407 a\tb\n\n"
 
 
 class iter_stdin:

@@ -64,6 +64,7 @@ def test_several_answers_with_columns_kept_and_a_system_turn(
         (["--set", "temperature=-1"], 2, "generation.temperature: got -1"),
         (["--set", "temperature"], 2, "wanted KEY=VALUE"),
         (["--model", "/nope"], 1, "/nope: no such folder"),
+        (["--system", "be \udcff"], 1, "--system holds half a character"),
         (["--output", "/nope/answers.jsonl"], 2, "/nope: no such folder"),
     ],
 )
@@ -132,3 +133,14 @@ def test_the_old_name_of_an_option_is_read_with_a_line(
     assert ended.code == 0, ended.err
     assert "--slots is now --max-num-seqs" in ended.err
     assert "--slots" not in parley("generate", "--help").out
+
+
+def test_other_columns_are_written_back_whatever_they_hold(
+    parley: Callable[..., Any], run: RunFolder, tmp_path: Path
+) -> None:
+    """A lone surrogate, which JSON can write and UTF-8 cannot, among them."""
+    source, output = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('{"note": "\\ud800 é", "prompt": "Ahoy!"}\n', encoding="utf-8")
+    ended = parley("generate", source, "--model", run.path, "--output", output)
+    assert ended.code == 0, ended.err
+    assert rows_of(output)[0]["note"] == "\ud800 é"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,19 @@ def test_nf4_weights_answer_as_their_unpacked_values_do(build_family: Callable[[
         assert answers(decoder, [ask(prompt) for prompt in PROMPTS]) == wanted
 
 
+@pytest.mark.parametrize("fuse", [True, False])
+def test_weights_are_copied_into_one_matrix_where_asked_and_where_memory_allows(
+    llama: Any, fuse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fused() -> list[bool]:
+        layers = StaticCacheDecoder.of(llama, slots=1, length=20, fuse=fuse).model.linears
+        return [layer.qkv.weight_NK is not None and layer.gate_up.weight_NK is not None for layer in layers]
+
+    assert set(fused()) == {fuse}
+    monkeypatch.setattr("parley.inference.linear._free_bytes", lambda device: 1000)
+    assert set(fused()) == {False}
+
+
 def test_a_seeded_answer_does_not_depend_on_its_neighbours(llama: Any) -> None:
     settings = {"temperature": 1.0, "max_new_tokens": 20}
     every = [ask(prompt, seed=seed, **settings) for seed, prompt in enumerate(PROMPTS)]
@@ -246,22 +260,59 @@ class Ahead(EagerRunner):
         return InFlightSteps(running, StepOutputs(*copies))
 
 
-def ahead(decoder: StaticCacheDecoder) -> StaticCacheDecoder:
-    decoder.runner = Ahead(decoder.model, decoder.cache, decoder.state)
+class FirstTokenLater(Ahead):
+    """Leaves a prompt's last token to the first step, and keeps no prefixes, as graphs do."""
+
+    def __init__(self, decoder: StaticCacheDecoder) -> None:
+        super().__init__(decoder.model, decoder.cache, decoder.state)
+        self.launched: list[int] = []
+
+    def prefill(self, requests: Sequence[DecodeRequest], start: int) -> int:
+        for row, request in enumerate(requests, start):
+            if len(request.prompt_ids) > 1:
+                self.prefixes.clear()
+                self._prefill([replace(request, prompt_ids=request.prompt_ids[:-1])], row)
+        return 0
+
+    def launch(self, running: list[RunningRequest], steps: int) -> InFlightSteps:
+        self.launched.append(steps)
+        return super().launch(running, steps)
+
+    def emitted(self, row: int, ids: Sequence[int]) -> None:
+        pass
+
+
+def ahead(decoder: StaticCacheDecoder, *, first_token_later: bool = False) -> StaticCacheDecoder:
+    if first_token_later:
+        decoder.runner = FirstTokenLater(decoder)
+    else:
+        decoder.runner = Ahead(decoder.model, decoder.cache, decoder.state)
     return decoder
 
 
+@pytest.mark.parametrize("first_token_later", [False, True])
 @pytest.mark.parametrize("slots", [1, 2, 5])
-def test_bursts_under_way_change_no_answer(llama: Any, slots: int) -> None:
-    """Answers of different lengths, so that rows move while a burst that knew them elsewhere is on its way."""
+def test_steps_in_flight_change_no_answer(llama: Any, slots: int, first_token_later: bool) -> None:
+    """Answers of different lengths, so that rows move while steps in flight still know them elsewhere."""
     lengths = (1, 30, 9, 8, 17, 25, 3, 11, 2, 40, 16, 5, 7, 6, 10)
     every = [
         ask(prompt, max_new_tokens=tokens, seed=tokens, temperature=temperature)
         for prompt, tokens, temperature in zip(PROMPTS * 3, lengths, [0, 1.0, 0] * 5, strict=True)
     ]
     wanted = answers(StaticCacheDecoder.of(llama, slots=1, length=100), every)
-    decoder = ahead(StaticCacheDecoder.of(llama, slots=slots, length=100))
+    decoder = ahead(StaticCacheDecoder.of(llama, slots=slots, length=100), first_token_later=first_token_later)
     assert answers(decoder, every) == wanted
+
+
+def test_a_first_token_does_not_wait_for_several_steps(llama: Any) -> None:
+    decoder = ahead(StaticCacheDecoder.of(llama, slots=2, length=100), first_token_later=True)
+    decoder.admit({0: ask(PROMPTS[1], max_new_tokens=30)})
+    assert len(decoder.decode()[0]) == 1
+    assert len(decoder.decode()[0]) == 8
+    decoder.admit({1: ask(PROMPTS[2], max_new_tokens=30)})
+    decoder.decode()
+    assert decoder.runner.launched[:2] == [1, 8]  # type: ignore[attr-defined]
+    assert decoder.runner.launched[3] == 1  # type: ignore[attr-defined]
 
 
 def test_a_slot_given_away_hears_nothing_of_its_last_answer(llama: Any) -> None:

@@ -224,6 +224,24 @@ def test_an_error_while_streaming_is_raised_where_it_is_read(model: Any, tokeniz
     assert streaming_threads() == []
 
 
+@pytest.mark.parametrize("return_errors", [False, True])
+def test_a_fault_while_answering_is_raised_and_no_text(model: Any, tokenizer: Any, return_errors: Any) -> None:
+    """Errors that are returned are the user's own, as a prompt that is too long; a fault is not one of them."""
+    calls = itertools.count()
+
+    def fail(module: Any, args: Any) -> None:
+        if next(calls) == 4:
+            raise RuntimeError("the device is gone")
+
+    model.register_forward_pre_hook(fail)
+    with (
+        Generator(model, tokenizer, engine="plain") as generator,
+        pytest.raises(RuntimeError, match="the device is gone"),
+    ):
+        list(generator.answers(CONVERSATIONS, GREEDY, return_errors=return_errors))
+    assert streaming_threads() == []
+
+
 @pytest.mark.parametrize("leave", ["close", "drop"])
 def test_an_abandoned_stream_stops_the_model(model: Any, tokenizer: Any, leave: str) -> None:
     steps = []

@@ -11,7 +11,7 @@ from parley.config import GenerationSection
 from parley.data.render import render_prompt
 from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.generate import make_decoder
-from parley.inference.hf import TransformersDecoder
+from parley.inference.hf import TransformersDecoder, logits_processors
 from parley.inference.interface import DecodeRequest, Token
 
 PROMPTS = ["Ahoy!", "What be the colour of the sea on a clear morning?", "How many apples are in the basket? " * 3]
@@ -149,3 +149,22 @@ def test_models_with_another_kind_of_cache(kind: str) -> None:
     requests = [DecodeRequest(p, GREEDY.model_copy(update={"max_new_tokens": 6}), frozenset(), 0) for p in prompts]
     answers = answer(TransformersDecoder(model, slots=2, length=64), *requests)
     assert [[token.id for token in tokens] for tokens in answers] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "processors"),
+    [
+        ({"temperature": 0, "min_p": 0.1, "top_k": 3}, []),
+        ({"temperature": 1}, []),
+        ({"temperature": 0.5}, ["Temperature"]),
+        ({"temperature": 1, "min_p": 0.1}, ["MinP"]),
+        ({"temperature": 1, "top_k": 1}, ["TopK"]),
+        ({"temperature": 1, "top_p": 0.99}, ["TopP"]),
+        ({"temperature": 0, "repetition_penalty": 0.9}, ["RepetitionPenalty"]),
+    ],
+)
+def test_each_setting_has_its_processor(settings: Any, processors: list[str]) -> None:
+    made = logits_processors(GenerationSection(**{"min_p": 0} | settings))
+    assert [type(each).__name__ for each in made] == [
+        f"{name}{'LogitsProcessor' if name == 'RepetitionPenalty' else 'LogitsWarper'}" for name in processors
+    ]

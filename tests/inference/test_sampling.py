@@ -26,7 +26,7 @@ from parley.inference.sampling import (
     uniform,
     write_logprobs,
 )
-from parley.inference.slot_state import NUM_SAMPLED, POSITION, RUNNING, SlotState
+from parley.inference.slot_state import NUM_SAMPLED, POSITION, RUNNING, SlotState, hash32
 
 CPU = torch.device("cpu")
 VOCABULARY = 503
@@ -176,3 +176,12 @@ def test_logprobs_are_the_models_own() -> None:
     assert state.logprob_BU[0, 0] == pytest.approx(float(wanted[token]))
     assert state.top_BUA[0, 0, :3].tolist() == wanted.topk(3).indices.tolist()
     assert state.top_logprob_BUA[0, 0, 0] == pytest.approx(float(wanted.max()))
+
+
+def test_the_hash_of_a_seed_is_a_bijection_that_the_samples_share() -> None:
+    numbers = [*range(2**14), *range(2**32 - 2**14, 2**32)]
+    assert len({hash32(number) for number in numbers}) == len(numbers)
+    state = state_of([asked(0)])
+    state.fields_BX[0, 6] = 12345  # the field SEED
+    state.ints(NUM_SAMPLED).fill_(7)
+    assert float(uniform(state)[0]) == (hash32(12352) >> 9) / 2**23

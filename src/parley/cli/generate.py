@@ -130,8 +130,16 @@ class _Rows:
         else:
             self.answered += 1
             columns = {"answer": answers[0]} if self.n == 1 else {"answers": answers}
-        file.write(json.dumps({**self.prompts[row].row, **columns}, ensure_ascii=False) + "\n")
+        file.write(_json_line({**self.prompts[row].row, **columns}))
         return True
+
+
+def _json_line(columns: dict[str, Any]) -> str:
+    """One row of JSON lines; escaped where a column of the file holds a lone surrogate, which UTF-8 cannot."""
+    line = json.dumps(columns, ensure_ascii=False)
+    if any("\ud800" <= character <= "\udfff" for character in line):
+        line = json.dumps(columns)
+    return line + "\n"
 
 
 def _with_progress(answers: Iterator[tuple[int, Answer]], count: int) -> Iterator[tuple[int, Answer]]:

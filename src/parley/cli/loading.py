@@ -25,8 +25,10 @@ def open_model(
     from dataclasses import replace
 
     from parley.config import DEMO_MODEL, GenerationSection
+    from parley.data.fields import text_of
     from parley.serving.loading import load_for_inference
 
+    text_of(system, "--system")
     change_settings(GenerationSection(), changes)  # a wrong key fails before anything is loaded
     loaded = load_for_inference(name or DEMO_MODEL, trust_remote_code=trust_remote_code)
     return replace(

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.conversation import Message
+from parley.data.fields import text_of
 from parley.inference.generate import Engine, Generator
 from parley.models.adapters import require_base
 
@@ -58,9 +59,11 @@ class ChatSession:
         """Send `text` as the user's turn; the answer, piece by piece. Closing the iterator stops the answer.
 
         The question and the answer, complete or as far as it went, are kept as turns; of an empty answer nothing is
-        kept. Raises DataError when the conversation fills the model's context.
+        kept. Raises DataError for a text that is not Unicode, as bytes that
+        are not UTF-8 give on a terminal, and when the conversation fills the model's context.
         """
-        question = {"role": "user", "content": text}
+        text_of(self.system, "the system turn")
+        question = {"role": "user", "content": text_of(text, "the message")}
         pieces = self._generator.stream([*self.messages, question], self.settings, base=self.use_base)
         return self._answer(question, pieces)
 
