@@ -1,8 +1,13 @@
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
+import pytest
+import torch
 
-from parley.train_step.memory_plan import GIB, SAVED_POLICIES, make_plan, step_tokens
+from parley.train_step.matmul import uses_onednn
+from parley.train_step.memory_plan import GIB, LIBRARY_BYTES, SAVED_POLICIES, make_plan, step_tokens
 from parley.train_step.workspace import Workspace, workspace_bytes
 
 LENGTHS = np.array([100])
@@ -56,4 +61,52 @@ def test_the_prediction_holds_what_the_workspace_takes(bound: Any) -> None:
         sum(buffer.nbytes for buffer in workspace.buffers.values())
         == workspace_bytes(bound, plan)
         < plan.predicted_bytes
+    )
+
+
+def test_the_prediction_counts_every_large_thing_once(bound: Any) -> None:
+    """Adapter weights and gradients are the device's allocated memory; everything else is counted by the plan."""
+    plan = make_plan(bound, "auto", LENGTHS, documents=8, state_bytes=8)
+    matrices = sum(
+        linear.matrix_numel(contiguous=uses_onednn(bound.dtype, bound.device)) * 4 for linear in bound.linears
+    )
+    logits = plan.logits_rows * 1000 * 4
+    lse = 4 * 4 * plan.tokens * 4  # heads, tokens, layers
+    state = 8 * bound.flat.weight_Z.numel()
+    assert plan.predicted_bytes == matrices + logits + lse + state + workspace_bytes(bound, plan)
+
+
+@pytest.mark.parametrize("state_bytes", [2, 8])
+def test_optimizer_state_is_counted_per_trainable_weight(bound: Any, state_bytes: int) -> None:
+    without, with_state = (
+        make_plan(bound, "auto", LENGTHS, 8, state_bytes=n).predicted_bytes for n in (0, state_bytes)
+    )
+    assert with_state - without == state_bytes * bound.flat.weight_Z.numel() > 0
+
+
+def test_a_part_of_the_free_memory_stays_free(bound: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = psutil.virtual_memory().available
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free))
+    plan = make_plan(bound, "auto", LENGTHS, documents=8)
+    assert plan.allowed_bytes == pytest.approx(0.9 * free)
+    assert make_plan(bound, 2, LENGTHS, documents=8).allowed_bytes == 2 * GIB  # a number is taken at its word
+
+
+def test_the_free_memory_of_a_gpu_includes_what_torch_holds_and_a_part_of_it_stays_free(
+    bound: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (6000, 10000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
+    on_gpu = SimpleNamespace(
+        **{name: getattr(bound, name) for name in ("layers", "dtype", "linears", "flat", "norm_D")}
+    )
+    on_gpu.head_VD, on_gpu.device = bound.head_VD, torch.device("cuda")
+    plan = make_plan(on_gpu, "auto", LENGTHS, documents=8)  # type: ignore[arg-type]
+    assert plan.allowed_bytes == 7200
+    matrices = [linear.matrix_numel(contiguous=False) * 4 for linear in bound.linears]
+    assert not plan.cache_matrices
+    fixed = 700 + LIBRARY_BYTES + 2 * bound.flat.weight_Z.numel() + sum(matrices[:4]) + max(matrices) // 16
+    assert plan.predicted_bytes - fixed == (
+        workspace_bytes(bound, plan) + plan.logits_rows * 1000 * 4 + 4 * 4 * plan.tokens
     )

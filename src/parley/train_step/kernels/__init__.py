@@ -1,4 +1,4 @@
-"""The step's operations as Triton kernels; the same names as `parley.train_step.reference_ops`."""
+"""The operations of ops.Ops as Triton kernels, under the names of `parley.train_step.reference_ops`."""
 
 from parley.train_step.kernels.attention import attention, attention_backward
 from parley.train_step.kernels.cross_entropy import cross_entropy

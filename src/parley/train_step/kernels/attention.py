@@ -1,10 +1,14 @@
-"""Causal attention inside the documents of a packed row, with grouped key-value heads, forward and backward.
+"""Causal attention inside the documents of a packed row, with grouped-query heads, forward and backward.
 
-FlashAttention-2 (arXiv 2307.08691) in tiles of rows. A tile of queries starts at the first row of the document that
-its first query belongs to, so nothing is launched or read for pairs in different documents, and a CUDA graph can be
-replayed for any documents: only `start_T` and `end_T` know them. Where the host does too, long ones go to flash.py.
+FlashAttention-2 (arXiv 2307.08691): one program per tile of queries (forward, dQ) or of keys (dK and dV), online
+softmax in base 2, and the log-sum-exp saved for the backward pass. Queries, keys and values are read in place from
+fused rows x_TC. A tile of queries begins at the first row of the document that its first query belongs to, so that no
+work is launched for pairs in different documents. Only `start_T` and `end_T` know the documents, so that a CUDA graph
+can be replayed for others. Programs write disjoint tiles; only dK and dV of a key tile may be shared by two programs
+(split_reduction.py). Where the host knows the documents too, long ones go to library_attention.py.
 
-Shape suffixes: T tokens, D query columns (H E), C query, key and value columns side by side, H heads, E head size.
+Shape suffixes (legend in docs/design.md): T tokens, D query columns (H E), C query, key and value columns, H query
+heads, E head size.
 """
 
 from __future__ import annotations
@@ -18,21 +22,21 @@ from torch import Tensor
 
 from parley.train_step.kernels import library_attention
 from parley.train_step.kernels.precompile import kernel
+from parley.train_step.kernels.split_reduction import FULL_OCCUPANCY, is_last_to_arrive
 from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import DeviceBatch
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-HIDDEN = tl.constexpr(-1.0e6)  # finite: a tile that a query sees nothing of must not turn into NaN
-ROWS = 64  # a pack's rows are padded to tiles of so many
-PROGRAMS = 400  # three for each multiprocessor of an H200: fewer leave it idle
+MASKED = tl.constexpr(-1.0e6)  # finite: a tile that a query sees nothing of must not become NaN
+TILE = 64  # queries and keys of a tile
 
 
 @triton.jit
 def _visible(query, key, first, window, WINDOW: tl.constexpr):
-    seen = (key >= first) & (key <= query)
+    visible = (key >= first) & (key <= query)
     if WINDOW:
-        seen = seen & (key > query - window)
-    return seen
+        visible = visible & (key > query - window)
+    return visible
 
 
 @kernel("T")
@@ -49,9 +53,9 @@ def _forward(
     query = tl.load(q + row_at * x_stride + head * E + e[None, :], mask=inside[:, None], other=0.0)
     k += (head // GROUP) * E
     v += (head // GROUP) * E
-    top = tl.full((BLOCK_Q,), HIDDEN, tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
-    summed = tl.zeros((BLOCK_Q, E), tl.float32)
+    m = tl.full((BLOCK_Q,), MASKED, tl.float32)
+    denom = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, E), tl.float32)
     from_key = tl.min(first, axis=0)
     if WINDOW:
         from_key = tl.maximum(from_key, tile * BLOCK_Q - window + 1)
@@ -60,17 +64,17 @@ def _forward(
         col_at = col.to(tl.int64)[:, None] * x_stride + e[None, :]
         key = tl.load(k + col_at, mask=col[:, None] < T, other=0.0)
         s = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2_E)
-        s = tl.where(_visible(row[:, None], col[None, :], first[:, None], window, WINDOW), s, HIDDEN)
-        higher = tl.maximum(top, tl.max(s, axis=1))
-        p = tl.exp2(s - higher[:, None])
-        shrink = tl.exp2(top - higher)
-        total = total * shrink + tl.sum(p, axis=1)
+        s = tl.where(_visible(row[:, None], col[None, :], first[:, None], window, WINDOW), s, MASKED)
+        new_m = tl.maximum(m, tl.max(s, axis=1))
+        p = tl.exp2(s - new_m[:, None])
+        rescale = tl.exp2(m - new_m)
+        denom = denom * rescale + tl.sum(p, axis=1)
         value = tl.load(v + col_at, mask=col[:, None] < T, other=0.0)
-        summed = tl.dot(p.to(value.dtype), value, summed * shrink[:, None], input_precision="ieee")
-        top = higher
-    summed = summed / total[:, None]
-    tl.store(out + row_at * out_stride + head * E + e[None, :], summed.to(out.dtype.element_ty), mask=inside[:, None])
-    tl.store(lse + head * T + row, top + tl.log2(total), mask=inside)
+        acc = tl.dot(p.to(value.dtype), value, acc * rescale[:, None], input_precision="ieee")
+        m = new_m
+    acc = acc / denom[:, None]
+    tl.store(out + row_at * out_stride + head * E + e[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None])
+    tl.store(lse + head * T + row, m + tl.log2(denom), mask=inside)
 
 
 @kernel()
@@ -83,14 +87,14 @@ def _backward_queries(
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     row_at = row.to(tl.int64)[:, None]
     inside = row < T
-    whole = inside[:, None]
+    in_row = inside[:, None]
     first = tl.load(start + row, mask=inside, other=T)
-    query = tl.load(q + row_at * x_stride + head * E + e[None, :], mask=whole, other=0.0)
-    dsummed = tl.load(dout + row_at * dout_stride + head * E + e[None, :], mask=whole, other=0.0)
-    summed = tl.load(out + row_at * out_stride + head * E + e[None, :], mask=whole, other=0.0)
-    along = tl.sum(summed.to(tl.float32) * dsummed.to(tl.float32), axis=1)
-    tl.store(delta + head * T + row, along, mask=inside)
-    level = tl.load(lse + head * T + row, mask=inside, other=0.0)
+    query = tl.load(q + row_at * x_stride + head * E + e[None, :], mask=in_row, other=0.0)
+    dout_tile = tl.load(dout + row_at * dout_stride + head * E + e[None, :], mask=in_row, other=0.0)
+    out_tile = tl.load(out + row_at * out_stride + head * E + e[None, :], mask=in_row, other=0.0)
+    delta_row = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), axis=1)
+    tl.store(delta + head * T + row, delta_row, mask=inside)
+    lse_row = tl.load(lse + head * T + row, mask=inside, other=0.0)
     k += (head // GROUP) * E
     v += (head // GROUP) * E
     dquery = tl.zeros((BLOCK_Q, E), tl.float32)
@@ -103,81 +107,81 @@ def _backward_queries(
         key = tl.load(k + col_at, mask=col[:, None] < T, other=0.0)
         value = tl.load(v + col_at, mask=col[:, None] < T, other=0.0)
         s = tl.dot(query, tl.trans(key), input_precision="ieee") * (scale * LOG2_E)
-        seen = _visible(row[:, None], col[None, :], first[:, None], window, WINDOW)
-        p = tl.where(seen, tl.exp2(s - level[:, None]), 0.0)
-        dp = tl.dot(dsummed, tl.trans(value), input_precision="ieee")
-        ds = p * (dp - along[:, None]) * scale
+        visible = _visible(row[:, None], col[None, :], first[:, None], window, WINDOW)
+        p = tl.where(visible, tl.exp2(s - lse_row[:, None]), 0.0)
+        dp = tl.dot(dout_tile, tl.trans(value), input_precision="ieee")
+        ds = p * (dp - delta_row[:, None]) * scale
         dquery = tl.dot(ds.to(key.dtype), key, dquery, input_precision="ieee")
-    tl.store(dq + row_at * dx_stride + head * E + e[None, :], dquery.to(dq.dtype.element_ty), mask=whole)
+    tl.store(dq + row_at * dx_stride + head * E + e[None, :], dquery.to(dq.dtype.element_ty), mask=in_row)
 
 
 @kernel()
 def _backward_keys(
-    q, k, v, dout, dk, dv, lse, delta, start, end, sums, arrived, x_stride, dout_stride, dx_stride, scale, window, T,
+    q, k, v, dout, dk, dv, lse, delta, start, end, partials, arrivals, x_stride, dout_stride, dx_stride, scale,
+    window, T,
     GROUP: tl.constexpr, E: tl.constexpr, WINDOW: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    SHARES: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys and values.
+    """The gradients of a tile of keys and values, summed over the query heads of their group.
 
-    With two SHARES the query heads of a group are shared by two programs, and the one that arrives last adds up both
-    sums: a + b is b + a, so that equal inputs give equal bits.
+    With two SPLITS, two programs take half of the heads each (split_reduction.py). The last one adds the other's sum to
+    its own registers: a + b is b + a, so that equal inputs give equal bits.
     """
-    tile, kv_head, share = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     e = tl.arange(0, E)
     col = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     col_at = col.to(tl.int64)[:, None]
-    whole = col[:, None] < T
-    key = tl.load(k + col_at * x_stride + kv_head * E + e[None, :], mask=whole, other=0.0)
-    value = tl.load(v + col_at * x_stride + kv_head * E + e[None, :], mask=whole, other=0.0)
+    in_row = col[:, None] < T
+    key = tl.load(k + col_at * x_stride + kv_head * E + e[None, :], mask=in_row, other=0.0)
+    value = tl.load(v + col_at * x_stride + kv_head * E + e[None, :], mask=in_row, other=0.0)
     until = tl.max(tl.load(end + col, mask=col < T, other=0), axis=0)
     if WINDOW:
         until = tl.minimum(until, (tile + 1) * BLOCK_K - 1 + window)
     dkey = tl.zeros((BLOCK_K, E), tl.float32)
     dvalue = tl.zeros((BLOCK_K, E), tl.float32)
-    for member in range(share * (GROUP // SHARES), (share + 1) * (GROUP // SHARES)):
-        head = kv_head * GROUP + member
+    for head_in_group in range(split * (GROUP // SPLITS), (split + 1) * (GROUP // SPLITS)):
+        head = kv_head * GROUP + head_in_group
         for begin in range(tile * BLOCK_K // BLOCK_Q * BLOCK_Q, until, BLOCK_Q):
             row = begin + tl.arange(0, BLOCK_Q)
             row_at = row.to(tl.int64)[:, None]
             inside = row < T
             query = tl.load(q + row_at * x_stride + head * E + e[None, :], mask=inside[:, None], other=0.0)
-            dsummed = tl.load(dout + row_at * dout_stride + head * E + e[None, :], mask=inside[:, None], other=0.0)
+            dout_tile = tl.load(dout + row_at * dout_stride + head * E + e[None, :], mask=inside[:, None], other=0.0)
             first = tl.load(start + row, mask=inside, other=T)
-            level = tl.load(lse + head * T + row, mask=inside, other=0.0)
-            along = tl.load(delta + head * T + row, mask=inside, other=0.0)
+            lse_row = tl.load(lse + head * T + row, mask=inside, other=0.0)
+            delta_row = tl.load(delta + head * T + row, mask=inside, other=0.0)
             s = tl.dot(key, tl.trans(query), input_precision="ieee") * (scale * LOG2_E)
-            seen = _visible(row[None, :], col[:, None], first[None, :], window, WINDOW) & inside[None, :]
-            p = tl.where(seen, tl.exp2(s - level[None, :]), 0.0)
-            dvalue = tl.dot(p.to(value.dtype), dsummed, dvalue, input_precision="ieee")
-            dp = tl.dot(value, tl.trans(dsummed), input_precision="ieee")
-            ds = p * (dp - along[None, :]) * scale
+            visible = _visible(row[None, :], col[:, None], first[None, :], window, WINDOW) & inside[None, :]
+            p = tl.where(visible, tl.exp2(s - lse_row[None, :]), 0.0)
+            dvalue = tl.dot(p.to(value.dtype), dout_tile, dvalue, input_precision="ieee")
+            dp = tl.dot(value, tl.trans(dout_tile), input_precision="ieee")
+            ds = p * (dp - delta_row[None, :]) * scale
             dkey = tl.dot(ds.to(query.dtype), query, dkey, input_precision="ieee")
     last = True
-    if SHARES == 2:
-        place = kv_head * tl.num_programs(0) + tile
-        at = sums + place * (4 * BLOCK_K * E) + tl.arange(0, BLOCK_K)[:, None] * E + e[None, :]
-        mine, other = at + share * (2 * BLOCK_K * E), at + (1 - share) * (2 * BLOCK_K * E)
+    if SPLITS == 2:
+        index = kv_head * tl.num_programs(0) + tile
+        at = partials + index * (4 * BLOCK_K * E) + tl.arange(0, BLOCK_K)[:, None] * E + e[None, :]
+        mine, other = at + split * (2 * BLOCK_K * E), at + (1 - split) * (2 * BLOCK_K * E)
         tl.store(mine, dkey)
         tl.store(mine + BLOCK_K * E, dvalue)
-        tl.debug_barrier()  # all of this program's stores, before it says that it has arrived
-        last = tl.atomic_add(arrived + place, 1) == 1
+        last = is_last_to_arrive(arrivals + index, 2)
         if last:
             dkey += tl.load(other, cache_modifier=".cg")
             dvalue += tl.load(other + BLOCK_K * E, cache_modifier=".cg")
     if last:
-        tl.store(dk + col_at * dx_stride + kv_head * E + e[None, :], dkey.to(dk.dtype.element_ty), mask=whole)
-        tl.store(dv + col_at * dx_stride + kv_head * E + e[None, :], dvalue.to(dv.dtype.element_ty), mask=whole)
+        tl.store(dk + col_at * dx_stride + kv_head * E + e[None, :], dkey.to(dk.dtype.element_ty), mask=in_row)
+        tl.store(dv + col_at * dx_stride + kv_head * E + e[None, :], dvalue.to(dv.dtype.element_ty), mask=in_row)
 
 
 def _constants(shape: AttentionShape, stages: int) -> dict[str, int | bool]:
-    """The stages are measured, with heads of 64 and of 128: a kernel that holds more sums has registers for fewer."""
+    """Stages as measured with heads of 64 and 128: a kernel with more accumulators has registers for fewer."""
     assert shape.head_dim == triton.next_power_of_2(shape.head_dim), "bind lets no other head size through"
     return {
         "GROUP": shape.heads // shape.kv_heads,
         "E": shape.head_dim,
         "WINDOW": shape.window is not None,
-        "BLOCK_Q": ROWS,
-        "BLOCK_K": ROWS,
+        "BLOCK_Q": TILE,
+        "BLOCK_K": TILE,
         "num_warps": 4,
         "num_stages": stages,
     }
@@ -189,7 +193,7 @@ def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: T
     tokens = x_TC.shape[0]
     q, k, v = shape.split_qkv(x_TC)
     lse_HT = torch.empty(shape.heads, tokens, dtype=torch.float32, device=x_TC.device)
-    _forward[(triton.cdiv(tokens, ROWS), shape.heads)](
+    _forward[(triton.cdiv(tokens, TILE), shape.heads)](
         q, k, v, out_TD, lse_HT, batch.start_T, x_TC.stride(0), out_TD.stride(0), shape.scale, shape.window or 0,
         tokens, **_constants(shape, 3),
     )  # fmt: skip
@@ -203,7 +207,7 @@ def attention_backward(
         library_attention.attention_backward(dout_TD, x_TC, out_TD, saved, batch, shape, dx_TC)
         return
     tokens = x_TC.shape[0]
-    tiles = triton.cdiv(tokens, ROWS)
+    tiles = triton.cdiv(tokens, TILE)
     (q, k, v), (dq, dk, dv) = shape.split_qkv(x_TC), shape.split_qkv(dx_TC)
     delta_HT = torch.empty_like(saved)
     x_stride, dout_stride, dx_stride = x_TC.stride(0), dout_TD.stride(0), dx_TC.stride(0)
@@ -213,12 +217,12 @@ def attention_backward(
         dx_stride, *fixed, **_constants(shape, 2),
     )  # fmt: skip
     programs = tiles * shape.kv_heads
-    shares = 2 if programs <= PROGRAMS and shape.heads // shape.kv_heads % 2 == 0 else 1
-    sums, arrived = delta_HT, batch.start_T  # neither is read where nothing is shared
-    if shares == 2:
-        sums = delta_HT.new_empty(programs * 4 * ROWS * shape.head_dim)
-        arrived = torch.zeros(programs, dtype=torch.int32, device=x_TC.device)
-    _backward_keys[(tiles, shape.kv_heads, shares)](
-        q, k, v, dout_TD, dk, dv, saved, delta_HT, batch.start_T, batch.end_T, sums, arrived, x_stride, dout_stride,
-        dx_stride, *fixed, **_constants(shape, 1), SHARES=shares,
+    splits = 2 if programs <= FULL_OCCUPANCY and shape.heads // shape.kv_heads % 2 == 0 else 1
+    partials, arrivals = delta_HT, batch.start_T  # placeholders: neither is read without splits
+    if splits == 2:
+        partials = delta_HT.new_empty(programs * 4 * TILE * shape.head_dim)
+        arrivals = torch.zeros(programs, dtype=torch.int32, device=x_TC.device)
+    _backward_keys[(tiles, shape.kv_heads, splits)](
+        q, k, v, dout_TD, dk, dv, saved, delta_HT, batch.start_T, batch.end_T, partials, arrivals, x_stride,
+        dout_stride, dx_stride, *fixed, **_constants(shape, 1), SPLITS=splits,
     )  # fmt: skip

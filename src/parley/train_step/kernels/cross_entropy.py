@@ -1,4 +1,9 @@
-"""Cross-entropy whose gradient takes the place of the logits. One program a row, two passes over it."""
+"""Cross-entropy whose gradient overwrites the logits (as in Liger, arXiv 2410.10989).
+
+One program per row, two passes over it: an online log-sum-exp, then loss, gradient and entropy. BLOCK partial maxima
+and sums are kept, one for each lane, and combined once at the end. Programs share nothing: each writes its metrics
+to elements of its own, which torch adds up in a fixed order.
+"""
 
 from __future__ import annotations
 
@@ -12,36 +17,36 @@ from parley.train_step.kernels.precompile import kernel
 
 
 @kernel("S")
-def _cross_entropy(logits, target, scale, figure_3S, S, V, IGNORE_INDEX: tl.constexpr, BLOCK: tl.constexpr):
+def _cross_entropy(logits, target, scale, metric_3S, S, V, IGNORE_INDEX: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     logits += row * V
-    wanted = tl.load(target + row)
-    real = wanted != IGNORE_INDEX
-    if real:
-        top = tl.full((BLOCK,), -1e30, tl.float32)
-        total = tl.zeros((BLOCK,), tl.float32)
+    target_id = tl.load(target + row)
+    supervised = target_id != IGNORE_INDEX
+    if supervised:
+        m = tl.full((BLOCK,), -1e30, tl.float32)
+        denom = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z = tl.load(logits + v, mask=v < V, other=-1e30).to(tl.float32)
-            higher = tl.maximum(top, z)
-            total = total * tl.exp(top - higher) + tl.exp(z - higher)
-            top = higher
-        best = tl.max(top, axis=0)
-        total = tl.where(top > -1e29, total * tl.exp(top - best), 0.0)
-        lse = best + tl.log(tl.sum(total, axis=0))
-        aim = tl.load(logits + wanted).to(tl.float32)
+            new_m = tl.maximum(m, z)
+            denom = denom * tl.exp(m - new_m) + tl.exp(z - new_m)
+            m = new_m
+        row_max = tl.max(m, axis=0)
+        denom = tl.where(m > -1e29, denom * tl.exp(m - row_max), 0.0)
+        lse = row_max + tl.log(tl.sum(denom, axis=0))
+        target_logit = tl.load(logits + target_id).to(tl.float32)
         factor = tl.load(scale)
-        weighted = tl.zeros((BLOCK,), tl.float32)
+        expectation = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
             z = tl.load(logits + v, mask=v < V, other=-1e30).to(tl.float32)
             p = tl.exp(z - lse)
-            weighted += tl.where(v < V, p * z, 0.0)
-            p = tl.where(v == wanted, p - 1.0, p) * factor
+            expectation += tl.where(v < V, p * z, 0.0)
+            p = tl.where(v == target_id, p - 1.0, p) * factor
             tl.store(logits + v, p.to(logits.dtype.element_ty), mask=v < V)
-        tl.store(figure_3S + row, lse - aim)
-        tl.store(figure_3S + S + row, tl.where(aim >= best, 1.0, 0.0))
-        tl.store(figure_3S + 2 * S + row, lse - tl.sum(weighted, axis=0))
+        tl.store(metric_3S + row, lse - target_logit)
+        tl.store(metric_3S + S + row, tl.where(target_logit >= row_max, 1.0, 0.0))
+        tl.store(metric_3S + 2 * S + row, lse - tl.sum(expectation, axis=0))
     else:
         for start in range(0, V, BLOCK):
             v = start + tl.arange(0, BLOCK)
@@ -50,9 +55,9 @@ def _cross_entropy(logits, target, scale, figure_3S, S, V, IGNORE_INDEX: tl.cons
 
 def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor) -> None:
     rows, vocabulary = logits_SV.shape
-    figure_3S = torch.zeros(3, rows, dtype=torch.float32, device=logits_SV.device)
+    metric_3S = torch.zeros(3, rows, dtype=torch.float32, device=logits_SV.device)
     block = min(triton.next_power_of_2(vocabulary), 8192)
     _cross_entropy[(rows,)](
-        logits_SV, target_S, scale, figure_3S, rows, vocabulary, IGNORE_INDEX=IGNORE_INDEX, BLOCK=block, num_warps=16
+        logits_SV, target_S, scale, metric_3S, rows, vocabulary, IGNORE_INDEX=IGNORE_INDEX, BLOCK=block, num_warps=16
     )
-    metrics_3 += figure_3S.sum(1)
+    metrics_3 += metric_3S.sum(1)

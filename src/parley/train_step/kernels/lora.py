@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parley.train_step.kernels.precompile import kernel
+from parley.train_step.kernels.split_reduction import FULL_OCCUPANCY, is_last_to_arrive
 from parley.train_step.ops import AdapterSlice, ScaledCopy
 
 COPY_BLOCK = 4096
@@ -29,8 +30,11 @@ def _copy_scaled(source, out, source_stride, out_stride, scale, M, N, BLOCK_M: t
 
 
 @kernel()
-def _copy_all(table, scales, tiles, first_source, first_out, BLOCK: tl.constexpr):
-    """One tile of one copy: `tiles` says which, `table` where from and to; the firsts only lend their types."""
+def _run_copies(table, scales, tiles, first_source, first_out, BLOCK: tl.constexpr):
+    """One tile of one copy. `tiles` has its copy and first element, `table` the addresses of all copies.
+
+    The pointers come as integers; `first_source` and `first_out` give them their types.
+    """
     which = tl.load(tiles + 2 * tl.program_id(0))
     begin = tl.load(tiles + 2 * tl.program_id(0) + 1)
     entry = table + 5 * which
@@ -46,37 +50,35 @@ def _copy_all(table, scales, tiles, first_source, first_out, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _add(
-    wide, thin, out, sums, arrived, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
-    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+def _accumulate(
+    wide, thin, out, partials, arrivals, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin,
+    T, M, R, BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """out[m, r] += scale * sum over t of wide[t, m] thin[t, r], for BLOCK_M columns m from `begin` on and all r.
 
-    Where the rows t are shared among PARTS programs, each leaves its sum in `sums`, and the one that arrives last adds
-    them up, always in the same order, so that equal inputs give equal bits.
+    With SPLITS > 1 the tokens t are shared by as many programs (split_reduction.py).
     """
     i = tl.arange(0, BLOCK_M)
     m = begin + i
     r = tl.arange(0, BLOCK_R)
-    part = tl.program_id(1)
-    rows = tl.cdiv(tl.cdiv(T, PARTS), BLOCK_T) * BLOCK_T
-    until = tl.minimum((part + 1) * rows, T)
+    split = tl.program_id(1)
+    rows = tl.cdiv(tl.cdiv(T, SPLITS), BLOCK_T) * BLOCK_T
+    until = tl.minimum((split + 1) * rows, T)
     total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(part * rows, until, BLOCK_T):
+    for start in range(split * rows, until, BLOCK_T):
         t = (start + tl.arange(0, BLOCK_T)).to(tl.int64)[:, None]
         p = tl.load(wide + t * wide_stride + m[None, :], mask=(t < until) & (m[None, :] < M), other=0.0)
         q = tl.load(thin + t * thin_stride + r[None, :], mask=(t < until) & (r[None, :] < R), other=0.0)
         total = tl.dot(tl.trans(p), q, total, input_precision="ieee")
     inside = (m[:, None] < M) & (r[None, :] < R)
     last = True
-    if PARTS > 1:
-        at = sums + r[None, :] * BLOCK_M + i[:, None]
-        tl.store(at + part * BLOCK_M * BLOCK_R, total, mask=inside)
-        tl.debug_barrier()  # all of this program's stores, before it says that it has arrived
-        last = tl.atomic_add(arrived, 1) == PARTS - 1
+    if SPLITS > 1:
+        at = partials + r[None, :] * BLOCK_M + i[:, None]
+        tl.store(at + split * BLOCK_M * BLOCK_R, total, mask=inside)
+        last = is_last_to_arrive(arrivals, SPLITS)
         if last:
             total = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for other in tl.static_range(PARTS):
+            for other in tl.static_range(SPLITS):
                 total += tl.load(at + other * BLOCK_M * BLOCK_R, mask=inside, other=0.0, cache_modifier=".cg")
     if last:
         at = out + m[:, None] * out_wide_stride + r[None, :] * out_thin_stride
@@ -84,36 +86,36 @@ def _add(
 
 
 @kernel()
-def _gradients(
-    dy, x, da, db, sums, arrived, dy_stride, x_stride, scale, T, N, K, A_PROGRAMS, first_end, second_end,
-    R: tl.constexpr, ALL_R: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr, PARTS: tl.constexpr,
+def _group_gradients(
+    dy, x, da, db, partials, arrivals, dy_stride, x_stride, scale, T, N, K, A_PROGRAMS, first_end, second_end,
+    R: tl.constexpr, ALL_RANKS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """da (ALL_R, K) += v^T x in the first programs; db (N, R) += scale dy^T u, u by slot, in the others."""
+    """da (ALL_RANKS, K) += v^T x in the first programs; db (N, R) += scale dy^T u, u by projection, in the others."""
     program = tl.program_id(0)
-    sums += program * (PARTS * BLOCK * BLOCK_ALL)
-    arrived += program
+    partials += program * (SPLITS * BLOCK * BLOCK_ALL)
+    arrivals += program
     if program < A_PROGRAMS:
-        _add(
-            x, dy + N, da, sums, arrived, x_stride, dy_stride, 1, K, 1.0, program * BLOCK, T, K, ALL_R,
-            BLOCK, BLOCK_ALL, BLOCK_T, PARTS,
+        _accumulate(
+            x, dy + N, da, partials, arrivals, x_stride, dy_stride, 1, K, 1.0, program * BLOCK, T, K, ALL_RANKS,
+            BLOCK, BLOCK_ALL, BLOCK_T, SPLITS,
         )  # fmt: skip
     else:
         begin = (program - A_PROGRAMS) * BLOCK
-        slot = (begin >= first_end).to(tl.int32) + (begin >= second_end).to(tl.int32)
-        _add(
-            dy, x + K + slot * R, db, sums, arrived, dy_stride, x_stride, R, 1, scale, begin, T, N, R,
-            BLOCK, BLOCK_R, BLOCK_T, PARTS,
+        projection = (begin >= first_end).to(tl.int32) + (begin >= second_end).to(tl.int32)
+        _accumulate(
+            dy, x + K + projection * R, db, partials, arrivals, dy_stride, x_stride, R, 1, scale, begin, T, N, R,
+            BLOCK, BLOCK_R, BLOCK_T, SPLITS,
         )  # fmt: skip
 
 
 @kernel()
-def _one_gradient(
+def _single_gradient(
     wide, thin, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, T, M, R,
     BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0) * BLOCK_M
-    _add(
+    _accumulate(
         wide, thin, out, out, out, wide_stride, thin_stride, out_wide_stride, out_thin_stride, scale, begin, T, M, R,
         BLOCK_M, BLOCK_R, BLOCK_T, 1,
     )  # fmt: skip
@@ -131,7 +133,7 @@ def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
 
 @dataclass(frozen=True)
 class PreparedCopies:
-    """Many copies as one launch. The tensors stay where they are as long as the table is used."""
+    """Many copies as one launch. The tables hold addresses: the tensors must not move as long as they are used."""
 
     copies: list[ScaledCopy]
     table_C5: Tensor  # addresses of source and out, out's stride, columns, elements
@@ -159,23 +161,22 @@ def prepare_copies(copies: list[ScaledCopy]) -> PreparedCopies:
 
 def run_copies(prepared: PreparedCopies) -> None:
     source, out, _ = prepared.copies[0]
-    _copy_all[(len(prepared.tile_2),)](
+    _run_copies[(len(prepared.tile_2),)](
         prepared.table_C5, prepared.scale_C, prepared.tile_2, source, out, BLOCK=COPY_BLOCK, num_warps=8
     )
 
 
-BLOCK = 64  # columns of a program; on an H200 four stages of 64 rows were quicker than any wider or longer tile
-PROGRAMS = 400  # three for each of its multiprocessors: more parts than that cost more to add up than they win
-ROWS = 1024  # of a part at the least
+BLOCK = 64  # columns of a program; on an H200 four stages of 64 rows were faster than any wider or longer tile
+MIN_SPLIT_TOKENS = 1024  # fewer are not worth a partial sum
 
 
-def _neighbours(parts: list[Tensor]) -> bool:
-    """Whether the parts follow each other in memory without a gap."""
+def _adjacent(parts: list[Tensor]) -> bool:
+    """Whether `parts` follow each other in memory without a gap."""
     return all(a.data_ptr() + a.numel() * a.element_size() == b.data_ptr() for a, b in itertools.pairwise(parts))
 
 
-def _regular(adapter_slices: list[AdapterSlice], out_features: int) -> bool:
-    """Whether one launch serves all adapter_slices: every projection adapted, alike in rank and scale, side by side."""
+def _fits_one_launch(adapter_slices: list[AdapterSlice], out_features: int) -> bool:
+    """Whether one launch serves all: every projection adapted, with one rank and scale, adjacent in memory."""
     adapters = [item.adapter for item in adapter_slices]
     return (
         len(adapter_slices) <= 3
@@ -183,49 +184,49 @@ def _regular(adapter_slices: list[AdapterSlice], out_features: int) -> bool:
         and len({(a.a_RK.shape[0], a.scale) for a in adapters}) == 1
         and adapter_slices[-1].columns.stop <= 128
         and all(item.rows.start % BLOCK == 0 for item in adapter_slices)
-        and _neighbours([a.da_RK for a in adapters])
-        and _neighbours([a.db_NR for a in adapters])
+        and _adjacent([a.da_RK for a in adapters])
+        and _adjacent([a.db_NR for a in adapters])
     )
 
 
 def add_adapter_gradients(
     dy_TNP: Tensor, x_TKP: Tensor, adapter_slices: list[AdapterSlice], out_features: int, in_features: int
 ) -> None:
-    if not _regular(adapter_slices, out_features):
+    if not _fits_one_launch(adapter_slices, out_features):
         v_TP, u_TP = dy_TNP[:, out_features:], x_TKP[:, in_features:]
         for item in adapter_slices:
             adapter = item.adapter
-            _launch(x_TKP[:, :in_features], v_TP[:, item.columns], adapter.da_RK.t(), 1.0)
-            _launch(dy_TNP[:, item.rows], u_TP[:, item.columns], adapter.db_NR, adapter.scale)
+            _launch_single(x_TKP[:, :in_features], v_TP[:, item.columns], adapter.da_RK.t(), 1.0)
+            _launch_single(dy_TNP[:, item.rows], u_TP[:, item.columns], adapter.db_NR, adapter.scale)
         return
     first = adapter_slices[0].adapter
-    rank, all_ranks = first.a_RK.shape[0], adapter_slices[-1].columns.stop
+    rank, lora_columns = first.a_RK.shape[0], adapter_slices[-1].columns.stop
     ends = [item.rows.stop for item in adapter_slices] + [out_features] * 2
-    block_all = max(16, triton.next_power_of_2(all_ranks))
+    block_all = max(16, triton.next_power_of_2(lora_columns))
     a_programs = triton.cdiv(in_features, BLOCK)
     programs = a_programs + triton.cdiv(out_features, BLOCK)
-    parts = _parts(dy_TNP.shape[0], programs)
-    sums, arrived = first.da_RK, first.da_RK  # neither is read where there is one part
-    if parts > 1:
-        sums = first.da_RK.new_empty(programs * parts * BLOCK * block_all)
-        arrived = torch.zeros(programs, dtype=torch.int32, device=sums.device)
-    _gradients[(programs, parts)](
-        dy_TNP, x_TKP, first.da_RK, first.db_NR, sums, arrived, dy_TNP.stride(0), x_TKP.stride(0), first.scale,
+    splits = _splits(dy_TNP.shape[0], programs)
+    partials, arrivals = first.da_RK, first.da_RK  # placeholders: neither is read without splits
+    if splits > 1:
+        partials = first.da_RK.new_empty(programs * splits * BLOCK * block_all)
+        arrivals = torch.zeros(programs, dtype=torch.int32, device=partials.device)
+    _group_gradients[(programs, splits)](
+        dy_TNP, x_TKP, first.da_RK, first.db_NR, partials, arrivals, dy_TNP.stride(0), x_TKP.stride(0), first.scale,
         dy_TNP.shape[0], out_features, in_features, a_programs, ends[0], ends[1],
-        R=rank, ALL_R=all_ranks, BLOCK=BLOCK, BLOCK_ALL=block_all, BLOCK_R=max(16, triton.next_power_of_2(rank)),
-        BLOCK_T=64, PARTS=parts, num_stages=4,
+        R=rank, ALL_RANKS=lora_columns, BLOCK=BLOCK, BLOCK_ALL=block_all, BLOCK_R=max(16, triton.next_power_of_2(rank)),
+        BLOCK_T=64, SPLITS=splits, num_stages=4,
     )  # fmt: skip
 
 
-def _parts(tokens: int, programs: int) -> int:
-    """How many programs share the rows of each: a power of two, as each number is compiled anew."""
-    parts = max(min(PROGRAMS // programs, tokens // ROWS), 1)
-    return 1 << (parts.bit_length() - 1)
+def _splits(tokens: int, programs: int) -> int:
+    """How many programs share the tokens of a tile: a power of two, since each number is compiled by itself."""
+    splits = max(min(FULL_OCCUPANCY // programs, tokens // MIN_SPLIT_TOKENS), 1)
+    return 1 << (splits.bit_length() - 1)
 
 
-def _launch(wide_TM: Tensor, thin_TR: Tensor, out_MR: Tensor, scale: float) -> None:
+def _launch_single(wide_TM: Tensor, thin_TR: Tensor, out_MR: Tensor, scale: float) -> None:
     (tokens, wide), thin = wide_TM.shape, thin_TR.shape[1]
-    _one_gradient[(triton.cdiv(wide, 64),)](
+    _single_gradient[(triton.cdiv(wide, 64),)](
         wide_TM, thin_TR, out_MR, wide_TM.stride(0), thin_TR.stride(0), *out_MR.stride(), scale, tokens, wide, thin,
         BLOCK_M=64, BLOCK_R=max(16, triton.next_power_of_2(thin)), BLOCK_T=32 if thin > 64 else 128,
     )  # fmt: skip

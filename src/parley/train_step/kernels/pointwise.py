@@ -1,4 +1,8 @@
-"""Rotary embeddings in place and SwiGLU, forward and backward."""
+"""Rotary embeddings in place and SwiGLU, forward and backward. One program per row (and run of columns).
+
+Rotary layout (transformers): the halves of a head are a pair, (a, b) -> (a cos - b sin, b cos + a sin). The backward
+pass is the rotation by the negative angle.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +41,7 @@ def _swiglu(x, out, x_stride, out_stride, F, BLOCK: tl.constexpr):
     inside = f < F
     gate = tl.load(x + row * x_stride + f, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * x_stride + F + f, mask=inside, other=0.0)
+    # Rounded to the activations' type before the product, as transformers does.
     silu = (gate / (1.0 + tl.exp(-gate))).to(up.dtype).to(tl.float32)
     tl.store(out + row * out_stride + f, (silu * up.to(tl.float32)).to(out.dtype.element_ty), mask=inside)
 

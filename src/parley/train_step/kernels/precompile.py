@@ -1,10 +1,8 @@
-"""Kernels that are compiled many at a time, ahead of their first launch.
+"""Kernels that are compiled in parallel, ahead of their first launch.
 
-Triton compiles a kernel where it is launched first, and that launch waits. Ten seconds of such waits stand in a row
-before a first step or a first answer. Inside `compiling()` a launch is only noted and its kernel compiled by a thread,
-so that a pass through the code that launches them compiles them side by side; what it writes is garbage.
-
-Source: triton.AsyncCompileMode.
+Triton compiles a kernel at its first launch, and that launch waits: ten seconds in a row before a first step or a
+first answer. Inside `compiling()` a launch only records the kernel, which a thread compiles. So one pass through the
+code that launches the kernels compiles all of them side by side; the outputs of that pass are garbage.
 """
 
 from __future__ import annotations
@@ -19,51 +17,50 @@ from typing import Any
 import torch
 import triton
 
-Again = Callable[[], Any]  # asks for a kernel once more
-_noted: ContextVar[dict[int, Again] | None] = ContextVar("noted", default=None)
-THREADS = 16  # LLVM and the assembler work outside Python's lock
+from parley.library_compat.triton import compile_in_background, load, request
+
+Request = Callable[[], Any]  # repeats a request for a compiled kernel
+_requested: ContextVar[dict[int, Request] | None] = ContextVar("requested", default=None)
+THREADS = 16  # LLVM and the assembler release Python's lock
 
 
 class Kernel:
-    """A function of Triton's that is launched from Python. `any_number`: the arguments whose value it is not made for,
-    as Triton compiles anew for multiples of 16 and for one.
+    """A Triton function that is launched from Python.
+
+    `do_not_specialize`: arguments that are often 1 or a multiple of 16 by chance. Triton would compile the kernel anew
+    for each of these cases.
     """
 
-    def __init__(self, function: Callable[..., None], any_number: Sequence[str]) -> None:
-        self.function = triton.jit(function, do_not_specialize=list(any_number))
+    def __init__(self, function: Callable[..., None], do_not_specialize: Sequence[str]) -> None:
+        self.function = triton.jit(function, do_not_specialize=list(do_not_specialize))
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        noted = _noted.get()
-        if noted is None:
+        requested = _requested.get()
+        if requested is None:
             return self.function[grid]
 
-        def note(*args: Any, **options: Any) -> None:
-            again = partial(self.function.warmup, *args, grid=grid, **options)
-            noted.setdefault(id(again()), again)
+        def record(*args: Any, **options: Any) -> None:
+            again = partial(request, self.function, *args, grid=grid, **options)
+            requested.setdefault(id(again()), again)  # the same kernel is the same future
 
-        return note
+        return record
 
 
-def kernel(*any_number: str) -> Callable[[Callable[..., None]], Kernel]:
-    """As a decorator."""
-    return partial(Kernel, any_number=any_number)
+def kernel(*do_not_specialize: str) -> Callable[[Callable[..., None]], Kernel]:
+    """Decorator that makes a Triton function a Kernel."""
+    return partial(Kernel, do_not_specialize=do_not_specialize)
 
 
 @contextmanager
 def compiling(device: torch.device) -> Iterator[None]:
-    """Compile what is launched inside, and launch nothing. Everything is ready on leaving."""
-    noted: dict[int, Again] = {}
+    """Compile what is launched inside, and launch nothing. Everything is compiled and loaded on leaving."""
+    requested: dict[int, Request] = {}
     with ThreadPoolExecutor(THREADS) as threads:
-        token = _noted.set(noted)
+        token = _requested.set(requested)
         try:
-            with triton.AsyncCompileMode(threads):
+            with compile_in_background(threads):
                 yield
         finally:
-            _noted.reset(token)
-        list(threads.map(partial(_load, device), [again() for again in noted.values()]))
-
-
-def _load(device: torch.device, compiled: Any) -> None:
-    """Build the kernel's launcher and bring it to the device, as its first launch would."""
-    with torch.cuda.device(device):
-        _ = compiled.run
+            _requested.reset(token)
+        compiled = [again() for again in requested.values()]  # from Triton's cache now
+        list(threads.map(partial(load, device=device), compiled))

@@ -1,6 +1,7 @@
-"""RMS norm (arXiv 1910.07467) joined with the residual sum before it. One program a row.
+"""RMS norm (arXiv 1910.07467) fused with the residual addition upstream it. One program per row, the row in registers.
 
-Bytes a row of D 16-bit values: 8 D forward (x, delta in; sum, norm out), 8 D backward.
+Bytes per row of D 16-bit values: 8 D forward (x and delta in, sum and norm out), 8 D backward. The weight is frozen, so
+that no reduction over rows is needed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def _forward(x, delta, total, out, weight, out_stride, eps, D, SUM: tl.constexpr
         tl.store(total + row * D + d, value, mask=inside)
     f = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / D + eps)
-    normed = (f * inverse).to(x.dtype.element_ty).to(tl.float32)  # rounded before the weight, as transformers does
+    normed = (f * inverse).to(x.dtype.element_ty).to(tl.float32)  # rounded upstream the weight, as transformers does
     normed *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + d, normed.to(out.dtype.element_ty), mask=inside)
 
@@ -40,9 +41,9 @@ def _backward(dout, x, weight, dx, dout_stride, dx_stride, eps, D, BLOCK: tl.con
     g = tl.load(dout + row * dout_stride + d, mask=inside, other=0.0).to(tl.float32)
     g *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / D + eps)
-    along = tl.sum(f * g, axis=0) / D * inverse * inverse
-    before = tl.load(dx + row * dx_stride + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(dx + row * dx_stride + d, (before + (g - f * along) * inverse).to(dx.dtype.element_ty), mask=inside)
+    mean = tl.sum(f * g, axis=0) / D * inverse * inverse
+    upstream = tl.load(dx + row * dx_stride + d, mask=inside, other=0.0).to(tl.float32)
+    tl.store(dx + row * dx_stride + d, (upstream + (g - f * mean) * inverse).to(dx.dtype.element_ty), mask=inside)
 
 
 def _shape(columns: int) -> dict[str, int]:

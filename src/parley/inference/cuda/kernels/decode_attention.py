@@ -22,6 +22,7 @@ from torch import Tensor
 
 from parley.inference.cuda.kernels.dependent_launch import launch_dependents, pdl_options, wait_for_previous
 from parley.train_step.kernels.precompile import kernel
+from parley.train_step.kernels.split_reduction import is_last_to_arrive
 from parley.train_step.ops import AttentionShape, QkNorm, RopeTable
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -139,8 +140,7 @@ def _decode_attention(
         tl.store(partial_acc + split * GROUP * E + q[:, None] * E + e, acc, mask=in_group)
         tl.store(partial_ml + (split * GROUP + q) * 2, m, mask=q < GROUP)
         tl.store(partial_ml + (split * GROUP + q) * 2 + 1, denom, mask=q < GROUP)
-        tl.debug_barrier()  # all threads have stored before one of them counts the arrival
-        if tl.atomic_add(arrivals + head, 1, sem="acq_rel") == used_splits - 1:
+        if is_last_to_arrive(arrivals + head, used_splits):
             tl.store(arrivals + head, 0)
             # All splits in one load each: a dependent round trip to memory takes as long as a whole split. They were
             # written by other processors, so the loads bypass the L1 cache (.cg).

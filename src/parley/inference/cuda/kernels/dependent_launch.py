@@ -20,7 +20,9 @@ import torch
 import triton
 import triton.language as tl
 
-COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)  # Triton's interpreter has no inline assembly
+from parley.library_compat.triton import is_interpreting
+
+COMPILED = tl.constexpr(not is_interpreting())  # Triton's interpreter has no inline assembly
 HOPPER = (9, 0)
 
 
@@ -41,5 +43,5 @@ def wait_for_previous():
 @cache
 def pdl_options(device: torch.device) -> dict[str, bool]:
     """The launch option of a kernel that calls `wait_for_previous`, on a GPU that has it."""
-    compiled = not triton.knobs.runtime.interpret
+    compiled = not is_interpreting()
     return {"launch_pdl": True} if compiled and torch.cuda.get_device_capability(device) >= HOPPER else {}

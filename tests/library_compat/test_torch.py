@@ -1,0 +1,87 @@
+"""Contracts of torch's undocumented operators: each computes what the documented function and its gradient do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from parley.library_compat import torch as compat
+
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def randn(*shape: int, seed: int, **options: object) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(**options)  # type: ignore[call-overload]
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, mask: Tensor | None, scale: float) -> list[Tensor]:
+    """Output and gradients of the documented function."""
+    leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+    out = functional.scaled_dot_product_attention(*leaves, attn_mask=mask, is_causal=mask is None, scale=scale)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="no oneDNN in this torch")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_onednn_linear(bias: bool, packed: bool) -> None:
+    x_TK, weight_NK = randn(5, 24, seed=0), randn(16, 24, seed=1)
+    bias_N = randn(16, seed=2) if bias else None
+    weight = compat.onednn_pack_weight(weight_NK) if packed else weight_NK
+    torch.testing.assert_close(compat.onednn_linear(x_TK, weight, bias_N), functional.linear(x_TK, weight_NK, bias_N))
+
+
+def test_silu_backward_writes_into_a_strided_buffer() -> None:
+    x, dout, buffer = randn(4, 6, seed=0).requires_grad_(), randn(4, 6, seed=1), torch.zeros(4, 9)
+    compat.silu_backward_into(dout, x.detach(), buffer[:, :6])
+    torch.testing.assert_close(buffer[:, :6], torch.autograd.grad(functional.silu(x), x, dout)[0])
+    assert not buffer[:, 6:].any()
+
+
+def test_softmax_backward() -> None:
+    x, dp = randn(4, 6, seed=0).requires_grad_(), randn(4, 6, seed=1)
+    p = x.softmax(-1)
+    torch.testing.assert_close(compat.softmax_backward(dp, p.detach()), torch.autograd.grad(p, x, dp)[0])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_cpu_flash_attention(masked: bool) -> None:
+    q, k, v, dout = (randn(2, 3, 40, 16, seed=seed) for seed in range(4))
+    mask = torch.zeros(1, 1, 40, 40).masked_fill(torch.ones(40, 40).triu(1).bool(), -torch.inf) if masked else None
+    settings = {"is_causal": not masked, "scale": 0.3}
+    out, lse = compat.cpu_flash_attention(q, k, v, mask, **settings)
+    gradients = compat.cpu_flash_attention_backward(dout, q, k, v, out, lse, mask, **settings)
+    for ours, theirs in zip((out, *gradients), sdpa(q, k, v, dout, mask, 0.3), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@CUDA
+def test_cudnn_attention() -> None:
+    q, k, v, dout = (randn(1, 4, 256, 64, seed=seed, device="cuda", dtype=torch.bfloat16) for seed in range(4))
+    out, state = compat.cudnn_attention(q, k, v, 0.125)
+    gradients = compat.cudnn_attention_backward(dout, q, k, v, out, state, 0.125)
+    for ours, theirs in zip((out, *gradients), sdpa(q, k, v, dout, None, 0.125), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+@CUDA
+@pytest.mark.parametrize("window", [None, 20])
+def test_varlen_flash_attention(window: int | None) -> None:
+    lengths = (60, 100)
+    q, k, v, dout = (randn(160, 4, 64, seed=seed, device="cuda", dtype=torch.bfloat16) for seed in range(4))
+    boundaries = torch.tensor([0, 60, 160], dtype=torch.int32, device="cuda")
+    out, lse = compat.varlen_flash_attention(q, k, v, boundaries, 100, 0.125, window)
+    gradients = compat.varlen_flash_attention_backward(dout, q, k, v, out, lse, boundaries, 100, 0.125, window)
+    for index, length in enumerate(lengths):
+        span = slice(sum(lengths[:index]), sum(lengths[: index + 1]))
+        parts = [x[span].transpose(0, 1)[None] for x in (q, k, v, dout)]
+        hidden = torch.ones(length, length, device="cuda").triu(1).bool()
+        if window is not None:
+            hidden |= torch.ones_like(hidden).tril(-window)
+        mask = torch.zeros(1, 1, length, length, device="cuda", dtype=torch.bfloat16).masked_fill(hidden, -torch.inf)
+        for ours, theirs in zip((out, *gradients), sdpa(*parts, mask, 0.125), strict=True):
+            torch.testing.assert_close(ours[span], theirs[0].transpose(0, 1), rtol=3e-2, atol=3e-2)
