@@ -116,7 +116,23 @@ class DataSection(Section):
     )
     bad_rows_limit: int = Field(1000, ge=0, description="With bad_rows: skip, more bad rows than these end the run.")
     system: str | None = Field(None, description="System turn given to conversations that have none.")
-    train_on: Literal["all", "last"] = Field("all", description="Which assistant turns are supervised.")
+    train_on: Literal["all", "last", "inputs", "nothing"] | list[str] = Field(
+        "all",
+        description="Supervised turns: all or the last one of the assistant, inputs (every token), nothing, or the "
+        "turns of a list of roles. A message's own weight wins.",
+    )
+    end_tokens: Literal["turn", "last", "all", "none"] = Field(
+        "turn",
+        description="Supervised end-of-turn tokens: of each supervised turn, of the last one, of all assistant turns.",
+    )
+    control_tokens: Literal["auto", "text", "tokens"] = Field(
+        "auto",
+        description="Control-token text inside a row. text: encoded as plain text; tokens: as control tokens; auto: "
+        "text in messages, tokens in rows of text.",
+    )
+    template: dict[str, Any] = Field(
+        default_factory=dict, description="Settings of the chat template, for example {enable_thinking: false}."
+    )
     overlong: Overlong = Field(
         "drop",
         description="Policy for rows longer than model.max_seq_length. truncate keeps their first tokens, "

@@ -15,7 +15,7 @@ from parley.config import DataSection
 from parley.data.filtering import BATCH
 from parley.data.packing import IGNORE_INDEX
 from parley.data.prepare import FEATURES, Prepared, prepare, read_examples, render_rows
-from parley.data.render import render, render_example
+from parley.data.render import AS_TEXT, render, render_example
 from parley.errors import DataError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "dolly_pirate_13k.jsonl"
@@ -85,7 +85,7 @@ def test_the_summary_counts_and_says_everything(prepared: Any) -> None:
         "longer than 200 tokens": 2,
     }
     assert summary.repeated.first == ["rows.jsonl line 3"]
-    assert summary.control_tokens.first == ["rows.jsonl line 7"]
+    assert summary.notes[AS_TEXT].first == ["rows.jsonl line 7"]
     assert summary.length_max >= summary.length_p95 >= summary.length_median > 0
     assert summary.length_mean == summary.tokens / 4
     said = "\n".join(summary.lines())
@@ -94,7 +94,7 @@ def test_the_summary_counts_and_says_everything(prepared: Any) -> None:
     assert "3 dropped: 1 without an assistant turn (rows.jsonl line 4), 2 longer than 200 tokens" in said
     assert "(rows.jsonl lines 5, 6)" in said
     assert "rows that repeat an earlier one: 1 (rows.jsonl line 3)" in said
-    assert "which the model reads as control tokens: 1 (rows.jsonl line 7)" in said
+    assert "encoded as plain text: 1 (rows.jsonl line 7)" in said
     dumped = summary.model_dump(mode="json")
     assert json.loads(json.dumps(dumped))["length_max"] == summary.length_max
 
@@ -194,7 +194,11 @@ def test_text_and_prompt_completion(prepared: Any, tiny_tokenizer: Any) -> None:
         ([dolly(1), {"text": "x"}], {}, "rows.jsonl line 2: is text, but rows.jsonl line 1 is Dolly"),
         ([dolly(1), dolly(2) | {"response": 5}], {}, "rows.jsonl line 2: field 'response' is a number (5)"),
         ([{"a": 1}], {}, "rows.jsonl line 1: got columns a; wanted"),
-        ([dolly(1) | {"context": "<|begin_of_text|>"}], {}, "rows.jsonl line 1: got <|begin_of_text|> inside"),
+        (
+            [dolly(1) | {"context": "<|begin_of_text|>"}],
+            {"control_tokens": "tokens"},
+            "rows.jsonl line 1: got <|begin_of_text|> inside",
+        ),
     ],
 )
 def test_what_cannot_be_learned_is_named(prepared: Any, rows: Any, settings: Any, expected: str) -> None:
@@ -314,6 +318,6 @@ def test_the_first_of_several_wrong_rows_is_the_one_named(prepared: Any) -> None
     rows: list[Any] = [dolly(n) for n in range(2 * BATCH)]
     rows[2]["response"] = "<|begin_of_text|>Ahoy."
     rows[BATCH + 2] = {"text": "of another format"}
-    assert "line 3:" in refused(prepared, rows)
+    assert "line 3:" in refused(prepared, rows, control_tokens="tokens")
     rows[2] = dolly(2)
     assert f"line {BATCH + 3}:" in refused(prepared, rows)

@@ -107,9 +107,11 @@ def learned(tokenizer: Any, rendered: Any) -> list[str]:
     return [tokenizer.decode(run, clean_up_tokenization_spaces=False) for run in runs]
 
 
-def checked(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, train_on: Any = "all") -> list[str]:
+def checked(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None, train_on: Any = "all", **options: Any
+) -> list[str]:
     """What is learned of `messages`, having checked that the ids are apply_chat_template's."""
-    rendered = render(tokenizer, messages, tools=tools, train_on=train_on)
+    rendered = render(tokenizer, messages, tools=tools, train_on=train_on, **options)
     assert rendered.input_ids == tokenizer.apply_chat_template(messages, tools=tools, return_dict=False)
     return learned(tokenizer, rendered)
 
@@ -152,7 +154,10 @@ def test_an_answer_without_words_teaches_nothing(make_tokenizer: Callable[..., A
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("trim_offsets", [False, True])
-def test_random_conversations(make_tokenizer: Callable[..., Any], family: str, trim_offsets: bool) -> None:
+@pytest.mark.parametrize("control_tokens", ["tokens", "text"])
+def test_random_conversations(
+    make_tokenizer: Callable[..., Any], family: str, trim_offsets: bool, control_tokens: Any
+) -> None:
     tokenizer, written = make_tokenizer(family, trim_offsets), FAMILIES[family][2]
     parts = [
         "word",
@@ -185,8 +190,11 @@ def test_random_conversations(make_tokenizer: Callable[..., Any], family: str, t
         turns = random_.randint(1, 3)
         said = ["".join(random_.choices(parts, k=random_.randint(0, 7))) for _ in range(2 * turns)]
         messages = [{"role": "assistant" if at % 2 else "user", "content": text} for at, text in enumerate(said)]
-        rendered = render(tokenizer, messages)
-        assert rendered.input_ids == tokenizer.apply_chat_template(messages, return_dict=False), messages
+        as_tokens = tokenizer.apply_chat_template(messages, return_dict=False)
+        rendered = render(tokenizer, messages, control_tokens=control_tokens)
+        if control_tokens == "tokens" or not control_tokens_in(tokenizer, messages):
+            assert rendered.input_ids == as_tokens, messages
+        assert tokenizer.decode(rendered.input_ids) == tokenizer.decode(as_tokens), messages
         got = tokenizer.decode(
             [id for id, trained in zip(rendered.input_ids, rendered.mask, strict=True) if trained],
             clean_up_tokenization_spaces=False,
@@ -280,7 +288,8 @@ def test_control_tokens_in_what_was_said_do_not_move_the_mask(make_tokenizer: Ca
     tokenizer = make_tokenizer("llama3")
     header = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
     messages = [{"role": "user", "content": f"a{header}b"}, {"role": "assistant", "content": f"c{header}d"}]
-    assert checked(tokenizer, messages) == [f"c{header}d<|eot_id|>"]
+    assert checked(tokenizer, messages, control_tokens="tokens") == [f"c{header}d<|eot_id|>"]
+    assert learned(tokenizer, render(tokenizer, messages)) == [f"c{header}d<|eot_id|>"]
     assert control_tokens_in(tokenizer, messages) == ["<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>"]
     assert control_tokens_in(tokenizer, [USER, ANSWER]) == []
 
@@ -295,7 +304,7 @@ def test_one_beginning_of_text(make_tokenizer: Callable[..., Any]) -> None:
     tokenizer = make_tokenizer("llama3")
     assert render(tokenizer, [USER, ANSWER]).input_ids.count(tokenizer.bos_token_id) == 1
     with pytest.raises(DataError, match="inside the row's own text"):
-        render(tokenizer, [{"role": "user", "content": "<|begin_of_text|>Hello"}, ANSWER])
+        render(tokenizer, [{"role": "user", "content": "<|begin_of_text|>Hello"}, ANSWER], control_tokens="tokens")
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
     with pytest.raises(DataError, match="twice at the start"):
         render(tokenizer, [USER, ANSWER])

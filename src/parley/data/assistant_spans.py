@@ -11,19 +11,21 @@ texts, control tokens in what somebody said and tool results inside a turn chang
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate, groupby, takewhile
 from typing import Any
 
-from jinja2.exceptions import TemplateError
+from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from parley.data.conversation import Message
-from parley.data.template import RenderedText, compiled
+from parley.data.conversation import LOSS_KEYS, REASONING_KEYS, Arguments, Message
+from parley.data.template import ChatTemplate, RenderedText, TemplateLimitError, compiled
 from parley.data.traced_text import TEMPLATE, Source
-from parley.errors import DataError
+from parley.errors import DataError, ModelError
 from parley.text import one_line
 
 Span = tuple[int, int]
@@ -31,17 +33,24 @@ Span = tuple[int, int]
 
 # A template is a program that runs on the user's data, and may do anything wrong that a program can.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-REASONING = ("reasoning_content", "thinking", "reasoning")
-"""Names of a message's reasoning, the standard one first."""
 _NOT_WORDS = {"role", "name", "id", "tool_call_id", "tool_responses"}
 """Fields of a message that the model does not produce when it writes that message."""
 _PROBE = "\ue000"
 
 
+@dataclass(frozen=True)
+class Turn:
+    """The spans of a message, its end-of-turn token, and whether the template closes it in any way."""
+
+    spans: list[Span]
+    end_token: Span | None
+    closed: bool
+
+
 class RenderedConversation:
     """A conversation as its chat template writes it.
 
-    text: the whole of it, without a generation prompt.
+    text: the whole of it, with a generation prompt where `prompt` says so.
     Raises DataError where the template refuses the conversation.
     """
 
@@ -51,9 +60,11 @@ class RenderedConversation:
         messages: Sequence[Message],
         tools: Sequence[dict[str, Any]] | None,
         control: re.Pattern[str],
+        prompt: bool = False,
     ) -> None:
-        self.tokenizer, self.messages, self.tools, self.control = tokenizer, messages, tools, control
-        rendered = render_text(tokenizer, messages, tools)
+        self.tokenizer, self.tools, self.control = tokenizer, tools, control
+        self.messages = for_template(tokenizer, messages, tools)
+        rendered = render_text(tokenizer, self.messages, tools, prompt)
         self.text = rendered.text
         self._read_runs(rendered)
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
@@ -115,34 +126,51 @@ class RenderedConversation:
             return at  # a tool's result that repeats the name of its call
         return source.message
 
-    def spans(self, index: int) -> list[Span]:
+    def turn(self, index: int) -> Turn:
         """What message `index` wrote of its own, without its header and with its end of turn.
 
-        Empty where the template writes no words of it; several spans where somebody else's text stands between.
+        Without spans where the template writes no words of it; with several where somebody else's text is between.
         """
         spans: list[Span] = []
         words = [span for span, _, _ in self.words[index]]
+        last = 0
         for start, end in self.regions[index]:
             inside = [span for span in words if start <= span[0] < end]
             if not inside:
                 continue
-            first, last = inside[0][0], inside[-1][1]
+            last = inside[-1][1]
             if not spans:
-                start = self._after_header(index, start, first)
+                start = self._after_header(index, start, inside[0][0])
             spans.append((start, self._end_of_turn(index, last, end)))
-        if not spans and self._says(index):
-            raise DataError(
-                f"the chat template rewrites turn {index + 1} in a way that cannot be followed; leave the row out or "
-                "set model.chat_template"
-            )
-        return spans
+        if not spans:
+            if self._says(index):
+                raise DataError(
+                    f"the chat template rewrites turn {index + 1} in a way that cannot be followed; leave the row out "
+                    "or set model.chat_template"
+                )
+            return Turn([], None, False)
+        return Turn(spans, self._end_token(last, spans[-1][1]), bool(self.text[last : spans[-1][1]].strip()))
+
+    def _end_token(self, last: int, end: int) -> Span | None:
+        """The last control token of a turn whose words end at `last`, with white space before it."""
+        tokens = list(self.control.finditer(self.text, last, end))
+        if not tokens:
+            return None
+        start = tokens[-1].start()
+        while start > last and self.text[start - 1].isspace():
+            start -= 1
+        return start, end
 
     def _says(self, index: int) -> bool:
-        """Whether the text has words of a message that were not traced."""
+        """Whether the text has words of a message that were not traced: the same turn in other words has them too."""
         content = self.messages[index].get("content")
         if not isinstance(content, str) or not content.strip() or (index, "content") in self.written:
             return False
-        return any(content.strip() in self.text[start:end] for start, end in self.regions[index])
+        if not any(content.strip() in self.text[start:end] for start, end in self.regions[index]):
+            return False
+        probed = {**self.messages[index], "content": _PROBE}
+        other = self._shorter([*self.messages[:index], probed, *self.messages[index + 1 :]])
+        return other is not None and _PROBE in other.text and (index, "content") not in other.written
 
     def _after_header(self, index: int, start: int, first: int) -> int:
         """Where the model takes over in a turn that starts at `start` and whose first words are at `first`."""
@@ -253,7 +281,7 @@ class RenderedConversation:
         kind = self._kind(index + 1)
         if kind not in self._closings:
             shorter = self._shorter(self.messages[: index + 1])
-            spans = shorter.spans(index) if shorter else []
+            spans = shorter.turn(index).spans if shorter else []
             last = shorter.words[index][-1][0][1] if shorter and spans else 0
             self._closings[kind] = shorter.text[last : spans[-1][1]] if shorter and spans else ""
         return self._closings[kind]
@@ -313,7 +341,7 @@ class RenderedConversation:
             if self._lost(index, "content"):
                 missing.append("tool results" if message["role"] == "tool" else f"what the {message['role']} says")
         last = len(self.messages) - 1
-        reasoning = [name for name in REASONING if self.messages[last].get(name)]
+        reasoning = [name for name in REASONING_KEYS if self.messages[last].get(name)]
         if reasoning and all(self._lost(last, name) for name in reasoning):
             missing.append("reasoning")
         return list(dict.fromkeys(missing))
@@ -346,14 +374,18 @@ def render_text(
     """
     if not messages:
         raise DataError("got a conversation without messages, wanted at least one")
-    template = compiled(tokenizer.get_chat_template(tools=tools))
+    template = _template(tokenizer, tools)
     try:
         rendered = template.render(_normalised(messages), tools, prompt, **tokenizer.special_tokens_map)
+        if _is_plain(tokenizer, messages, tools):
+            return rendered
         expected = tokenizer.apply_chat_template(
             list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False
         )
         if rendered.text != expected:  # before 5.24 transformers gave messages to the template as they are
             rendered = template.render(messages, tools, prompt, **tokenizer.special_tokens_map)
+    except TemplateLimitError as error:
+        raise DataError(f"the chat template was stopped: {error}; set model.chat_template") from None
     except TEMPLATE_ERRORS as error:
         raise DataError(f"the chat template refuses this conversation: {one_line(error)}") from None
     if rendered.text != expected:
@@ -361,12 +393,69 @@ def render_text(
     return rendered
 
 
+def _template(tokenizer: Any, tools: Sequence[dict[str, Any]] | None) -> ChatTemplate:
+    try:
+        return compiled(tokenizer.get_chat_template(tools=tools))
+    except TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from None
+    except RecursionError:
+        raise ModelError("the chat template is nested too deeply; set model.chat_template") from None
+
+
+def _is_plain(tokenizer: Any, messages: Sequence[Message], tools: Any) -> bool:
+    """Whether there is nothing that versions of transformers or tokenizers hand to the template in different ways."""
+    from transformers import PreTrainedTokenizerBase
+
+    stock = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
+    return (
+        stock
+        and tools is None
+        and all(
+            message.keys() <= {"role", "content"} and isinstance(message.get("content"), str) for message in messages
+        )
+    )
+
+
+def for_template(tokenizer: Any, messages: Sequence[Message], tools: Any) -> list[Message]:
+    """`messages` as the chat template takes them: without loss weights, arguments of calls as objects or as text."""
+    cleaned = [
+        {name: value for name, value in message.items() if name not in LOSS_KEYS}
+        if any(name in message for name in LOSS_KEYS)
+        else message
+        for message in messages
+    ]
+    if not any(message.get("tool_calls") for message in cleaned):
+        return cleaned
+    template = _template(tokenizer, tools)
+    return [_with_arguments(message, template) if message.get("tool_calls") else message for message in cleaned]
+
+
+def _with_arguments(message: Message, template: ChatTemplate) -> Message:
+    calls = message["tool_calls"]
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call_with_arguments(call, template) for call in calls]}
+
+
+def _call_with_arguments(call: Any, template: ChatTemplate) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    arguments = function.get("arguments") if isinstance(function, dict) else None
+    if not isinstance(function, dict) or not isinstance(arguments, dict):
+        return call
+    if isinstance(arguments, Arguments) and template.takes_text_arguments:
+        return {**call, "function": {**function, "arguments": arguments.text}}
+    if template.takes_object_arguments or not template.takes_text_arguments:
+        return call
+    return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+
+
 def _normalised(messages: Sequence[Message]) -> list[Message]:
     """Messages as transformers 5.24 gives them to a template: no null fields, reasoning under its usual names."""
     normal: list[Message] = []
     for message in messages:
         fields = {name: value for name, value in message.items() if value is not None}
-        reasoning = next((fields[name] for name in REASONING if name in fields), None)
+        names = ("reasoning_content", "thinking", "reasoning")
+        reasoning = next((fields[name] for name in names if name in fields), None)
         if reasoning is not None:
             fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
         normal.append(fields)

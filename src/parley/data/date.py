@@ -16,6 +16,7 @@ from typing import Any
 
 import jinja2
 
+from parley.data.template_settings import change_template, split_settings
 from parley.errors import ModelError
 
 DEFAULT_DATE = Date(2024, 7, 26)
@@ -35,22 +36,19 @@ def pin_date(tokenizer: Any, date: Date = DEFAULT_DATE) -> None:
     Templates that write none stay as they are; a second call replaces the first. A `date_string` given to
     apply_chat_template still wins where the template has one. The time of day is midnight.
     """
-    template = tokenizer.chat_template
-    if isinstance(template, dict):  # several templates by name, such as default and tool_use
-        tokenizer.chat_template = {name: pinned(each, date) for name, each in template.items()}
-    elif template:
-        tokenizer.chat_template = pinned(template, date)
+    change_template(tokenizer, lambda template: pinned(template, date))
 
 
 def pinned(template: str, date: Date) -> str:
     """`template` with today held to `date`. Raises ModelError where it is not Jinja."""
+    settings, template = split_settings(template)
     template = _PIN.sub("", template)
     try:
         tokens = [token for token in jinja2.Environment().lex(template) if token[1] != "whitespace"]
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from None
     if ("name", "strftime_now") not in [(kind, text) for _, kind, text in tokens]:
-        return template
+        return settings + template
     # Every constant with a directive, called with or not: some templates keep the format in a variable first.
     formats = {literal_eval(text) for _, kind, text in tokens if kind == "string" and "%" in text}
     cases = "".join(
@@ -58,7 +56,7 @@ def pinned(template: str, date: Date) -> str:
         for each in sorted(formats)
     )
     otherwise = f"{date.isoformat()}{'{%- endif -%}' * len(formats)}"
-    return f"{{%- macro strftime_now(format) -%}}{cases}{otherwise}{{%- endmacro %}}\n{template}"
+    return f"{settings}{{%- macro strftime_now(format) -%}}{cases}{otherwise}{{%- endmacro %}}\n{template}"
 
 
 def formatted(date: Date, format: str) -> str:

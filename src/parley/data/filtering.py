@@ -11,10 +11,11 @@ from typing import Any, TypeGuard
 
 from parley.config import DataSection
 from parley.data.bad_rows import BadRow, BadRows, of_example
-from parley.data.conversation import Example, Message
+from parley.data.conversation import WEIGHT, WEIGHT_SPANS, Example
 from parley.data.pretokenized import as_rendered
-from parley.data.render import Rendered, control_tokens_in, encode, render_many, write_scripts
+from parley.data.render import Rendered, RenderOptions, encode, render_many, write_texts
 from parley.data.summary import DataSummary
+from parley.data.supervision import TrainOn
 from parley.errors import DataError
 
 BATCH = 256
@@ -53,7 +54,7 @@ def render_examples(
     for taken, outcomes in _batches(examples, tokenizer, data, batch, ahead):
         rendered = iter(outcomes)
         for example in taken:
-            outcome = next(rendered) if _is_rendered(example) else None
+            outcome = next(rendered) if _is_rendered(example, data) else None
             try:
                 yield _outcome(example, outcome, tokenizer, data, max_length, summary)
             except DataError as error:
@@ -82,9 +83,9 @@ def _outcome(
     return _fitting(example, _checked(rendered, example), tokenizer, data, max_length, summary)
 
 
-def _is_rendered(example: Example | BadRow) -> TypeGuard[Example]:
+def _is_rendered(example: Example | BadRow, data: DataSection) -> TypeGuard[Example]:
     """Whether the tokenizer renders the example: not a bad row, not token ids already, and with an answer."""
-    return isinstance(example, Example) and example.input_ids is None and _has_answer(example)
+    return isinstance(example, Example) and example.input_ids is None and _has_answer(example, data.train_on)
 
 
 def _batches(
@@ -98,7 +99,7 @@ def _batches(
     with ThreadPoolExecutor(ahead or 1) as threads:
         try:
             while taken := list(islice(examples, batch)):
-                scripts = write_scripts(tokenizer, filter(_is_rendered, taken), data.train_on)
+                scripts = write_texts(tokenizer, [each for each in taken if _is_rendered(each, data)], _options(data))
                 waiting.append((taken, threads.submit(encode, tokenizer, scripts)))
                 if len(waiting) > ahead:
                     taken, outcomes = waiting.popleft()
@@ -124,8 +125,8 @@ def _fitting(
     if not any(rendered.mask[1:]):  # the first token of a row is never predicted
         summary.drop(NOTHING_TO_LEARN, example.origin)
         return None
-    if control_tokens_in(tokenizer, _said(example)):
-        summary.control_tokens.add(example.origin)
+    for note in rendered.notes:
+        summary.note(note, example.origin)
     return example, rendered
 
 
@@ -175,7 +176,7 @@ def _longest_prefix(
     while low < high:
         middle = (low + high) // 2
         shorter = replace(example, messages=messages[: ends[middle]])
-        rendered = _checked(render_many(tokenizer, [shorter], data.train_on)[0], shorter)
+        rendered = _checked(render_many(tokenizer, [shorter], _options(data))[0], shorter)
         if len(rendered.input_ids) <= max_length:
             best, low = (shorter, rendered), middle + 1
         else:
@@ -189,14 +190,14 @@ def _checked(outcome: Rendered | DataError, example: Example) -> Rendered:
     return outcome
 
 
-def _has_answer(example: Example) -> bool:
+def _has_answer(example: Example, train_on: TrainOn) -> bool:
+    """Whether a turn may be supervised: an assistant's, one of the roles asked for, or one with a weight of its own."""
     turns = example.completion if isinstance(example.completion, list) else example.messages
-    return turns is None or any(message["role"] == "assistant" for message in turns)
+    if turns is None or train_on == "inputs":
+        return True
+    roles = {"assistant", *train_on} if isinstance(train_on, list) else {"assistant"}
+    return any(turn["role"] in roles or turn.get(WEIGHT) or turn.get(WEIGHT_SPANS) for turn in turns)
 
 
-def _said(example: Example) -> list[Message]:
-    if example.messages is not None:
-        return example.messages
-    if isinstance(example.prompt, list) and isinstance(example.completion, list):
-        return example.prompt + example.completion
-    return [{"content": [example.prompt, example.completion, example.text]}]
+def _options(data: DataSection) -> RenderOptions:
+    return RenderOptions(data.train_on, data.end_tokens, data.control_tokens)

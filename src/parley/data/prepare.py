@@ -23,7 +23,7 @@ from parley.data.conversation import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, render_examples, split_row
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
-from parley.data.render import Rendered, pin_date
+from parley.data.render import Rendered, pin_date, pin_settings
 from parley.data.sources import Rows, is_local, located, read_rows
 from parley.data.summary import DataSummary
 from parley.data.tokens import IGNORE_INDEX
@@ -68,6 +68,7 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     Raises DataError in one line: a source that cannot be read or recognised, a bad row, or nothing left to train on.
     """
     pin_date(tokenizer, data.date)
+    pin_settings(tokenizer, data.template)
     heldout_rows = 0 if data.heldout else data.heldout_rows
     rows = RowRenderer(read_rows(data.source, data, keep_bad=True), tokenizer, data, max_length, data.source)
     prepared, trained = rows.stream(heldout_rows) if rows.summary.streaming else rows.split(heldout_rows)

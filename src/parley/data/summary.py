@@ -51,7 +51,7 @@ class DataSummary(BaseModel):
     shortened: RowGroup = Field(default_factory=RowGroup)
     shortened_how: str = Field("", description="What was done to those that were too long.")
     repeated: RowGroup = Field(default_factory=RowGroup)
-    control_tokens: RowGroup = Field(default_factory=RowGroup)
+    notes: dict[str, RowGroup] = Field(default_factory=dict, description="What rendering has to say of some rows.")
     bad: RowGroup = Field(default_factory=RowGroup, description="Rows that could not be read or rendered.")
     bad_error: str = Field("", description="What was wrong with the first of them.")
     unread: list[str] = Field(default_factory=list, description="Columns that the format does not use.")
@@ -63,7 +63,7 @@ class DataSummary(BaseModel):
     def restart(self) -> None:
         """Reset the counts of the training rows, before a stream is read again."""
         self.rows = self.kept = self.tokens = self.supervised_tokens = 0
-        self.dropped, self.shortened, self.control_tokens = {}, RowGroup(), RowGroup()
+        self.dropped, self.shortened, self.notes = {}, RowGroup(), {}
         self.bad, self.bad_error = RowGroup(), ""
         self._lengths = array("i")
 
@@ -74,6 +74,9 @@ class DataSummary(BaseModel):
         """Count a row of which a part is kept; `how` follows "12 rows" in the report."""
         self.shortened_how = how
         self.shortened.add(origin)
+
+    def note(self, note: str, origin: str) -> None:
+        self.notes.setdefault(note, RowGroup()).add(origin)
 
     def skip(self, origin: str, error: str) -> None:
         """Count a bad row."""
@@ -134,9 +137,7 @@ class DataSummary(BaseModel):
             )
         if self.repeated.count:
             lines.append(f"rows that repeat an earlier one: {self.repeated.count:,} {self.repeated}")
-        if self.control_tokens.count:
-            held = f"{self.control_tokens.count:,} {self.control_tokens}"
-            lines.append(f"rows with control tokens in their text, which the model reads as control tokens: {held}")
+        lines += [f"{note}: {group.count:,} {group}" for note, group in self.notes.items()]
         if self.heldout_repeated:
             why = "so held-out loss is too low"
             lines.append(f"held-out rows that are training rows as well: {self.heldout_repeated:,}, {why}")

@@ -19,7 +19,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -31,7 +31,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from parley.data.traced_text import TEMPLATE, Run, SafeText, Source, TracedText, concat, join, runs_of, source_of, trace
+from parley.data.traced_text import (
+    TEMPLATE,
+    UNKNOWN,
+    Run,
+    SafeText,
+    Source,
+    TracedText,
+    concat,
+    join,
+    runs_of,
+    source_of,
+    trace,
+)
 
 MAX_STEPS = 20_000_000
 """Rounds of loops and calls in one rendering: about a minute. 6,000 turns need 18 million where a template looks
@@ -122,6 +134,26 @@ class ChatTemplate:
         text = concat(chunks)
         return RenderedText(str.__str__(text), runs_of(text))
 
+    @cached_property
+    def takes_object_arguments(self) -> bool:
+        """Whether a call's arguments may be an object."""
+        return self._written_call({"q": "ab"}) is not None
+
+    @cached_property
+    def takes_text_arguments(self) -> bool:
+        """Whether a call's arguments given as text are written unchanged, numbers as they are."""
+        text = '{"q": 1.10}'
+        written = self._written_call(text)
+        return written is not None and text in written and f'"{text}"' not in written
+
+    def _written_call(self, arguments: Any) -> str | None:
+        call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
+        messages: Any = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        try:
+            return self.render(messages, None, False, bos_token="", eos_token="").text
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError):
+            return None
+
 
 @lru_cache(maxsize=16)
 def compiled(source: str) -> ChatTemplate:
@@ -146,7 +178,7 @@ def _emit(context: Context, value: Any) -> str:
     state.made(text)
     if isinstance(text, TracedText):
         return text.labelled(state.message)
-    return TracedText.of(text, None, state.message)
+    return TracedText.of(text, None, written_for=state.message)
 
 
 @jinja2.pass_context
@@ -237,9 +269,9 @@ def _tojson(
         return text
     if isinstance(value, TracedText):
         inside = text[1:-1]
-        middle = value if inside == value else TracedText.of(inside, source)
+        middle = value if inside == value else TracedText.of(inside, source, UNKNOWN)
         return concat(['"', middle, '"'])
-    return _json_runs(value, text) or TracedText.of(text, source)
+    return _json_runs(value, text) or TracedText.of(text, source, UNKNOWN)
 
 
 def _json_runs(value: Any, text: str) -> str | None:
@@ -286,7 +318,7 @@ class _Dict:
         return dict(*args, **values)
 
 
-class _Generation(Extension):
+class Generation(Extension):
     """TRL's and transformers' `{% generation %}`: here, its body."""
 
     tags = {"generation"}  # noqa: RUF012
@@ -323,7 +355,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def __init__(self) -> None:
         super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], cache_size=0
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols], cache_size=0
         )
         self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now, "dict": _Dict()}
         self.globals["namespace"] = Namespace

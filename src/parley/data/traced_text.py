@@ -24,8 +24,9 @@ class Source:
 
 
 Run = tuple[int, Source | None, int, int | None]
-"""So many characters; their source, None for the template's own text; where they begin in the source; and the message
-that the template was at when it wrote them, None while they are not written."""
+"""So many characters; their source, None for the template's own text; where they begin in the source, UNKNOWN where the
+template changed them; and the message that the template was at when it wrote them, None while they are not written."""
+UNKNOWN = -1
 
 
 class TracedText(str):
@@ -35,9 +36,9 @@ class TracedText(str):
     _runs: tuple[Run, ...]
 
     @classmethod
-    def of(cls, text: str, source: Source | None, written_for: int | None = None) -> TracedText:
-        """`text`, all of it from `source`."""
-        return cls._with(text, ((len(text), source, 0, written_for),))
+    def of(cls, text: str, source: Source | None, start: int = 0, written_for: int | None = None) -> TracedText:
+        """`text`, all of it from `source`, from `start` on."""
+        return cls._with(text, ((len(text), source, start, written_for),))
 
     @classmethod
     def _with(cls, text: str, runs: tuple[Run, ...]) -> TracedText:
@@ -90,13 +91,13 @@ class TracedText(str):
         text = str.__getitem__(self, slice(start, stop))
         if len(self._runs) == 1:
             _, source, begin, message = self._runs[0]
-            return self._with(text, ((len(text), source, begin + start, message),))
+            return self._with(text, ((len(text), source, _moved(begin, start), message),))
         runs: list[Run] = []
         at = 0
         for length, source, begin, message in self._runs:
             first, last = max(start, at), min(stop, at + length)
             if first < last:
-                runs.append((last - first, source, begin + first - at, message))
+                runs.append((last - first, source, _moved(begin, first - at), message))
             at += length
             if at >= stop:
                 break
@@ -115,7 +116,7 @@ class TracedText(str):
         """`text` that was made from this one: a Source, where there is one, is the origin of all of it."""
         if len(text) == len(self):
             return self._with(text, self._runs)
-        return self.of(text, source_of(self))
+        return self.of(text, source_of(self), UNKNOWN)
 
     def strip(self, chars: str | None = None, /) -> str:
         start = len(self) - len(str.lstrip(self, chars))
@@ -220,6 +221,10 @@ class TracedText(str):
         """The same text, written for `message` where it was not written before; `sources`: what somebody said too."""
         runs = [run if run[3] is not None or (run[1] and not sources) else (*run[:3], message) for run in self._runs]
         return self._with(self, tuple(runs))
+
+
+def _moved(start: int, by: int) -> int:
+    return start if start == UNKNOWN else start + by
 
 
 class SafeText(TracedText):

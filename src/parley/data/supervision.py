@@ -1,0 +1,139 @@
+"""Which spans of a rendered conversation are supervised: by role and place, loss weight and end-of-turn policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from parley.data.assistant_spans import RenderedConversation, Span, Turn
+from parley.data.conversation import WEIGHT, WEIGHT_SPANS, Message
+from parley.data.traced_text import UNKNOWN
+from parley.errors import DataError
+
+TrainOn = Literal["all", "last", "inputs", "nothing"] | list[str]
+EndTokens = Literal["turn", "last", "all", "none"]
+ControlText = Literal["auto", "text", "tokens"]
+
+
+@dataclass(frozen=True)
+class RenderOptions:
+    """How rows are rendered; config.DataSection has the same fields and says what they mean.
+
+    train_on: "all" assistant turns, the "last" one, "inputs" (every token), "nothing", or a list of roles. A message's
+        loss weight wins over it.
+    end_tokens: end-of-turn tokens of each supervised "turn", of the "last" one alone, of "all" assistant turns, "none".
+    control_tokens: control-token text inside a row is encoded as plain "text" or as "tokens"; "auto" takes it as plain
+        text in messages, and as tokens in rows of text, which are written in the model's format already.
+    """
+
+    train_on: TrainOn = "all"
+    end_tokens: EndTokens = "turn"
+    control_tokens: ControlText = "auto"
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Supervised spans of a text in order; `excluded` ones are not supervised, whatever token reaches into them."""
+
+    spans: list[Span]
+    excluded: list[Span]
+    closed: bool
+    """False where no supervised turn has an end of turn."""
+
+
+def supervise(
+    conversation: RenderedConversation, messages: Sequence[Message], options: RenderOptions, first: int = 0
+) -> Supervision:
+    """What is supervised of a conversation from message `first` on. `messages` carry the loss keys.
+
+    Raises DataError for a fractional weight, which the training step does not take.
+    """
+    chosen = _chosen(messages, options.train_on, first)
+    turns = [_Supervised.of(conversation, messages, index, index in chosen) for index in range(first, len(messages))]
+    if options.train_on == "inputs":
+        own = [start for index in range(first, len(messages)) for start, _ in conversation.regions[index][:1]]
+        spans = [(min(own, default=0) if first else 0, len(conversation.text))]
+        excluded = [span for turn in turns for span in turn.excluded]
+        return Supervision(spans, excluded, closed=True)
+    last = max((number for number, turn in enumerate(turns) if turn.spans), default=None)
+    spans, excluded = [], []
+    for number, turn in enumerate(turns):
+        spans += turn.with_end_tokens(options.end_tokens, number == last)
+        excluded += turn.excluded
+    supervised = [turn for turn in turns if turn.spans and turn.role == "assistant"]
+    return Supervision(sorted(spans), excluded, not supervised or any(turn.turn.closed for turn in supervised))
+
+
+def _chosen(messages: Sequence[Message], train_on: TrainOn, first: int) -> set[int]:
+    """The messages that are supervised where they have no weight of their own."""
+    if train_on == "inputs":
+        return set(range(first, len(messages)))
+    roles = train_on if isinstance(train_on, list) else [] if train_on == "nothing" else ["assistant"]
+    indices = [index for index in range(first, len(messages)) if messages[index]["role"] in roles]
+    return set(indices[-1:] if train_on == "last" else indices)
+
+
+@dataclass(frozen=True)
+class _Supervised:
+    """A turn with what is supervised of it."""
+
+    role: str
+    turn: Turn
+    spans: list[Span]
+    excluded: list[Span]
+
+    @classmethod
+    def of(
+        cls, conversation: RenderedConversation, messages: Sequence[Message], index: int, chosen: bool
+    ) -> _Supervised:
+        message = messages[index]
+        weight, pieces = message.get(WEIGHT), message.get(WEIGHT_SPANS) or []
+        for value in [weight, *(value for _, _, value in pieces)]:
+            _check_weight(value, index)
+        supervised = chosen if weight is None else bool(weight)
+        assistant = message["role"] == "assistant"
+        if not (supervised or pieces or weight is not None or assistant):
+            return cls(message["role"], Turn([], None, False), [], [])
+        turn = conversation.turn(index)
+        included = [span for s, e, value in pieces if value for span in _written(conversation, index, s, e)]
+        excluded = [span for s, e, value in pieces if not value for span in _written(conversation, index, s, e)]
+        if not supervised and weight is not None:
+            excluded += turn.spans if not included else []
+        return cls(message["role"], turn, turn.spans if supervised else included, excluded)
+
+    def with_end_tokens(self, policy: EndTokens, last: bool) -> Iterator[Span]:
+        end = self.turn.end_token
+        if not self.spans:
+            if policy == "all" and end is not None and self.role == "assistant":
+                yield end
+            return
+        kept = end is None or policy in ("turn", "all") or (policy == "last" and last)
+        for start, stop in self.spans:
+            if kept or end is None or not start <= end[0] < stop:
+                yield start, stop
+            elif start < end[0]:
+                yield start, end[0]
+
+
+def _check_weight(value: Any, index: int) -> None:
+    if value is not None and value not in (0, 1):
+        raise DataError(
+            f"turn {index + 1} has the loss weight {value:g}; the training step takes 0 and 1 alone: round it, or "
+            "leave the row out"
+        )
+
+
+def _written(conversation: RenderedConversation, index: int, start: int, end: int) -> Iterator[Span]:
+    """Where characters [start, end) of a message's content stand in the text."""
+    for (first, last), source, begin in conversation.words[index]:
+        if source.field != "content":
+            continue
+        if begin == UNKNOWN:
+            raise DataError(
+                f"the chat template rewrites the content of turn {index + 1}, so its spans cannot be followed; give "
+                "the whole turn a weight"
+            )
+        low, high = max(first, first + start - begin), min(last, first + end - begin)
+        if low < high:
+            yield low, high
