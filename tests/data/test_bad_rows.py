@@ -34,7 +34,7 @@ def prepared(tmp_path: Path, tiny_tokenizer: Any) -> Any:
     def of(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> Prepared:
         path = tmp_path / name
         path.write_bytes(lines(*rows))
-        defaults = {"source": str(path), "heldout_rows": 0, "bad_rows": "skip"}
+        defaults = {"source": str(path), "heldout_rows": 0, "bad_rows": "skip", "control_tokens": "tokens"}
         return prepare(DataSection(**(defaults | settings)), tiny_tokenizer, 256)
 
     return of

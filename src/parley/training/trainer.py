@@ -9,7 +9,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -30,6 +30,7 @@ from parley.config import DataSection, Overlong
 from parley.data.packing import DocumentCollator, PaddedCollator
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
+from parley.data.supervision import TrainOn
 from parley.errors import UsageError
 from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.models.quantization import quantization_of
@@ -50,7 +51,7 @@ class SFTTrainer(FusedTrainer):
     Args:
         engine, memory: see FusedTrainer.
         tokenizer: older name of `processing_class`.
-        train_on: "all" assistant turns, or only the "last" of each conversation.
+        train_on: as data.train_on: "all" assistant turns, the "last", "inputs", "nothing", or a list of roles.
         overlong: what becomes of rows over `max_length`, as `data.overlong` in a run's settings. Without a value they
             are dropped, with packing treated as TRL's strategy treats them, and cut at the start where
             `truncation_mode` is "keep_end".
@@ -75,7 +76,7 @@ class SFTTrainer(FusedTrainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        train_on: Literal["all", "last"] = "all",
+        train_on: TrainOn = "all",
         overlong: Overlong | None = None,
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
