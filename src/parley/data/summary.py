@@ -148,8 +148,7 @@ class DataSummary(BaseModel):
         lines = [f"dropped: {reason}" for reason in self.dropped]
         if self.shortened.count:
             lines.append("cut after its last turn that fits")
-        if self.control_tokens.count:
-            lines.append("has control tokens in its text, which the model reads as control tokens")
+        lines += [f"a row {note.removeprefix('rows ')}" for note in self.notes]
         return [*lines, self.unread_line()] if self.unread else lines
 
     def dropped_line(self) -> str:
