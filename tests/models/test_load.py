@@ -136,7 +136,7 @@ def test_without_config_or_weights(folder):
 @pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "klingon"}'])
 def test_unusable_config(folder, text):
     (folder / "config.json").write_text(text)
-    with pytest.raises(ModelError, match=r"config\.json cannot be used") as caught:
+    with pytest.raises(ModelError, match=r"config\.json") as caught:
         load_model(section(folder))
     assert "\n" not in str(caught.value)
 

@@ -6,10 +6,12 @@ import logging
 import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,9 +28,10 @@ from parley.config import DEMO_MODEL, ModelSection
 from parley.errors import DeviceError, ModelError, one_line
 from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.models.adapters import load_adapter, merge_adapter
-from parley.models.device import describe_device, pick_device, pick_dtype
+from parley.models.config_fields import check_config, check_index
+from parley.models.device import DTYPES, describe_device, pick_device, pick_dtype
 from parley.models.folder import adapter_chain, local_folder, model_folder
-from parley.models.quantization import plan_quantization
+from parley.models.quantization import check_quantised, plan_quantization
 from parley.models.tokenizer import (
     check_vocabulary,
     has_tokenizer,
@@ -42,6 +45,11 @@ __all__ = ["load_adapter", "load_model", "load_tokenizer", "require_chat_templat
 
 logger = logging.getLogger(__name__)
 
+# What transformers raises for fields that it does not check before it computes with them.
+MALFORMED = (
+    ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, RecursionError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
 WEIGHT_FILES = ["*.safetensors", "*.bin"]
 CHAT_HEADS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
@@ -105,10 +113,15 @@ def _read_config(folder: Path, section: ModelSection) -> PreTrainedConfig:
     name = section.name
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name}: {folder} has no config.json; give the folder that save_pretrained wrote")
+    if not section.trust_remote_code:  # a model with code of its own gives fields its own meaning
+        check_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (*MALFORMED, OSError, StrictDataclassError) as error:
         raise ModelError(f"{name}: config.json cannot be used: {one_line(error)}") from None
+    if not isinstance(config.get_text_config(), PreTrainedConfig):
+        raise ModelError(f"{name}: config.json has a text_config, which {config.model_type} models do not have")
+    config.return_dict = True  # a checkpoint may ask for tuples, and every caller reads named outputs
     heads = config.architectures or []
     own_code = "AutoModelForCausalLM" in vars(config).get("auto_map", {})
     if (type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code) or (
@@ -139,6 +152,7 @@ def _read_weights(
     files = [file for pattern in WEIGHT_FILES for file in folder.glob(pattern)]
     if not files:
         raise ModelError(f"{name}: {folder} has no weights (*.safetensors or *.bin); copy them there")
+    check_index(folder)
     extra = {} if quantization is None else {"quantization_config": quantization}
     try:
         with _quiet_transformers():
@@ -162,9 +176,11 @@ def _read_weights(
         ) from None
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
         raise ModelError(f"{name}: weights in {folder} are damaged ({one_line(error)}); download them again") from None
-    except (OSError, ValueError, RuntimeError) as error:
+    except (*MALFORMED, OSError, StrictDataclassError) as error:
         raise ModelError(f"{name}: cannot be loaded: {one_line(error)}") from None
     _check_complete(name, report)
+    check_quantised(name, model)
+    _check_finite(name, model)
     return model
 
 
@@ -185,6 +201,21 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
     if unused:
         logger.warning(
             "%s: %d weights are not part of the model and are ignored (%s ...)", name, len(unused), unused[0]
+        )
+
+
+@torch.no_grad()
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse weights with NaN or infinity, which answer the same token for ever; one sum a tensor, one wait in all."""
+    weights = {key: value for key, value in model.named_parameters() if value.dtype in DTYPES.values()}
+    if not weights:
+        return
+    sums = torch.stack([value.sum(dtype=torch.float32) for value in weights.values()])
+    if not sums.isfinite().all():
+        broken = [key for key, total in zip(weights, sums.tolist(), strict=True) if not isfinite(total)]
+        raise ModelError(
+            f"{name}: {broken[0]} and {len(broken) - 1} more weights hold NaN or infinity, not numbers; "
+            "download them again, or train again with a lower learning rate"
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from transformers import BitsAndBytesConfig, PreTrainedConfig
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from parley.config import ModelSection
 from parley.errors import ModelError
@@ -36,6 +37,16 @@ def plan_quantization(config: PreTrainedConfig, section: ModelSection, dtype: to
         bnb_4bit_use_double_quant=section.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
+
+
+def check_quantised(name: str, model: PreTrainedModel) -> None:
+    """Raises ModelError where config.json promises 4-bit weights and the checkpoint's are not."""
+    for path, module in model.named_modules():
+        if isinstance(module, Linear4bit) and not isinstance(module.weight, Params4bit):
+            raise ModelError(
+                f"{name}: config.json has a quantization_config of 4 bits and the weights of {path} are not quantised; "
+                "remove it there, or download the checkpoint again"
+            )
 
 
 def quantization_of(config: PreTrainedConfig) -> str:

@@ -51,6 +51,11 @@ def read_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
         raise ModelError(
             f"{section.name}: the tokenizer in {folder} cannot be read ({one_line(error)}); download its files again"
         ) from error
+    if not isinstance(tokenizer.model_max_length, int | float):
+        raise ModelError(
+            f"{section.name}: model_max_length in tokenizer_config.json is "
+            f"{one_line(repr(tokenizer.model_max_length), 60)}, wanted a number"
+        )
     _choose_pad_token(tokenizer, section.name)
     if section.chat_template is not None:
         tokenizer.chat_template = _read_template(section.chat_template, tokenizer)
