@@ -143,8 +143,9 @@ def serving() -> Iterator[Callable[..., Running]]:
         if stop_ids is None:
             stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
         scheduler = Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue)
-        vocab_size = loaded.model.get_input_embeddings().num_embeddings
-        model = ServedModel(loaded.tokenizer, loaded.names, loaded.settings, loaded.system, decoder.length, vocab_size)
+        model = ServedModel(
+            loaded.tokenizer, loaded.names, loaded.settings, loaded.system, decoder.length, decoder.vocab_size
+        )
         service = Service(model, scheduler)
         bound, ready = bind("127.0.0.1", 0), threading.Event()
         all_limits = Limits(max_open_requests=max_num_seqs + max_queue, **limits)

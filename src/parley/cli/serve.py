@@ -116,7 +116,7 @@ def _serve(
         settings=loaded.settings,
         system=loaded.system,
         max_model_len=decoder.length,
-        vocab_size=loaded.model.get_input_embeddings().weight.shape[0],
+        vocab_size=decoder.vocab_size,
     )
     stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
     with Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue) as scheduler:
