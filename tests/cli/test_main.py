@@ -13,7 +13,7 @@ from parley.cli import main as main_module
 from parley.cli import train as train_module
 from parley.cli.terminal import importing
 
-COMMANDS = ["demo", "train", "chat", "inspect", "eval", "doctor"]
+COMMANDS = list(main_module.COMMANDS)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])

@@ -23,9 +23,11 @@ def bench(
     output: Annotated[Path | None, typer.Option(help="Also append the JSON lines to this file.")] = None,
     who: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
-    """Time a training job on Parley and its peers, each in its own process, in turn.
+    """Time a training job on Parley and its peers, one after the other.
 
-    JSON lines on stdout, a Markdown table on stderr. Example: parley bench demo --against trl
+    Each runs in its own process. JSON lines on stdout, a Markdown table on stderr.
+
+    Example: parley bench demo --against trl
     """
     trainers = renamed_option("--who", who, "--trainers", trainers)
     quiet_libraries()

@@ -19,7 +19,7 @@ STYLES = {"good": "green", "note": "yellow", "bad": "bold red"}
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check this machine for training and generation, and say what to change.
+    """Check what this machine can do, and say what to change.
 
     Exit code 1 if something is bad.
     """

@@ -39,7 +39,9 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     slots: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
 ) -> None:
-    """Answer every prompt of a file. One that cannot be answered gets an `error` in OUTPUT, and the exit code is 1.
+    """Answer every prompt of a file.
+
+    One that cannot be answered gets an `error` in OUTPUT, and the exit code is 1.
 
     Example: parley generate questions.txt --model runs/demo --output answers.jsonl
     """
