@@ -106,6 +106,26 @@ def test_a_value_of_a_whole_file_is_shown_in_part() -> None:
     assert len(str(caught.value)) < 300
 
 
+def test_settings_are_written_without_secrets() -> None:
+    config = RunConfig.create(
+        {
+            "training": {
+                "hub_token": "s3cret",
+                "pad_token": "<pad>",
+                "lr_scheduler_kwargs": {"api_key": "s3cret", "deeper": [{"WANDB_API_KEY": "s3cret", "kept": 1}]},
+                "run_name": "x hf_abcdefghijklmnopqrstuvwx",
+            },
+            "model": {"max_seq_length": 64},
+        }
+    )
+    text = config.to_yaml()
+    assert "s3cret" not in text
+    assert "hf_abc" not in text
+    for kept in ("pad_token: <pad>", "kept: 1", "max_seq_length: 64", "run_name: x hf_***"):
+        assert kept in text
+    assert config.training.model_dump()["hub_token"] == "s3cret"
+
+
 def test_importing_parley_loads_no_torch() -> None:
     code = (
         "import sys, parley, parley.config; assert parley.__version__; "
