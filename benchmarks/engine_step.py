@@ -1,11 +1,11 @@
-"""The fast step alone, on random weights in published shapes: is it right, how long does it take, where does it go.
+"""The fused step by itself, on random weights in published shapes: its gradients, its time, its kernels.
 
     python benchmarks/engine_step.py check --shape 1b
     python benchmarks/engine_step.py time --shape 1b --quantization nf4
     python benchmarks/engine_step.py time --shape 1b --kernels 30
 
-`check` sets gradients beside the plain path and beside float32; `time` prints one RESULT line of JSON for each size of
-step, and with `--kernels` the kernels of one step by their share of it.
+`check` compares gradients with the plain path and with float32. `time` prints one RESULT line of JSON for each step
+size, and with `--kernels` the kernels of one step by their share of its time.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from parley.config import LLAMA_PROJECTIONS
 from parley.data.packing import Document
+from parley.data.tokens import IGNORE_INDEX
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
+from parley.units import GIB
 
-GIB = 2**30
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": dict(
         hidden_size=2048,
@@ -101,30 +102,30 @@ def _linear(linear: nn.Linear, quantization: str) -> nn.Linear:
     return new
 
 
-def conversations(tokens: int, documents: int, supervised: float, seed: int, *, even: bool = False) -> list[Document]:
-    """Random documents, of uneven length unless `even`, that add up to `tokens`, the tail of each supervised."""
+def random_documents(tokens: int, count: int, supervised: float, seed: int, *, even: bool = False) -> list[Document]:
+    """Random documents of `tokens` in all, of uneven length unless `even`; the last part of each is supervised."""
     rng = np.random.default_rng(seed)
-    shares = np.full(documents, 1 / documents) if even else rng.dirichlet(np.full(documents, 3.0))
+    shares = np.full(count, 1 / count) if even else rng.dirichlet(np.full(count, 3.0))
     lengths = np.maximum((shares * tokens).astype(int), 8)
     lengths[-1] = max(tokens - lengths[:-1].sum(), 8)
-    examples = []
+    documents = []
     for length in lengths:
         ids = rng.integers(0, 128000, length)
-        labels = np.where(np.arange(length) >= length * (1 - supervised), ids, -100)
-        examples.append(Document.from_lists(ids, labels))
-    return examples
+        labels = np.where(np.arange(length) >= length * (1 - supervised), ids, IGNORE_INDEX)
+        documents.append(Document.from_lists(ids, labels))
+    return documents
 
 
-def plain_gradient(model: PeftModel, examples: list[Document], dtype: torch.dtype) -> tuple[float, torch.Tensor]:
-    """Loss and all adapter gradients in a row, through transformers, PEFT and autograd, a document at a time."""
-    count = sum(e.supervised_tokens for e in examples)
+def plain_gradient(model: PeftModel, documents: list[Document], dtype: torch.dtype) -> tuple[float, torch.Tensor]:
+    """Loss and all adapter gradients, flat, through transformers, PEFT and autograd, one document at a time."""
+    count = sum(document.supervised_tokens for document in documents)
     loss_sum = 0.0
-    for e in examples:
-        ids = torch.tensor(e.ids_L, device="cuda").long()[None]
-        target = torch.tensor(e.label_L[1:], device="cuda").long()
+    for document in documents:
+        ids = torch.tensor(document.ids_L, device="cuda").long()[None]
+        target = torch.tensor(document.label_L[1:], device="cuda").long()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             logits = model(ids).logits[0, :-1]
-        loss = functional.cross_entropy(logits.float(), target, ignore_index=-100, reduction="sum") / count
+        loss = functional.cross_entropy(logits.float(), target, ignore_index=IGNORE_INDEX, reduction="sum") / count
         loss.backward()
         loss_sum += loss.item()
     gradient = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
@@ -132,13 +133,13 @@ def plain_gradient(model: PeftModel, examples: list[Document], dtype: torch.dtyp
     return loss_sum, gradient
 
 
-def fast_gradient(
-    model: PeftModel, examples: list[Document], plan: MemoryPlan, passes: int = 1
+def fused_gradient(
+    model: PeftModel, documents: list[Document], plan: MemoryPlan, passes: int = 1
 ) -> tuple[float, torch.Tensor]:
     step = FusedStep(bind(model), plan)
-    count = sum(e.supervised_tokens for e in examples)
+    count = sum(document.supervised_tokens for document in documents)
     for _ in range(passes):
-        step.forward_backward(examples, count)
+        step.forward_backward(documents, count)
     step.bound.flat.expose_gradients()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     model.zero_grad(set_to_none=True)
@@ -151,65 +152,68 @@ def check(shape: str, quantization: str) -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.01)
-    examples = conversations(1601, 7, 0.4, 0)
+    documents = random_documents(1601, 7, 0.4, 0)
     plans = {
         "eager": MemoryPlan(),
         "graph": MemoryPlan(graph_tokens=8192),
         "linear": MemoryPlan(saved="linear", cache_matrices=False, logits_rows=100),
-        "inputs, split": MemoryPlan(saved="layer_inputs", cache_matrices=False, tokens=500),
-        "inputs, graph": MemoryPlan(saved="layer_inputs", cache_matrices=False, tokens=900, graph_tokens=8192),
+        "layer_inputs, split": MemoryPlan(saved="layer_inputs", cache_matrices=False, tokens=500),
+        "layer_inputs, graph": MemoryPlan(saved="layer_inputs", cache_matrices=False, tokens=900, graph_tokens=8192),
         "attention_offloaded": MemoryPlan(
             saved="attention_offloaded", cache_matrices=False, mlp_rows=512, logits_rows=100
         ),
     }
-    results = {"plain bf16": plain_gradient(model, examples, torch.bfloat16)}
+    results = {"plain bf16": plain_gradient(model, documents, torch.bfloat16)}
     for name, plan in plans.items():
-        results[name] = fast_gradient(model, examples, plan, passes=3 if plan.graph_tokens else 1)
-    results["one document at a time"] = fast_gradient(model, examples, MemoryPlan(tokens=1))
-    long = conversations(6000, 2, 0.4, 0)
+        results[name] = fused_gradient(model, documents, plan, passes=3 if plan.graph_tokens else 1)
+    results["one document at a time"] = fused_gradient(model, documents, MemoryPlan(tokens=1))
+    long = random_documents(6000, 2, 0.4, 0)
     results["long plain"] = plain_gradient(model, long, torch.bfloat16)
-    results["long"] = fast_gradient(model, long, MemoryPlan(positions=8192))
+    results["long"] = fused_gradient(model, long, MemoryPlan(positions=8192))
     if quantization == "none":
-        loss, exact = plain_gradient(model.float(), examples, torch.float32)
+        loss, exact = plain_gradient(model.float(), documents, torch.float32)
         long_loss, long_exact = plain_gradient(model, long, torch.float32)
     else:
         (loss, exact), (long_loss, long_exact) = results["plain bf16"], results["long plain"]
     for name, (its_loss, gradient) in results.items():
         wanted, wanted_loss = (long_exact, long_loss) if name.startswith("long") else (exact, loss)
         error = ((gradient - wanted).norm() / wanted.norm()).item()
-        print(f"{shape} {quantization} {name:24} loss {its_loss:.5f} ({wanted_loss:.5f}) gradient off by {error:.2e}")
+        print(
+            f"{shape} {quantization} {name:24} loss {its_loss:.5f} ({wanted_loss:.5f})"
+            f" relative gradient error {error:.2e}"
+        )
 
 
-class Timed:
-    """A model with its step and optimizer, as a trainer would drive them."""
+class TrainingLoop:
+    """A model with its fused step and optimizer; a call is one optimizer step, as the trainer does it."""
 
-    def __init__(self, shape: str, quantization: str, memory: Any, examples: list[Document]) -> None:
+    def __init__(self, shape: str, quantization: str, memory: Any, documents: list[Document]) -> None:
         torch.cuda.reset_peak_memory_stats()
         bound = bind(build(shape, quantization))
-        lengths = np.array([len(example.ids_L) for example in examples])
-        plan = make_plan(bound, memory, lengths, len(examples))
+        lengths = np.array([len(example.ids_L) for example in documents])
+        plan = make_plan(bound, memory, lengths, len(documents))
         print("\n".join(plan.describe()), flush=True)
         self.step = FusedStep(bound, plan)
         self.flat = self.step.bound.flat
         self.optimizer = bitsandbytes.optim.AdamW8bit([self.flat.weight_Z], lr=2e-4, weight_decay=0.01)
 
-    def __call__(self, examples: list[Document]) -> None:
-        self.step.forward_backward(examples, sum(e.supervised_tokens for e in examples))
+    def __call__(self, documents: list[Document]) -> None:
+        self.step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
         norm = torch.linalg.vector_norm(self.flat.grad_Z)
         self.flat.grad_Z.mul_(torch.clamp(1.0 / (norm + 1e-6), max=1.0))
         self.optimizer.step()
 
 
-def milliseconds(timed: Timed, examples: list[Document], repeats: int) -> tuple[float, float, float]:
-    """Median over `repeats` steps that each wait for the device as logging does, the host's share of one, the first."""
+def milliseconds(loop: TrainingLoop, documents: list[Document], repeats: int) -> tuple[float, float, float]:
+    """Median over `repeats` steps, each until the device is done; the median until the host is; the first step."""
     start = time.perf_counter()
-    timed(examples)
+    loop(documents)
     torch.cuda.synchronize()
     first = time.perf_counter() - start
     walls, hosts = [], []
     for _ in range(repeats):
         start = time.perf_counter()
-        timed(examples)
+        loop(documents)
         hosts.append(time.perf_counter() - start)
         torch.cuda.synchronize()
         walls.append(time.perf_counter() - start)
@@ -217,41 +221,46 @@ def milliseconds(timed: Timed, examples: list[Document], repeats: int) -> tuple[
 
 
 def report(shape: str, quantization: str, memory: Any, sizes: list[list[Document]], repeats: int, listed: int) -> None:
-    timed = Timed(shape, quantization, memory, max(sizes, key=lambda examples: sum(len(e.ids_L) for e in examples)))
-    for examples in sizes:
-        timed(examples)
-        wall, host, first = milliseconds(timed, examples, repeats)
+    loop = TrainingLoop(
+        shape,
+        quantization,
+        memory,
+        max(sizes, key=lambda documents: sum(len(document.ids_L) for document in documents)),
+    )
+    for documents in sizes:
+        loop(documents)
+        wall, host, first = milliseconds(loop, documents, repeats)
         result = dict(
             shape=shape,
             quantization=quantization,
             memory=memory,
-            saved=timed.step.plan.saved,
-            tokens=sum(len(e.ids_L) for e in examples),
-            documents=len(examples),
-            supervised=sum(e.supervised_tokens for e in examples),
+            saved=loop.step.plan.saved,
+            tokens=sum(len(document.ids_L) for document in documents),
+            documents=len(documents),
+            supervised=sum(document.supervised_tokens for document in documents),
             step_ms=round(wall, 2),
             host_ms=round(host, 2),
             first_ms=round(first, 1),
-            loss=round(float(timed.step.metrics_3[0]) / sum(e.supervised_tokens for e in examples), 4),
+            loss=round(float(loop.step.metrics_3[0]) / sum(document.supervised_tokens for document in documents), 4),
             peak_allocated_gib=round(torch.cuda.max_memory_allocated() / GIB, 2),
-            predicted_gib=round(timed.step.plan.predicted_bytes / GIB, 2),
+            predicted_gib=round(loop.step.plan.predicted_bytes / GIB, 2),
             peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
         )
         print("RESULT " + json.dumps(result), flush=True)
         if listed:
-            list_kernels(timed, examples, listed)
+            list_kernels(loop, documents, listed)
 
 
-def list_kernels(timed: Timed, examples: list[Document], listed: int) -> None:
+def list_kernels(loop: TrainingLoop, documents: list[Document], listed: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
     with torch_profile(activities=[ProfilerActivity.CUDA]) as recorded:
-        timed(examples)
+        loop(documents)
         torch.cuda.synchronize()
     rows = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
     total = sum(row.device_time_total for row in rows)
-    print(f"{sum(len(e.ids_L) for e in examples)} tokens: {total / 1000:.2f} ms in kernels")
+    print(f"{sum(len(document.ids_L) for document in documents)} tokens: {total / 1000:.2f} ms in kernels")
     for row in rows[:listed]:
         print(f"{row.device_time_total / 1000:8.3f} ms {row.count:5d} x  {row.key[:110]}")
 
@@ -273,7 +282,7 @@ def main() -> None:
         check(args.shape, args.quantization)
         return
     memory = args.memory if args.memory in ("auto", "low") else float(args.memory)
-    sizes = [conversations(t, args.documents, args.supervised, t, even=args.even) for t in args.tokens]
+    sizes = [random_documents(t, args.documents, args.supervised, t, even=args.even) for t in args.tokens]
     report(args.shape, args.quantization, memory, sizes, args.repeats, args.kernels)
 
 

@@ -2,10 +2,10 @@
 
     python benchmarks/loss_parity.py RUN --splits 8x1,4x2 --steps 200,60
 
-The rows, their order, the adapter's first values and all hyperparameters are the run's; model, PEFT, collator (padded)
-and trainer are stock, once for each way of splitting a step into batches, so that it is seen what TRL itself moves by.
-Prints the largest relative differences of losses and, where TRL went as far as the run did, of the final held-out
-loss, and a RESULT line of JSON; ends with 1 when a step's loss is over 0.5% away.
+The rows, their order, the adapter's initial values and all hyperparameters are the run's; model, PEFT, collator
+(padded) and trainer are stock. TRL runs once for each split of a step into micro-batches, which shows how much its own
+losses vary. Prints the largest relative differences of losses, of the final held-out loss where TRL took all steps, and
+a RESULT line of JSON. Exits with 1 when a step's loss differs by more than 0.5%.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ BOUND = 0.005
 Losses = list[dict[str, float]]
 
 
-class Watch(TrainerCallback):
-    """Notes every logged loss and stops after `steps`."""
+class LossRecorder(TrainerCallback):
+    """Records every logged loss and stops after `steps`."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
-        self.seen: Losses = []
+        self.losses: Losses = []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if logs and "loss" in logs:
-            self.seen.append(logs)
+            self.losses.append(logs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop = state.global_step >= self.steps
 
 
-def stock(
+def train_stock(
     folder: RunFolder, split: str, steps: int, total_steps: int, *, unrounded: bool = False
 ) -> tuple[Losses, float | None]:
-    """What stock TRL logs on the run's batches, split as "8x1" says, and its held-out loss at the end.
+    """The losses of stock TRL on the run's batches, split as in "8x1" (batch x accumulation), and its held-out loss.
 
-    `unrounded`: the adapters go back to float32, after TRL has made them bfloat16, which it does on quantised models.
+    `unrounded`: adapters are set back to float32 after TRL has cast them to bfloat16, as it does on quantised models.
     """
     config = folder.config
     batch, accumulate = map(int, split.split("x"))
-    held = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
-    assert batch * accumulate == held, f"{split} is no way to split {held} conversations"
+    per_step = config.training.per_device_train_batch_size * config.training.gradient_accumulation_steps
+    assert batch * accumulate == per_step, f"{split} does not split a step of {per_step} rows"
     setup = prepare_training(config, Console(quiet=True))
-    watch = Watch(steps)
+    recorder = LossRecorder(steps)
     with tempfile.TemporaryDirectory() as scratch:
         args, _ = sft_config(config, Path(scratch), pick_device(config.model.device))
         args.save_strategy, args.max_steps = "no", total_steps
@@ -68,13 +68,13 @@ def stock(
         args.gradient_checkpointing = False  # changes no loss
         adapters = [(p, p.data) for p in setup.model.parameters() if p.requires_grad]
         trainer = trl.SFTTrainer(
-            setup.model, args, train_dataset=setup.data.train, processing_class=setup.tokenizer, callbacks=[watch]
+            setup.model, args, train_dataset=setup.data.train, processing_class=setup.tokenizer, callbacks=[recorder]
         )
         for parameter, value in adapters if unrounded else ():
             parameter.data = value
         trainer.train()
         args, _ = sft_config(config, Path(scratch), pick_device(config.model.device))
-        judge = SFTTrainer(
+        evaluator = SFTTrainer(
             setup.model,
             args,
             train_dataset=setup.data.train,
@@ -82,11 +82,11 @@ def stock(
             processing_class=setup.tokenizer,
             engine="plain",
         )
-        heldout = None if setup.data.heldout is None else judge.evaluate()["eval_loss"]
-    return watch.seen, heldout
+        heldout = None if setup.data.heldout is None else evaluator.evaluate()["eval_loss"]
+    return recorder.losses, heldout
 
 
-def apart(ours: Losses, theirs: Losses) -> float:
+def max_relative_difference(ours: Losses, theirs: Losses) -> float:
     """The largest relative difference of a step's loss."""
     return max(abs(a["loss"] - b["loss"]) / abs(b["loss"]) for a, b in zip(ours, theirs, strict=False))
 
@@ -105,26 +105,26 @@ def main() -> int:
     results = {}
     splits, steps = options.splits.split(","), [int(count) for count in options.steps.split(",")]
     for split, count in zip(splits, [*steps, *steps[-1:] * len(splits)], strict=False):
-        results[split] = stock(folder, split, count, ours[-1]["step"], unrounded=options.unrounded)
+        results[split] = train_stock(folder, split, count, ours[-1]["step"], unrounded=options.unrounded)
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     first, *others = results.values()
 
     print("step  loss: parley, trl " + ", trl ".join(results) + "; grad norm: parley, trl")
-    for step, (mine, *all_theirs) in enumerate(zip_longest(ours, *(seen for seen, _ in results.values())), 1):
+    for step, (own, *others_at_step) in enumerate(zip_longest(ours, *(losses for losses, _ in results.values())), 1):
         if step <= 3 or step % 20 == 0:
-            losses = ", ".join(f"{logs['loss']:.4f}" for logs in (mine, *all_theirs) if logs)
-            norms = ", ".join(f"{logs['grad_norm']:.4f}" for logs in (mine, *all_theirs[:1]) if logs)
+            losses = ", ".join(f"{logs['loss']:.4f}" for logs in (own, *others_at_step) if logs)
+            norms = ", ".join(f"{logs['grad_norm']:.4f}" for logs in (own, *others_at_step[:1]) if logs)
             print(f"{step:4d}  {losses}; {norms}")
-    whole = len(first[0]) == len(ours) and first[1] is not None
+    complete = len(first[0]) == len(ours) and first[1] is not None
     result = {
         "steps": len(first[0]),
-        "max_relative_difference": apart(ours, first[0]),
+        "max_relative_difference": max_relative_difference(ours, first[0]),
         "bound": BOUND,
-        "trl_moves_by": max((apart(seen, first[0]) for seen, _ in others), default=None),
-        "heldout_relative_difference": abs(final - first[1]) / first[1] if whole and first[1] else None,
-        "heldout": [final, first[1]] if whole else None,
+        "trl_moves_by": max((max_relative_difference(losses, first[0]) for losses, _ in others), default=None),
+        "heldout_relative_difference": abs(final - first[1]) / first[1] if complete and first[1] else None,
+        "heldout": [final, first[1]] if complete else None,
         "least_grad_norm": min(event["grad_norm"] for event in ours),
     }
     print("RESULT " + json.dumps(result))

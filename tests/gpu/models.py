@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,6 +24,16 @@ def llama(vocabulary: int, dtype: torch.dtype) -> LlamaForCausalLM:
         eos_token_id=None,
     )
     return LlamaForCausalLM(config).to("cuda", dtype)
+
+
+def quantised(model: LlamaForCausalLM) -> LlamaForCausalLM:
+    """The same with NF4 projections and double quantisation, as the course's checkpoint has them."""
+    for path in [name for name, _ in model.named_modules() if name.endswith("_proj")]:
+        linear = model.get_submodule(path)
+        packed = Linear4bit(linear.in_features, linear.out_features, False, torch.bfloat16, True, "nf4")
+        packed.weight = Params4bit(linear.weight.data.cpu(), False, quant_type="nf4", compress_statistics=True)
+        model.set_submodule(path, packed.to("cuda"))
+    return model
 
 
 def adapted(model: LlamaForCausalLM, deviation: float) -> PeftModel:

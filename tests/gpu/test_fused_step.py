@@ -1,13 +1,16 @@
-"""The fast step on a GPU: Triton kernels, 4-bit weights and CUDA graphs against transformers, PEFT and autograd."""
+"""The fused step on a GPU: Triton kernels, 4-bit weights and CUDA graphs against transformers, PEFT and autograd."""
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
+from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 from tests.gpu import models
 from torch.nn import functional
 
 from parley.data.packing import Document
+from parley.data.tokens import IGNORE_INDEX
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan
@@ -16,8 +19,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 VOCABULARY = 1000
 
 
-def llama() -> PeftModel:
-    return models.adapted(models.llama(VOCABULARY, torch.bfloat16), 0.02)
+def llama(*, nf4: bool = False) -> PeftModel:
+    model = models.llama(VOCABULARY, torch.bfloat16)
+    return models.adapted(models.quantised(model) if nf4 else model, 0.02)
 
 
 def documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
@@ -25,25 +29,31 @@ def documents(lengths: tuple[int, ...], seed: int = 0) -> list[Document]:
     made = []
     for length in lengths:
         ids = rng.integers(0, VOCABULARY, length)
-        made.append(Document.from_lists(ids, np.where(rng.random(length) < 0.5, ids, -100)))
+        made.append(Document.from_lists(ids, np.where(rng.random(length) < 0.5, ids, IGNORE_INDEX)))
     return made
 
 
 def exact_gradient(model: PeftModel, examples: list[Document]) -> tuple[float, torch.Tensor]:
-    """In float32, of weights rounded as the step reads them."""
+    """In float32, of weights rounded to bfloat16 as the step reads them."""
     model.float()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state).bfloat16().float()
+            dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="cuda")
+            dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+            model.set_submodule(path, dense)
     count = sum(example.supervised_tokens for example in examples)
     total = 0.0
     for example in examples:
         logits_LV = model(torch.tensor(example.ids_L, device="cuda").long()[None]).logits[0, :-1]
         target_L = torch.tensor(example.label_L[1:], device="cuda").long()
-        loss = functional.cross_entropy(logits_LV, target_L, ignore_index=-100, reduction="sum") / count
+        loss = functional.cross_entropy(logits_LV, target_L, ignore_index=IGNORE_INDEX, reduction="sum") / count
         loss.backward()
         total += loss.item()
     return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
-def fast_gradient(step: FusedStep, model: PeftModel, examples: list[Document]) -> tuple[float, torch.Tensor]:
+def fused_gradient(step: FusedStep, model: PeftModel, examples: list[Document]) -> tuple[float, torch.Tensor]:
     count = sum(example.supervised_tokens for example in examples)
     step.forward_backward(examples, count)
     step.bound.flat.expose_gradients()
@@ -60,9 +70,10 @@ def fast_gradient(step: FusedStep, model: PeftModel, examples: list[Document]) -
         MemoryPlan(positions=4096, saved="layer_inputs", cache_matrices=False, logits_rows=50, tokens=200),
     ],
 )
-def test_gradients(lengths: tuple[int, ...], plan: MemoryPlan) -> None:
-    examples, model = documents(lengths), llama()
-    loss, gradient = fast_gradient(FusedStep(bind(model), plan), model, examples)
+@pytest.mark.parametrize("nf4", [False, True])
+def test_gradients(lengths: tuple[int, ...], plan: MemoryPlan, nf4: bool) -> None:
+    examples, model = documents(lengths), llama(nf4=nf4)
+    loss, gradient = fused_gradient(FusedStep(bind(model), plan), model, examples)
     model.zero_grad()
     wanted_loss, wanted = exact_gradient(model, examples)
     assert loss == pytest.approx(wanted_loss, rel=2e-3)
@@ -76,7 +87,7 @@ def test_a_replayed_graph_reads_new_documents_weights_and_counts() -> None:
     eager = FusedStep(bind(fresh), MemoryPlan())
     for seed, lengths in enumerate([(100, 20, 130), (100, 20, 130), (60, 60, 60, 60), (7, 240), (3, 3, 190)]):
         examples = documents(lengths, seed)
-        results = [fast_gradient(step, m, examples) for step, m in ((graphed, model), (eager, fresh))]
+        results = [fused_gradient(step, m, examples) for step, m in ((graphed, model), (eager, fresh))]
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
         assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
         for step in (graphed, eager):
@@ -101,12 +112,12 @@ def test_compiling_ahead_launches_nothing_and_leaves_the_gradient_as_it_is() -> 
                 step.compile()
                 assert not step.bound.flat.grad_Z.any()
                 assert not step.metrics_3.any()
-            results.append([fast_gradient(step, model, examples) for _ in range(2)][-1])
+            results.append([fused_gradient(step, model, examples) for _ in range(2)][-1])
         assert results[0][0] == results[1][0]
         assert torch.equal(results[0][1], results[1][1])
 
 
-def test_all_that_a_pass_launches_is_compiled_ahead() -> None:
+def test_every_kernel_of_a_pass_is_compiled_ahead() -> None:
     triton = pytest.importorskip("triton")
     from parley.train_step.kernels import attention, nf4, pointwise
     from parley.train_step.kernels import cross_entropy as loss
@@ -121,7 +132,7 @@ def test_all_that_a_pass_launches_is_compiled_ahead() -> None:
     step = FusedStep(bind(llama()), MemoryPlan(graph_tokens=1024, tokens=1000))
     step.compile()
     compiled: list[str] = []
-    triton.knobs.runtime.jit_post_compile_hook = lambda **said: compiled.append(said["fn"].name)
+    triton.knobs.runtime.jit_post_compile_hook = lambda **event: compiled.append(event["fn"].name)
     try:
         for lengths in ((100, 20, 130), (3, 7), (999,)):
             examples = documents(lengths)
