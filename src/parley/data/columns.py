@@ -24,15 +24,19 @@ class Fields:
         self.row, self.origin, self.data = row, origin, data
         self.own: dict[str, str] = {}
         for names in spellings:
-            column = next((name for name in candidates(names, data) if lookup(row, name) is not None), None)
-            if column is not None:
-                self.own[names[0]] = column
+            for column in candidates(names, data) if data.columns else names:
+                if row.get(column) is not None or ("." in column and lookup(row, column) is not None):
+                    self.own[names[0]] = column
+                    break
 
     def value(self, canonical: str) -> Any:
         return lookup(self.row, self.own[canonical]) if canonical in self.own else None
 
     def text(self, canonical: str) -> str:
-        return text_of(self.value(canonical), f"{self.origin}: field {self.own.get(canonical, canonical)!r}")
+        value = self.value(canonical)
+        if value is None or (isinstance(value, str) and value.isascii()):  # most, and without building their place
+            return value or ""
+        return text_of(value, f"{self.origin}: field {self.own[canonical]!r}")
 
     def flags(self) -> list[str]:
         """The columns that are loss flags of the whole row."""
