@@ -33,7 +33,7 @@ from parley.inference.interface import DecodeRequest
 
 GREEDY = GenerationSection(temperature=0)
 NO_ENDS: frozenset[int] = frozenset()
-TURN = 50  # questions that one of the two answers before the other does
+ROUND = 50  # questions that Parley answers before transformers answers the same
 
 
 def report(what: str, value: float, unit: str, **more: Any) -> None:
@@ -63,18 +63,18 @@ def prompts_of(count: int, tokens: int, vocabulary: int = 20000) -> list[list[in
 
 
 def answer(
-    decoder: StaticCacheDecoder, asked: dict[int, DecodeRequest]
+    decoder: StaticCacheDecoder, requests: dict[int, DecodeRequest]
 ) -> tuple[dict[int, list[int]], float, float, float]:
     """The answers, and seconds from the start until prompts are read, until the first tokens and until the last."""
     synchronize()
     start = time.perf_counter()
-    decoder.admit(asked)
+    decoder.admit(requests)
     synchronize()
     read, first = time.perf_counter() - start, 0.0
-    ids: dict[int, list[int]] = {slot: [] for slot in asked}
-    while told := decoder.decode():
+    ids: dict[int, list[int]] = {slot: [] for slot in requests}
+    while emitted := decoder.decode():
         first = first or time.perf_counter() - start
-        for slot, tokens in told.items():
+        for slot, tokens in emitted.items():
             ids[slot] += [token.id for token in tokens]
     return ids, read, first, time.perf_counter() - start
 
@@ -84,13 +84,13 @@ def rate(
 ) -> float:
     """Tokens a second of `rows` answers of `tokens`: the median of three rounds."""
     settings = settings.model_copy(update={"max_new_tokens": tokens})
-    asked = {
+    requests = {
         slot: DecodeRequest(prompt, settings, NO_ENDS, slot, **more)
         for slot, prompt in enumerate(prompts_of(rows, context))
     }
     rates = []
     for _ in range(3):
-        ids, read, _, whole = answer(decoder, asked)
+        ids, read, _, whole = answer(decoder, requests)
         assert all(len(row) == tokens for row in ids.values())
         rates.append(rows * tokens / (whole - read if rows > 1 else whole))
     return statistics.median(rates)
@@ -115,9 +115,9 @@ def on_gpu(model: Any, quantization: str, slots: int, profile: bool) -> None:
         f"{of}: first token of a 200-token prompt", statistics.median(firsts[2:]), "ms", worst=round(max(firsts[2:]), 2)
     )
     report(f"{of}: batch 1, greedy", rate(decoder, 1, 64, 512, GREEDY), "tokens/s")
-    report(f"{of}: batch 1, drawn with min_p", rate(decoder, 1, 64, 512, sampled), "tokens/s")
+    report(f"{of}: batch 1, sampled with min_p", rate(decoder, 1, 64, 512, sampled), "tokens/s")
     cut = GenerationSection(temperature=1.0, min_p=0, top_p=0.9, top_k=50)
-    report(f"{of}: batch 1, drawn with top_k and top_p", rate(decoder, 1, 64, 256, cut), "tokens/s")
+    report(f"{of}: batch 1, sampled with top_k and top_p", rate(decoder, 1, 64, 256, cut), "tokens/s")
     for rows in (2, 4, 8, 16):
         report(f"{of}: batch {rows}", rate(decoder, rows, 64, 256, GREEDY), "tokens/s")
     for rows in (64,):
@@ -168,7 +168,7 @@ def show_kernels(decoder: StaticCacheDecoder, rows: int, context: int) -> None:
         pass
     kernels = sorted(recorded.key_averages(), key=lambda row: -row.device_time_total)
     total = sum(row.device_time_total for row in kernels)
-    print(f"batch {rows}: {total / 1000:.2f} ms in kernels, {1000 * wall:.2f} ms in all, {tokens} tokens told a row")
+    print(f"batch {rows}: {total / 1000:.2f} ms in kernels, {1000 * wall:.2f} ms in all, {tokens} tokens a row")
     for row in kernels[:18]:
         mean = row.device_time_total / row.count
         print(f"{row.device_time_total / 1000:9.3f} ms {row.count:6d} x {mean:8.2f} us  {row.key[:90]}")
@@ -190,7 +190,7 @@ def transformers_rate(model: Any, tokens: int, static: bool) -> float:
 
 
 def on_cpu(model: Any, tokenizer: Any, count: int, name: str) -> None:
-    """The same questions one at a time and in batches, by turns with transformers: both meet the same machine."""
+    """The same questions singly and in batches, alternating with transformers, so that both have the same load."""
     ends = frozenset(end_of_turn_ids(model, tokenizer))
     settings = GenerationSection(temperature=0, max_new_tokens=128)
     prompts = [render_prompt(tokenizer, question.messages) for question in heldout_questions()[:count]]
@@ -198,8 +198,8 @@ def on_cpu(model: Any, tokenizer: Any, count: int, name: str) -> None:
     for batch in (1, 16):
         decoder = StaticCacheDecoder.of(model, slots=batch, length=640)
         ours, theirs, seconds = [], [], []
-        for first in range(0, count, TURN):
-            some = prompts[first : first + TURN]
+        for first in range(0, count, ROUND):
+            some = prompts[first : first + ROUND]
             start = time.perf_counter()
             ours += in_batches(decoder, some, settings, ends)
             between = time.perf_counter()

@@ -121,4 +121,6 @@ def test_the_last_exchange_is_undone(base: Any, tiny_tokenizer: Any) -> None:
     assert session.undo() == "And the sea?"
     assert session.turns == [{"role": "user", "content": "Ahoy!"}, {"role": "assistant", "content": first}]
     session.close()
+    assert [thread for thread in threading.enumerate() if thread.name.startswith("parley-scheduler")] == []
     assert "".join(session.say("And the sea?"))
+    session.close()

@@ -62,6 +62,7 @@ class ChatSession:
         kept. Raises DataError for a text that is not Unicode, as bytes that
         are not UTF-8 give on a terminal, and when the conversation fills the model's context.
         """
+        # A terminal gives bytes that are not UTF-8 as lone surrogates, which no tokenizer takes.
         text_of(self.system, "the system turn")
         question = {"role": "user", "content": text_of(text, "the message")}
         pieces = self._generator.stream([*self.messages, question], self.settings, base=self.use_base)
@@ -74,7 +75,7 @@ class ChatSession:
                 for piece in pieces:
                     answer += piece
                     yield piece
-        finally:
+        finally:  # also where the caller closes the iterator: what was shown stays part of the conversation
             if answer:
                 self.turns += [question, {"role": "assistant", "content": answer}]
 

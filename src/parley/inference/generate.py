@@ -127,6 +127,7 @@ class Generator:
     def _answers(
         self, indices: Sequence[int], requests: Sequence[Request], errors: dict[int, ParleyError], return_errors: bool
     ) -> abc.Generator[tuple[int, str | ParleyError]]:
+        # Errors first: they are known before anything is generated.
         yield from errors.items()
         if not requests:
             return
@@ -186,6 +187,7 @@ class Generator:
                 yield scheduler
 
     def _length_for(self, requests: Sequence[Request]) -> int:
+        # Doubling keeps the number of decoders of a growing chat logarithmic in its length.
         length = MIN_LENGTH
         needed = max(len(request.prompt_ids) + request.settings.max_new_tokens for request in requests)
         while length < needed:
@@ -197,7 +199,7 @@ class Generator:
         if self.plain_because is not None:
             return None
         if length > self._length or self._scheduler is None or self._scheduler.error is not None:
-            self.close()
+            self.close()  # the old decoder first: two would not fit into memory where one does
             try:
                 decoder = StaticCacheDecoder.of(self.model, slots=self.slots, length=length, fuse=self.fuse)
             except Unsupported as reason:
@@ -205,6 +207,7 @@ class Generator:
                 logger.debug("answers go through transformers: %s", reason)
                 return None
             self._scheduler = Scheduler(decoder, self.tokenizer, end_of_turn_ids(self.model, self.tokenizer))
+            # Not __del__: the finalizer also runs at interpreter exit, where the thread would keep the process.
             self._finalizer = weakref.finalize(self, self._scheduler.close, drain=False)
             self._length = length
         return self._scheduler
@@ -218,7 +221,7 @@ def make_decoder(model: PreTrainedModel | PeftModel, *, slots: int, length: int)
     length = min(length, context_length(model) or length)
     try:
         decoder = StaticCacheDecoder.of(model, slots=slots, length=length)
-        decoder.warm_up()
+        decoder.warm_up()  # inside the try: capturing graphs takes memory, too
     except Unsupported as reason:
         logger.info("answers go through transformers, which is slower: %s", reason)
         return TransformersDecoder(model, slots=slots, length=length)
@@ -247,6 +250,7 @@ def generate(
     DataError for a prompt that fills the context.
     """
     slots = max(1, min(batch_size, len(conversations)))
+    # fuse=False: copying all weights costs more than one call gains.
     with Generator(model, tokenizer, slots=slots, engine=engine, fuse=False) as generator:
         answers = dict(generator.answers(conversations, settings, tools, base))
     return [answers[index] for index in range(len(conversations))]

@@ -23,5 +23,6 @@ class KVCache:
 
     def move(self, source: int, target: int, positions: int) -> None:
         """Copy the first `positions` of one row to another."""
+        # Only the filled positions: rows are as long as the context.
         for layer_B2GLE in self.layers:
             layer_B2GLE[target, :, :, :positions] = layer_B2GLE[source, :, :, :positions]

@@ -69,7 +69,7 @@ class DecodeLinear:
         """y_TN. `adapter_T1`: t of each row; None leaves the adapter out."""
         if self.weight_NK is None:
             y_TN = self._by_projection(x_TK)
-        elif x_TK.shape[0] > 1 and matmul.uses_onednn(self.dtype, self.device):
+        elif self._uses_onednn(x_TK):
             y_TN = matmul.linear(x_TK, self.weight_NK, x_TK.new_empty(0), self.linear.bias_N)
         else:
             y_TN = functional.linear(x_TK, self.weight_NK, self.linear.bias_N)
@@ -77,13 +77,18 @@ class DecodeLinear:
 
     def add_to(self, h_TN: Tensor, x_TK: Tensor, adapter_T1: Tensor | None) -> None:
         """h += y, in place."""
-        if self.weight_NK is None or matmul.uses_onednn(self.dtype, self.device):
+        # oneDNN has no accumulating product, and without W in one matrix there are several products.
+        if self.weight_NK is None or self._uses_onednn(x_TK):
             h_TN += self(x_TK, adapter_T1)
             return
         h_TN.addmm_(x_TK, self.weight_NK.t())
         if self.linear.bias_N is not None:
             h_TN += self.linear.bias_N
         self._add_lora(x_TK, adapter_T1, h_TN)
+
+    def _uses_onednn(self, x_TK: Tensor) -> bool:
+        """oneDNN is faster from two rows on; for one row both only read the weights."""
+        return x_TK.shape[0] > 1 and matmul.uses_onednn(self.dtype, self.device)
 
     def _by_projection(self, x_TK: Tensor) -> Tensor:
         y_TN = x_TK.new_empty(x_TK.shape[0], self.linear.out_features)

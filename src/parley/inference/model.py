@@ -52,15 +52,18 @@ class DecoderModel:
         linears = self.linears[index]
         linears.o.add_to(h_TD, out_TD, adapter_T1)
         gate_up_T2F = linears.gate_up(self._norm(h_TD, self.weights.layers[index].post_attention_norm_D), adapter_T1)
+        # The kernel writes into a given buffer, so that CUDA graphs own all memory of a step.
         act_TF = gate_up_T2F.new_empty(gate_up_T2F.shape[0], gate_up_T2F.shape[1] // 2)
         self.ops.swiglu(gate_up_T2F, act_TF)
         linears.down.add_to(h_TD, act_TF, adapter_T1)
 
     def logits(self, h_TD: Tensor) -> Tensor:
         """fp32, (T, V)."""
+        # The head has no adapter: bind refuses models whose head is trained.
         return self.head(self._norm(h_TD, self.weights.norm_D), None).float()
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
+        # PyTorch's fused function is the faster one on a CPU, the training step's kernel on a GPU.
         if not x_TD.is_cuda:
             return functional.rms_norm(x_TD, weight_D.shape, weight_D, self.weights.eps)
         out_TD = torch.empty_like(x_TD)

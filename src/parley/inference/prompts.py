@@ -35,6 +35,7 @@ def context_length(model: PreTrainedModel) -> int | None:
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the checkpoint's, the tokenizer's and the chat template's own."""
     declared = model.generation_config.eos_token_id
+    # The three differ in many checkpoints: base models that were tuned to chat keep the base's end of text.
     ends = set(declared if isinstance(declared, list) else [declared])
     ends |= {tokenizer.eos_token_id, _end_of_turn_in_template(tokenizer)}
     return sorted(end for end in ends if end is not None)

@@ -21,6 +21,9 @@ class QkvRotary:
 
     def gather(self, position_T: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Cosines and sines (T, H, E) at these positions, for each of `shapes`."""
+        if len(position_T) == 1:  # a view costs less than a gather
+            index = int(position_T)
+            return [(cos[index : index + 1], sin[index : index + 1]) for cos, sin in self.tables]
         return [(cos.index_select(0, position_T), sin.index_select(0, position_T)) for cos, sin in self.tables]
 
     def rotate(self, layer: int, qkv_TC: Tensor, gathered: list[tuple[Tensor, Tensor]]) -> Tensor:

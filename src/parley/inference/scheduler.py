@@ -126,9 +126,10 @@ class Scheduler:
         Raises DataError for a prompt that is empty, leaves no room for an answer or has ids outside the vocabulary, and
         for a stop string that cannot match; QueueFull; Closed.
         """
-        handle = self._handle(request, deliver)
+        handle = self._handle(request, deliver)  # outside the lock: it copies the prompt and reads the tokenizer
         with self._changed:
             self._check_open()
+            # Waiting requests that will take a free slot at the next admission do not count against the queue.
             free = self._decoder.slots - len(self._active)
             if self._queue_limit is not None and len(self._waiting) - free >= self._queue_limit:
                 raise QueueFull(f"all {self._decoder.slots} slots are taken and {self._queue_limit} requests wait")
@@ -156,6 +157,7 @@ class Scheduler:
                 handle.cancelled = True
             self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
             self._changed.notify_all()
+        # Outside the lock, as everywhere: a callback may call back into the scheduler.
         for handle in dropped:
             handle.deliver(Closed("the server was stopped before the answer was finished"))
         self._worker.join()
@@ -261,6 +263,7 @@ class Scheduler:
                 outputs.append((handle, output))
                 if isinstance(output, Exception) or output.finish_reason:
                     self._release(slot)
+        # Slots are released before chunks are delivered: who has read the last chunk finds its slot free.
         with self._changed:
             self._tokens += counted
         for handle, output in outputs:

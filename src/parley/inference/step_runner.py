@@ -42,6 +42,7 @@ class StepOutputs:
     def copy_from(self, state: SlotState, features: SamplingFeatures) -> None:
         """Start the copy of `state`, of as many rows or fewer, into these pinned buffers."""
         assert self.copied is not None
+        # Log-probabilities are most of the bytes and rarely asked for.
         names = ["fields_BX", "token_BU"]
         if features.logprobs:
             names += ["logprob_BU", "top_BUA", "top_logprob_BUA"]
@@ -66,8 +67,9 @@ class InFlightSteps:
         num_sampled_B, running_B = fields[:, NUM_SAMPLED].tolist(), fields[:, RUNNING].tolist()
         emitted: dict[int, list[Token]] = {}
         for row, (request, num_sampled, running) in enumerate(zip(self.running, num_sampled_B, running_B, strict=True)):
-            if request.finished:
+            if request.finished:  # released, or ended in an earlier launch: its slot may belong to another by now
                 continue
+            # Tokens since the last read, each in the column of its number in the answer.
             columns = [index % len(token_BU[row]) for index in range(request.num_read, num_sampled)]
             if columns:
                 emitted[request.slot] = [self._token(token_BU[row][column], row, column) for column in columns]

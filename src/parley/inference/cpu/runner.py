@@ -32,6 +32,7 @@ class EagerRunner:
         """Nothing is compiled or captured."""
 
     def prefill(self, requests: Sequence[DecodeRequest], start: int) -> int:
+        # The pass ends with the prompt's last token, so the first token is sampled here and needs no step.
         logits_JV = self._prefill(requests, start).cpu()
         state = self.state.rows(start, start + len(requests))
         sample_and_advance(logits_JV, state, SamplingFeatures.of(requests))
@@ -43,9 +44,11 @@ class EagerRunner:
         for _ in range(steps):
             logits_BV = decode_step(self.model, self.cache, self.rotary, state).cpu()
             sample_and_advance(logits_BV, state, features)
+        # The outputs are views of the state: they are read before the next launch, as launches_ahead is 0.
         return InFlightSteps(running, StepOutputs.of(state))
 
     def emitted(self, row: int, ids: Sequence[int]) -> None:
+        # Answers are prefixes, too: a chat's next prompt repeats them.
         self.prefixes.append(row, ids)
 
     def move(self, source: int, target: int, positions: int) -> None:

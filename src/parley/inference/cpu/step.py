@@ -22,6 +22,7 @@ def decode_step(model: DecoderModel, cache: KVCache, rotary: QkvRotary, state: S
     weights, device = model.weights, model.weights.device
     position_B = state.ints(POSITION).long().to(device)
     row_B = torch.arange(len(position_B), device=device)
+    # Attention reads the cache up to the longest row; a mask hides the rest from shorter ones.
     length = int(state.ints(POSITION).max()) + 1
     rotary_at_positions = rotary.gather(position_B)
     masks = [_mask(position_B, length, shape, weights.dtype) for shape in rotary.shapes]
@@ -31,7 +32,11 @@ def decode_step(model: DecoderModel, cache: KVCache, rotary: QkvRotary, state: S
         if layer.qk_norm is not None:
             qkv_BC = apply_qk_norm(qkv_BC, shape, layer.qk_norm)
         x_BHE = rotary.rotate(index, qkv_BC, rotary_at_positions)
-        cached_B2GLE[row_B, :, :, position_B] = x_BHE[:, shape.heads :].unflatten(1, (2, shape.kv_heads))
+        kv_B2GE = x_BHE[:, shape.heads :].unflatten(1, (2, shape.kv_heads))
+        if len(row_B) == 1:  # a copy costs less than a scatter
+            cached_B2GLE[0, :, :, length - 1].copy_(kv_B2GE[0])
+        else:
+            cached_B2GLE[row_B, :, :, position_B] = kv_B2GE
         # Query heads that share a key head are queries of one head (B, G, H / G, E), so that no key is repeated.
         q_BGHE = x_BHE[:, : shape.heads].unflatten(1, (shape.kv_heads, -1))
         k_BGLE, v_BGLE = cached_B2GLE[: len(row_B), :, :, :length].unbind(1)
