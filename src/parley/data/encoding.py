@@ -138,7 +138,7 @@ def _encode_plain(tokenizer: Any, text: MaskedText, control: ControlTokens) -> R
     spans = [(place(start), place(end)) for start, end in text.spans]
     excluded = [(place(start), place(end)) for start, end in text.excluded]
     there = MaskedText("", spans, excluded, head=text.head, tail=text.tail, notes=text.notes)
-    return _masked(there, ids, lambda token: encoding.offsets[token], control.ids)
+    return _masked(there, ids, encoding.token_to_chars, control.ids)
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ def supervise(
     if options.train_on == "inputs":
         own = [start for index in range(first, len(messages)) for start, _ in conversation.regions[index][:1]]
         spans = [(min(own, default=0) if first else 0, len(conversation.text))]
-        excluded = [span for turn in turns for span in turn.excluded]
+        excluded = [span for turn in turns for span in (turn.turn.spans if turn.silenced else turn.excluded)]
         return Supervision(spans, excluded, closed=True)
     last = max((number for number, turn in enumerate(turns) if turn.spans), default=None)
     spans, excluded = [], []
@@ -76,12 +76,13 @@ def _chosen(messages: Sequence[Message], train_on: TrainOn, first: int) -> set[i
 
 @dataclass(frozen=True)
 class _Supervised:
-    """A turn with what is supervised of it."""
+    """A turn with what is supervised of it; `silenced` by a weight of 0 that holds for all of it."""
 
     role: str
     turn: Turn
     spans: list[Span]
     excluded: list[Span]
+    silenced: bool
 
     @classmethod
     def of(
@@ -94,13 +95,12 @@ class _Supervised:
         supervised = chosen if weight is None else bool(weight)
         assistant = message["role"] == "assistant"
         if not (supervised or pieces or weight is not None or assistant):
-            return cls(message["role"], Turn([], None, False), [], [])
+            return cls(message["role"], Turn([], None, False), [], [], False)
         turn = conversation.turn(index)
         included = [span for s, e, value in pieces if value for span in _written(conversation, index, s, e)]
         excluded = [span for s, e, value in pieces if not value for span in _written(conversation, index, s, e)]
-        if not supervised and weight is not None:
-            excluded += turn.spans if not included else []
-        return cls(message["role"], turn, turn.spans if supervised else included, excluded)
+        silenced = weight == 0 and not included
+        return cls(message["role"], turn, turn.spans if supervised else included, excluded, silenced)
 
     def with_end_tokens(self, policy: EndTokens, last: bool) -> Iterator[Span]:
         end = self.turn.end_token

@@ -372,6 +372,17 @@ class _Environment(ImmutableSandboxedEnvironment):
             "parley_kept": _kept,
         }
 
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            _check_format(value.__self__)
+            return wrapped(*args, **kwargs)
+
+        return checked
+
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "+":
             result = left + right
@@ -388,8 +399,6 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             if name in _RESIZING:
                 _check_sizes(args, kwargs)
-            elif name in ("format", "format_map"):
-                _check_format(owner)
             elif name == "join":
                 __obj = lambda parts: join(owner, parts)  # noqa: E731
             elif name == "replace" and len(args) > 1 and len(owner) * len(args[1]) > MAX_CHARACTERS:
