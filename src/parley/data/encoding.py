@@ -73,7 +73,7 @@ def encode_texts(tokenizer: Any, texts: Sequence[MaskedText]) -> list[Rendered |
     return rows
 
 
-def _masked(text: MaskedText, ids: list[int], chars: Callable[[int], Span], control: frozenset[int]) -> Rendered:
+def _masked(text: MaskedText, ids: list[int], chars: Callable[[int], Any], control: frozenset[int]) -> Rendered:
     mask = token_mask(ids, chars, text.spans, text.excluded, control)
     mask = [False] * len(text.head) + mask + [bool(text.spans)] * len(text.tail)
     return Rendered(text.head + ids + text.tail, mask, text.notes)
@@ -81,7 +81,7 @@ def _masked(text: MaskedText, ids: list[int], chars: Callable[[int], Span], cont
 
 def token_mask(
     ids: list[int],
-    chars: Callable[[int], Span],
+    chars: Callable[[int], Any],
     spans: Sequence[Span],
     excluded: Sequence[Span],
     control: frozenset[int],
