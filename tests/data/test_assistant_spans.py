@@ -32,9 +32,6 @@ LOOP = "{% for m in messages %}BODY{% endfor %}"
 ASK = "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}{% endif %}"
 HEADER = "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>' }}"
 CALLS = (
-    "{% for c in m.tool_calls %}{{ '<call>' + c.function.name + (c.function.arguments | tojson) }}</call>"
-    "{% endfor %}"
-)
     "{% for c in m.tool_calls %}{{ '<call>' + c.function.name + (c.function.arguments | tojson) }}</call>{% endfor %}"
 )
 MECHANISMS = {
