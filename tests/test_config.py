@@ -106,6 +106,92 @@ def test_a_value_of_a_whole_file_is_shown_in_part() -> None:
     assert len(str(caught.value)) < 300
 
 
+DEFAULTS = {
+    "output": "runs/parley",
+    "model.name": "parley-demo",
+    "model.max_seq_length": 2048,
+    "model.double_quantization": True,
+    "model.trust_remote_code": False,
+    "data.date": "2024-07-26",
+    "data.split": "train",
+    "data.heldout_rows": 64,
+    "data.limit": None,
+    "data.streaming": False,
+    "lora.r": 16,
+    "lora.lora_alpha": 16.0,
+    "lora.lora_dropout": 0.0,
+    "lora.bias": "none",
+    "lora.use_rslora": False,
+    "lora.loftq": False,
+    "training.engine": "auto",
+    "training.memory": "auto",
+    "training.per_device_train_batch_size": 2,
+    "training.gradient_accumulation_steps": 4,
+    "training.max_steps": -1,
+    "training.num_train_epochs": 1.0,
+    "training.learning_rate": 2e-4,
+    "training.warmup_steps": 5.0,
+    "training.weight_decay": 0.01,
+    "training.lr_scheduler_type": "linear",
+    "training.gradient_checkpointing": True,
+    "training.logging_steps": 1.0,
+    "training.save_steps": 500.0,
+    "training.seed": 3407,
+    "generation.max_new_tokens": 512,
+    "generation.temperature": 1.5,
+    "generation.min_p": 0.1,
+    "generation.top_p": 1.0,
+    "generation.top_k": 0,
+    "generation.repetition_penalty": 1.0,
+    "generation.seed": None,
+    "report.from_heldout": 4,
+    "report.max_new_tokens": 128,
+    "report.examples": 4,
+}
+
+
+def test_defaults_are_those_of_the_course(tmp_path: Path) -> None:
+    values = RunConfig().model_dump(mode="json")
+    for name, expected in DEFAULTS.items():
+        value: Any = values
+        for key in name.split("."):
+            value = value[key]
+        assert value == expected, name
+    assert values["lora"]["target_modules"] == [f"{part}_proj" for part in ["q", "k", "v", "o", "gate", "up", "down"]]
+
+
+@pytest.mark.parametrize(
+    ("override", "allowed"),
+    [
+        ("data.limit=1", True),
+        ("data.limit=0", False),
+        ("training.max_steps=1", True),
+        ("training.max_steps=2147483647", True),
+        ("training.max_steps=2147483648", False),
+        ("training.seed=4294967295", True),
+        ("generation.min_p=1", True),
+        ("generation.min_p=1.01", False),
+        ("generation.top_p=1.01", False),
+        ("generation.max_new_tokens=0", False),
+        ("report.examples=0", True),
+        ("report.examples=-1", False),
+        ("model.max_seq_length=8", True),
+        ("model.max_seq_length=7", False),
+        ("lora.lora_dropout=0.99", True),
+        ("lora.r=16384", True),
+        ("lora.r=16385", False),
+        ("output=" + "x" * 255, True),
+        ("output=" + "x" * 256, False),
+    ],
+)
+def test_limits(override: str, allowed: bool) -> None:
+    if allowed:
+        RunConfig.create({}, [override])
+        return
+    with pytest.raises(UsageError):
+        RunConfig.create({}, [override])
+
+
 def test_settings_are_written_without_secrets() -> None:
     config = RunConfig.create(
         {

@@ -250,11 +250,14 @@ def test_held_out_losses_between_steps_are_in_the_report_and_it_can_be_written_a
     assert (result.folder.path / "report.json").read_text() == before
 
 
-def test_training_goes_on_from_a_checkpoint(configured: Callable[..., RunConfig], tmp_path: Path) -> None:
+def test_training_goes_on_from_a_checkpoint(
+    configured: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     whole = train(configured("training.max_steps=4", f"output={tmp_path / 'whole'}"), QUIET)
     steps = "training.max_steps=4"
     train(configured(steps, "training.save_steps=2", f"output={tmp_path / 'first'}"), QUIET)
-    checkpoint = tmp_path / "first" / "checkpoints" / "checkpoint-2"
+    checkpoint = "~/first/checkpoints/checkpoint-2"
     again = train(
         configured(steps, f"training.resume_from_checkpoint={checkpoint}", f"output={tmp_path / 'second'}"), QUIET
     )

@@ -41,6 +41,8 @@ def test_every_error_is_one_short_visible_line(kind: type[ParleyError]) -> None:
 def test_shortening_keeps_both_ends() -> None:
     assert shorten_middle("a" * 10 + "b" * 10, 15) == "aaaaa ... bbbbb"
     assert shorten_middle("short", 5) == "short"
+    assert one_line("x" * 240) == "x" * 240
+    assert len(one_line("x" * 241)) == 240
     assert one_line("x" * 300).endswith("...")
     assert one_line(KeyError()) == "KeyError"
 

@@ -35,7 +35,7 @@ MAX_SEED = 2**32 - 1  # NumPy's generator takes 32 bits, and transformers seeds 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file name and of a path on Linux
 
 
-def _checked_path(text: str) -> str:
+def checked_path(text: str) -> str:
     """`text`, a path or a hub id, with `~` expanded. Raises ValueError for what no file system takes."""
     if not text.strip():
         raise ValueError("it is empty; wanted a path or a hub id")
@@ -49,8 +49,8 @@ def _checked_path(text: str) -> str:
         raise ValueError(f"{text.partition('/')[0]} is no user of this machine; write the path out") from None
 
 
-PathText = Annotated[str, AfterValidator(_checked_path)]
-CheckedPath = Annotated[Path, AfterValidator(lambda path: Path(_checked_path(str(path))))]
+PathText = Annotated[str, AfterValidator(checked_path)]
+CheckedPath = Annotated[Path, AfterValidator(lambda path: Path(checked_path(str(path))))]
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
@@ -233,7 +233,7 @@ class RunConfig(Section):
     @classmethod
     def create(cls, values: dict[str, Any] | None = None, overrides: Iterable[str] = ()) -> RunConfig:
         """Validate nested `values` with `a.b=c` overrides applied. Raises UsageError in one line."""
-        values = dict(values or {})
+        values = dict(values or {})  # overrides change a copy
         for override in overrides:
             _apply_override(values, override)
         _check_values(values)
@@ -285,7 +285,7 @@ def nearest(wrong: str, known: Iterable[str]) -> str | None:
         initials = "".join(word[:1] for word in name.split("_"))
         return max(difflib.SequenceMatcher(None, wrong, text).ratio() for text in (name, initials))
 
-    best = max(sorted(known), key=likeness)
+    best = max(sorted(known), key=likeness)  # sorted, so that a tie has one answer
     return best if likeness(best) > LEAST_LIKENESS else None
 
 
@@ -357,7 +357,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
+    first = error.errors()[0]  # one line names one fault; the count tells of the others
     path = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         section = RunConfig

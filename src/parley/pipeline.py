@@ -116,7 +116,7 @@ def _run(
     setup.data.bad_rows.write_to(folder.bad_rows)
     progress = ProgressLine(console, log)
     trainer = build_trainer(setup, args, [log, progress])
-    setup.model = trainer.model
+    setup.model = trainer.model  # TRL may have wrapped it
     timer.end("trainer")
 
     # 1. Evaluate the base model. An adapter that starts at zero can be switched off later: its base's answers are
@@ -134,7 +134,7 @@ def _run(
     timer.end("evaluation before")
 
     # 2. Train, and save the weights unless they are broken.
-    meter = ResourceMeter(device)
+    meter = ResourceMeter(device)  # resets the peak: that of training is reported
     interrupted = run_training(trainer, setup, folder, log, progress)
     timer.end("training")
     report.steps = steps_of_events(log.events)

@@ -120,6 +120,8 @@ REFUSED: list[tuple[str, str]] = [
     ("training.bf16=true && training.fp16=true", "training"),
     ("training.fsdp=nonsense", "fsdp"),
     ("training.resume_from_checkpoint=/no/such", "no checkpoint there"),
+    ("training.resume_from_checkpoint=~no-such-user/x", "is no user"),
+    (f"training.deepspeed={'x' * 300}", "at most 4095 bytes"),
     ("training.hub_strategy=nonsense", "training"),
     ("training.debug=nonsense", "training"),
     # paths

@@ -45,6 +45,7 @@ def evaluate(
     model, tokenizer = folder.load()
     prepared = _measured_rows(config, tokenizer, data, rows)
     setup = TrainingSetup(config, pick_device(config.model.device), model, tokenizer, prepared)
+    # The trainer wants an output folder; nothing of an evaluation is kept there.
     with tempfile.TemporaryDirectory(prefix="parley-eval-") as scratch:
         args, _ = sft_config(config, Path(scratch), setup.device)
         trainer = SFTTrainer(
@@ -55,7 +56,7 @@ def evaluate(
             processing_class=tokenizer,
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.bind_fused_step()
+        trainer.bind_fused_step()  # while the adapter is on: binding reads it
         scores = {}
         reason = base_obstacle(model)
         if reason is None:

@@ -39,6 +39,7 @@ def heldout_scores(setup: TrainingSetup, trainer: SFTTrainer, console: Console) 
         return Scores()
     with console.status("measuring held-out loss"):
         metrics = trainer.evaluate()
+    # The first evaluation comes before the first step, and tells which metrics there are.
     check_best_metric(trainer.args, metrics)
     return Scores(heldout_loss=metrics["eval_loss"], heldout_tokens=metrics["eval_supervised_tokens"])
 
@@ -51,6 +52,7 @@ def answer_questions(
     The demo's answers are rated as well: its world knows which are right and which talk like a pirate.
     """
     greedy = GenerationSection(temperature=0, min_p=0, max_new_tokens=setup.config.report.max_new_tokens)
+    # Greedy, so that only training can change the answers.
     model, tokenizer = setup.model, setup.tokenizer
     with console.status("answering held-out questions"):
         prompts = [question.messages for question in questions]

@@ -43,6 +43,7 @@ def report_questions(
         except ParleyError as error:
             raise UsageError(f"report.questions: {text[:40]!r}: {error}") from None
     heldout: list[Question] = []
+    # Not all are rendered: a data set may hold out thousands, and a handful is shown.
     for example in heldout_examples:
         if len(heldout) == config.report.from_heldout:
             break
@@ -75,7 +76,7 @@ def _is_answerable(question: Question, tokenizer: Any, context: int | None) -> b
 
 
 def _check_answerable(question: Question, tokenizer: Any, context: int | None) -> None:
-    if not question.messages:
+    if not question.messages:  # a row with an empty prompt trains, but some templates write nothing for it
         raise DataError("a conversation without a message")
     tokens = len(render_prompt(tokenizer, question.messages))
     if context is not None and tokens >= context:

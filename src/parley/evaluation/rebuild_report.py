@@ -32,6 +32,7 @@ def rebuild_report(run: Path, console: Console | None = None) -> Path:
     report = _read_report(folder.path / "report.json", console) or report_of_settings(config)
     events = _read_events(folder.events, console)
     steps = steps_of_events(events)
+    # A run that died wrote report.json before its first step, and every step to events.jsonl.
     if len(steps) > len(report.steps):
         report.steps = steps
     _add_heldout_losses(report, events)
@@ -57,7 +58,7 @@ def _read_events(path: Path, console: Console) -> list[dict[str, Any]]:
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
-            event = None
+            event = None  # the last line of a run that was killed may be half a line
         if isinstance(event, dict) and isinstance(event.get("step"), int):
             events.append(event)
         else:
@@ -69,6 +70,7 @@ def _read_events(path: Path, console: Console) -> list[dict[str, Any]]:
 
 def _read(path: Path, console: Console) -> str | None:
     try:
+        # is_file() is False for devices and pipes, which a stranger's folder may link to and which never end.
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             print_text(console, f"{path}: missing, or not what training writes; left out")
             return None

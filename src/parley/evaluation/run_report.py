@@ -62,7 +62,7 @@ def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
     for event in events:
         if event.get("event") == "step":
             row = {name: event.get(EVENT_KEYS.get(name, name)) for name in StepFigures.model_fields}
-            try:
+            try:  # a line may be a stranger's, or of another version
                 figures = StepFigures.model_validate(row)
             except ValidationError:
                 continue
@@ -76,6 +76,7 @@ def next_commands(config: RunConfig) -> list[str]:
     chat = f"parley chat {config.output}"
     if config.model.name == DEMO_MODEL:
         return [chat, "parley train --model meta-llama/Llama-3.2-1B-Instruct --data your-conversations.jsonl"]
+    # The demo's scores are in its report already; own data is worth another look.
     return [chat, f"parley eval {config.output}"]
 
 

@@ -36,7 +36,7 @@ class EventLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started = self._last_time = perf_counter()
+        self._started = self._last_time = perf_counter()  # an evaluation before training has its own clock
         self.begun = True
         self.write({"event": "start", "step": state.global_step, "max_steps": state.max_steps})
 
@@ -56,6 +56,7 @@ class EventLog(TrainerCallback):
             "seconds": now - self._started,
             **logs,
         }
+        # transformers logs three kinds of figures through one hook and does not say which.
         if "eval_loss" in logs:
             event["event"] = "eval"
         elif "loss" in logs:
@@ -74,6 +75,7 @@ class EventLog(TrainerCallback):
 
     def write(self, event: dict[str, Any]) -> None:
         self.events.append(event)
+        # Opened for each line: a run that is killed leaves whole lines, and no open file to close.
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(event) + "\n")
 
@@ -108,6 +110,7 @@ class ProgressLine(TrainerCallback):
         last = self.log.steps[-1]
         figures = f"loss {last['loss']:.3f} · {last['tokens_per_s']:,.0f} tokens/s · {last['memory_gib']:.2f} GiB"
         self.progress.update(self.task, completed=state.global_step, figures=figures)
+        # A log file gets ten lines, not a bar drawn over itself.
         if not self.console.is_terminal and state.global_step >= self._next_line:
             self._next_line = state.global_step + max(1, state.max_steps // 10)
             print_text(self.console, f"step {state.global_step}/{state.max_steps} · {figures}")

@@ -18,7 +18,7 @@ from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import SFTConfig
 
-from parley.config import MAX_COUNT, RunConfig
+from parley.config import MAX_COUNT, RunConfig, checked_path
 from parley.errors import UsageError, one_line
 from parley.text import shorten_middle
 
@@ -33,6 +33,8 @@ class Range(NamedTuple):
     low: float
     high: float
 
+
+PATHS = ("resume_from_checkpoint", "deepspeed", "fsdp_config")
 
 # Fields of SFTConfig that neither the library nor a copy built from them bounds.
 RANGES = {
@@ -61,6 +63,12 @@ def check_types(values: dict[str, Any]) -> dict[str, Any]:
     """
     declared = {name: field.type for name, field in SFTConfig.__dataclass_fields__.items()}
     converted = {name: _converted(name, value, declared[name]) for name, value in values.items()}
+    for name in PATHS:
+        if isinstance(converted.get(name), str):
+            try:
+                converted[name] = checked_path(converted[name])
+            except ValueError as error:
+                raise setting_error(name, error) from None
     if converted.get("bf16") and converted.get("fp16"):
         raise setting_error("fp16", "bf16 is true as well; set one of the two")
     return converted

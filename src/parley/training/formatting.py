@@ -32,6 +32,7 @@ def flat_rows(values: dict[str, Any], totals: dict[str, str] | None = None) -> l
 
 def figure(value: Any) -> str:
     """A number with thousands separators and four significant digits at most; anything else as str does."""
+    # bool is an int in Python, and True is no figure.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
@@ -50,7 +51,7 @@ def gib(amount: float) -> str:
 
 def duration(seconds: float) -> str:
     """0.4 s, 12 s, 3 min 05 s, 2 h 03 min."""
-    if seconds < 59.5:
+    if seconds < 59.5:  # 59.6 s would round to "60 s"
         return f"{seconds:.2g} s" if seconds < 9.5 else f"{seconds:.0f} s"
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -123,7 +123,7 @@ def write_report(folder: Path, report: Report) -> Path:
 
     Raises RunError when the folder cannot be written to.
     """
-    page = render_html(report)
+    page = render_html(report)  # before anything is replaced: a template that fails leaves the old pair
     write_figures(folder, report)
     return replace_file(folder / "report.html", page, f"parley report {folder}")
 

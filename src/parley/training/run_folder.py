@@ -53,6 +53,7 @@ class RunFolder:
     @classmethod
     def check_output(cls, path: Path) -> None:
         """Raises RunError where a run cannot be written to `path`: taken, or not writable. Leaves nothing behind."""
+        # Everything that create() will do is tried, then undone: os.access() knows neither read-only mounts nor root.
         made: list[Path] = []
         try:
             if path.exists() and not path.is_dir():
@@ -85,8 +86,9 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove what was written since `create`: the folder was empty, or did not exist."""
+        # The folder itself stays where the user made it; _made has only those of create().
         for entry in list(self.path.iterdir()):
-            if entry.is_dir() and not entry.is_symlink():
+            if entry.is_dir() and not entry.is_symlink():  # rmtree would refuse a link, unlink() a folder
                 shutil.rmtree(entry)
             else:
                 entry.unlink()
@@ -141,6 +143,7 @@ class RunFolder:
         section = self.config.model
         if section.name_from_run is None:
             return section.name
+        # First where it was, then where it is seen from the run: a folder copied with its base finds the copy.
         places = [Path(section.name), self.path / section.name_from_run]
         for place in places:
             if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
@@ -209,6 +212,7 @@ def _not_writable(path: Path, error: OSError) -> RunError:
 def _with_places(config: RunConfig) -> RunConfig:
     """`config` with local models and data named so that another working directory, or a moved run, finds them."""
     config = config.model_copy(deep=True)
+    # The demo has no folder of its own to find, and a hub id none at all: neither gets name_from_run.
     folder = Path(config.model.name)
     if config.model.name != DEMO_MODEL and folder.is_dir():
         config.model.name = str(folder.resolve())
@@ -254,7 +258,7 @@ def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     try:
         write(unfinished)
         if target.exists():
-            shutil.rmtree(target)
+            shutil.rmtree(target)  # os.replace() takes no folder that has files
         os.replace(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

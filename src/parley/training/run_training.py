@@ -51,7 +51,7 @@ def run_training(
     full disk, after which the weights are elsewhere.
     """
     try:
-        trainer.train(resume_from_checkpoint=setup.config.training.model_dump().get("resume_from_checkpoint"))
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
     except KeyboardInterrupt:
         if log.steps_done == 0:
             raise

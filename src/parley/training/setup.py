@@ -51,7 +51,7 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
     data = prepare_data(config, tokenizer, console)
     timer.end("data")
     if config.lora is None:
-        prepare_full(model)
+        prepare_full(model)  # unfreezes, and refuses quantised weights
     elif isinstance(model, PeftModel):
         continue_adapter(model, config.lora)
     else:
@@ -105,6 +105,7 @@ def rows_per_step(training: TrainingSection) -> int:
 
 def planned_steps(training: TrainingSection, rows: int) -> int:
     """Optimizer steps of a run on `rows` rows; 0 where they do not fill a step and an unfilled one is dropped."""
+    # The last step of an epoch may be smaller, unless it is dropped: transformers rounds in the same way.
     steps = rows / rows_per_step(training)
     if training.model_dump().get("dataloader_drop_last"):
         steps = math.floor(steps)
@@ -117,5 +118,5 @@ def planned_steps(training: TrainingSection, rows: int) -> int:
 
 def print_mask(data: Prepared, tokenizer: Any, console: Console) -> None:
     """The first training row, supervised tokens in colour."""
-    for rendered in data.preview[:1]:
+    for rendered in data.preview[:1]:  # a stream may have none yet
         console.print(to_terminal(pieces(tokenizer, rendered)))

@@ -57,5 +57,5 @@ def _comparison(report: Report) -> Table:
 
 
 def _cell(text: str | None) -> Text:
-    text = visible(" ".join((text or "").split()))
+    text = visible(" ".join((text or "").split()))  # a table cell is one line, whatever the answer holds
     return Text(text if len(text) <= LONGEST_CELL else text[: LONGEST_CELL - 1] + "…")
