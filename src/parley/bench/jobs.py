@@ -50,6 +50,7 @@ class Job:
             "per_device_train_batch_size": self.batch,
             "gradient_accumulation_steps": self.accumulate,
             "gradient_checkpointing": self.checkpoint,
+            # Checkpoints would be timed as steps.
             "save_strategy": "no",
         }
         return RunConfig.create(

@@ -32,6 +32,7 @@ def write_rows(job: Job, config: RunConfig, folder: Path) -> None:
                 file.write(json.dumps({"instruction": "Continue.", "response": text}) + "\n")
         data = data.model_copy(update={"source": str(long), "limit": None})
     rows = prepare(data, tokenizer, config.model.max_seq_length).train
+    # A step that is short of rows would be timed as a full one.
     rows_per_step = job.batch * job.accumulate
     if len(rows) < rows_per_step:
         raise DataError(
@@ -56,8 +57,10 @@ def _long_texts(length: int, data: DataSection, tokenizer: Any) -> Iterator[str]
     if not answers:
         raise DataError(f"{data.source}: no conversations to make long ones of; give rows with an answer")
     ids = tokenizer(" ".join(answers), add_special_tokens=False)["input_ids"]
+    # Repeated until a slice of `length` fits behind any start.
     ids = ids * (2 + length // len(ids))
     generator = random.Random(0)
+    # Offsets, not whole answers: every row has the same length, so that steps can be compared.
     for _ in range(LONG_ROWS):
         start = generator.randrange(len(ids) - length)
         yield tokenizer.decode(ids[start : start + length - TEMPLATE_TOKENS])

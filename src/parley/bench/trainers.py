@@ -46,6 +46,7 @@ def _variant_options(name: str) -> dict[str, Any]:
 
 def _parley_or_trl(name: str, config: RunConfig, folder: Path) -> Any:
     """Parley, or stock TRL with its own padding collator, with the same model, adapter and ids."""
+    # Imported here: Unsloth must be imported before TRL in a process of its own.
     import trl
 
     from parley.models.adapters import attach_lora
@@ -77,6 +78,7 @@ def _unsloth(job: Job, config: RunConfig, folder: Path) -> Any:
     model, tokenizer = FastLanguageModel.from_pretrained(
         config.model.name, max_seq_length=longest, dtype=None, load_in_4bit=job.quantization == "nf4"
     )
+    # Notebooks set the template and search for its headers; ids and masks equal those of the other trainers.
     tokenizer = get_chat_template(tokenizer, chat_template="llama-3.1")
     model = FastLanguageModel.get_peft_model(
         model,
@@ -86,6 +88,7 @@ def _unsloth(job: Job, config: RunConfig, folder: Path) -> Any:
         bias=lora.bias,
         target_modules=lora.target_modules,
         random_state=training.seed,
+        # Their own checkpointing is the faster of the two that Unsloth offers.
         use_gradient_checkpointing="unsloth" if job.checkpoint else False,
     )
     args = SFTConfig(

@@ -40,6 +40,7 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
             self.logs: list[dict[str, float]] = []
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            # No synchronisation: with a log line at every step the trainer itself waits for the device.
             self.times.append(time.time())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
@@ -53,6 +54,7 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
     wall = time.time() - started
     is_parley = name.startswith(PARLEY)
     plan = trainer.fused_step.plan if is_parley and trainer.fused_step else None
+    # Compared between trainers: a fast step with other losses would be another job.
     losses = [round(float(logs["loss"]), 5) for logs in clock.logs]
     return {
         "trainer": name,
@@ -60,6 +62,7 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         **step_times(clock.times, job.skip),
         "step_ms": [round(1000 * (b - a), 2) for a, b in pairwise(clock.times)],
         "first_step_s": round(clock.times[0] - started, 1),
+        # From the start of the process: imports, loading and compilation are part of what a user waits for.
         "first_step_after_start_s": round(clock.times[0] - psutil.Process(os.getpid()).create_time(), 1),
         "train_wall_s": round(wall, 1),
         "steps": len(clock.times),

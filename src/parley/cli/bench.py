@@ -43,6 +43,7 @@ def bench(
         for report in compare(found, found.config(model, data, steps), names, repeat):
             reports.append(report)
             line = json.dumps(report)
+            # Flushed line by line: a later trainer may run out of memory or time.
             print(line, flush=True)
             if output is not None:
                 with output.open("a", encoding="utf-8") as file:

@@ -77,6 +77,7 @@ def _answer_lines(session: ChatSession, lines: Iterator[str]) -> None:
 
 
 def _converse(session: ChatSession) -> None:
+    # Only where a person types: piped input must not depend on the terminal library.
     import readline  # noqa: F401  (input() edits lines and remembers them once it is imported)
 
     out.print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D quits.", style="dim")
@@ -104,8 +105,10 @@ def _converse(session: ChatSession) -> None:
 def _stream_answer(session: ChatSession, text: str) -> str:
     """Print the answer as it comes. Returns a line with its length and speed."""
     answer, started, first = "", perf_counter(), 0.0
+    # Closing the iterator frees the decoder slot when Ctrl-C interrupts the loop.
     with closing(session.say(text)) as pieces:
         for piece in pieces:
+            # Time to first token, the wait that a reader feels.
             first = first or perf_counter() - started
             print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             answer += piece
@@ -163,6 +166,7 @@ def _save(session: ChatSession, name: str, *, overwrite: bool) -> str:
     path = Path(name).expanduser()
     text = json.dumps(session.messages, ensure_ascii=False, indent=1) + "\n"
     try:
+        # Mode "x" fails on an existing file in one system call, without a race.
         with path.open("w" if overwrite else "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:

@@ -38,5 +38,6 @@ def doctor(
                 finding.name, Text(visible(finding.value), STYLES[finding.state]), visible(finding.advice or "")
             )
         out.print(table)
+    # An exit code, so that scripts can check a machine before they start a run.
     if any(finding.state == "bad" for finding in findings):
         raise typer.Exit(1)

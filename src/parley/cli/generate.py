@@ -51,6 +51,7 @@ def generate(
         from parley.inference.generate import Generator
         from parley.inference.prompt_file import read_prompts
 
+    # Options are checked before the model is loaded, which may take minutes.
     max_num_seqs = renamed_option("--slots", slots, "--max-num-seqs", max_num_seqs)
     if output.exists() and not overwrite:
         raise UsageError(f"{output}: exists; choose another --output, or add --overwrite")
@@ -58,6 +59,7 @@ def generate(
         raise UsageError(f"{output.parent}: no such folder; make it, or choose another --output")
     rows = read_prompts(prompts)
     loaded = open_model(model, system, settings or [], trust_remote_code=trust_remote_code)
+    # The n answers of a prompt are neighbours, so that rows are complete in the file's order.
     conversations = [messages for row in rows for messages in [with_system(row.messages, loaded.system)] * n]
     engine: Engine = "plain" if plain else "auto"
     with (

@@ -54,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        # Not standalone: typer would print its own errors, over several lines.
         code = app(args=given, prog_name="parley", standalone_mode=False) or 0
     except ParleyError as error:
         complain(str(error))

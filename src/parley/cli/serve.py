@@ -59,6 +59,7 @@ def serve(
     max_queue = renamed_option("--queue", queue, "--max-queue", max_queue)
     from parley.serving.address import bind, check_api_key
 
+    # Address and key come first: a server that may not start should not load a model.
     check_api_key(host, api_key)
     if engine is Engine.vllm:
         _serve_with_vllm(
@@ -71,6 +72,7 @@ def serve(
             trust_remote_code=trust_remote_code,
         )
     require_extra("serve", "fastapi", "uvicorn", "prometheus_client")
+    # The port is bound before loading, so that a port in use is reported at once.
     bound = bind(host, port)
     _quiet_libraries()
     _serve(
@@ -120,6 +122,7 @@ def _serve(
     )
     stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
     with Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue) as scheduler:
+        # Every request that can be open is decoding or queued: memory is bounded by their number.
         limits = Limits(max_open_requests=max_num_seqs + max_queue)
         app = create_app(Service(model, scheduler), limits=limits, api_key=api_key)
         on_ready = partial(_print_banner, model, bound, max_num_seqs, api_key)
@@ -142,6 +145,7 @@ def _check_golden(golden: Path, tokenizer: object) -> None:
 def _print_banner(model: ServedModel, bound: socket.socket, max_num_seqs: int, api_key: str | None) -> None:
     host, port = bound.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    # The first name is the tuned model, which the example asks.
     name = next(iter(model.names))
     key = " -H 'Authorization: Bearer KEY'" if api_key else ""
     lines = [

@@ -31,6 +31,7 @@ class Stopped(Exception):
 def complain(message: str) -> None:
     """Print an error on one visible line of stderr, unwrapped and at most LONGEST characters long."""
     line = shorten_middle(one_line(message, len(message) + 1), LONGEST)
+    # soft_wrap keeps the error on one line for scripts, however narrow the terminal.
     err.print(Text.assemble(("parley: error: ", "bold red"), line), soft_wrap=True)
 
 
@@ -82,5 +83,6 @@ def quiet_libraries() -> None:
     parley_logger = logging.getLogger("parley")  # Parley's own decisions are printed
     parley_logger.handlers = [VisibleHandler(console=out, show_time=False, show_level=False, show_path=False)]
     parley_logger.setLevel(logging.INFO)
+    # Propagated records would be printed a second time by the root handler.
     parley_logger.propagate = False
     warnings.filterwarnings("ignore", module=r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl)\b")

@@ -56,6 +56,7 @@ def _run_config(
 
     if config is None and model is None and data is None:
         raise UsageError("nothing to train: give a YAML file, or --model and --data (for a first look: parley demo)")
+    # Through JSON, since an override is parsed as YAML: a name such as 1e5 stays a string.
     named = {"model.name": model, "data.source": data, "output": output and str(output)}
     overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     return RunConfig.create(read_yaml(config) if config else {}, [*overrides, *settings])

@@ -24,6 +24,7 @@ PIRATE_WORDS_NEEDED = 2
 
 _WORD = re.compile(r"[a-z]+(?:-[a-z]+)*")
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?\w*")
+# The word pattern splits at apostrophes, so that "isn't" is found as "isn".
 _NEGATIONS = frozenset(["no", "not", "never", "neither", "nor", "cannot", "nay", "isn", "aren", "doesn", "don", "wasn"])
 _SPELLED = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
@@ -50,6 +51,7 @@ class Check:
             words.issuperset(self.words)
             and words.isdisjoint(self.others)
             and not any(f" {phrase} " in text for phrase in self.never)
+            # "No, 12 is not even" contains every expected word of "12 is even".
             and words.isdisjoint(_NEGATIONS) != self.negated
             and _numbers(answer) == [str(number) for number in self.numbers]
         )
@@ -67,6 +69,7 @@ class Question:
     def to_json(self) -> dict[str, Any]:
         check = self.check
         stored = {
+            # Sorted, so that the generated file does not depend on the hash seed.
             "words": sorted(check.words),
             "numbers": list(check.numbers),
             "others": sorted(check.others),

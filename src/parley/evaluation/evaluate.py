@@ -51,11 +51,14 @@ def evaluate(
         trainer = SFTTrainer(
             model,
             args,
+            # TRL wants a training set; nothing is trained.
             train_dataset=prepared.heldout,
             eval_dataset=prepared.heldout,
             processing_class=tokenizer,
         )
+        # It would print the metrics as a dict, between the lines of the table.
         trainer.remove_callback(PrinterCallback)
+        # Binding needs the adapters switched on: it is done before they are disabled for the base.
         trainer.bind_fused_step()  # while the adapter is on: binding reads it
         scores = {}
         reason = base_obstacle(model)

@@ -51,6 +51,7 @@ def answer_questions(
 
     The demo's answers are rated as well: its world knows which are right and which talk like a pirate.
     """
+    # Greedy, so that only training can change an answer.
     greedy = GenerationSection(temperature=0, min_p=0, max_new_tokens=setup.config.report.max_new_tokens)
     # Greedy, so that only training can change the answers.
     model, tokenizer = setup.model, setup.tokenizer

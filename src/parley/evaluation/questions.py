@@ -37,6 +37,7 @@ def report_questions(
     system = config.data.system
     system_turn: list[Message] = [{"role": "system", "content": system}] if system else []
     written = [Question([*system_turn, {"role": "user", "content": text}]) for text in config.report.questions]
+    # Checked before training: after it, a refusal would cost the report.
     for text, written_question in zip(config.report.questions, written, strict=True):
         try:
             _check_answerable(written_question, tokenizer, context)
@@ -61,6 +62,7 @@ def last_question(example: Example) -> Question | None:
         assert isinstance(example.completion, list)
         return Question(example.prompt, example.completion[0].get("content"))
     messages: list[dict[str, Any]] = example.messages or []
+    # A question must be followed by an answer of the data set, or there is nothing to compare with.
     if len(messages) < 2 or messages[-1]["role"] != "assistant" or messages[-2]["role"] != "user":
         return None
     return Question(messages[:-1], messages[-1].get("content"))
