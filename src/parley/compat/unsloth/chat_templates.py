@@ -75,10 +75,12 @@ def get_chat_template(
     if isinstance(chat_template, str):
         family = FAMILIES[_family_name(chat_template)]
         own = tokenizer.chat_template
+        # The model's own template is what it was trained with; a short one of ours would change its ids.
         if not isinstance(own, str) or family.mark not in own:
             tokenizer.chat_template = _family_template(tokenizer, chat_template, family, map_eos_token)
     else:
         tokenizer.chat_template = _own_template(tokenizer, *chat_template[:2], map_eos_token=map_eos_token)
+    # As `parley train` does: the golden ids of a run must not depend on the day.
     pin_date(tokenizer)
     mapping = PLAIN_MAPPING | (mapping or {})
     before = ""
@@ -87,6 +89,7 @@ def get_chat_template(
         before = _RENAMING.format(
             role=json.dumps(mapping["role"]), content=json.dumps(mapping["content"]), roles=json.dumps(roles)
         )
+    # In the template, not in the rows: it must be there when the model is served as well.
     if system_message is not None:
         before += _SYSTEM.format(system=json.dumps(system_message, ensure_ascii=False))
     tokenizer.chat_template = before + tokenizer.chat_template
@@ -113,6 +116,7 @@ def _family_template(tokenizer: PreTrainedTokenizerBase, name: str, family: Fami
     vocabulary = tokenizer.get_vocab()
     missing = [token for token in family.tokens if token not in vocabulary]
     if not missing:
+        # Generation stops at eos_token, which has to be what training ends a turn with.
         if family.end is not None:
             tokenizer.eos_token = family.end
         _require_end(tokenizer, name)

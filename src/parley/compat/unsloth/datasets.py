@@ -76,9 +76,11 @@ def to_sharegpt(
         return {"conversations": [asked, {"from": "gpt", "value": _text(row[output_column_name])}]}
 
     made = dataset.map(conversation, remove_columns=columns if remove_unused_columns else None)
+    # Longer conversations are made of single exchanges, as notebooks expect; rows stay as many as they were.
     if conversation_extension <= 1:
         return made
     draw = random.Random(random_state)
+    # A permutation for each further turn: every row is used equally often.
     orders = [list(range(len(made))) for _ in range(conversation_extension - 1)]
     for order in orders:
         draw.shuffle(order)
@@ -134,6 +136,7 @@ def example_to_template(example: str, default_system: str | None = None) -> str:
         header = _header(before, end)
     opening = before.removesuffix(header)
     system, default = _system(opening, default_system)
+    # Without an end of its own, an answer needs a token after which the model stops.
     answer_end = _quote(end) if end.strip() else f"eos_token + {_quote(end)}"
     begins = '{{ bos_token if not opening.startswith(bos_token or "<bos>") else "" }}'
     return (

@@ -30,6 +30,7 @@ class Turns:
     end_system: str = "''"
     default_system: str | None = None
 
+    # Texts go in as JSON strings, which are Jinja literals: quotes and newlines need no other escape.
     def template(self) -> str:
         """A Jinja template. It raises for roles that it does not write."""
         quoted = {name: json.dumps(getattr(self, name)) for name in ("user", "assistant", "system", "default_system")}

@@ -21,6 +21,7 @@ from parley.models.load import load_model
 
 logger = logging.getLogger(__name__)
 
+# Named in one line and otherwise ignored: they steer speed, memory or logging in Unsloth alone.
 LOADING_NO_MEANING = [
     "disable_log_stats",
     "device_map_planner_kwargs",
@@ -33,6 +34,7 @@ LOADING_NO_MEANING = [
     "unsloth_tiled_mlp",
     "use_exact_model_name",
 ]
+# Refused: they would change the result.
 LOADING_NOT_OFFERED = {
     "load_in_fp8": "use load_in_4bit or load_in_8bit",
     "qat_scheme": "leave it out",

@@ -50,6 +50,7 @@ def train_on_responses_only(
     parts = _parts(tokenizer, instruction_part, response_part, force_match)
 
     def masked(rows: Batch) -> Batch:
+        # The rows are token ids already; the parts are text, so ids are decoded and spans mapped back.
         texts = tokenizer.batch_decode(rows["input_ids"], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         labels = []
         for ids, text in zip(rows["input_ids"], texts, strict=True):
@@ -85,11 +86,13 @@ class _Parts:
         found = []
         for header in response.finditer(text):
             start = header.end()
+            # A response ends at the next header of either kind: two assistant turns may follow each other.
             following = [
                 each.start() for each in (instruction.search(text, start), response.search(text, start)) if each
             ]
             stop = min(following, default=len(text))
             end = self.ends.search(text, start, stop)
+            # An empty response would teach the model to end its turn at once.
             if text[start : end.start() if end else stop].strip():
                 found.append((start, end.end() if end else stop))
         return found
@@ -137,6 +140,7 @@ def _labels(tokenizer: Any, ids: list[int], characters: int, spans: list[Span]) 
         return len(text)
 
     labels, stop = [IGNORE_INDEX] * len(ids), 0
+    # Bisection over prefix lengths: decoding every prefix would be quadratic in the row.
     counts = range(len(ids) + 1)
     for start, end in spans:
         first = bisect_right(counts, start, lo=stop, key=length) - 1
@@ -166,4 +170,5 @@ def _relabelled(
 
 
 def _learns(row: dict[str, Any]) -> bool:
+    # The first label is never predicted: it does not count.
     return any(label != IGNORE_INDEX for label in row["labels"][1:])

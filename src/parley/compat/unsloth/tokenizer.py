@@ -20,6 +20,7 @@ class _IdsFromTemplate:
         return super().apply_chat_template(conversation, *args, **options)  # type: ignore[misc]
 
     def __reduce__(self) -> tuple[Any, ...]:
+        # The dynamic subclass cannot be pickled by name; data loaders with workers pickle the tokenizer.
         return _revived, (type(self).__mro__[2], self.__dict__)
 
 

@@ -39,6 +39,7 @@ class UnslothTrainer(SFTTrainer):
             logger.warning("embedding_learning_rate: neither embeddings nor output head are trained; it has no effect")
             return super().create_optimizer(model)
         others = [p for name, p in trained if not any(part in name for part in EMBEDDINGS)]
+        # The fused step has one flat parameter and so one learning rate.
         self.plain_because = self.plain_because or "a learning rate of its own for embeddings"
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         groups: list[dict[str, Any]] = [{"params": others}, {"params": embeddings, "lr": rate}]
