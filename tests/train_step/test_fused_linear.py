@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parley.train_step import reference_ops as reference
-from parley.train_step.fused_linear import FusedMatrix, FusedMatrixCache
+from parley.train_step.fused_linear import FusedLinear, FusedMatrix, FusedMatrixCache
 from parley.train_step.matmul import uses_onednn
 
 CPU = torch.device("cpu")
@@ -51,3 +51,23 @@ def test_kept_matrices_follow_the_adapters(bound: Any) -> None:
         assert torch.equal(matrices[linear].forward_NKP, filled(linear, contiguous=True).forward_NKP)
         assert torch.equal(matrices[linear].backward_NPK, filled(linear, contiguous=True).backward_NPK)
         linear.matrix = None
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_padding_of_the_lora_columns_is_zero_whatever_the_memory_held(bound: Any, contiguous: bool) -> None:
+    """On a GPU ranks are padded to 64 columns. NaN left there would spread: zero times NaN is NaN."""
+    source = bound.linears[0]
+    linear = FusedLinear(source.bases, source.adapters, rank_multiple=16)
+    rank = source.lora_columns
+    assert linear.lora_columns == 16 > rank
+    matrix = linear.allocate(torch.float32, CPU, contiguous=contiguous)
+    matrix.forward_NKP.fill_(torch.nan)
+    matrix.backward_NPK.fill_(torch.nan)
+    linear.fill_base(matrix, reference)
+    linear.fill_adapters(matrix, reference)
+    assert not matrix.forward_NKP[:, linear.in_features + rank :].any()
+    assert not matrix.backward_NPK[linear.out_features + rank :].any()
+    x_TKP = torch.full((3, linear.in_features + 16), torch.nan)
+    x_TKP[:, : linear.in_features] = torch.arange(linear.in_features)
+    linear.lora_down(matrix, x_TKP)
+    assert torch.isfinite(linear.forward(matrix, x_TKP, torch.empty(3, linear.out_features))).all()
