@@ -295,3 +295,11 @@ def test_arguments_that_trl_dropped_are_taken(tmp_path: Path) -> None:
     assert args.get_warmup_steps(200) == 20
     args = unsloth.UnslothTrainingArguments(output_dir=str(tmp_path), warmup_ratio=0.1, warmup_steps=5)
     assert args.get_warmup_steps(200) == 5
+
+
+def test_targets_of_other_families_are_left_out_with_a_line(
+    loaded: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = FastModel.get_peft_model(loaded[0], target_modules=["q_proj", "shared_mlp.input_linear"])
+    assert model.peft_config["default"].target_modules == {"q_proj"}
+    assert "LlamaForCausalLM has no shared_mlp.input_linear" in caplog.text

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
@@ -267,3 +267,46 @@ def test_what_it_does_not_know_takes_the_plain_path_and_says_so(
     assert [record.message for record in caplog.records if "plain path" in record.message] == [
         "plain path: LoRA dropout"
     ]
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_documents_that_a_packed_row_would_not_isolate_are_padded(
+    tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, family: str
+) -> None:
+    """Loss and held-out loss are those of each document by itself."""
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=384,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        word_embed_proj_dim=32,
+        dropout=0.0,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    data = rows(16)
+    losses, count = 0.0, 0
+    for row in data.select(range(8)):
+        labels = torch.tensor(row["labels"][1:])
+        logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1]
+        losses += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        count += int((labels != -100).sum())
+    args = SFTConfig(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        max_steps=1,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+    )
+    first = data.select(range(8))
+    made = SFTTrainer(model, args, train_dataset=first, processing_class=tiny_tokenizer, engine="plain")
+    assert made.evaluate(first)["eval_loss"] == pytest.approx(losses / count, rel=1e-5)
+    assert (made.padded_because is None) == (family == "llama")
+    assert ("padded batches in place of packed rows: " in caplog.text) == (family == "opt")
+    assert made.train().training_loss == pytest.approx(losses / count, rel=1e-5)

@@ -141,6 +141,13 @@ def test_adapters_of_a_quantised_model_stay_in_float32(tiny_llama_folder: Path, 
         train_dataset=Dataset.from_list(ROWS),
         processing_class=tokenizer,
     )
+    with pytest.raises(DataError):  # which changes nothing either
+        SFTTrainer(
+            model,
+            SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False),
+            train_dataset=Dataset.from_dict({"input_ids": [[1]]}),
+            processing_class=tokenizer,
+        )
     for name, parameter in trainer.model.named_parameters():
         if parameter.requires_grad:
             assert parameter.dtype == torch.float32

@@ -73,7 +73,10 @@ class PaddedCollator:
         self.pad = pad
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
-        documents = [document for row in rows for document in _documents(row)]
+        return self.pad_documents([document for row in rows for document in _documents(row)])
+
+    def pad_documents(self, documents: Iterable[Document]) -> dict[str, Any]:
+        """`input_ids`, `labels` and `attention_mask`, each (B, L), of B documents."""
         return self.pad([{"input_ids": d.ids_L.tolist(), "labels": d.label_L.tolist()} for d in documents])
 
 

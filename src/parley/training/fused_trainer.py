@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -18,14 +19,16 @@ import torch
 import trl
 from datasets import Dataset
 from numpy.typing import NDArray
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
-from parley.data.packing import DOCUMENTS, Document, padding_free_row, split_by_tokens
+from parley.data.packing import DOCUMENTS, Document, PaddedCollator, padding_free_row, split_by_tokens
 from parley.data.tokens import IGNORE_INDEX
 from parley.library_compat.trl import count_tokens, metrics, tokens_seen
+from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import BoundModel, Unsupported, bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
@@ -49,13 +52,14 @@ class FusedTrainer(trl.SFTTrainer):
         memory: "auto", "low", or the GiB of device memory that the run may take.
 
     `fused_step` is None until `bind_fused_step`, and stays None on the plain path, for which `plain_because` gives the
-    reason. `supervised_tokens` counts those trained on so far, by all processes.
+    reason; `padded_because` gives the reason where that path pads. `supervised_tokens` counts those trained on so far,
+    by all processes.
     """
 
     data_collator: Any
     optimizer: torch.optim.Optimizer | None
     max_tokens: int | None = None  # of one document
-    padded_collator: Callable[..., Any] | None = None  # of one row a document; None beside a collator of the user's own
+    padded_collator: PaddedCollator | None = None  # of one row a document; None beside a collator of the user's own
 
     def __init__(
         self,
@@ -244,20 +248,43 @@ class FusedTrainer(trl.SFTTrainer):
     def _plain_training_step(
         self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
     ) -> torch.Tensor:
-        """The step through transformers and autograd, in padding-free rows of at most a micro-batch of longest rows."""
-        if self.max_tokens is None:
-            runs = [slice(None)]
-        else:
-            row_tokens = self.args.per_device_train_batch_size * self.max_tokens
-            runs = split_by_tokens([len(document.ids_L) for document in documents], row_tokens)
-        self.current_gradient_accumulation_steps = len(runs)  # TRL averages a router's auxiliary loss over these
-        *rows, last = (padding_free_row(documents[run]) for run in runs)
+        """The step through transformers and autograd, in as few passes as a micro-batch's tokens allow."""
+        batches = self._plain_batches(documents)
+        self.current_gradient_accumulation_steps = len(batches)  # TRL averages a router's auxiliary loss over these
         losses = []
-        for row in rows:
+        for batch in batches[:-1]:
             with self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, row, supervised))
-        losses.append(super().training_step(model, last, supervised))
+                losses.append(super().training_step(model, batch, supervised))
+        losses.append(super().training_step(model, batches[-1], supervised))
         return torch.stack(losses).sum()
+
+    def _plain_batches(self, documents: Sequence[Document]) -> list[dict[str, torch.Tensor]]:
+        """Padding-free rows of at most a micro-batch of longest documents, or padded micro-batches."""
+        size = self.args.per_device_train_batch_size
+        if self.padded_because is not None:
+            return [self._padded(documents[start : start + size]) for start in range(0, len(documents), size)]
+        if self.max_tokens is None:
+            return [padding_free_row(documents)]
+        runs = split_by_tokens([len(document.ids_L) for document in documents], size * self.max_tokens)
+        return [padding_free_row(documents[run]) for run in runs]
+
+    @cached_property
+    def padded_because(self) -> str | None:
+        """Why the plain path takes padded batches: documents of one row would not be isolated. None where they are.
+
+        Asked at the first pass of the plain path, as the answer may take a probe of a second.
+        """
+        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+            reason: str | None = "virtual tokens stand before a row, and would before its first document alone"
+        else:
+            reason = why_not_packed(self.model, self.max_tokens)
+        if reason is not None:
+            logger.warning("padded batches in place of packed rows: %s", reason)
+        return reason
+
+    def _padded(self, documents: Sequence[Document]) -> dict[str, torch.Tensor]:
+        assert self.padded_collator is not None, "batches of documents come with Parley's collators"
+        return self.padded_collator.pad_documents(documents)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         if self.fused_step is None:
@@ -318,9 +345,11 @@ class FusedTrainer(trl.SFTTrainer):
             self._sums_4[:3] += metrics_3
             self._sums_4[3] += count
             return metrics_3[0] / max(count, 1), None, None
-        row = inputs if documents is None else padding_free_row(documents)
-        loss, logits, labels = super().prediction_step(model, row, prediction_loss_only, ignore_keys)
-        count = int((row["labels"][..., 1:] != IGNORE_INDEX).sum())
+        batch = inputs
+        if documents is not None:
+            batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
+        loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
+        count = int((batch["labels"][..., 1:] != IGNORE_INDEX).sum())
         # TRL appends each batch's means; the set's own are weighted by tokens.
         means = [loss, *(metrics(self, "eval")[name].pop() for name in METRICS), 1.0]
         self._sums_4 += torch.stack([torch.as_tensor(mean).to(self._sums_4) for mean in means]) * count

@@ -110,51 +110,36 @@ class SFTTrainer(FusedTrainer):
             {} if isinstance(model, str) else {n: p.data for n, p in model.named_parameters() if p.requires_grad}
         )
         self.assistant_only = assistant_only
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator if custom else None,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class or tokenizer,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        try:
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=data_collator if custom else None,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class or tokenizer,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        finally:  # also where the data set is refused: the model is the caller's
+            if not isinstance(model, str):
+                restore_adapters(model, originals)
         self.args.assistant_only_loss = assistant_only
+        if isinstance(model, str):
+            restore_adapters(self.model, {})
         if isinstance(self.model.get_output_embeddings(), TrainableTokensWrapper):
             raise UsageError(
                 "lora.trainable_token_indices: the head shares the embedding's weights here, and TRL reads the head "
                 "without the trained tokens; set modules_to_save: [embed_tokens, lm_head] in its place"
             )
         if not custom:
-            self._choose_collator()
-        self._restore_adapters(originals)
+            # TRL's own collator pads, but for packing: only the padding is wanted of it here.
+            self.padded_collator = PaddedCollator(dataclasses.replace(self.data_collator, padding_free=False))
+            self.data_collator = DocumentCollator()
         if keep_trainable_layout(self.model):
             logger.warning(
                 "4-bit weights had been rearranged for answers on a CPU; they are put back, with scales rounded to bf16"
             )
-
-    def _choose_collator(self) -> None:
-        """Padding-free rows of documents where the model keeps these apart, else padded batches as in TRL."""
-        # TRL's own collator pads, but for packing: only the padding is wanted of it here.
-        self.padded_collator = PaddedCollator(dataclasses.replace(self.data_collator, padding_free=False))
-        reason = padding_reason(self.model)
-        if reason is None:
-            self.data_collator = DocumentCollator()
-        else:
-            self.data_collator = self.padded_collator
-            self.plain_because = self.plain_because or reason
-            logger.warning("padded batches in place of packed rows: %s", reason)
-
-    @torch.no_grad()
-    def _restore_adapters(self, originals: dict[str, torch.Tensor]) -> None:
-        """Adapters of a quantised model as they were, or in float32: TRL rounds them to bfloat16, which loses 1e-4."""
-        if quantization_of(self.model.config) == "none":
-            return
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                original = originals.get(name)
-                parameter.data = parameter.data.float() if original is None else original.to(parameter.device)
 
     def _prepare_dataset(
         self,
@@ -228,11 +213,15 @@ class SFTTrainer(FusedTrainer):
         return rows, summary
 
 
-def padding_reason(model: torch.nn.Module) -> str | None:
-    """Why documents of one row would not be apart in `model`; None where they are."""
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        return "virtual tokens stand before each row, and would before its first document alone"
-    return None
+@torch.no_grad()
+def restore_adapters(model: Any, originals: dict[str, torch.Tensor]) -> None:
+    """Adapters of a quantised model as they were, or in float32: TRL rounds them to bfloat16, which loses 1e-4."""
+    if quantization_of(model.config) == "none":
+        return
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            original = originals.get(name)
+            parameter.data = parameter.data.float() if original is None else original.to(parameter.device)
 
 
 def _own_config(args: TrainingArguments | None, model: Any, old: dict[str, Any]) -> TRLConfig:

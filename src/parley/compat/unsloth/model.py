@@ -180,6 +180,8 @@ class FastLanguageModel:
             logger.warning("get_peft_model: %s: trained whole, as modules_to_save", " and ".join(whole))
             targets = [name for name in targets if name not in whole]
             modules_to_save = sorted({*(modules_to_save or []), *whole})
+        if isinstance(targets, list):
+            targets = _present_targets(model, targets)
         loftq = bool(loftq_config) or init_lora_weights == "loftq"
         section = RunConfig.create(
             {
@@ -239,6 +241,16 @@ def _chosen_targets(targets: Sequence[str] | str | None, attention: bool, mlp: b
         raise UsageError(f"get_peft_model() got target_modules={targets!r}, and finetune_ options choose from a list")
     names = LLAMA_PROJECTIONS if targets is None or isinstance(targets, str) else targets
     return [name for name in names if (name in ATTENTION) == attention]
+
+
+def _present_targets(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Those of `targets` that the model has, as PEFT takes them; all of them where it has none, which is an error."""
+    names = [f".{name}" for name, _ in model.named_modules()]
+    absent = [target for target in targets if not any(name.endswith(f".{target}") for name in names)]
+    if not absent or len(absent) == len(targets) or sorted(targets) == sorted(LLAMA_PROJECTIONS):
+        return targets
+    logger.warning("get_peft_model: %s has no %s", type(model).__name__, ", ".join(absent))
+    return [target for target in targets if target not in absent]
 
 
 def _set_attention(model: PreTrainedModel | PeftModel, implementation: str) -> None:
