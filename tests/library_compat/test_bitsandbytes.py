@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import logging
 
+import bitsandbytes
 import bitsandbytes.nn.modules as bnb_modules
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from parley.library_compat.bitsandbytes import has_inference_layout, keep_trainable_layout, log_int8_casts_once
+from parley.library_compat.bitsandbytes import (
+    WRAPPED_STATE,
+    has_inference_layout,
+    keep_trainable_layout,
+    log_int8_casts_once,
+)
 
 
 @pytest.fixture
@@ -57,3 +63,16 @@ def test_int8_casts_are_logged_by_the_named_logger_once(caplog: pytest.LogCaptur
         for _ in range(2):
             _functions.logger.warning("inputs will be cast, said by a test")
     assert len(caplog.records) == 1
+
+
+def test_a_saved_8_bit_state_has_its_moments_below_one_key() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(size)) for size in (5000, 100)]
+    optimizer = bitsandbytes.optim.AdamW8bit(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    large, small = (state[WRAPPED_STATE] for state in optimizer.state_dict()["state"].values())
+    assert {"state1", "state2", "absmax1", "absmax2", "qmap1", "qmap2"} <= large.keys()
+    assert (large["state1"].dtype, large["absmax1"].shape) == (torch.uint8, (20,))  # blocks of 256
+    assert (small["state1"].dtype, small["state1"].shape) == (torch.float32, (100,))
+    assert not any(name.startswith("qmap") for name in small)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -15,6 +16,8 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from parley.config import LLAMA_PROJECTIONS
+from parley.errors import RunError
+from parley.train_step.memory_plan import make_plan
 from parley.training.trainer import SFTTrainer
 
 
@@ -73,6 +76,11 @@ class LastGradient(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.norm = float(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).norm())
+
+
+def trl_trainer(tokenizer: Any, made: SFTTrainer) -> trl.SFTTrainer:
+    """TRL's own trainer of the same model, data and arguments."""
+    return trl.SFTTrainer(made.model, made.args, train_dataset=rows(), processing_class=tokenizer)
 
 
 def steps_of(trained: SFTTrainer) -> list[dict[str, float]]:
@@ -310,3 +318,96 @@ def test_documents_that_a_packed_row_would_not_isolate_are_padded(
     assert (made.padded_because is None) == (family == "llama")
     assert ("padded batches in place of packed rows: " in caplog.text) == (family == "opt")
     assert made.train().training_loss == pytest.approx(losses / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit"])
+def test_a_checkpoint_of_trl_goes_on_here_and_one_from_here_in_trl(
+    tiny_tokenizer: Any, tmp_path: Path, optim: str
+) -> None:
+    settings = {"optim": optim, "lr_scheduler_type": "constant", "learning_rate": 1e-3}
+    ended: dict[str, torch.Tensor] = {}
+    for first in ("trl", "fused"):
+        started: Any = trainer(tiny_tokenizer, tmp_path / first, settings=settings)
+        started = trl_trainer(tiny_tokenizer, started) if first == "trl" else started
+        started.train()
+        ended[first] = weights(started)
+        checkpoint = str(tmp_path / first / "checkpoint-3")
+        for second in {"trl": ("fused", "plain"), "fused": ("trl",)}[first]:
+            engine: Any = "plain" if second == "plain" else "auto"
+            resumed: Any = trainer(tiny_tokenizer, tmp_path / "second", settings=settings, engine=engine)
+            resumed = trl_trainer(tiny_tokenizer, resumed) if second == "trl" else resumed
+            resumed.train(resume_from_checkpoint=checkpoint)
+            assert vars(resumed).get("fused_step") is None or second == "fused"
+            torch.testing.assert_close(weights(resumed), ended[first], rtol=1e-4, atol=1e-6)
+    # 8-bit AdamW keeps small parameters' moments in 32 bits where they are not part of a flat one.
+    torch.testing.assert_close(ended["fused"], ended["trl"], rtol=1e-2, atol=1e-3 if optim == "adamw_8bit" else 1e-6)
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize(("rank", "targets", "said"), [(4, None, "shape"), (8, ["q_proj"], "not fit|28 parameters")])
+def test_an_optimizer_state_of_other_parameters_is_one_clear_line(
+    tiny_tokenizer: Any, tmp_path: Path, engine: Any, rank: int, targets: Any, said: str
+) -> None:
+    started = trainer(tiny_tokenizer, tmp_path / "first", 3, engine=engine)
+    started.train()
+    other = trainer(tiny_tokenizer, tmp_path / "second", 6, engine=engine)
+    base = other.model.unload()
+    lora = LoraConfig(r=rank, target_modules=targets or LLAMA_PROJECTIONS, task_type="CAUSAL_LM")
+    other = SFTTrainer(
+        get_peft_model(base, lora), other.args, train_dataset=rows(), processing_class=tiny_tokenizer, engine=engine
+    )
+    other.create_optimizer_and_scheduler(6)
+    with pytest.raises(RunError, match=said) as caught:
+        other._load_optimizer_and_scheduler(str(tmp_path / "first" / "checkpoint-3"))
+    assert "give the adapter settings it was made with" in str(caught.value) or "does not fit" in str(caught.value)
+
+
+def test_a_frozen_tensor_stays_as_it_is(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    for engine in ("auto", "plain"):
+        made = trainer(tiny_tokenizer, tmp_path / engine, 2, settings={"weight_decay": 1.0}, engine=engine)
+        for name, parameter in made.model.named_parameters():
+            if "lora_A" in name or "layers.0." in name:
+                parameter.requires_grad_(False)
+        before = {name: p.clone() for name, p in made.model.named_parameters() if "lora_" in name}
+        made.train()
+        assert (made.fused_step is None) == (engine == "plain")
+        changed = {n for n, p in made.model.named_parameters() if "lora_" in n and not torch.equal(p, before[n])}
+        assert changed == {n for n in before if "lora_B" in n and "layers.1." in n}
+
+
+def test_the_plan_knows_the_step_s_rows_and_the_optimizer_s_state(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def recorded(bound: Any, memory: Any, lengths: Any, documents: int, state_bytes: int) -> Any:
+        seen.append((memory, sorted(lengths.tolist()), documents, state_bytes))
+        return make_plan(bound, memory, lengths, documents, state_bytes)
+
+    monkeypatch.setattr("parley.training.fused_trainer.make_plan", recorded)
+    lengths = sorted(len(row["input_ids"]) for row in rows())
+    for optim, data, state_bytes in (("adamw_8bit", rows(), 2), ("adamw_torch", rows().to_iterable_dataset(), 8)):
+        made = trainer(tiny_tokenizer, tmp_path, settings={"optim": optim, "max_length": 33}, memory="low")
+        made.train_dataset = data
+        made.bind_fused_step()
+        assert seen.pop() == ("low", lengths if optim == "adamw_8bit" else [33], 8, state_bytes)
+
+
+def test_adapters_that_are_switched_off_are_not_bound(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    made = trainer(tiny_tokenizer, tmp_path)
+    with made.model.disable_adapter():
+        made.bind_fused_step()
+        assert (made.fused_step, made.plain_because) == (None, None)
+    made.bind_fused_step()
+    assert made.fused_step is not None
+
+
+def test_a_model_whose_forward_knows_no_token_counts_has_the_same_loss(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Trainer divides a loss by the number of micro-batches where it believes that nobody did."""
+    losses = []
+    for accepts in (True, False):
+        made = trainer(tiny_tokenizer, tmp_path, 1, engine="plain", settings={"max_length": 30})
+        made.model.get_base_model().accepts_loss_kwargs = accepts
+        made = SFTTrainer(made.model, made.args, train_dataset=rows(), processing_class=tiny_tokenizer, engine="plain")
+        losses.append(made.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

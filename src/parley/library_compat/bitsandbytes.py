@@ -6,8 +6,14 @@ import logging
 
 from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
 from bitsandbytes.nn import Linear4bit
+from bitsandbytes.optim.optimizer import Optimizer8bit
 from torch import nn
 
+WRAPPED_STATE = Optimizer8bit._FSDP_WRAPPED_QUANT_STATE_KEY
+"""Key of a parameter's state, in bitsandbytes' `state_dict()`, below which its moments and scales are.
+
+Private: the class attribute. Without it a saved state could not be read by parameter.
+"""
 INT8_LOGGER = "bitsandbytes.autograd._functions"
 
 

@@ -27,12 +27,14 @@ from transformers.training_args import OptimizerNames
 
 from parley.data.packing import DOCUMENTS, Document, PaddedCollator, padding_free_row, split_by_tokens
 from parley.data.tokens import IGNORE_INDEX
+from parley.errors import RunError, one_line
 from parley.library_compat.trl import count_tokens, metrics, tokens_seen
 from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import BoundModel, Unsupported, bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.train_step.optimizer import AdamW8bit
+from parley.training.optimizer_state import StateLayout, check_shapes, with_parameter_state
 from parley.training.regional_compile import MIN_STEPS, compile_layers
 
 logger = logging.getLogger(__name__)
@@ -128,8 +130,24 @@ class FusedTrainer(trl.SFTTrainer):
         if self.args.optim in BITSANDBYTES:
             optimizer_class = AdamW8bit
             settings = {name: value for name, value in settings.items() if name in ("lr", "betas", "eps")}
-        self.optimizer = optimizer_class([weight_Z], weight_decay=self.args.weight_decay, **settings)
+        decayed = set(self.get_decay_parameter_names(self.model))
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        layout = StateLayout(self.fused_step.bound.flat, [list(trained.values()), []])
+        assert decayed.issuperset(trained), "LoRA weights are no biases and no norms"
+        # TRL's second group, of parameters without weight decay, is empty for LoRA; its schedulers count it.
+        groups = [{"params": [weight_Z], "weight_decay": self.args.weight_decay}, {"params": [], "weight_decay": 0.0}]
+        self.optimizer = with_parameter_state(optimizer_class, layout)(groups, **settings)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Raises RunError in one line for a state that is not of this model's parameters."""
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            raise RunError(f"{checkpoint}: the optimizer's state does not fit this model ({one_line(error)})") from None
+        if checkpoint is not None and self.fused_step is None and self.optimizer is not None:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            check_shapes([self.optimizer.state.get(p, {}) for p in parameters], [p.shape for p in parameters])
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The last hook before the first step, and the one that knows how many there will be."""
