@@ -1,6 +1,6 @@
 """`parley.SFTTrainer`: TRL's SFTTrainer with Parley's masks, packing and accounting.
 
-What differs from TRL's, each with the setting that gives TRL's behaviour, is in docs/trl.md.
+What differs from TRL's, each with the setting that gives TRL's behaviour, is in docs/how-to/trl.md.
 """
 
 from __future__ import annotations
