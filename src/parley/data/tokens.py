@@ -1,4 +1,4 @@
-"""The tokenizer's control tokens, as text and as ids, and the label of a token that is not learned."""
+"""The tokenizer's control tokens, as text and as ids, and the label of a token that is not supervised."""
 
 from __future__ import annotations
 
@@ -36,11 +36,7 @@ def _control_tokens(tokenizer: Any, size: int) -> ControlTokens:  # size: tokens
 
 
 def control_tokens_in(tokenizer: Any, messages: list[Message]) -> list[str]:
-    """The control tokens that stand in what was said, sorted: the tokenizer will read them as its own.
-
-    Masks stay right, since they are drawn on the text, but the model sees a turn end where somebody only wrote about
-    one. Worth a word to the user.
-    """
+    """The control tokens in the text of `messages`, sorted."""
     pattern = control_tokens(tokenizer).pattern
     return sorted({found for text in strings(messages) for found in pattern.findall(text)})
 
