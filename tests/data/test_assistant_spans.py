@@ -183,7 +183,7 @@ def test_rendering_is_linear_in_turns(tiny_tokenizer: Any, monkeypatch: pytest.M
         rendered = render(tiny_tokenizer, [USER, ANSWER] * turns)
         assert sum(rendered.mask)
         totals.append((len(renders), sum(renders)))
-    assert totals[1][0] == totals[0][0] <= 4
+    assert totals[1][0] <= totals[0][0] <= 4
     assert totals[1][1] <= 12 * totals[0][1]
 
 
@@ -218,3 +218,35 @@ def test_a_hostile_template_is_stopped(template: Any, name: str, monkeypatch: py
 def test_a_template_nested_too_deeply(template: Any) -> None:
     with pytest.raises((ModelError, DataError), match="chat template"):
         render(template("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}"), [USER, ANSWER])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "alike"),
+    [
+        ("{% if add_generation_prompt %}assistant{% endif %}", True),
+        ("{% if add_generation_prompt %}assistant{% if thinking %}<think>{% endif %}{% endif %}\n", True),
+        (
+            "{% if add_generation_prompt %}assistant{% if '/no_think' in messages[0].content %}!{% endif %}{% endif %}",
+            False,
+        ),
+        ("{% set quiet = messages[0].content %}{% if add_generation_prompt %}assistant{{ quiet }}{% endif %}", False),
+        ("{% if add_generation_prompt %}assistant{% endif %}{{ '!' if add_generation_prompt }}", False),
+    ],
+)
+def test_a_generation_prompt_is_kept_only_where_no_message_changes_it(template: Any, prompt: str, alike: bool) -> None:
+    from parley.data.template import ChatTemplate
+
+    assert ChatTemplate(LOOP.replace("BODY", "{{ m.content }}") + prompt).asks_alike is alike
+
+
+def test_a_generation_prompt_that_a_message_changes_is_rendered_for_each_row(template: Any) -> None:
+    quiet = "{{ '<think>' if '/think' not in messages[0].content }}"
+    body = HEADER + "{{ m.content }}<|eot_id|>"
+    assistant = (
+        "{% if m.role == 'assistant' %}" + HEADER + quiet + "{{ m.content }}<|eot_id|>{% else %}" + body + "{% endif %}"
+    )
+    ask = ASK.replace("{% endif %}", quiet + "{% endif %}")
+    tokenizer = template(LOOP.replace("BODY", assistant) + ask)
+    loud = USER | {"content": "/think"}
+    for question in (USER, loud, USER, loud):
+        assert supervised(tokenizer, [question, ANSWER]) == ["Ahoy!<|eot_id|>"]

@@ -207,8 +207,22 @@ class RenderedConversation:
         """What the template writes to ask for turn `index`. Turns after the same kind of turn are asked for alike."""
         kind = self._kind(index)
         if kind not in self._generation_prompts:
-            self._generation_prompts[kind] = self._new_generation_prompt(index, start, first)
+            self._generation_prompts[kind] = self._known_generation_prompt() or self._new_generation_prompt(
+                index, start, first
+            )
         return self._generation_prompts[kind]
+
+    def _known_generation_prompt(self) -> str:
+        """The generation prompt of a template that asks for every turn alike: rendered once, not for every row."""
+        template = _template(self.tokenizer, self.tools)
+        if not template.asks_alike or self.tools:
+            return ""
+        key = tuple(self.tokenizer.special_tokens_map.items())
+        if key not in template.generation_prompts:
+            question = [{"role": "user", "content": _PROBE}]
+            prompted, plain = self._text(question, prompt=True) or "", self._text(question) or ""
+            template.generation_prompts[key] = prompted[_shared(prompted, plain) :]
+        return template.generation_prompts[key]
 
     def _new_generation_prompt(self, index: int, start: int, first: int) -> str:
         before = list(self.messages[:index]) or [{"role": "user", "content": _PROBE}]

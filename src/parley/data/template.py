@@ -23,6 +23,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -112,11 +113,17 @@ class RenderedText:
 
 
 class ChatTemplate:
-    """A compiled template. Raises jinja2.TemplateSyntaxError for what is not Jinja."""
+    """A compiled template. Raises jinja2.TemplateSyntaxError for what is not Jinja.
+
+    asks_alike: the generation prompt does not depend on the messages. `generation_prompts` keeps it then, for each set
+    of special tokens.
+    """
 
     def __init__(self, source: str) -> None:
         environment = _Environment()
         tree = environment.parse(source)
+        self.asks_alike = _asks_alike(tree)
+        self.generation_prompts: dict[tuple[Any, ...], str] = {}
         self.template = environment.from_string(_Tracing().visit(tree))
 
     def render(
@@ -435,6 +442,26 @@ class _Tracing(NodeTransformer):
         if not isinstance(node.target, nodes.Name):
             return node
         return [node, _statement("parley_assigned", nodes.Name(node.target.name, "load", lineno=node.lineno))]
+
+
+def _asks_alike(tree: nodes.Template) -> bool:
+    """Whether all that depends on add_generation_prompt is one branch at the end that knows no message."""
+    name = "add_generation_prompt"
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, nodes.Output) and len(tree.body) > 1 and not list(last.find_all(nodes.Name)):
+        last = tree.body[-2]
+    if not isinstance(last, nodes.If):
+        return False
+    inside = [found.name for found in last.find_all(nodes.Name)]
+    everywhere = [found.name for found in tree.find_all(nodes.Name)]
+    stored = {found.name for found in tree.find_all(nodes.Name) if found.ctx == "store"}
+    free = jinja2.meta.find_undeclared_variables(tree)
+    return (
+        name in inside
+        and inside.count(name) == everywhere.count(name)
+        and set(inside) <= free - stored - {"messages", "tools"}
+        and not list(last.find_all((nodes.For, nodes.Call)))
+    )
 
 
 def _as_constant(child: nodes.Expr) -> nodes.Expr:
