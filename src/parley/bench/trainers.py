@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def _variant_options(name: str) -> dict[str, Any]:
         gib = float(variant) if family == PARLEY else 0.0
     except ValueError:
         gib = 0.0
-    if gib <= 0:
+    if not 0 < gib < math.inf:
         raise UsageError(
             f"unknown trainer {name!r}; there are parley, parley-low, parley-plain, parley-GIB such as parley-5.5, "
             f"{' and '.join(PEERS)}"

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from parley.cli.terminal import err, quiet_libraries, renamed_option
 from parley.errors import UsageError
+from parley.text import visible
 
 
 def bench(
@@ -36,10 +38,12 @@ def bench(
 
     if output is not None and not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such folder; make it, or choose another --output")
+    if output is not None and output.is_dir():
+        raise UsageError(f"{output}: is a folder; wanted a file, choose another --output")
     found = find_job(job)
     names = [name.strip() for name in f"{trainers},{against}".split(",") if name.strip()]
     reports = []
-    with err.status(f"{job}: {', '.join(names)}"):
+    with err.status(Text(visible(f"{job}: {', '.join(names)}"))):
         for report in compare(found, found.config(model, data, steps), names, repeat):
             reports.append(report)
             line = json.dumps(report)

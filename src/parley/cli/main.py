@@ -6,6 +6,9 @@ Anything else is a fault of Parley's own and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, NoReturn
@@ -15,7 +18,7 @@ import typer
 import parley
 from parley.cli import bench, chat, demo, doctor, evaluate, generate, inspect, report, serve, train
 from parley.cli.terminal import Stopped, complain, err
-from parley.errors import ParleyError
+from parley.errors import ParleyError, UsageError
 from parley.text import print_text
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -53,6 +56,8 @@ def parley_command(
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and exit."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that is not UTF-8 gets escapes, as stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         # Not standalone: typer would print its own errors, over several lines.
         code = app(args=given, prog_name="parley", standalone_mode=False) or 0
@@ -67,10 +72,26 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Stopped as stop:
         print_text(err, f"parley: stopped; {stop}", wrap=False)
         code = INTERRUPTED
+    except BrokenPipeError:  # nobody reads stdout any more, as after `| head`
+        code = 1
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        complain(f"{error.filename}: the name is too long for a file; give a shorter one")
+        code = UsageError.exit_code
     else:
         if code == INTERRUPTED:
             err.print("parley: stopped")
+    _flush_stdout()
     sys.exit(code)
+
+
+def _flush_stdout() -> None:
+    """Write what is buffered, or drop it where nobody reads it: at exit Python would print the error."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _help_for(arguments: list[str]) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_NUM_SEQS = 32
 DEFAULT_MAX_MODEL_LEN = 4096
+MAX_NUM_SEQS, MAX_MODEL_LEN, MAX_QUEUE, MAX_DRAIN = 4096, 2**24, 2**20, 86400  # beyond them a number is mistyped
 
 
 class Engine(StrEnum):
@@ -38,17 +39,22 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="PARLEY_API_KEY", help="Clients must send it.", show_envvar=True)
     ] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(min=1, help="Requests decoded at a time; without: 32.")] = None,
-    max_model_len: Annotated[
-        int | None, typer.Option(min=8, help="Tokens of a prompt and its output; without: the model's, up to 4096.")
+    max_num_seqs: Annotated[
+        int | None, typer.Option(min=1, max=MAX_NUM_SEQS, help="Requests decoded at a time; without: 32.")
     ] = None,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait for a slot.")] = 256,
-    drain: Annotated[float, typer.Option(min=1, help="Seconds to finish open requests in when stopped.")] = 30,
+    max_model_len: Annotated[
+        int | None,
+        typer.Option(min=8, max=MAX_MODEL_LEN, help="Tokens of prompt and output; without: the model's, up to 4096."),
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=0, max=MAX_QUEUE, help="Requests that may wait for a slot.")] = 256,
+    drain: Annotated[
+        float, typer.Option(min=1, max=MAX_DRAIN, help="Seconds to finish open requests in when stopped.")
+    ] = 30,
     engine: Annotated[Engine, typer.Option(help="vllm hands the run to `vllm serve`.")] = Engine.parley,
     trust_remote_code: TrustRemoteCode = False,
-    slots: Annotated[int | None, typer.Option(min=1, hidden=True)] = None,
-    length: Annotated[int | None, typer.Option(min=8, hidden=True)] = None,
-    queue: Annotated[int | None, typer.Option(min=0, hidden=True)] = None,
+    slots: Annotated[int | None, typer.Option(min=1, max=MAX_NUM_SEQS, hidden=True)] = None,
+    length: Annotated[int | None, typer.Option(min=8, max=MAX_MODEL_LEN, hidden=True)] = None,
+    queue: Annotated[int | None, typer.Option(min=0, max=MAX_QUEUE, hidden=True)] = None,
 ) -> None:
     """Serve a run, tuned and base, to OpenAI's clients.
 

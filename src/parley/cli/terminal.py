@@ -30,9 +30,10 @@ class Stopped(Exception):
 
 def complain(message: str) -> None:
     """Print an error on one visible line of stderr, unwrapped and at most LONGEST characters long."""
-    line = shorten_middle(one_line(message, len(message) + 1), LONGEST)
+    prefix = "parley: error: "
+    line = shorten_middle(one_line(message, len(message) + 1), LONGEST - len(prefix))
     # soft_wrap keeps the error on one line for scripts, however narrow the terminal.
-    err.print(Text.assemble(("parley: error: ", "bold red"), line), soft_wrap=True)
+    err.print(Text.assemble((prefix, "bold red"), line), soft_wrap=True)
 
 
 class VisibleHandler(RichHandler):

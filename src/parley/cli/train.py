@@ -59,7 +59,10 @@ def _run_config(
     # Through JSON, since an override is parsed as YAML: a name such as 1e5 stays a string.
     named = {"model.name": model, "data.source": data, "output": output and str(output)}
     overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
-    return RunConfig.create(read_yaml(config) if config else {}, [*overrides, *settings])
+    values = read_yaml(config) if config else {}
+    if not values and model is None and data is None:
+        raise UsageError(f"{config}: is empty, so there is nothing to train; write the run's settings in it")
+    return RunConfig.create(values, [*overrides, *settings])
 
 
 def _what_is_kept(output: Path) -> str:

@@ -37,9 +37,9 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no name that can be encoded as IDNA
         if bound is not None:
             bound.close()
-        reason = error.strerror if isinstance(error, OSError) else "no such port"
+        reason = error.strerror if isinstance(error, OSError) else "no such address"
         raise UsageError(f"cannot listen on {host} port {port}: {reason}; choose another --host or --port") from None
     return bound

@@ -9,7 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from parley.config import DEMO_MODEL, GenerationSection, ModelSection
+from parley.config import DEMO_MODEL, GenerationSection, ModelSection, RunConfig
 from parley.models.adapters import base_obstacle
 from parley.models.folder import local_folder
 from parley.models.load import load_model
@@ -45,7 +45,7 @@ def load_for_inference(source: str, *, trust_remote_code: bool = False) -> Loade
     Raises ModelError, RunError or DeviceError.
     """
     if not RunFolder.is_run(source):
-        model, tokenizer = load_model(ModelSection(name=source, trust_remote_code=trust_remote_code))
+        model, tokenizer = load_model(model_section(source, trust_remote_code=trust_remote_code))
         base = model.get_base_model().name_or_path if _serves_base(model) else None
         return LoadedModel(model, tokenizer, served_names(source, base), GenerationSection())
     run = RunFolder.open(source, trust_remote_code=trust_remote_code)
@@ -53,6 +53,11 @@ def load_for_inference(source: str, *, trust_remote_code: bool = False) -> Loade
     model, tokenizer = run.load()
     names = served_names(source, _base_name(model, run) if _serves_base(model) else None)
     return LoadedModel(model, tokenizer, names, config.generation, config.data.system, run.golden)
+
+
+def model_section(source: str, *, trust_remote_code: bool = False) -> ModelSection:
+    """The settings that load the model called `source`. Raises UsageError for what can be no name."""
+    return RunConfig.create({"model": {"name": source, "trust_remote_code": trust_remote_code}}).model
 
 
 def _serves_base(model: Any) -> bool:

@@ -18,7 +18,7 @@ from parley.errors import UsageError
 from parley.models.adapter_files import read_adapter_fields
 from parley.models.adapters import BASE_CHANGING_INITS
 from parley.models.folder import adapter_base, local_folder, model_folder
-from parley.serving.loading import served_names, short_name
+from parley.serving.loading import model_section, served_names, short_name
 from parley.training.run_folder import RunFolder
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
@@ -55,7 +55,7 @@ def vllm_arguments(
 
 def _plain_model(source: str) -> list[str]:
     """A model, or an adapter's folder with the base that it names."""
-    section = ModelSection(name=source)
+    section = model_section(source)
     folder = local_folder(source) if source != DEMO_MODEL else None
     base = adapter_base(folder, section) if folder is not None else None
     if folder is None or base is None:
