@@ -212,3 +212,16 @@ def test_a_key_is_asked_for_everywhere_but_at_health(serving: Callable[..., Runn
         connection.request("GET", path)
         assert connection.getresponse().status == status
         connection.close()
+
+
+def test_a_control_token_as_a_stop_string_ends_the_answer_and_a_mixture_is_refused(tuned: Running) -> None:
+    """Decoding leaves control tokens out of the text, so that a stop string with one in it could never match."""
+    tokenizer = tuned.service.model.tokenizer
+    end = tokenizer.convert_ids_to_tokens(sorted(tuned.scheduler._stop_ids)[0])
+    ask = {"model": "pirate", "messages": HELLO, "temperature": 0, "max_tokens": 12}
+    status, told = post(tuned, {**ask, "stop": end})
+    assert status == 200, told
+    assert told["choices"][0]["message"]["content"] == post(tuned, ask)[1]["choices"][0]["message"]["content"]
+    error = refused(tuned, {**ask, "stop": ["a", f"x{end}"]})
+    assert error["status"] == 400
+    assert end in error["message"]
