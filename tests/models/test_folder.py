@@ -107,6 +107,34 @@ def test_names_that_can_only_be_paths_never_ask_the_hub(name, no_network, tmp_pa
         model_folder(ModelSection(name=name))
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("runs/x", r"runs/x: no such folder here; runs/ is where runs are written"),
+        ("mine/pirates", r"mine/pirates: no such folder in mine/, which is here; did you mean mine/pirate\?"),
+        ("mine/zebra", r"mine/zebra: no such folder in mine/, .*for a model of the hub go to another folder"),
+        ("empty/zebra", r"no such folder in empty/"),
+        ("x" * 5000, "neither a path nor a hub id|no such folder"),
+        ("a\0b", "neither a path nor a hub id|no such folder"),
+        ("~nobody-here/x", "neither a path nor a hub id|no such folder"),
+    ],
+)
+def test_a_mistyped_path_never_asks_the_hub(name, words, no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine" / "pirate").mkdir(parents=True)
+    (tmp_path / "empty").mkdir()
+    for ask in (local_folder, lambda name: model_folder(ModelSection.model_construct(name=name))):
+        with pytest.raises(ModelError, match=words) as caught:
+            ask(name)
+        assert "\n" not in str(caught.value)
+
+
+def test_other_names_of_two_parts_are_hub_ids(no_network, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert local_folder("owner/name") is None
+    assert local_folder("gpt2") is None
+
+
 def test_a_file_is_not_a_folder(tmp_path, no_network):
     (tmp_path / "model.gguf").write_text("")
     with pytest.raises(ModelError, match="got a file, wanted a model folder"):

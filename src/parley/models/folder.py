@@ -18,13 +18,14 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from parley.config import DEMO_MODEL, ModelSection
+from parley.config import DEMO_MODEL, ModelSection, nearest
 from parley.errors import ModelError, one_line
 from parley.models.demo import demo_model_path
 from parley.models.json_files import read_json_object
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 ADAPTER_CONFIG = "adapter_config.json"
+RUNS = "runs"  # where runs are written unless told otherwise
 MOST_ADAPTERS = 8  # on one base; each but the last is merged
 IGNORED_FILES = ["*/*", "consolidated*"]  # subfolders and duplicates of the weights
 
@@ -47,17 +48,38 @@ def model_folder(section: ModelSection, *, weights: bool = True) -> Path:
 
 
 def local_folder(name: str) -> Path | None:
-    """`name` as a folder, or None when it is a hub id. Raises ModelError for a path that does not exist."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.exists():
+    """`name` as a folder, or None when it is a hub id. Raises ModelError for a path that does not exist.
+
+    `runs/x` is a path, and so is owner/name where a folder `owner` is here: a mistyped path must not fetch the model
+    that a stranger has put on the hub under that name.
+    """
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path.resolve()
+        is_file = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of nobody, a null character
+        raise ModelError(f"{one_line(name, 80)}: neither a path nor a hub id ({one_line(error, 80)})") from None
+    if is_file:
         raise ModelError(f"{name}: got a file, wanted a model folder with config.json, or a hub id")
     try:
         validate_repo_id(name)
     except HFValidationError:
         raise ModelError(f"{name}: no such folder; give a model folder, or a hub id such as owner/model") from None
+    first, slash, _ = name.partition("/")
+    if slash and (first == RUNS or Path(first).is_dir()):
+        raise ModelError(_no_such_folder(name, Path(first)))
     return None
+
+
+def _no_such_folder(name: str, parent: Path) -> str:
+    """The message for a path of two parts, naming the folder beside it that is spelled most like it."""
+    if not parent.is_dir():
+        return f"{name}: no such folder here; {parent}/ is where runs are written, and no folder of that name is here"
+    others = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+    similar = nearest(name.partition("/")[2], others) if others else None
+    meant = f"; did you mean {parent / similar}?" if similar else "; for a model of the hub go to another folder"
+    return f"{name}: no such folder in {parent}/, which is here{meant}"
 
 
 def adapter_base(folder: Path, section: ModelSection) -> ModelSection | None:

@@ -29,7 +29,7 @@ from parley.config import DEMO_MODEL, RunConfig
 from parley.data.golden import golden_ids
 from parley.errors import RunError, UsageError
 from parley.models.load import load_adapter, load_model
-from parley.models.tokenizer import read_tokenizer
+from parley.models.tokenizer import check_vocabulary, read_tokenizer
 from parley.safe_yaml import read_yaml_file
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,9 @@ class RunFolder:
             start = "merge" if section.adapter == "merge" else "new"
             base, _ = load_model(section.model_copy(update={"name": self.base_name(), "adapter": start}))
             model = load_adapter(base, self.adapter)
-        return model, read_tokenizer(self.weights, section)
+        tokenizer = read_tokenizer(self.weights, section)
+        check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], str(self.weights))
+        return model, tokenizer
 
     def base_name(self) -> str:
         """The base model: a hub id, or the folder where it is now. Raises RunError for a folder that is gone."""
