@@ -78,6 +78,15 @@ def test_unusable_template_files_are_named(folder, tmp_path):
         load_tokenizer(section(folder, chat_template=broken))
     with pytest.raises(ModelError, match=r"absent\.jinja cannot be read"):
         load_tokenizer(section(folder, chat_template=tmp_path / "absent.jinja"))
+    deep = tmp_path / "deep.jinja"
+    deep.write_text("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}")
+    with pytest.raises(ModelError, match=r"deep\.jinja"):
+        load_tokenizer(section(folder, chat_template=deep))
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}{{ 'x' * 10**12 }}"
+    tagged = "{% generation %}{{ messages[0]['content'] }}{%- endgeneration -%}{% for m in [] %}{% break %}{% endfor %}"
+    for text in (endless, tagged):
+        (tmp_path / "taken.jinja").write_text(text)
+        assert load_tokenizer(section(folder, chat_template=tmp_path / "taken.jinja")).chat_template == text
     picky = tmp_path / "picky.jinja"
     picky.write_text("{{ raise_exception('start with a system turn') }}")
     assert load_tokenizer(section(folder, chat_template=picky)).chat_template.startswith("{{ raise")
