@@ -153,6 +153,7 @@ def base_obstacle(model: torch.nn.Module) -> str | None:
         bias = config.to_dict().get("bias", "none")
         if bias != "none":
             return f"lora.bias: {bias} trained the base's own biases, which stay when the adapter is switched off"
+    # Unmerging subtracts what was added, and rounding keeps the base from being what it was.
     if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
         return "the adapter is merged into the base's weights"
     for name, parameter in model.named_parameters():
@@ -207,6 +208,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     weights = read_adapter_weights(folder, fields)
     fields.target_modules = _present_modules(model, fields.target_modules, "target_modules")
     fields.exclude_modules = _present_modules(model, fields.exclude_modules, "exclude_modules")
+    # Where the base is now: a name relative to the folder it was read from would be wrong where it is saved next.
     fields.base_model_name_or_path = model.name_or_path
     if str(fields.init_lora_weights).startswith("pissa_niter_"):
         raise ModelError(
@@ -241,6 +243,7 @@ def merge_adapter(model: PeftModel, name: str) -> PreTrainedModel:
             f"{name}: the adapter cannot be merged into {method} weights without rounding them again; set "
             "model.quantization: none with a 16-bit base"
         )
+    # merge_and_unload also puts modules_to_save in place of the originals.
     merged = model.merge_and_unload()
     merged.name_or_path = merged.config._name_or_path = name
     merged.config._commit_hash = None

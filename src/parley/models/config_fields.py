@@ -82,6 +82,7 @@ def check_config(folder: Path) -> None:
     for part in [values, *(values[key] for key in ("text_config", "llm_config") if key in values)]:
         if not isinstance(part, dict):
             raise ModelError(f"{path}: text_config is {one_line(repr(part), 60)}, wanted an object of settings")
+        # Models of text and images keep the decoder's fields in text_config; others have them at the top.
         fields = validated(ConfigFields, part, path)
         for fault in (*_names(part), *_sizes(fields), *_rope(fields)):
             raise ModelError(f"{path}: {fault}; correct it, or download it again")
@@ -126,6 +127,7 @@ def _rope(fields: ConfigFields) -> Iterator[str]:
     """Rotary embeddings: one object, or one for each type of layers."""
     for field in ("rope_parameters", "rope_scaling"):
         given = vars(fields)[field] or {}
+        # Gemma 3 and others have one set of parameters for each type of attention layer.
         parts = list(given.values()) if given and all(isinstance(part, dict) for part in given.values()) else [given]
         for part in parts:
             kind = part.get("rope_type", part.get("type", "default"))

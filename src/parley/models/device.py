@@ -52,6 +52,7 @@ def pick_dtype(requested: str, device: torch.device) -> torch.dtype:
 
 def has_bf16() -> bool:
     """Whether the current GPU multiplies in bf16 without emulating it."""
+    # Turing GPUs emulate bf16 through fp32: it works there, slower than fp16.
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -66,6 +67,7 @@ def describe_device(device: torch.device) -> str:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators with `seed` inside the block and restore their state after it."""
+    # fork_rng copies the state of every GPU unless told which, which takes a second on a machine with many.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -140,6 +140,7 @@ def _check_nf4(device: torch.device) -> Finding:
 def _check_adamw_8bit(device: torch.device) -> Finding:
     from bitsandbytes.optim import AdamW8bit
 
+    # An optimizer step on ones: the result is known, and a missing kernel shows as a wrong or absent update.
     weight = torch.nn.Parameter(torch.ones(8192, device=device))  # smaller tensors keep 32-bit state
     weight.grad = torch.ones_like(weight)
     AdamW8bit([weight], lr=0.1, weight_decay=0).step()

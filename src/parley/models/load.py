@@ -210,6 +210,7 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
     weights = {key: value for key, value in model.named_parameters() if value.dtype in DTYPES.values()}
     if not weights:
         return
+    # A sum is NaN or infinite if one value is; fp32 holds the sum of any number of finite fp16 values that fit a GPU.
     sums = torch.stack([value.sum(dtype=torch.float32) for value in weights.values()])
     if not sums.isfinite().all():
         broken = [key for key, total in zip(weights, sums.tolist(), strict=True) if not isfinite(total)]

@@ -41,6 +41,7 @@ def plan_quantization(config: PreTrainedConfig, section: ModelSection, dtype: to
 
 def check_quantised(name: str, model: PreTrainedModel) -> None:
     """Raises ModelError where config.json promises 4-bit weights and the checkpoint's are not."""
+    # transformers replaces the layers by config.json alone, and fills them with whatever the file holds.
     for path, module in model.named_modules():
         if isinstance(module, Linear4bit) and not isinstance(module.weight, Params4bit):
             raise ModelError(
@@ -54,6 +55,7 @@ def quantization_of(config: PreTrainedConfig) -> str:
     saved = vars(config).get("quantization_config")
     if saved is None:
         return "none"
+    # A dict as config.json has it; an object once transformers has loaded the model.
     fields = saved if isinstance(saved, dict) else saved.to_dict()
     if fields.get("load_in_8bit"):
         return "int8"
