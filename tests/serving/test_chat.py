@@ -254,6 +254,11 @@ def test_the_runs_system_turn_is_given_to_those_without_one(tuned: Running, monk
     own = tuned.client.chat.completions.create(**{**ask(), "messages": turns})
     assert given.usage == said.usage == own.usage
     assert given.choices[0].message.content == said.choices[0].message.content
+    messages = [{**turns[0], "role": "developer"}, *turns[1:]]
+    developer = tuned.client.chat.completions.create(**{**ask(), "messages": messages})
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, system=None))
+    alone = tuned.client.chat.completions.create(**{**ask(), "messages": messages})
+    assert developer.usage == alone.usage  # as in training: a developer's turn is a system turn
 
 
 def test_an_asynchronous_client_is_answered_alike(tuned: Running, alone: Callable[..., str]) -> None:
