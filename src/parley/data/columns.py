@@ -25,6 +25,7 @@ class Fields:
         self.own: dict[str, str] = {}
         for names in spellings:
             for column in candidates(names, data) if data.columns else names:
+                # lookup() only for dotted names: this runs for every column of every row.
                 if row.get(column) is not None or ("." in column and lookup(row, column) is not None):
                     self.own[names[0]] = column
                     break
@@ -34,7 +35,7 @@ class Fields:
 
     def text(self, canonical: str) -> str:
         value = self.value(canonical)
-        if value is None or (isinstance(value, str) and value.isascii()):  # most, and without building their place
+        if value is None or (isinstance(value, str) and value.isascii()):  # most, and without building their location
             return value or ""
         return text_of(value, f"{self.origin}: field {self.own[canonical]!r}")
 

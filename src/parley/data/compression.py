@@ -12,13 +12,14 @@ from typing import IO
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 DAMAGED = (EOFError, zlib.error, lzma.LZMAError)
-"""What reading a damaged compressed file raises, beside an OSError without a number."""
+"""What reading a damaged compressed file raises, besides an OSError without errno."""
 
 
 def open_file(path: Path) -> IO[bytes]:
     """The bytes of a file, decompressed as its suffix says."""
     match path.suffix.lower():
         case ".gz":
+            # Iterating a GzipFile calls Python code for each line; BufferedReader splits lines in C.
             return io.BufferedReader(gzip.open(path, "rb"))
         case ".bz2":
             return bz2.open(path, "rb")
@@ -30,6 +31,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def _open_zstd(path: Path) -> IO[bytes]:
+    # The standard library reads zstd from Python 3.14 on; pyarrow is installed with datasets.
     import pyarrow
 
     return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))

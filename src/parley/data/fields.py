@@ -8,19 +8,20 @@ from typing import Any
 from parley.errors import DataError
 
 
-def text_of(value: Any, place: str) -> str:
+def text_of(value: Any, location: str) -> str:
     """A text field; null is no text. Raises DataError for anything else, and for text that no tokenizer reads."""
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{place} is {type_name(value)} ({short(value)}), wanted text")
+        raise DataError(f"{location} is {type_name(value)} ({short(value)}), wanted text")
+    # ASCII text has no surrogates, and isascii() reads a flag where encode() copies the text.
     if value.isascii():
         return value
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = ascii(value[error.start])
-        raise DataError(f"{place} holds half a character ({half}, a lone surrogate); repair the text") from None
+        raise DataError(f"{location} holds half a character ({half}, a lone surrogate); repair the text") from None
     return value
 
 

@@ -1,4 +1,4 @@
-"""Rows of local JSON, JSON-lines, CSV and text files, as they are written and with their place in the file.
+"""Rows of local JSON, JSON-lines, CSV and text files, as they are written and with their location in the file.
 
 They do not pass through Arrow, which would give every tool call the arguments of all others (as None), read dates
 out of text, and name no line when something is wrong.
@@ -20,14 +20,15 @@ from parley.errors import DataError, one_line
 
 Row = dict[str, Any]
 Entry: TypeAlias = "tuple[str, Row | DataError]"
-"""A row or what is wrong with it, with its place in the file: "line 12"."""
+"""A row or what is wrong with it, with its location in the file: "line 12"."""
 
 ORIGIN = "__origin__"
-"""The key under which a row of a local file has its place: "rows.jsonl line 12"."""
+"""The key under which a row of a local file has its location: "rows.jsonl line 12"."""
 ERROR = "__error__"
 """The key under which a row that could not be read has the reason; such a row has no columns."""
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
+# A JSON document that is one object is a single row if it has one of these keys, not a container of rows.
 _ROW_KEYS = {"messages", "conversations", "conversation", "instruction", "prompt", "text", "input_ids"}
 _CSV_BATCH = 64
 _COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
@@ -40,6 +41,7 @@ def kind_of(path: Path) -> str | None:
     compressed = name.endswith(COMPRESSIONS)
     name = name[: name.rindex(".")] if compressed else name
     kind = next((kind for kind in KINDS if name.endswith(kind)), None)
+    # Parquet is read from its footer with seeks, which a compressed stream does not support.
     return None if compressed and kind == ".parquet" else kind
 
 
@@ -51,14 +53,15 @@ def read_files(files: list[str], keep_bad: bool = False) -> Iterator[Row]:
     for file in files:
         path = Path(file)
         empty = True
-        for place, row in _READERS[kind_of(path) or ".jsonl"](path):
+        for location, row in _READERS[kind_of(path) or ".jsonl"](path):
             empty = False
             if not isinstance(row, DataError):
-                yield {**row, ORIGIN: f"{path.name} {place}"}
+                yield {**row, ORIGIN: f"{path.name} {location}"}
             elif keep_bad:
-                yield {ORIGIN: f"{path.name} {place}", ERROR: str(row)}
+                yield {ORIGIN: f"{path.name} {location}", ERROR: str(row)}
             else:
                 raise row
+        # Otherwise a failed export among several files would go unnoticed.
         if empty:
             raise DataError(f"{path}: is empty; wanted at least one row")
 
@@ -77,6 +80,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
 
     A line that is not UTF-8 comes as a DataError; a file that cannot be read raises one.
     """
+    # Bytes are split before they are decoded: str.splitlines also splits at U+2028, which JSON strings may hold, and
+    # a line that is not UTF-8 must not hide the number of the next one.
     for number, line in enumerate(_raw_lines(path), 1):
         try:
             yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -92,6 +97,7 @@ def _raw_lines(path: Path) -> Iterator[bytes]:
     except DAMAGED as error:
         raise _damaged(path, error) from None
     except OSError as error:
+        # gzip and bz2 report damaged data as an OSError without errno; one with errno comes from the operating system.
         if error.errno is None:
             raise _damaged(path, error) from None
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
@@ -111,23 +117,24 @@ def _json_lines(path: Path) -> Iterator[Entry]:
             yield f"line {number}", _parse_line(line, f"{path.name} line {number}")
 
 
-def _parse_line(line: str, place: str) -> Row | DataError:
+def _parse_line(line: str, location: str) -> Row | DataError:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         hint = "; the file looks like one JSON document: name it .json" if line.strip() in ("[", "{") else ""
-        return DataError(f"{place}: broken JSON ({_reason(error)}){hint}")
-    return _as_row(row, place)
+        return DataError(f"{location}: broken JSON ({_reason(error)}){hint}")
+    return _as_row(row, location)
 
 
 def _json_document(path: Path) -> Iterator[Entry]:
     """A list of rows, {"data": [...]}, a single row, or, as many files named .json are, JSON lines."""
-    text = "".join(_whole(line) for _, line in read_lines(path))
+    text = "".join(_readable_line(line) for _, line in read_lines(path))
     if not text.strip():
         return
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
+        # json.loads stops after the first object of JSON lines with this message.
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _json_lines(path)
             return
@@ -148,14 +155,17 @@ def _json_document(path: Path) -> Iterator[Entry]:
 
 def _csv(path: Path) -> Iterator[Entry]:
     """Rows of strings. Fields of a .tsv file are separated by tabs, of a .csv file by what its header has most of."""
-    lines = (_whole(line) for _, line in read_lines(path))
+    lines = (_readable_line(line) for _, line in read_lines(path))
     header = next(lines, "")
+    # csv.Sniffer looks at the cells as well, where the punctuation of prose misleads it.
     separator = "\t" if kind_of(path) == ".tsv" else max(",;\t", key=header.count)
+    # strict: otherwise an unclosed quote makes the rest of the file one field, without an error.
     reader = csv.reader(chain([header], lines), delimiter=separator, strict=True)
     records = (record for record in _csv_records(reader, path) if record[1])
     _, columns = next(records, (0, []))
     if isinstance(columns, DataError):
         raise columns
+    # dict() would keep the last of them and drop the others without a message.
     if len(set(columns)) < len(columns):
         raise DataError(f"{path.name}: two columns have the same name ({short(', '.join(columns))}); rename one")
     for number, (line, values) in enumerate(records, 1):
@@ -195,7 +205,7 @@ def _csv_records(reader: Any, path: Path) -> Iterator[tuple[int, list[str] | Dat
 
 @contextmanager
 def _fields_of_any_length() -> Iterator[None]:
-    """The csv module's limit on a field, 131,072 characters, is a setting of the whole process: it is put back."""
+    """The csv module's limit on a field, 131,072 characters, is process-wide, so it is restored."""
     limit = csv.field_size_limit(_ANY_LENGTH)
     try:
         yield
@@ -230,7 +240,7 @@ _COUNTERS = {".jsonl": _non_blank, ".ndjson": _non_blank}
 """Kinds whose rows can be counted without being parsed."""
 
 
-def _whole(line: str | DataError) -> str:
+def _readable_line(line: str | DataError) -> str:
     """A line of a file whose rows are not lines: what is wrong with one is wrong with the file."""
     if isinstance(line, DataError):
         raise line
@@ -243,12 +253,12 @@ def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def _as_row(row: object, place: str) -> Row | DataError:
+def _as_row(row: object, location: str) -> Row | DataError:
     if isinstance(row, dict):
         return row
     if _is_conversation(row):
         return {"messages": row}
-    return DataError(f"{place}: got {type_name(row)}, wanted an object with the row's columns")
+    return DataError(f"{location}: got {type_name(row)}, wanted an object with the row's columns")
 
 
 def _is_single_row(document: object) -> bool:

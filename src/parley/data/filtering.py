@@ -99,8 +99,10 @@ def _batches(
     with ThreadPoolExecutor(ahead or 1) as threads:
         try:
             while taken := list(islice(examples, batch)):
-                scripts = write_texts(tokenizer, [each for each in taken if _is_rendered(each, data)], _options(data))
-                waiting.append((taken, threads.submit(encode, tokenizer, scripts)))
+                texts = write_texts(
+                    tokenizer, [example for example in taken if _is_rendered(example, data)], _options(data)
+                )
+                waiting.append((taken, threads.submit(encode, tokenizer, texts)))
                 if len(waiting) > ahead:
                     taken, outcomes = waiting.popleft()
                     yield taken, outcomes.result()

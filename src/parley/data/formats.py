@@ -1,4 +1,4 @@
-"""The formats a data set may come in: one object each, that knows its columns and makes an Example of a row.
+"""The formats a data set may come in: each an object that knows its columns and turns a row into an Example.
 
 A new format is a subclass of Format and an entry in FORMATS. Order matters: a row that suits several is of the first.
 """
@@ -62,9 +62,11 @@ class _Turns(Format):
     turn_format: ClassVar[str]
 
     def suits(self, fields: Fields, expected: str | None) -> bool:
+        # Data sets use the column names of both formats for either; the keys of the turns decide.
         return super().suits(fields, expected) and self._turn_format(fields, expected) == self.name
 
     def shows(self, fields: Fields) -> bool:
+        # An empty list of turns has no keys to decide by; a later row does.
         return bool(fields.value(self.columns[0][0]))
 
     def example(self, fields: Fields, data: DataSection) -> Example:
@@ -77,6 +79,7 @@ class _Turns(Format):
         """ "messages" or "sharegpt"; where the turns fit both, the expected one or "messages"."""
         turns = fields.value(self.columns[0][0])
         first = turns[0] if isinstance(turns, list) and turns else None
+        # A turn may have both keys, or neither where data.columns names others.
         if isinstance(first, dict) and ("from" in first) != ("role" in first):
             return ShareGPT.name if "from" in first else Messages.name
         return expected if expected in (Messages.name, ShareGPT.name) else Messages.name
@@ -101,7 +104,7 @@ class ShareGPT(_Turns):
 
 
 class _Instruction(Format):
-    """An instruction with its answer; `context` stands before the instruction, `input` after it."""
+    """An instruction with its answer; `context` precedes the instruction, `input` follows it."""
 
     optional = (("context",), ("input",), _SYSTEM, ("history",))
     _answer: ClassVar[str]
@@ -126,6 +129,7 @@ class Alpaca(_Instruction):
         """Rows without an input are Alpaca's by the name of the answer, unless the data set is Dolly's so far."""
         if not super().suits(fields, expected):
             return False
+        # `row` besides `own`: an `input` column that is null in this row is still a sign of Alpaca.
         marked = {"input", "output"} & {*fields.own.values(), *fields.row, *fields.data.columns}
         return expected == self.name or (bool(marked) and "context" not in fields.own)
 
@@ -160,6 +164,7 @@ class PromptCompletion(Format):
             )
         return Example(
             fields.origin,
+            # The completion continues the prompt's conversation, so the system turn is added to the prompt alone.
             prompt=with_system(_messages(fields, "prompt", data), data.system),
             completion=_messages(fields, "completion", data),
             tools=parse_tools(fields.value("tools"), fields.origin),
@@ -182,7 +187,7 @@ class Tokens(Format):
 
 
 class Text(Format):
-    """{"text": "Any text, learned from its first word to its last."}"""
+    """{"text": "Any text, supervised from its first word to its last."}"""
 
     name = "text"
     label = "text"
@@ -193,6 +198,7 @@ class Text(Format):
         return _weighted(Example(fields.origin, text=fields.text("text")), fields)
 
 
+# Structured columns come before `text`: many data sets keep a rendered copy of each row in a `text` column.
 FORMATS: tuple[Format, ...] = (
     Messages(),
     ShareGPT(),
@@ -232,19 +238,21 @@ def _weighted(example: Example, fields: Fields) -> Example:
 def _history(fields: Fields) -> list[tuple[str, str]]:
     """Earlier turns of an instruction: [["question", "answer"], ...]."""
     history = fields.value("history")
-    place = f"{fields.origin}: field 'history'"
+    location = f"{fields.origin}: field 'history'"
+    # CSV has no lists: there the history is JSON text.
     if isinstance(history, str):
-        history = parse_json(history, place) if history.strip() else None
+        history = parse_json(history, location) if history.strip() else None
     if not isinstance(history, list | None):
-        raise DataError(f"{place} is {short(history)}, wanted a list of pairs of a question and its answer")
+        raise DataError(f"{location} is {short(history)}, wanted a list of pairs of a question and its answer")
     turns: list[tuple[str, str]] = []
     for pair in history or []:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(text, str) for text in pair)):
-            raise DataError(f"{place} holds {short(pair)}; wanted pairs of a question and its answer")
+            raise DataError(f"{location} holds {short(pair)}; wanted pairs of a question and its answer")
         turns += [("user", pair[0]), ("assistant", pair[1])]
     return turns
 
 
 def _refuse_system(data: DataSection) -> None:
+    # Without turns there is nothing to put a system prompt into; ignoring it would silently change what is trained on.
     if data.system:
         raise UsageError("got data.system, but the rows have no turns (text or token ids); remove it")

@@ -5,7 +5,7 @@
     {"type": "ai", "data": {"content": "Hello"}}                        LangChain
     {"author": {"role": "user"}, "content": {"parts": ["Hi"]}}          ChatGPT's export
 
-A turn becomes one message, or several where it holds tool results beside its text.
+A turn becomes one message, or several where it holds tool results besides its text.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from parley.data.loss_weights import message_weight, weight_spans
 from parley.data.tool_calls import parse_json, parse_tool_calls
 from parley.errors import DataError
 
+# Names found in published data: prompter is OpenAssistant's, ipython Llama 3's, observation GLM's.
 _SPEAKERS = {
     "system": "system context",
     "developer": "developer",
@@ -53,99 +54,107 @@ def parse_messages(
     keys: the data set's own names of "role" and "content". roles: its own names of roles, to those of ROLES.
     Raises DataError naming the row and the turn.
     """
+    # CSV exports hold the list as JSON text.
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         turns = parse_json(turns, f"{origin}: field {column!r}")
     if not isinstance(turns, list):
         raise DataError(f"{origin}: field {column!r} is {type_name(turns)}, wanted a list of turns")
     messages: list[Message] = []
     for number, turn in enumerate(turns, 1):
-        place = f"{origin}: turn {number}"
+        location = f"{origin}: turn {number}"
         if not isinstance(turn, dict):
-            raise DataError(f"{place} is {type_name(turn)}, wanted an object with role and content")
-        messages += _parse_turn(turn, place, keys, roles)
+            raise DataError(f"{location} is {type_name(turn)}, wanted an object with role and content")
+        messages += _parse_turn(turn, location, keys, roles)
     return [message for message in messages if _has_content(message)]
 
 
-def _parse_turn(turn: dict[str, Any], place: str, keys: Mapping[str, str], roles: Mapping[str, str]) -> list[Message]:
+def _parse_turn(
+    turn: dict[str, Any], location: str, keys: Mapping[str, str], roles: Mapping[str, str]
+) -> list[Message]:
     role_key = keys.get("role") or next((key for key in ROLE_KEYS if key in turn), "role")
-    role = _role(turn.get(role_key), f"{place} has {role_key}", roles)
+    role = _role(turn.get(role_key), f"{location} has {role_key}", roles)
     content_key = keys.get("content") or _content_key(turn, role_key)
+    # Null fields carry no meaning: Arrow adds every key of any turn to all turns.
     rest = {key: value for key, value in turn.items() if value is not None and key not in (role_key, content_key)}
     if media := [key for key in _MEDIA if rest.get(key)]:
-        raise DataError(f"{place} has {media[0]!r}; Parley trains on text alone: the model would never see it")
+        raise DataError(f"{location} has {media[0]!r}; Parley trains on text alone: the model would never see it")
     message: Message = {"role": role, "content": ""}
-    results = _parse_content(turn.get(content_key), message, f"{place}: {content_key!r}")
+    results = _parse_content(turn.get(content_key), message, f"{location}: {content_key!r}")
     if role == "function_call":
-        calls = parse_json(message["content"], f"{place}: {content_key!r}")
+        calls = parse_json(message["content"], f"{location}: {content_key!r}")
         message |= {"role": "assistant", "content": ""}
         rest["tool_calls"] = calls if isinstance(calls, list) else [calls]
-    _parse_keys(message, rest, place)
-    _check_text_is_read(message, rest, turn, content_key, place)
+    _parse_keys(message, rest, location)
+    _check_text_is_read(message, rest, turn, content_key, location)
     own = [message] if _has_content(message) or not results else []
+    # Results first: Anthropic puts tool results and the user's next words into one user turn, and templates expect a
+    # result directly after its call.
     return [*results, *own]
 
 
-def _role(value: Any, place: str, roles: Mapping[str, str]) -> str:
+def _role(value: Any, location: str, roles: Mapping[str, str]) -> str:
     if isinstance(value, dict):  # ChatGPT's export: {"author": {"role": "user"}}
         value = value.get("role")
     if isinstance(value, str):
         name = roles.get(value, value).strip().lower()
         if name in ROLES:
             return ROLES[name]
-    raise DataError(f"{place} {short(value)}, wanted one of {', '.join(ROLES)}; name yours in data.roles")
+    raise DataError(f"{location} {short(value)}, wanted one of {', '.join(ROLES)}; name yours in data.roles")
 
 
 def _content_key(turn: dict[str, Any], role_key: str) -> str:
     """The first key of CONTENT_KEYS with something in it, else the first that is there."""
+    # ShareGPT pairs `from` with `value`; other text keys of such a turn are annotations.
     if role_key == "from" and turn.get("value"):
         return "value"
     present = [key for key in CONTENT_KEYS if turn.get(key) is not None and key != role_key]
     return next((key for key in present if turn[key]), present[0] if present else "content")
 
 
-def _parse_content(value: Any, message: Message, place: str) -> list[Message]:
+def _parse_content(value: Any, message: Message, location: str) -> list[Message]:
     """Put text, reasoning, calls and loss weights of a turn's content into `message`; returns its tool results."""
     if isinstance(value, dict):  # LangChain's {"data": {"content": ...}}, ChatGPT's {"content": {"parts": [...]}}
         key = next((key for key in _NESTED_CONTENT if key in value), None)
         if key is None:
             found = short(", ".join(map(str, value)), quoted=False)
-            raise DataError(f"{place} is an object with keys {found}; wanted text")
+            raise DataError(f"{location} is an object with keys {found}; wanted text")
         value = value[key]
     if not isinstance(value, list):
-        message["content"] = text_of(value, place)
+        message["content"] = text_of(value, location)
         return []
-    parts = Parts.of(value, place)
+    parts = Parts.of(value, location)
     parts.put_into(message)
     return parts.results
 
 
-def _parse_keys(message: Message, rest: dict[str, Any], place: str) -> None:
-    """What a turn has beside its role and content: calls, reasoning, loss weights; the others as they are."""
-    calls = parse_tool_calls(rest, place)
+def _parse_keys(message: Message, rest: dict[str, Any], location: str) -> None:
+    """Parse what a turn has besides its role and content: calls, reasoning, loss weights; the others as they are."""
+    calls = parse_tool_calls(rest, location)
     for key in REASONING_KEYS:
         if key in rest:
-            rest[key] = reasoning_text(rest[key], f"{place}: {key!r}")
-    weight = message_weight(rest, place)
-    spans = weight_spans(rest, message["content"], place)
+            rest[key] = reasoning_text(rest[key], f"{location}: {key!r}")
+    weight = message_weight(rest, location)
+    spans = weight_spans(rest, message["content"], location)
     message |= {key: value for key, value in rest.items() if value not in ("", [], {}) or key == "name"}
     if calls:
         message["tool_calls"] = [*message.get("tool_calls", []), *calls]
     if weight is not None:
+        # Flags of the turn and of its parts apply together.
         message[WEIGHT] = weight if WEIGHT not in message else weight * message[WEIGHT]
     if spans:
         message[WEIGHT_SPANS] = spans
 
 
 def _check_text_is_read(
-    message: Message, rest: dict[str, Any], turn: dict[str, Any], content_key: str, place: str
+    message: Message, rest: dict[str, Any], turn: dict[str, Any], content_key: str, location: str
 ) -> None:
-    """A turn whose text stands under a key that nobody reads would disappear."""
+    """Refuse a turn whose text is under a key that is not read: it would be dropped silently."""
     if _has_content(message) or content_key in turn:
         return
     texts = [key for key, value in rest.items() if isinstance(value, str) and value.strip() and key not in _LABELS]
     if texts:
         key = short(texts[0], quoted=False)
-        raise DataError(f"{place} has no content; if it is under {key!r}, set data.columns={{content: {key}}}")
+        raise DataError(f"{location} has no content; if it is under {key!r}, set data.columns={{content: {key}}}")
 
 
 _LABELS = ("name", "id", "tool_call_id", "type", "date", "timestamp")

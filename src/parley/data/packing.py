@@ -81,12 +81,12 @@ class PaddedCollator:
 
 
 def _documents(row: dict[str, Any]) -> list[Document]:
-    whole = Document.from_lists(row["input_ids"], row["labels"])
+    row_document = Document.from_lists(row["input_ids"], row["labels"])
     lengths = row.get("seq_lengths")
     if not lengths:
-        return [whole]
+        return [row_document]
     borders = list(itertools.accumulate(lengths))[:-1]
-    parts = zip(np.split(whole.ids_L, borders), np.split(whole.label_L, borders), strict=True)
+    parts = zip(np.split(row_document.ids_L, borders), np.split(row_document.label_L, borders), strict=True)
     return [Document(ids_L, label_L) for ids_L, label_L in parts]
 
 

@@ -37,6 +37,7 @@ ARROW_BATCH = 4096
 """Rows converted to Arrow at once."""
 PROGRESS_FROM = 5000
 """Rows from which on a progress bar is shown."""
+# Independent of training.seed: runs with different seeds are compared on the same held-out rows.
 HELDOUT_SEED = 0
 HELDOUT_SHARE = 10
 """At most one row in ten is held out."""
@@ -68,6 +69,7 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
 
     Raises DataError in one line: a source that cannot be read or recognised, a bad row, or nothing left to train on.
     """
+    # Before any row is rendered: the changed template is saved with the checkpoint, so serving writes the same ids.
     pin_date(tokenizer, data.date)
     pin_settings(tokenizer, data.template)
     heldout_rows = 0 if data.heldout else data.heldout_rows
@@ -201,6 +203,7 @@ class RowRenderer:
                 examples.append(example)
                 continue
             digests = self.add(train, rendered)
+            # With `overlong: split` a row has several parts; it repeats earlier rows only if all its parts do.
             if digests and seen.issuperset(digests):
                 self.summary.repeated.add(example.origin)
             seen.update(digests)
@@ -222,9 +225,11 @@ class RowRenderer:
         for example, rendered in islice(kept, heldout_rows):
             self.add(heldout, rendered)
             examples.append(example)
+        # Rows read rather than rows held out: rows dropped in between have to be skipped as well.
         used = self.summary.rows
 
         def training_rows() -> Iterator[tuple[Example, Rendered]]:
+            # The generator starts again at every epoch; without a reset the counts would add up over epochs.
             self.summary.restart()
             for outcome in islice(self.outcomes(STREAM_BATCH, ahead=0), used, None):
                 if outcome is not None:
@@ -234,12 +239,14 @@ class RowRenderer:
         def columns() -> Iterator[dict[str, np.ndarray]]:
             return (_columns(part) for _, rendered in training_rows() for part in self._parts(rendered))
 
+        # No read-ahead on streams: the first batch would wait for 1,280 rows, and rows not yet used would be counted.
         shown = list(islice(training_rows(), PREVIEWED))
         self._check_any()
         self.summary.heldout, self.summary.unread = len(examples), list(self.format.unread)
         train = IterableDataset.from_generator(columns, features=FEATURES)
         preview, origins = [rendered for _, rendered in shown], [example.origin for example, _ in shown]
         heldout_rows_T = heldout.dataset() if examples else None
+        # No digests: the rows of a stream are not known before training, so repeats cannot be counted.
         return Prepared(train, heldout_rows_T, examples, self.summary, self.bad_rows, preview, origins), set()
 
     def _parts(self, rendered: Rendered) -> list[Rendered]:
@@ -262,6 +269,7 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     """Put the rows of `data.heldout` into `prepared`."""
     assert data.heldout is not None
     source, _, split = data.heldout.partition("#")
+    # `limit` is meant for training rows, and the held-out loss is computed over the same rows at each evaluation.
     changes = {"source": source, "split": split or "train", "limit": None, "streaming": False}
     if is_local(source):
         changes |= {"subset": None, "revision": None}  # those of a training set on the hub

@@ -14,12 +14,13 @@ from parley.errors import DataError
 LARGEST = 2**31 - 1  # ids are kept as int32
 
 
-def parse_ids(value: Any, place: str) -> list[int]:
+def parse_ids(value: Any, location: str) -> list[int]:
     if not isinstance(value, list) or not value:
-        raise DataError(f"{place} is {short(value)}, wanted a list of token ids")
+        raise DataError(f"{location} is {short(value)}, wanted a list of token ids")
     for token in value:
+        # type() because isinstance(True, int): a mask given under the name of the ids is refused.
         if type(token) is not int or not 0 <= token <= LARGEST:
-            raise DataError(f"{place} holds {short(token)}, wanted token ids")
+            raise DataError(f"{location} holds {short(token)}, wanted token ids")
     return value
 
 
@@ -38,11 +39,13 @@ def parse_labels(ids: list[int], fields: Fields) -> tuple[list[int], list[int]]:
     elif mask is not None:
         labels = [label if kept else IGNORE_INDEX for label, kept in zip(labels, mask, strict=True)]
     for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        # Shifted labels have the right length, and would train each token to predict the one after the next.
         if label not in (token, IGNORE_INDEX):
             raise DataError(
                 f"{fields.origin}: label {index + 1} is {short(label)} where the token is {token}; wanted the token "
                 f"itself or {IGNORE_INDEX} (labels are not shifted)"
             )
+    # Packed rows have no padding: padding tokens would be attended to and would shift the positions.
     if attended is not None:
         ids = [token for token, kept in zip(ids, attended, strict=True) if kept]
         labels = [label for label, kept in zip(labels, attended, strict=True) if kept]
@@ -54,6 +57,7 @@ def as_rendered(example: Example, vocabulary: int) -> Rendered:
     assert example.input_ids is not None
     assert example.labels is not None
     largest = max(example.input_ids, default=0)
+    # On a GPU an id outside the embedding is a device-side assert that names no row.
     if largest >= vocabulary:
         raise DataError(
             f"{example.origin}: token id {largest:,} is not in the model's vocabulary of {vocabulary:,}; the row was "
@@ -73,9 +77,9 @@ def _column(fields: Fields, name: str, length: int) -> list[int] | None:
     value = fields.value(name)
     if value is None:
         return None
-    place = f"{fields.origin}: field {fields.own[name]!r}"
+    location = f"{fields.origin}: field {fields.own[name]!r}"
     if not isinstance(value, list) or not all(isinstance(item, int) for item in value):
-        raise DataError(f"{place} is {short(value)}, wanted a list of whole numbers")
+        raise DataError(f"{location} is {short(value)}, wanted a list of whole numbers")
     if len(value) != length:
-        raise DataError(f"{place} has {len(value):,} entries, where the row has {length:,} token ids")
+        raise DataError(f"{location} has {len(value):,} entries, where the row has {length:,} token ids")
     return value

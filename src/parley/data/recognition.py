@@ -1,4 +1,4 @@
-"""Which format a data set is in, told by the columns of its first rows, and what it has that nobody reads."""
+"""Which format a data set is in, recognised by the columns of its first rows, and which of its columns are not read."""
 
 from __future__ import annotations
 
@@ -57,6 +57,7 @@ class Recognised:
 
     def _note_unread(self, row: Row, fields: Fields) -> None:
         _refuse_what_training_cannot_see(row, fields)
+        # Once per combination of columns, since this runs for every row. None separates the two lists of names.
         key = (*row, None, *fields.own.values())
         if key not in self._unread_of:
             read = {name.partition(".")[0] for name in fields.own.values()} | set(ROW_FLAGS)
@@ -85,6 +86,7 @@ def recognise(rows: Iterable[tuple[str, Row]], data: DataSection, where: str = "
             found = Recognised(format, _reason(format, fields, data), origin, data)
             if format.shows(fields):
                 return found
+            # Used only if no later row shows its format, for example where all lists of turns are empty.
             undecided = undecided or found
             break
     if undecided is None:
@@ -99,11 +101,13 @@ def _fields_of(row: Row, origin: str, data: DataSection, format: Format) -> Fiel
         return fields
     if any(_suiting(other, row, origin, data, format.name) for other in FORMATS):
         return None
+    # An unanswered row lacks the answer's column. It is of this format, and is dropped later rather than refused here.
     return fields if any(names[0] in fields.own for names in format.columns) else None
 
 
 def _suiting(format: Format, row: Row, origin: str, data: DataSection, expected: str | None) -> Fields | None:
     mapped = data.columns.keys() - set(TURN_KEYS)
+    # data.columns names columns of the intended format, so a format without them is not the intended one.
     if format.name != expected and not mapped <= set(format.spellings()):
         return None
     fields = format.fields(row, origin, data)
@@ -124,6 +128,7 @@ def _check_mapping(data: DataSection, rows: list[tuple[str, Row]]) -> None:
     for canonical, own in data.columns.items():
         if canonical not in known:
             raise unknown_key(canonical, known, "data.columns")
+        # Looked for in all of the first rows, since an optional column may be null or absent in some.
         if canonical not in TURN_KEYS and not any(lookup(row, own) is not None or own in row for _, row in rows):
             origin, row = rows[0]
             raise DataError(
@@ -144,6 +149,7 @@ def _refuse_what_training_cannot_see(row: Row, fields: Fields) -> None:
                 f"{fields.origin}: has {column!r}; Parley trains on text alone and the model would never see it: "
                 "remove the column, or the row"
             )
+    # Only the literal false: in other data sets `label` is a class index.
     if row.get("label") is False:
         raise DataError(
             f"{fields.origin}: label is false, an undesired answer of an unpaired preference set (KTO), which "

@@ -22,6 +22,7 @@ from parley.errors import DataError, UsageError, one_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _SLICE = re.compile(r"([\w.-]+)(?:\[(\d*):(\d*)\])?")
+# The words by which datasets.load_dataset assigns the files of a folder to splits.
 _SPLIT_OF = {
     word: split
     for split, words in {
@@ -33,6 +34,7 @@ _SPLIT_OF = {
 }
 LARGEST_FOLDER = 50_000
 """Files and folders looked through: a home folder is named by mistake."""
+# Metadata that datasets writes beside the rows (save_to_disk, push_to_hub).
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}
 
 
@@ -46,9 +48,9 @@ class _Part:
 
 
 class FileRows(Sequence[Row]):
-    """Rows of local files, read anew at every pass: a data set need not fit in memory.
+    """Rows of local files, read again at every pass: a data set need not fit in memory.
 
-    Each row is as written, with its place under ORIGIN; with `keep_bad`, one that cannot be read has its ERROR.
+    Each row is as written, with its location under ORIGIN; with `keep_bad`, one that cannot be read has its ERROR.
     """
 
     def __init__(self, parts: list[_Part], keep_bad: bool = False, limit: int | None = None) -> None:
@@ -88,7 +90,7 @@ def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
     """The rows of `source`, in `data.split`, up to `data.limit`.
 
     Rows of local JSON, CSV and text files (FileRows, or with `data.streaming` an IterableDataset) are as written and
-    carry their place under ORIGIN. What comes from Parquet or the hub has passed through Arrow: see `located`.
+    carry their location under ORIGIN. What comes from Parquet or the hub has passed through Arrow: see `located`.
     With `keep_bad`, a row of a file that cannot be read comes as its ERROR. Local paths never touch the network.
 
     Raises DataError in one line: nothing there, nothing in it, not readable, a bad row, or no such split; UsageError
@@ -97,6 +99,7 @@ def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
     if source == DEMO_DATA:
         _refuse_hub_settings(source, data)
         return _limited(demo_rows(), data)
+    # Paths before hub ids: "data/train.jsonl" has the form of a hub id too, and must not be looked up on the network.
     if is_local(source):
         _refuse_hub_settings(source, data)
         files = _files_by_split(Path(source).expanduser(), source)
@@ -128,7 +131,7 @@ def is_plain_split(split: str) -> bool:
 
 
 def located(rows: Iterable[Row], where: str = "") -> Iterator[tuple[str, Row]]:
-    """Each row with its origin: its place in its file, or its number.
+    """Each row with its origin: its location in its file, or its number.
 
     A row without ORIGIN that is not from a list came through Arrow, which gives all objects of a column the same
     keys and fills in None: nulls are removed.
@@ -148,6 +151,7 @@ def _read_through(rows: Iterable[Row], where: str) -> Iterator[Row]:
     while True:
         try:
             row = next(iterator, None)
+        # A DataError is a ValueError and is one line already.
         except DataError:
             raise
         except (DatasetsError, OSError, ValueError, TypeError) as error:
@@ -188,8 +192,8 @@ def _file_rows(source: str, files: dict[str, list[str]], data: DataSection, keep
             read_files, gen_kwargs={"files": files[requested[1]], "keep_bad": keep_bad}
         )
         return _limited(_sliced(rows, requested), data)
-    whole = files.get(data.split)
-    parts = [_Part(tuple(whole))] if whole else _split_parts(source, files, data.split)
+    files_of_split = files.get(data.split)
+    parts = [_Part(tuple(files_of_split))] if files_of_split else _split_parts(source, files, data.split)
     file_rows = FileRows(parts, keep_bad, data.limit)
     kind = kind_of(Path(next(iter(files.values()))[0]))
     return list(file_rows) if kind == ".json" else file_rows  # a JSON document is parsed whole: once is enough
@@ -203,6 +207,7 @@ def _split_parts(source: str, files: dict[str, list[str]], split: str) -> list[_
     try:
         spec = ReadInstruction.from_spec(split)
         parts = spec.to_absolute({name: count_rows(files[name]) for name in names})
+    # ReadInstruction reports malformed slices by either class.
     except (ValueError, AssertionError) as error:
         if isinstance(error, DataError):
             raise
@@ -215,17 +220,21 @@ def _load(path: str, source: str, data: DataSection, **arguments: Any) -> Datase
     requested = _SLICE.fullmatch(data.split)
     if data.streaming and requested is None:
         raise DataError(f"{source}: got data.split {data.split!r}; with data.streaming it is a name or a name[a:b]")
+    # load_dataset refuses slices of a streamed split; `_sliced` applies them.
     split = requested[1] if data.streaming and requested else data.split
     files = arguments.get("data_files")
     try:
         rows = load_dataset(path, split=split, streaming=data.streaming, **arguments)
+    # Before OSError, of which ConnectionError is a subclass.
     except ConnectionError:
         raise DataError(
             f"{source}: no such file or folder here, and the hub cannot be reached; check the name or the network"
         ) from None
+    # Its own message only says that generation failed; the reason is in the cause.
     except DatasetGenerationError as error:
         raise DataError(f"{source}: cannot be read ({one_line(error.__cause__ or error)})") from None
     except (DatasetsError, OSError, RuntimeError, ValueError, AssertionError) as error:
+        # datasets has no exception class for an unknown split or a missing config: only the text distinguishes them.
         if isinstance(error, ValueError) and "split" in str(error).lower():
             if files:
                 raise _no_split(source, data.split, files) from None
@@ -265,7 +274,7 @@ def _files_by_split(path: Path, source: str) -> dict[str, list[str]]:
     if len(entries) > LARGEST_FOLDER:
         raise DataError(f"{source}: holds more than {LARGEST_FOLDER:,} files; name the folder of the data")
     if any(kind_of(file) != ".txt" for file in found):
-        found = [file for file in found if kind_of(file) != ".txt"]  # notes beside the data
+        found = [file for file in found if kind_of(file) != ".txt"]  # notes next to the data
     if not found:
         raise DataError(f"{source}: no data file in this folder; wanted {', '.join(KINDS)}")
     kinds = Counter((kind_of(file) or "").replace(".ndjson", ".jsonl") for file in found)
@@ -288,6 +297,7 @@ def _single_file(path: Path, source: str) -> dict[str, list[str]]:
 
 
 def _holds_rows(path: Path) -> bool:
+    # Hidden files are caches and editor copies, which would repeat rows.
     hidden = any(part.startswith(".") for part in path.parts)
     return kind_of(path) is not None and not hidden and path.name not in _NOT_ROWS
 

@@ -58,6 +58,7 @@ class DataSummary(BaseModel):
     tokens: int = 0
     supervised_tokens: int = 0
 
+    # 4 bytes a row, where a list of int takes 8 for the pointers alone: data sets have millions of rows.
     _lengths: array[int] = PrivateAttr(default_factory=lambda: array("i"))
 
     def restart(self) -> None:

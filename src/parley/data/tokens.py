@@ -29,8 +29,10 @@ def control_tokens(tokenizer: Any) -> ControlTokens:
 
 @lru_cache(maxsize=4)
 def _control_tokens(tokenizer: Any, size: int) -> ControlTokens:  # size: tokens added later make a new entry
+    # all_special_tokens has the named ones (bos, eos, ...); turn tokens such as <|eot_id|> are only added tokens.
     names = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
     names |= {token.content: id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    # Alternation takes the first match, so a token must come before its own prefixes. "(?!)" matches nothing.
     longest_first = sorted(names, key=len, reverse=True)
     return ControlTokens(re.compile("|".join(map(re.escape, longest_first)) or "(?!)"), frozenset(names.values()))
 

@@ -22,22 +22,22 @@ def parse_tools(value: Any, origin: str) -> list[dict[str, Any]] | None:
     return value
 
 
-def parse_tool_calls(turn: dict[str, Any], place: str) -> list[dict[str, Any]]:
+def parse_tool_calls(turn: dict[str, Any], location: str) -> list[dict[str, Any]]:
     """Take `tool_calls`, or OpenAI's older `function_call`, out of `turn`."""
     calls, single = turn.pop("tool_calls", None), turn.pop("function_call", None)
     if isinstance(calls, str) and calls.strip():
-        calls = parse_json(calls, f"{place}: 'tool_calls'")
+        calls = parse_json(calls, f"{location}: 'tool_calls'")
     if not calls:
         calls = [single] if single else []
     if not isinstance(calls, list):
-        raise DataError(f"{place}: 'tool_calls' is {type_name(calls)}, wanted a list of calls")
-    return [tool_call(call, f"{place}: 'tool_calls'") for call in calls]
+        raise DataError(f"{location}: 'tool_calls' is {type_name(calls)}, wanted a list of calls")
+    return [tool_call(call, f"{location}: 'tool_calls'") for call in calls]
 
 
-def tool_call(call: Any, place: str) -> dict[str, Any]:
+def tool_call(call: Any, location: str) -> dict[str, Any]:
     """A call as templates take it: the function under `function`, its arguments as an object, numbers as written."""
     if not isinstance(call, dict):
-        raise DataError(f"{place} holds {type_name(call)}, wanted an object with name and arguments")
+        raise DataError(f"{location} holds {type_name(call)}, wanted an object with name and arguments")
     function = call.get("function")
     if function is None:  # written flat; Anthropic calls the arguments `input`
         function = {key: value for key, value in call.items() if key not in ("type", "id", "input")}
@@ -45,26 +45,26 @@ def tool_call(call: Any, place: str) -> dict[str, Any]:
             function["arguments"] = call["input"]
         call = {key: call[key] for key in ("id",) if call.get(key) is not None} | {"type": "function"}
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise DataError(f"{place} holds a call without a name; wanted name and arguments")
-    text_of(function["name"], f"{place}: the name of a call")
-    arguments = _arguments(function.get("arguments"), f"{place} of {short(function['name'], quoted=False)}")
+        raise DataError(f"{location} holds a call without a name; wanted name and arguments")
+    text_of(function["name"], f"{location}: the name of a call")
+    arguments = _arguments(function.get("arguments"), f"{location} of {short(function['name'], quoted=False)}")
     return {name: value for name, value in call.items() if value is not None} | {
         "function": function | {"arguments": arguments}
     }
 
 
-def _arguments(value: Any, place: str) -> Any:
+def _arguments(value: Any, location: str) -> Any:
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
     if not isinstance(value, str):
         return value
-    arguments = parse_json(value, place)
+    arguments = parse_json(value, location)
     return Arguments(arguments, value) if isinstance(arguments, dict) else arguments
 
 
-def parse_json(text: str, place: str) -> Any:
+def parse_json(text: str, location: str) -> Any:
     """JSON text of a field. Raises DataError for text that is not JSON."""
     try:
-        return json.loads(text_of(text, place))
+        return json.loads(text_of(text, location))
     except (ValueError, RecursionError):
-        raise DataError(f"{place} is not JSON: {short(text)}") from None
+        raise DataError(f"{location} is not JSON: {short(text)}") from None
