@@ -149,12 +149,12 @@ def test_a_base_model_of_nan_is_refused_before_training(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+        model.get_output_embeddings().weight[3] = float("nan")
     broken = tmp_path / "broken"
     model.save_pretrained(broken)
     tiny_tokenizer.save_pretrained(broken)
     config = configured(f"model.name={broken}", f"output={tmp_path / 'run'}", "data.heldout_rows=0")
-    with pytest.raises(ModelError, match=r"before training, .* not finite; the model's weights are damaged"):
+    with pytest.raises(ModelError, match="NaN or infinity, not numbers"):
         train(config, QUIET)
     assert not (tmp_path / "run").exists()
 

@@ -17,6 +17,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     [
         ("a: 1e-4", {"a": 1e-4}),
         ("[1E3, -1.5e-3, .5e1, 5e, '1e3']", [1000.0, -0.0015, 5.0, "5e", "1e3"]),
+        ("- 1\n" * 19_999, [1] * 19_999),
         ("a: &x {b: 1}\nc: *x\nd: {<<: *x, b: 2}", {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 2}}),
         ("[no, off, yes, true, False]", ["no", "off", "yes", True, False]),
         ("", None),
@@ -61,5 +62,8 @@ def test_files_are_bounded_and_text(tmp_path: Path) -> None:
     path.write_text("#" * (MAX_BYTES + 1))
     with pytest.raises(UsageError, match="too large for the settings of a run"):
         read_yaml_file(path)
+    path.write_text("#" * MAX_BYTES)
+    assert MAX_BYTES == 256 * 1024
+    assert read_yaml_file(path) is None
     path.write_text("a: 1")
     assert read_yaml_file(path) == {"a": 1}
