@@ -151,3 +151,13 @@ def test_a_bad_row_is_an_error_and_others_are_none(
     assert "q<|eot_id|>" in inspected(parley, path, tiny_llama_folder)
     ended = parley("inspect", path, "--model", tiny_llama_folder, "--row", 2, "--set", "data.bad_rows=skip")
     assert (ended.code, "line 2: broken JSON" in ended.err) == (1, True)
+
+
+def test_settings_of_the_template_hold_here_too(
+    parley: Callable[..., Any], tiny_tokenizer: Any, tmp_path: Path, rows: Path
+) -> None:
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ mood }}" + template.read_text())
+    out = inspected(parley, rows, tmp_path / "model", "--set", "data.template={mood: merry}")
+    assert "merry<|begin_of_text|>" in out

@@ -100,7 +100,7 @@ def _batches(
         try:
             while taken := list(islice(examples, batch)):
                 texts = write_texts(
-                    tokenizer, [example for example in taken if _is_rendered(example, data)], _options(data)
+                    tokenizer, [example for example in taken if _is_rendered(example, data)], render_options(data)
                 )
                 waiting.append((taken, threads.submit(encode, tokenizer, texts)))
                 if len(waiting) > ahead:
@@ -178,7 +178,7 @@ def _longest_prefix(
     while low < high:
         middle = (low + high) // 2
         shorter = replace(example, messages=messages[: ends[middle]])
-        rendered = _checked(render_many(tokenizer, [shorter], _options(data))[0], shorter)
+        rendered = _checked(render_many(tokenizer, [shorter], render_options(data))[0], shorter)
         if len(rendered.input_ids) <= max_length:
             best, low = (shorter, rendered), middle + 1
         else:
@@ -201,5 +201,5 @@ def _has_answer(example: Example, train_on: TrainOn) -> bool:
     return any(turn["role"] in roles or turn.get(WEIGHT) or turn.get(WEIGHT_SPANS) for turn in turns)
 
 
-def _options(data: DataSection) -> RenderOptions:
+def render_options(data: DataSection) -> RenderOptions:
     return RenderOptions(data.train_on, data.end_tokens, data.control_tokens)

@@ -9,9 +9,9 @@ from parley.config import DataSection
 from parley.data.bad_rows import BadRows
 from parley.data.conversation import Example
 from parley.data.files import ERROR, Row
-from parley.data.filtering import render_examples
+from parley.data.filtering import render_examples, render_options
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
-from parley.data.render import Rendered, pin_date, render_many
+from parley.data.render import Rendered, pin_date, pin_settings, render_many
 from parley.data.sources import is_plain_split, located, read_rows
 from parley.data.summary import DataSummary
 from parley.errors import DataError
@@ -35,6 +35,7 @@ def inspect_row(data: DataSection, tokenizer: Any, max_length: int, number: int)
     Raises as `prepare` does, for this row alone: one that is bad is an error whatever `data.bad_rows` says.
     """
     pin_date(tokenizer, data.date)
+    pin_settings(tokenizer, data.template)
     rows = _first_rows(data, max(number, RECOGNITION_ROWS))
     if len(rows) < number:
         raise DataError(f"{data.source}: got --row {number}; it has {len(rows)} rows, and the first is 1")
@@ -67,5 +68,5 @@ def _dropped(example: Example, tokenizer: Any, data: DataSection) -> Rendered | 
     turns = example.completion if isinstance(example.completion, list) else example.messages
     if example.input_ids is not None or turns == []:
         return None
-    (rendered,) = render_many(tokenizer, [example], data.train_on)
+    (rendered,) = render_many(tokenizer, [example], render_options(data))
     return rendered if isinstance(rendered, Rendered) else None
