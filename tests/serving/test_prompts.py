@@ -14,7 +14,8 @@ from tests.serving.conftest import Running
 from tests.serving.test_errors import HELLO, post, refused
 
 from parley.data.conversation import Example
-from parley.data.render import render_example
+from parley.data.render import render_example, render_prompt
+from parley.data.template_settings import pin_settings
 from parley.serving.protocol import ChatRequest, CompletionRequest, parse_body
 from parley.serving.service import ServedModel, Service
 
@@ -180,3 +181,30 @@ def test_the_size_bound_follows_the_context_and_the_longest_token(tuned: Running
     ]
     longest = max(len(token.encode()) for token in model.tokenizer.get_vocab())
     assert bounds == [512 * max(longest, 16), 1024 * max(longest, 16)]
+
+
+def chat_ids(running: Running, messages: Any) -> list[int]:
+    return running.service.chat_prompt(ChatRequest(model="x", messages=messages))  # type: ignore[arg-type]
+
+
+def test_settings_of_the_chat_template_are_the_runs(tuned: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`data.template` stands in the template that a run saves, so that serving writes what training wrote."""
+    tokenizer = copy.deepcopy(tuned.service.model.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template + "{% if enable_thinking %}<think>{% endif %}"
+    plain = render_prompt(tokenizer, HELLO)
+    pin_settings(tokenizer, {"enable_thinking": True})
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=tokenizer))
+    assert chat_ids(tuned, HELLO) == plain + tokenizer("<think>", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("first", ["system", "developer"])
+def test_a_conversation_with_a_turn_of_instructions_keeps_it(
+    tuned: Running, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    """As in training: `data.system` goes to conversations without a system or developer turn."""
+    messages = [{"role": first, "content": "Be brief."}, *HELLO]
+    without = chat_ids(tuned, messages), chat_ids(tuned, HELLO)
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, system="Be a pirate."))
+    assert chat_ids(tuned, messages) == without[0]
+    assert chat_ids(tuned, HELLO) != without[1]
+    assert chat_ids(tuned, HELLO) == chat_ids(tuned, [{"role": "system", "content": "Be a pirate."}, *HELLO])
