@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from tests.serving.test_errors import HELLO, post, refused
 from parley.data.conversation import Example
 from parley.data.render import render_example, render_prompt
 from parley.data.template_settings import pin_settings
+from parley.serving import service as service_module
 from parley.serving.protocol import ChatRequest, CompletionRequest, parse_body
 from parley.serving.service import ServedModel, Service
 
@@ -23,20 +25,19 @@ MODEL = {"model": "pirate"}
 
 
 @pytest.fixture
-def calls(tuned: Running, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
-    """The length of each text that is tokenized, and the thread that does it."""
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str]]:
+    """The length of what is rendered or tokenized, and the thread that does it."""
     seen: list[tuple[int, str]] = []
-    tokenizer = tuned.service.model.tokenizer
 
-    class Recording:
-        def __call__(self, text: str, **options: Any) -> Any:
-            seen.append((len(text), threading.current_thread().name))
-            return tokenizer(text, **options)
+    def recorded(function: Callable[..., list[int]]) -> Callable[..., list[int]]:
+        def record(tokenizer: Any, text: Any, *more: Any) -> list[int]:
+            seen.append((len(text if isinstance(text, str) else str(text)), threading.current_thread().name))
+            return function(tokenizer, text, *more)
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(tokenizer, name)
+        return record
 
-    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=Recording()))
+    for name in ("render_prompt", "_encode_text"):
+        monkeypatch.setattr(service_module, name, recorded(getattr(service_module, name)))
     return seen
 
 
