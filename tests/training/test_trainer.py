@@ -449,3 +449,18 @@ def test_held_out_sets_may_be_streams_by_name(tiny_llama_folder: Path, tmp_path:
     named = trainer.evaluate({"a": rows.to_iterable_dataset(), "b": rows})
     assert named["eval_a_loss"] == named["eval_b_loss"] == pytest.approx(whole["eval_loss"], rel=1e-6)
     assert named["eval_a_supervised_tokens"] == whole["eval_supervised_tokens"]
+
+
+def test_each_row_has_template_settings_of_its_own(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    tokenizer.chat_template = (
+        "{{ 'LOUD ' if loud else 'low ' }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
+    )
+    rows = [row | {"chat_template_kwargs": {"loud": bool(n % 2)}} for n, row in enumerate(ROWS)]
+    args = ParleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_length=None)
+    for data in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
+        model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+        trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+        texts = [tokenizer.decode(row["input_ids"]) for row in trainer.train_dataset]
+        assert [text.split()[0] for text in texts] == ["low", "LOUD"] * 4
+        assert trainer.data_summaries["train"].unread == []

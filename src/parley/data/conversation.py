@@ -39,7 +39,8 @@ class Example:
 
     `origin` names the row to its owner ("rows.jsonl line 12", "row 12"). Prompt and completion are both text or both
     messages; the prompt is never supervised, whoever speaks in it. `tools` go with messages. `input_ids` are a
-    pre-tokenised row, with `labels` of the same length (IGNORE_INDEX where not supervised).
+    pre-tokenised row, with `labels` of the same length (IGNORE_INDEX where not supervised). `template` are
+    settings of the chat template for this row alone.
     """
 
     origin: str
@@ -50,6 +51,7 @@ class Example:
     text: str | None = None
     input_ids: list[int] | None = None
     labels: list[int] | None = None
+    template: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         forms = [value is not None for value in (self.messages, self.prompt, self.text, self.input_ids)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parley.config import DataSection, unknown_key
@@ -18,6 +18,8 @@ from parley.errors import DataError, UsageError
 _KNOWN = "instruction, response (context) / conversations / messages / prompt, completion / text / input_ids"
 RECOGNITION_ROWS = 20
 """Rows read to recognise a format by."""
+TEMPLATE_COLUMN = "chat_template_kwargs"
+"""TRL's column of settings of the chat template, of each row."""
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos", "media")
 
@@ -53,14 +55,19 @@ class Recognised:
             expected = f"{self.origin} is {self.format.label}"
             raise DataError(f"{origin}: {seen}, but {expected}; keep one format in a data set")
         self._note_unread(row, fields)
-        return self.format.example(fields, self.data)
+        example = self.format.example(fields, self.data)
+        settings = row.get(TEMPLATE_COLUMN)
+        if not isinstance(settings, dict):
+            return example
+        # Arrow fills what a row leaves out with None.
+        return replace(example, template={name: value for name, value in settings.items() if value is not None})
 
     def _note_unread(self, row: Row, fields: Fields) -> None:
         _refuse_what_training_cannot_see(row, fields)
         # Once per combination of columns, since this runs for every row. None separates the two lists of names.
         key = (*row, None, *fields.own.values())
         if key not in self._unread_of:
-            read = {name.partition(".")[0] for name in fields.own.values()} | set(ROW_FLAGS)
+            read = {name.partition(".")[0] for name in fields.own.values()} | {*ROW_FLAGS, TEMPLATE_COLUMN}
             self._unread_of[key] = [column for column in row if column not in read]
         for column in self._unread_of[key]:
             if row[column] not in _EMPTY:

@@ -11,7 +11,9 @@ cannot drift apart.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 from parley.data.assistant_spans import RenderedConversation, Span
@@ -19,7 +21,7 @@ from parley.data.conversation import Example, Message
 from parley.data.date import pin_date
 from parley.data.encoding import MaskedText, Rendered, encode_texts, plain_control_tokens
 from parley.data.supervision import ControlText, EndTokens, RenderOptions, TrainOn, supervise
-from parley.data.template_settings import pin_settings
+from parley.data.template_settings import change_template, pin_settings, with_row_settings
 from parley.data.tokens import ControlTokens, control_tokens, control_tokens_in, strings
 from parley.errors import DataError, ModelError
 
@@ -131,6 +133,9 @@ def render_prompt(
 
 def _text(tokenizer: Any, control: ControlTokens, example: Example, options: RenderOptions) -> MaskedText:
     prompt, completion = example.prompt, example.completion
+    if example.template:
+        tokenizer = copy.copy(tokenizer)  # the row's own settings, in a template of its own
+        change_template(tokenizer, partial(with_row_settings, settings=example.template))
     if example.messages is not None:
         return _conversation(tokenizer, control, example.messages, example.tools, options)
     if isinstance(prompt, list):

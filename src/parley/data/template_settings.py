@@ -59,6 +59,11 @@ def with_settings(template: str, settings: dict[str, Any]) -> str:
     return "".join(lines) + split_settings(template)[1]
 
 
+def with_row_settings(template: str, settings: dict[str, Any]) -> str:
+    """`template` with `settings` of a row, which win over the defaults it has."""
+    return "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in settings.items()) + template
+
+
 def split_settings(template: str) -> tuple[str, str]:
     """The lines that `with_settings` wrote, and the template behind them."""
     written = _SETTINGS.match(template)
