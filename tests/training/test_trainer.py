@@ -457,7 +457,7 @@ def test_each_row_has_template_settings_of_its_own(tiny_llama_folder: Path, tmp_
         "{{ 'LOUD ' if loud else 'low ' }}{% for message in messages %}{{ message['content'] + eos_token }}{% endfor %}"
     )
     rows = [row | {"chat_template_kwargs": {"loud": bool(n % 2)}} for n, row in enumerate(ROWS)]
-    args = ParleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_length=None)
+    args = ParleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, max_length=None, max_steps=1)
     for data in (Dataset.from_list(rows), Dataset.from_list(rows).to_iterable_dataset()):
         model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
         trainer = SFTTrainer(model, args, train_dataset=data, processing_class=tokenizer)
