@@ -158,3 +158,15 @@ def test_only_tensors_that_the_settings_name_are_read(tiny_llama_folder, tmp_pat
     with pytest.raises(ModelError, match=rf"holds {key}, which adapter_config.json does not entitle it to"):
         load(tmp_path)
     assert torch.equal(logits(load(tiny_llama_folder)), untouched)
+
+
+def test_an_adapter_on_itself_and_a_rank_that_the_file_does_not_hold_are_named(tiny_llama_folder, tmp_path):
+    saved_adapter(load(tiny_llama_folder), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps({**saved, "base_model_name_or_path": str(tmp_path)}))
+    with pytest.raises(ModelError, match="the adapter is its own base"):
+        load(tmp_path)
+    path.write_text(json.dumps({**saved, "r": 5}))
+    with pytest.raises(ModelError, match="r is 5 and the largest matrix has rank 4"):
+        load(tmp_path)
