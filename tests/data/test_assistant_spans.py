@@ -250,3 +250,27 @@ def test_a_generation_prompt_that_a_message_changes_is_rendered_for_each_row(tem
     loud = USER | {"content": "/think"}
     for question in (USER, loud, USER, loud):
         assert supervised(tokenizer, [question, ANSWER]) == ["Ahoy!<|eot_id|>"]
+
+
+def test_a_last_turn_that_is_written_after_the_loop(template: Any) -> None:
+    """As Nemotron Nano v2: the last answer is taken out of the messages first."""
+    body = HEADER + "{{ m.content }}<|eot_id|>"
+    tokenizer = template(
+        "{% set ns = namespace(last='') %}{% set rest = messages %}"
+        "{% if messages[-1].role == 'assistant' %}{% set ns.last = messages[-1].content %}"
+        "{% set rest = messages[:-1] %}{% endif %}{% for m in rest %}" + body + "{% endfor %}"
+        "{% if ns.last %}{{ '<|start_header_id|>assistant<|end_header_id|>' }}[{{ ns.last }}]<|eot_id|>{% endif %}"
+        + ASK
+    )
+    assert supervised(tokenizer, [USER, ANSWER, USER, BYE]) == ["Ahoy!<|eot_id|>", "[Farewell.]<|eot_id|>"]
+
+
+def test_a_turn_that_only_the_next_turn_closes(template: Any) -> None:
+    """As Apertus: the end of an answer is written where the next question begins, and the last answer has none."""
+    body = (
+        "{% if not loop.first and messages[loop.index0 - 1].role == 'assistant' %}<|finetune_right_pad_id|>{% endif %}"
+        + HEADER
+        + "{{ m.content }}{{ '<|eot_id|>' if m.role == 'user' }}"
+    )
+    tokenizer = template(LOOP.replace("BODY", body) + ASK)
+    assert supervised(tokenizer, [USER, ANSWER, USER, BYE]) == ["Ahoy!<|finetune_right_pad_id|>", "Farewell."]
