@@ -3,7 +3,7 @@
 Rendering with origins (parley.data.template) gives, for every character, the message it was written for. An assistant
 turn starts where its generation prompt ends, since that is what the model is given when it has to answer, and ends with
 the last control token that the template wrote for this message. Nothing is searched for by its looks, so repeated
-texts, control tokens in what somebody said and tool results inside a turn change nothing.
+texts, control tokens inside content and tool results inside a turn change nothing.
 
     <|start_header_id|>assistant<|end_header_id|>\\n\\nAhoy there!<|eot_id|>\\n
     generation prompt                              supervised            .
@@ -33,8 +33,9 @@ Span = tuple[int, int]
 
 # A template is a program that runs on the user's data, and may do anything wrong that a program can.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-_NOT_WORDS = {"role", "name", "id", "tool_call_id", "tool_responses"}
+_NOT_GENERATED = {"role", "name", "id", "tool_call_id", "tool_responses"}
 """Fields of a message that the model does not produce when it writes that message."""
+# A private-use character: templates and tokenizers give it no meaning, so it comes out where it was put in.
 _PROBE = "\ue000"
 
 
@@ -67,6 +68,8 @@ class RenderedConversation:
         rendered = render_text(tokenizer, self.messages, tools, prompt)
         self.text = rendered.text
         self._read_runs(rendered)
+        # Each entry costs a rendering of the conversation so far: one per kind of turn, since one per turn would make
+        # the cost of a conversation quadratic in its turns.
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
         self._openings: dict[tuple[Any, ...], str] = {}
         self._headers: dict[tuple[Any, ...], str] = {}
@@ -78,10 +81,10 @@ class RenderedConversation:
         self.starts = list(accumulate((run[0] for run in rendered.runs), initial=0))[:-1]
         self.sources = [run[1] for run in rendered.runs]
         self.regions: dict[int, list[Span]] = defaultdict(list)
-        self.words: dict[int, list[tuple[Span, Source, int]]] = defaultdict(list)
+        self.content_runs: dict[int, list[tuple[Span, Source, int]]] = defaultdict(list)
         self.written: set[tuple[int, str]] = set()
-        places = self._places(rendered)
-        for start, at, (length, source, source_start, _) in zip(self.starts, places, rendered.runs, strict=True):
+        current = self._messages_of_runs(rendered)
+        for start, at, (length, source, source_start, _) in zip(self.starts, current, rendered.runs, strict=True):
             end = start + length
             owner = self._owner(source, at)
             regions = self.regions[owner]
@@ -91,51 +94,52 @@ class RenderedConversation:
                 regions.append((start, end))
             if source is None:
                 continue
+            # White space does not show that a field was written: templates strip it and add their own.
             if not self.text[start:end].strip():
                 continue
             self.written.add((source.message, source.field))
-            if owner == source.message != TEMPLATE and source.field not in _NOT_WORDS:
-                self.words[owner].append(((start, end), source, source_start))
+            if owner == source.message != TEMPLATE and source.field not in _NOT_GENERATED:
+                self.content_runs[owner].append(((start, end), source, source_start))
 
-    def _places(self, rendered: RenderedText) -> list[int]:
+    def _messages_of_runs(self, rendered: RenderedText) -> list[int]:
         """For each run the message that the template was at.
 
         Some templates write the last turn after their loop over the messages: text between the loops that has the
-        words of one assistant turn, and nobody else's, is that turn's.
+        content of one assistant turn, and no other turn's, is that turn's.
         """
-        places: list[int] = []
+        current: list[int] = []
         for outside, group in groupby(rendered.runs, key=lambda run: run[3] in (None, TEMPLATE)):
             runs = list(group)
             if not outside:
-                places += [run[3] or 0 for run in runs]
+                current += [run[3] or 0 for run in runs]
                 continue
-            said = {run[1].message for run in runs if run[1] is not None}
-            only = said.pop() if len(said) == 1 else TEMPLATE
+            authors = {run[1].message for run in runs if run[1] is not None}
+            only = authors.pop() if len(authors) == 1 else TEMPLATE
             own = only != TEMPLATE and self.messages[only]["role"] == "assistant"
-            places += [only if own else TEMPLATE] * len(runs)
-        return places
+            current += [only if own else TEMPLATE] * len(runs)
+        return current
 
     def _owner(self, source: Source | None, at: int) -> int:
         """The message that characters belong to, written while the template was at message `at`."""
         if source is None:
             return at
-        if source.field == "tool_responses":  # results that stand in the message of their call
+        if source.field == "tool_responses":  # results in the message of their call
             return TEMPLATE
-        said_by_assistant = source.message != TEMPLATE and self.messages[source.message]["role"] == "assistant"
-        if said_by_assistant and at != TEMPLATE and self.messages[at]["role"] != "assistant":
+        from_assistant = source.message != TEMPLATE and self.messages[source.message]["role"] == "assistant"
+        if from_assistant and at != TEMPLATE and self.messages[at]["role"] != "assistant":
             return at  # a tool's result that repeats the name of its call
         return source.message
 
     def turn(self, index: int) -> Turn:
         """What message `index` wrote of its own, without its header and with its end of turn.
 
-        Without spans where the template writes no words of it; with several where somebody else's text is between.
+        Without spans where the template writes none of its content; with several where another message is in between.
         """
         spans: list[Span] = []
-        words = [span for span, _, _ in self.words[index]]
+        content = [span for span, _, _ in self.content_runs[index]]
         last = 0
         for start, end in self.regions[index]:
-            inside = [span for span in words if start <= span[0] < end]
+            inside = [span for span in content if start <= span[0] < end]
             if not inside:
                 continue
             last = inside[-1][1]
@@ -143,7 +147,7 @@ class RenderedConversation:
                 start = self._after_header(index, start, inside[0][0])
             spans.append((start, self._end_of_turn(index, last, end)))
         if not spans:
-            if self._says(index):
+            if self._has_untraced_content(index):
                 raise DataError(
                     f"the chat template rewrites turn {index + 1} in a way that cannot be followed; leave the row out "
                     "or set model.chat_template"
@@ -152,28 +156,29 @@ class RenderedConversation:
         return Turn(spans, self._end_token(last, spans[-1][1]), bool(self.text[last : spans[-1][1]].strip()))
 
     def _end_token(self, last: int, end: int) -> Span | None:
-        """The last control token of a turn whose words end at `last`, with white space before it."""
+        """The last control token of a turn whose content ends at `last`, with white space before it."""
         tokens = list(self.control.finditer(self.text, last, end))
         if not tokens:
             return None
+        # The template adds this white space for the token, so `end_tokens: none` drops both.
         start = tokens[-1].start()
         while start > last and self.text[start - 1].isspace():
             start -= 1
         return start, end
 
-    def _says(self, index: int) -> bool:
-        """Whether the text has words of a message that were not traced: the same turn in other words has them too."""
+    def _has_untraced_content(self, index: int) -> bool:
+        """Whether the text has untraced content of a message: other content put in its place is written as well."""
         content = self.messages[index].get("content")
         if not isinstance(content, str) or not content.strip() or (index, "content") in self.written:
             return False
         if not any(content.strip() in self.text[start:end] for start, end in self.regions[index]):
             return False
         probed = {**self.messages[index], "content": _PROBE}
-        other = self._shorter([*self.messages[:index], probed, *self.messages[index + 1 :]])
-        return other is not None and _PROBE in other.text and (index, "content") not in other.written
+        replaced = self._shorter([*self.messages[:index], probed, *self.messages[index + 1 :]])
+        return replaced is not None and _PROBE in replaced.text and (index, "content") not in replaced.written
 
     def _after_header(self, index: int, start: int, first: int) -> int:
-        """Where the model takes over in a turn that starts at `start` and whose first words are at `first`."""
+        """Where the model takes over in a turn that starts at `start` and whose content starts at `first`."""
         written = self.text[start:first]
         if self.messages[index]["role"] != "assistant":
             return first
@@ -194,10 +199,11 @@ class RenderedConversation:
         """
         tokens = [token.span() for token in self.control.finditer(prompt)]
         inside = {at for token in self.control.finditer(written) for at in range(token.start() + 1, token.end())}
-        least = tokens[0][1] if tokens else len(prompt.rstrip())
-        for length in range(len(prompt), max(least, 1) - 1, -1):
+        shortest = tokens[0][1] if tokens else len(prompt.rstrip())
+        for length in range(len(prompt), max(shortest, 1) - 1, -1):
             if any(start < length < end for start, end in tokens):
                 continue
+            # The last match, next to the content; a prefix that ends inside a control token would split it.
             found = written.rfind(prompt[:length])
             if found >= 0 and found + length not in inside:
                 return found + length
@@ -221,7 +227,7 @@ class RenderedConversation:
         if key not in template.generation_prompts:
             question = [{"role": "user", "content": _PROBE}]
             prompted, plain = self._text(question, prompt=True) or "", self._text(question) or ""
-            template.generation_prompts[key] = prompted[_shared(prompted, plain) :]
+            template.generation_prompts[key] = prompted[_common_prefix_length(prompted, plain) :]
         return template.generation_prompts[key]
 
     def _new_generation_prompt(self, index: int, start: int, first: int) -> str:
@@ -232,29 +238,32 @@ class RenderedConversation:
             prompted = self._text(before, prompt=True)
         if prompted is None:
             return ""
+        # The usual case: the prompt's text is a prefix of the conversation's.
         if start < len(prompted) <= first and self.text.startswith(prompted):
             return prompted[start:]
-        return prompted[_shared(prompted, self._text(before) or "") :]
+        return prompted[_common_prefix_length(prompted, self._text(before) or "") :]
 
     def _header(self, index: int) -> str:
-        """What the template writes before the words of a plain turn `index`."""
+        """What the template writes before the content of a plain turn `index`."""
         kind = self._kind(index)
         if kind not in self._headers:
             plain = {"role": self.messages[index]["role"], "content": _PROBE}
             shorter = self._shorter([*self.messages[:index], plain])
-            words = shorter.words[index] if shorter else []
+            content = shorter.content_runs[index] if shorter else []
             starts = (
-                [start for start, end in shorter.regions[index] if end > words[0][0][0]] if shorter and words else []
+                [start for start, end in shorter.regions[index] if end > content[0][0][0]]
+                if shorter and content
+                else []
             )
-            self._headers[kind] = shorter.text[starts[0] : words[0][0][0]] if shorter and starts else ""
+            self._headers[kind] = shorter.text[starts[0] : content[0][0][0]] if shorter and starts else ""
         return self._headers[kind]
 
     def _end_of_turn(self, index: int, last: int, end: int) -> int:
-        """The end of a turn whose words end at `last` and whose own text ends at `end`."""
+        """The end of a turn whose content ends at `last` and whose own text ends at `end`."""
         closed = last + self._closed(index, self.text[last:end])
         is_last = index + 1 == len(self.messages)
         unclosed = not self.control.search(self.text[last:closed])
-        if is_last and unclosed and not self._is_said(end):
+        if is_last and unclosed and not self._is_content(end):
             after = self.control.match(self.text, end + _spaces(self.text[end:]))
             if after and not self._opens(index, after[0]):  # written once, after the loop over the messages
                 return after.end()
@@ -271,7 +280,7 @@ class RenderedConversation:
         return closed
 
     def _closed(self, index: int, tail: str) -> int:
-        """How much of what the template writes after the words closes the turn: up to its last control token, or all
+        """How much of what the template writes after the content closes the turn: up to its last control token, or all
         of it but white space at the end. A control token of the generation prompt opens another turn."""
         tokens = list(self.control.finditer(tail))
         own = list(takewhile(lambda token: not self._opens(index, token[0]), tokens))
@@ -287,16 +296,16 @@ class RenderedConversation:
         if kind not in self._openings:
             before = list(self.messages[:index]) or [{"role": "user", "content": _PROBE}]
             prompted, plain = self._text(before, prompt=True) or "", self._text(before) or ""
-            self._openings[kind] = prompted[_shared(prompted, plain) :]
+            self._openings[kind] = prompted[_common_prefix_length(prompted, plain) :]
         return token in self._openings[kind]
 
     def _closing(self, index: int) -> str:
-        """What the template writes after the words of turn `index` while it is the last one."""
+        """What the template writes after the content of turn `index` while it is the last one."""
         kind = self._kind(index + 1)
         if kind not in self._closings:
             shorter = self._shorter(self.messages[: index + 1])
             spans = shorter.turn(index).spans if shorter else []
-            last = shorter.words[index][-1][0][1] if shorter and spans else 0
+            last = shorter.content_runs[index][-1][0][1] if shorter and spans else 0
             self._closings[kind] = shorter.text[last : spans[-1][1]] if shorter and spans else ""
         return self._closings[kind]
 
@@ -310,9 +319,9 @@ class RenderedConversation:
     def _new_separator(self) -> str:
         roles = ("user", "assistant", "user")
         three = self._shorter([{"role": role, "content": _PROBE} for role in roles])
-        if three is None or not all(three.words[index] for index in range(3)):
+        if three is None or not all(three.content_runs[index] for index in range(3)):
             return ""
-        spans = [three.words[index][0][0] for index in range(3)]
+        spans = [three.content_runs[index][0][0] for index in range(3)]
         header = three.text[three.regions[0][0][0] : spans[0][0]]
         between = three.text[spans[1][1] : spans[2][0]]
         if not header.strip() or not between.endswith(header):
@@ -330,12 +339,12 @@ class RenderedConversation:
     def _run_at(self, character: int) -> int:
         return bisect_right(self.starts, character) - 1
 
-    def _is_said(self, character: int) -> bool:
-        """Whether somebody said the character at this place; at the end of the text nobody did."""
+    def _is_content(self, character: int) -> bool:
+        """Whether a character comes from a message's field; false at the end of the text."""
         return character < len(self.text) and self.sources[self._run_at(character)] is not None
 
-    def said_control_tokens(self) -> list[Span]:
-        """Control tokens that stand, in part at least, in what somebody said: they are content, not control."""
+    def control_tokens_in_content(self) -> list[Span]:
+        """Control tokens that lie, in part at least, in the content of a message: they are text, not control."""
         found = []
         for token in self.control.finditer(self.text):
             runs = range(self._run_at(token.start()), self._run_at(token.end() - 1) + 1)
@@ -344,7 +353,7 @@ class RenderedConversation:
         return found
 
     def unwritten(self) -> list[str]:
-        """What the conversation holds and the template never writes: what somebody says, tool calls, their results,
+        """What the conversation holds and the template never writes: content, tool calls, their results,
         tools, the reasoning of the last turn."""
         missing = []
         if self.tools and (TEMPLATE, "tools") not in self.written:
@@ -391,6 +400,8 @@ def render_text(
     template = _template(tokenizer, tools)
     try:
         rendered = template.render(_normalised(messages), tools, prompt, **tokenizer.special_tokens_map)
+        # All supported versions of transformers give plain messages to the template unchanged, so the comparison,
+        # which is a second rendering, is left out.
         if _is_plain(tokenizer, messages, tools):
             return rendered
         expected = tokenizer.apply_chat_template(
@@ -420,6 +431,7 @@ def _is_plain(tokenizer: Any, messages: Sequence[Message], tools: Any) -> bool:
     """Whether there is nothing that versions of transformers or tokenizers hand to the template in different ways."""
     from transformers import PreTrainedTokenizerBase
 
+    # A tokenizer class with its own method, as for mistral-common, may write other text than its template.
     stock = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
     return (
         stock
@@ -476,10 +488,11 @@ def _normalised(messages: Sequence[Message]) -> list[Message]:
     return normal
 
 
-def _shared(one: str, other: str) -> int:
-    """How many characters both begin with."""
-    lengths = range(min(len(one), len(other)) + 1)
-    return bisect_left(lengths, True, key=lambda length: one[:length] != other[:length]) - 1
+def _common_prefix_length(first: str, second: str) -> int:
+    """The number of characters that both begin with."""
+    # Bisection compares slices in C: much faster than a loop over the characters of a long conversation.
+    lengths = range(min(len(first), len(second)) + 1)
+    return bisect_left(lengths, True, key=lambda length: first[:length] != second[:length]) - 1
 
 
 def _spaces(text: str) -> int:

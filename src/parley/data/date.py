@@ -52,8 +52,8 @@ def pinned(template: str, date: Date) -> str:
     # Every constant with a directive, called with or not: some templates keep the format in a variable first.
     formats = {literal_eval(text) for _, kind, text in tokens if kind == "string" and "%" in text}
     cases = "".join(
-        f"{{%- if format == {json.dumps(each)} -%}}{{{{- {json.dumps(formatted(date, each))} -}}}}{{%- else -%}}"
-        for each in sorted(formats)
+        f"{{%- if format == {json.dumps(pattern)} -%}}{{{{- {json.dumps(formatted(date, pattern))} -}}}}{{%- else -%}}"
+        for pattern in sorted(formats)
     )
     otherwise = f"{date.isoformat()}{'{%- endif -%}' * len(formats)}"
     return f"{settings}{{%- macro strftime_now(format) -%}}{cases}{otherwise}{{%- endmacro %}}\n{template}"

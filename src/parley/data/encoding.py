@@ -1,4 +1,4 @@
-"""Texts with supervised spans to token ids and masks, control tokens in what somebody said as plain text."""
+"""Texts with supervised spans to token ids and masks, control tokens inside content as plain text."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MaskedText:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of one row, (L,), and which of them are supervised, (L,). `notes`: what is worth a word about it."""
+    """Token ids of one row, (L,), and which of them are supervised, (L,). `notes`: as in MaskedText."""
 
     input_ids: list[int]
     mask: list[bool]
@@ -111,7 +111,7 @@ def plain_control_tokens(tokenizer: Any, text: MaskedText) -> list[int]:
 
 
 def _encode_plain(tokenizer: Any, text: MaskedText, control: ControlTokens) -> Rendered:
-    """Control tokens are found by their names: here the template's own have other names, which nobody can write."""
+    """Control tokens are found by their names: here the template's own have other names, which no text contains."""
     renamed = _renamed(tokenizer, len(tokenizer))
     parts: list[str] = []
     moved: list[Span] = []  # where a name of another length begins in the old text, and the shift from its end on
@@ -127,7 +127,7 @@ def _encode_plain(tokenizer: Any, text: MaskedText, control: ControlTokens) -> R
     parts.append(text.text[at:])
     ends = [end for end, _ in moved]
 
-    def place(character: int) -> int:
+    def shifted(character: int) -> int:
         index = bisect_right(ends, character) - 1
         return character + (moved[index][1] if index >= 0 else 0)
 
@@ -135,15 +135,15 @@ def _encode_plain(tokenizer: Any, text: MaskedText, control: ControlTokens) -> R
     ids = [renamed.ids.get(id, id) for id in encoding.ids]
     if sum(id in control.ids for id in ids) > len(moved):
         raise DataError("the tokenizer cannot encode control tokens as plain text; set data.control_tokens: tokens")
-    spans = [(place(start), place(end)) for start, end in text.spans]
-    excluded = [(place(start), place(end)) for start, end in text.excluded]
+    spans = [(shifted(start), shifted(end)) for start, end in text.spans]
+    excluded = [(shifted(start), shifted(end)) for start, end in text.excluded]
     there = MaskedText("", spans, excluded, head=text.head, tail=text.tail, notes=text.notes)
     return _masked(there, ids, encoding.token_to_chars, control.ids)
 
 
 @dataclass(frozen=True)
 class _Renamed:
-    """A tokenizer whose control tokens have `names` nobody can guess; `ids` are the true ids of its own."""
+    """A tokenizer whose control tokens have random `names`; `ids` are the true ids of its own."""
 
     tokenizer: Tokenizer
     names: dict[str, str]
@@ -162,6 +162,7 @@ def _renamed(tokenizer: Any, size: int) -> _Renamed:  # size: tokens added later
             name = names[name]
             token |= {"content": name, "normalized": False}
         true_ids[name] = token["id"]
+    # Ids and offsets must be of the text alone, as in encode_texts.
     description |= {"post_processor": None, "padding": None, "truncation": None}
     renamed = Tokenizer.from_str(json.dumps(description))
     ids = {added: id for name, id in true_ids.items() if (added := renamed.token_to_id(name)) is not None}

@@ -52,6 +52,7 @@ def render_examples(
     """
     bad_rows = bad_rows or BadRows(data)
     for taken, outcomes in _batches(examples, tokenizer, data, batch, ahead):
+        # `outcomes` has an entry only for the examples that the tokenizer renders, in the same order.
         rendered = iter(outcomes)
         for example in taken:
             outcome = next(rendered) if _is_rendered(example, data) else None
@@ -96,6 +97,7 @@ def _batches(
     broken: DataError | None = None
     waiting: deque[tuple[list[Example | BadRow], Future[list[Rendered | DataError]]]] = deque()
     tokenizer([""], add_special_tokens=False)  # sets its padding aside, which no thread can while others use it
+    # Threads rather than processes: the fast tokenizer releases the GIL while it encodes.
     with ThreadPoolExecutor(ahead or 1) as threads:
         try:
             while taken := list(islice(examples, batch)):
@@ -141,6 +143,7 @@ def _shortened(
             return _longest_prefix(example, tokenizer, data, max_length)
         case "truncate":
             return example, rendered.part(0, max_length)
+        # The end of the row holds the last answer, which is what this policy keeps.
         case "truncate-start":
             return example, rendered.part(len(rendered.input_ids) - max_length, None)
         case "split":
@@ -175,6 +178,7 @@ def _longest_prefix(
     low, high = 0, len(ends) - 1  # the whole conversation is known not to fit
     if messages and messages[-1]["role"] != "assistant":
         high = len(ends)
+    # Each further turn adds tokens, so bisection finds the longest prefix with log2(turns) renderings.
     while low < high:
         middle = (low + high) // 2
         shorter = replace(example, messages=messages[: ends[middle]])

@@ -98,6 +98,7 @@ def padding_free_row(documents: Sequence[Document]) -> dict[str, torch.Tensor]:
     (transformers.masking_utils, `find_packed_sequence_indices`). The first token of a document is never a target.
     """
     labels = [document.label_L.copy() for document in documents]
+    # It would be predicted from the last token of the document before it.
     for label_L in labels:
         label_L[:1] = IGNORE_INDEX
     return {

@@ -60,8 +60,8 @@ def render(
     """The ids that `tokenizer.apply_chat_template(messages, tools=tools)` gives, and their mask.
 
     Supervised are the assistant's words, calls and reasoning as the template writes them, each with its end-of-turn
-    token; RenderOptions and a message's `weight` say otherwise. A token across the edge of the words is supervised. A
-    turn that the template writes no words of is not. Control tokens inside what somebody said are plain text, where
+    token; RenderOptions and a message's `weight` change that. A token across the edge of the content is supervised. A
+    turn of which the template writes no content is not. Control tokens inside content are plain text, where
     apply_chat_template has them as tokens (its `sanitize_control_tokens`); `control_tokens="tokens"` keeps them.
 
     Raises DataError for a row the template refuses, or one with a second beginning-of-text token; ModelError for a
@@ -119,15 +119,16 @@ def render_prompt(
     tokenizer: Any, messages: list[Message], tools: Tools | None = None, control_tokens: ControlText = "auto"
 ) -> list[int]:
     """The ids that ask the model for the next turn: `apply_chat_template(..., add_generation_prompt=True)`'s own, but
-    for control tokens in what somebody said, as `render` has them.
+    for control tokens inside content, as `render` has them.
 
     Raises as `render` does.
     """
     _check_template(tokenizer, tools)
     conversation = RenderedConversation(tokenizer, messages, tools, _control_tokens(tokenizer).pattern, prompt=True)
-    plain = conversation.said_control_tokens() if control_tokens != "tokens" else []
+    plain = conversation.control_tokens_in_content() if control_tokens != "tokens" else []
     if plain:
         return plain_control_tokens(tokenizer, MaskedText(conversation.text, [], plain=plain))
+    # The template writes the special tokens itself; the tokenizer would add a second beginning of text.
     return tokenizer(conversation.text, add_special_tokens=False)["input_ids"]
 
 
@@ -160,14 +161,14 @@ def _conversation(
     """The text of a conversation that is supervised from message `first` on."""
     _check_template(tokenizer, tools)
     conversation = RenderedConversation(tokenizer, messages, tools, control.pattern)
-    said = conversation.said_control_tokens()
-    plain = said if options.control_tokens != "tokens" else []
+    in_content = conversation.control_tokens_in_content()
+    plain = in_content if options.control_tokens != "tokens" else []
     _check_beginning(tokenizer, conversation.text, plain, messages)
     supervision = supervise(conversation, messages, options, first)
     notes = [unwritten(what) for what in conversation.unwritten()]
     if not supervision.closed:
         notes.append(UNCLOSED)
-    if said:
+    if in_content:
         notes.append(AS_TEXT if plain else AS_TOKENS)
     return MaskedText(conversation.text, supervision.spans, supervision.excluded, plain, notes=notes)
 
@@ -183,9 +184,11 @@ def _plain_text(
     if not as_text and beginning is not None and beginning in text[len(beginning) * begins :]:
         raise _second_beginning(beginning)
     start = max(supervised_from, len(beginning) if begins else 0)
+    # A blank completion would supervise the end of text alone, and so teach empty answers.
     if not text[start:].strip() or options.train_on == "nothing":
         start = len(text)
     ends = end is not None and not as_text and text.endswith(end)
+    # As ids rather than text, so that the character offsets of the row stay valid.
     head = [] if begins or beginning is None else [tokenizer.bos_token_id]
     tail = [] if end is None or ends else [tokenizer.eos_token_id]
     inside = [span for span in found if not (begins and span[0] == 0) and not (ends and span[1] == len(text))]
@@ -215,7 +218,7 @@ def _check_beginning(tokenizer: Any, text: str, plain: list[Span], messages: lis
         return
     if text.startswith(beginning * 2) and (len(beginning), 2 * len(beginning)) not in plain:
         raise DataError(f"the chat template writes {beginning} twice at the start; remove one from it")
-    if not plain and any(beginning in said for said in strings(messages)):
+    if not plain and any(beginning in string for string in strings(messages)):
         raise _second_beginning(beginning)
 
 

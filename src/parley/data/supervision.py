@@ -1,4 +1,4 @@
-"""Which spans of a rendered conversation are supervised: by role and place, loss weight and end-of-turn policy."""
+"""Which spans of a rendered conversation are supervised: by role and position, loss weight and end-of-turn policy."""
 
 from __future__ import annotations
 
@@ -94,17 +94,20 @@ class _Supervised:
             _check_weight(value, index)
         supervised = chosen if weight is None else bool(weight)
         assistant = message["role"] == "assistant"
+        # `conversation.turn` may render the conversation again, so it is skipped where the spans are not needed.
+        # Assistant turns need them for `end_tokens: all`, weighted turns to be excluded.
         if not (supervised or pieces or weight is not None or assistant):
             return cls(message["role"], Turn([], None, False), [], [], False)
         turn = conversation.turn(index)
-        included = [span for s, e, value in pieces if value for span in _written(conversation, index, s, e)]
-        excluded = [span for s, e, value in pieces if not value for span in _written(conversation, index, s, e)]
+        included = [span for s, e, value in pieces if value for span in _spans_in_text(conversation, index, s, e)]
+        excluded = [span for s, e, value in pieces if not value for span in _spans_in_text(conversation, index, s, e)]
         silenced = weight == 0 and not included
         return cls(message["role"], turn, turn.spans if supervised else included, excluded, silenced)
 
     def with_end_tokens(self, policy: EndTokens, last: bool) -> Iterator[Span]:
         end = self.turn.end_token
         if not self.spans:
+            # A turn without supervised content still teaches where a turn ends.
             if policy == "all" and end is not None and self.role == "assistant":
                 yield end
             return
@@ -117,6 +120,7 @@ class _Supervised:
 
 
 def _check_weight(value: Any, index: int) -> None:
+    # Labels are token ids or IGNORE_INDEX; the loss has no weight per token.
     if value is not None and value not in (0, 1):
         raise DataError(
             f"turn {index + 1} has the loss weight {value:g}; the training step takes 0 and 1 alone: round it, or "
@@ -124,11 +128,12 @@ def _check_weight(value: Any, index: int) -> None:
         )
 
 
-def _written(conversation: RenderedConversation, index: int, start: int, end: int) -> Iterator[Span]:
-    """Where characters [start, end) of a message's content stand in the text."""
-    for (first, last), source, begin in conversation.words[index]:
+def _spans_in_text(conversation: RenderedConversation, index: int, start: int, end: int) -> Iterator[Span]:
+    """The spans of the text that hold characters [start, end) of a message's content."""
+    for (first, last), source, begin in conversation.content_runs[index]:
         if source.field != "content":
             continue
+        # Without offsets into the content the span would be a guess, and the wrong tokens could be supervised.
         if begin == UNKNOWN:
             raise DataError(
                 f"the chat template rewrites the content of turn {index + 1}, so its spans cannot be followed; give "

@@ -46,6 +46,7 @@ from parley.data.traced_text import (
     trace,
 )
 
+# Jinja's sandbox bounds range() alone: 'a' * 10**12, 9**9**9 or nested loops would take all memory or never end.
 MAX_STEPS = 20_000_000
 """Rounds of loops and calls in one rendering: about a minute. 6,000 turns need 18 million where a template looks
 through all turns at each turn."""
@@ -133,6 +134,7 @@ class ChatTemplate:
         chunks = self.template.generate(
             messages=[_traced_message(message, number) for number, message in enumerate(messages)],
             tools=trace(list(tools), TEMPLATE, "tools") if tools is not None else None,
+            # transformers passes it too, and templates test `documents is defined`.
             documents=None,
             add_generation_prompt=prompt,
             **variables,
@@ -149,15 +151,18 @@ class ChatTemplate:
     @cached_property
     def takes_text_arguments(self) -> bool:
         """Whether a call's arguments given as text are written unchanged, numbers as they are."""
+        # json.dumps of the parsed object would write 1.1.
         text = '{"q": 1.10}'
         written = self._written_call(text)
         return written is not None and text in written and f'"{text}"' not in written
 
     def _written_call(self, arguments: Any) -> str | None:
+        # Mistral's templates refuse ids that are not nine alphanumeric characters.
         call = {"type": "function", "id": "call00001", "function": {"name": "f", "arguments": arguments}}
         messages: Any = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
         try:
             return self.render(messages, None, False, bos_token="", eos_token="").text
+        # A template that fails on the probe does not take arguments of this type, whatever it raises.
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError):
             return None
 
@@ -174,6 +179,7 @@ def _traced_message(message: dict[str, Any], number: int) -> _TracedMessage:
 
 
 def _state(context: Context) -> Trace:
+    # `parent` holds what render() was given; assignments in the template go to `vars` and cannot replace it.
     return context.parent[_STATE]
 
 
@@ -238,7 +244,7 @@ def _kept(context: Context, value: Any) -> Any:
 
 
 def _number(value: Any) -> int | None:
-    """The number of a message, or of the message whose words a mapping was put together from."""
+    """The number of a message, or of the message whose content a mapping was built from."""
     if isinstance(value, _TracedMessage):
         return value._number
     if isinstance(value, dict) and "role" in value:
@@ -285,6 +291,7 @@ def _json_runs(value: Any, text: str) -> str | None:
     """`text`, the JSON of `value`, with the origin of every string in it, found in their order."""
     parts: list[str] = []
     at = 0
+    # Each search starts where the previous string ended, since the same text may occur several times.
     for item in _json_strings(value):
         for ascii_only in (False, True):
             written = json.dumps(item, ensure_ascii=ascii_only)
@@ -357,6 +364,7 @@ def _items(value: Any) -> Iterable[tuple[Any, Any]]:
 class _Environment(ImmutableSandboxedEnvironment):
     """transformers' sandbox for chat templates (_compile_jinja_template), with limits and origins."""
 
+    # Jinja hands only these operators to call_binop. No other makes a value much larger than its operands.
     intercepted_binops = frozenset(["+", "*", "**", "%"])
     concat = staticmethod(concat)
 
@@ -399,6 +407,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         _state(context).made(result)
         return result
 
+    # Named as in Jinja's own sandbox, so that a template may pass keyword arguments self, context and obj.
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         name, owner = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
         state = _state(__context)
@@ -408,6 +417,7 @@ class _Environment(ImmutableSandboxedEnvironment):
                 _check_sizes(args, kwargs)
             elif name == "join":
                 __obj = lambda parts: join(owner, parts)  # noqa: E731
+            # Checked before the call: a check of the result comes when the memory is already allocated.
             elif name == "replace" and len(args) > 1 and len(owner) * len(args[1]) > MAX_CHARACTERS:
                 raise TemplateLimitError(f"it writes more than {MAX_CHARACTERS:,} characters")
         result = super().call(__context, __obj, *args, **kwargs)
@@ -425,12 +435,14 @@ class _Tracing(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
+        # Jinja compiles `~` to a join of plain strings, which would drop the origins.
         return _filtered("parley_concat", nodes.List(node.nodes, lineno=node.lineno))
 
     def visit_For(self, node: nodes.For) -> Any:
         self.generic_visit(node)
         item = node.target if isinstance(node.target, nodes.Name) else None
         shown = nodes.Name(item.name, "load", lineno=node.lineno) if item else nodes.Const(None, lineno=node.lineno)
+        # First in the body, where `continue` cannot skip it.
         node.body.insert(0, _statement("parley_round", shown))
         nothing = nodes.Const(None, lineno=node.lineno)
         return [_statement("parley_open", nothing), node, _statement("parley_close", nothing)]
@@ -504,6 +516,7 @@ def _checked(function: Callable[..., Any]) -> Callable[..., Any]:
         _check_sizes(args, kwargs)
         return function(*args, **kwargs)
 
+    # Jinja reads from this attribute whether a filter takes the context or the environment as its first argument.
     for flag in ("jinja_pass_arg",):
         if hasattr(function, flag):
             setattr(checked, flag, getattr(function, flag))

@@ -38,14 +38,14 @@ def pin_settings(tokenizer: Any, settings: dict[str, Any]) -> None:
             if name not in read:
                 known = ", ".join(sorted(read - set(tokenizer.special_tokens_map))) or "none"
                 raise ModelError(f"data.template: the chat template does not read {name!r}; its settings: {known}")
-    change_template(tokenizer, lambda each: with_settings(each, settings))
+    change_template(tokenizer, lambda template: with_settings(template, settings))
 
 
 def change_template(tokenizer: Any, change: Callable[[str], str]) -> None:
     """Replace the tokenizer's chat template, or each of several by name, such as default and tool_use."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
-        tokenizer.chat_template = {name: change(each) for name, each in template.items()}
+        tokenizer.chat_template = {name: change(text) for name, text in template.items()}
     elif template:
         tokenizer.chat_template = change(template)
 

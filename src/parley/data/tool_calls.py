@@ -59,6 +59,7 @@ def _arguments(value: Any, location: str) -> Any:
     if not isinstance(value, str):
         return value
     arguments = parse_json(value, location)
+    # The text is kept besides the object: JSON numbers such as 1.10 do not survive parsing and writing.
     return Arguments(arguments, value) if isinstance(arguments, dict) else arguments
 
 

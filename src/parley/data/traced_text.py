@@ -1,8 +1,8 @@
 """Strings that remember where each of their characters comes from, through everything a chat template does to them.
 
 The idea is taint tracking, at the level of characters: a subclass of str whose methods compute the origin of the result
-along with the result, as markupsafe.Markup does for escaping. A method that cannot say which characters it kept gives
-the whole result the origin of its input.
+along with the result, as markupsafe.Markup does for escaping. A method that cannot tell which characters it kept
+gives the whole result the origin of its input.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ class TracedText(str):
         traced._runs = runs
         return traced
 
+    # Jinja calls str() on every output; the inherited method returns a plain copy.
     def __str__(self) -> str:
         return self
 
+    # Copies and pickles are plain strings: origins are meaningless outside of their rendering.
     def __reduce__(self) -> tuple[type[str], tuple[str]]:
         return str, (self.plain,)
 
@@ -58,6 +60,7 @@ class TracedText(str):
         return str.__str__(self)
 
     def __add__(self, other: str) -> str:
+        # SafeText.__radd__ has to escape this side.
         if not isinstance(other, str) or isinstance(other, SafeText):
             return NotImplemented
         return self._with(str.__add__(self, other), self._runs + runs_of(other))
@@ -73,11 +76,13 @@ class TracedText(str):
     __rmul__ = __mul__
 
     def __mod__(self, value: Any) -> str:
+        # The % operator does not report which characters came from which operand.
         return self._derived(str.__mod__(self, value))
 
     def __getitem__(self, index: SupportsIndex | slice) -> str:
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
+            # Characters of a stride or a reversed slice are not consecutive in the source.
             if step != 1:
                 return self._derived(str.__getitem__(self, index))
             return self._part(start, max(start, stop))
@@ -89,6 +94,7 @@ class TracedText(str):
 
     def _part(self, start: int, stop: int) -> TracedText:
         text = str.__getitem__(self, slice(start, stop))
+        # A field of a message is one run: the fast path of templates that loop over its characters.
         if len(self._runs) == 1:
             _, source, begin, message = self._runs[0]
             return self._with(text, ((len(text), source, _moved(begin, start), message),))
@@ -114,11 +120,13 @@ class TracedText(str):
 
     def _derived(self, text: str) -> TracedText:
         """`text` that was made from this one: a Source, where there is one, is the origin of all of it."""
+        # Case conversion keeps positions where it keeps the length, so spans stay exact.
         if len(text) == len(self):
             return self._with(text, self._runs)
         return self.of(text, source_of(self), UNKNOWN)
 
     def strip(self, chars: str | None = None, /) -> str:
+        # Only lengths are taken from str's methods, whose results have no origin.
         start = len(self) - len(str.lstrip(self, chars))
         return self._part(start, max(start, len(str.rstrip(self, chars))))
 
@@ -147,12 +155,14 @@ class TracedText(str):
         parts: list[str] = []
         at = 0
         for piece in pieces:
+            # Only white space lies between `at` and the piece, so the first match is the right one.
             at = str.index(self, piece, at)
             parts.append(self._part(at, at + len(piece)))
             at += len(piece)
         return parts
 
     def splitlines(self, keepends: bool = False) -> list[str]:
+        # With their line ends, since these have one or two characters and positions have to add up.
         lines = self._parts(str.splitlines(self, True), 0)
         bare = str.splitlines(self)
         return lines if keepends else [line[: len(text)] for line, text in zip(lines, bare, strict=True)]
@@ -168,6 +178,7 @@ class TracedText(str):
     def replace(self, old: str, new: str, count: SupportsIndex = -1, /) -> str:
         if old not in self:
             return self
+        # An empty pattern inserts `new` between all characters, and str.split refuses it.
         if not old:
             return self._derived(str.replace(self, old, new, count))
         return join(new, self._parts(str.split(self, old, count), len(old)))
@@ -218,7 +229,7 @@ class TracedText(str):
         return (self.plain,)
 
     def labelled(self, message: int, sources: bool = True) -> TracedText:
-        """The same text, written for `message` where it was not written before; `sources`: what somebody said too."""
+        """The same text, written for `message` where it has no message yet; `sources`: text of fields as well."""
         runs = [run if run[3] is not None or (run[1] and not sources) else (*run[:3], message) for run in self._runs]
         return self._with(self, tuple(runs))
 
@@ -244,6 +255,7 @@ class SafeText(TracedText):
 def _escaped(text: str) -> str:
     if isinstance(text, SafeText):
         return text
+    # markupsafe.escape returns Markup, whose methods drop the origins.
     for character, entity in {"&": "&amp;", "<": "&lt;", ">": "&gt;", "'": "&#39;", '"': "&#34;"}.items():
         text = text.replace(character, entity)
     return text
@@ -267,6 +279,7 @@ def concat(parts: Iterable[str]) -> str:
 def join(separator: str, parts: Iterable[str]) -> str:
     """`separator.join(parts)` with the origin of each part."""
     parts = list(parts)
+    # No origin to keep: a plain str is cheaper in everything that follows.
     if not isinstance(separator, TracedText) and not any(isinstance(part, TracedText) for part in parts):
         return separator.join(parts)
     runs: list[Run] = []
