@@ -1,4 +1,4 @@
-"""Matrix-vector products for gate or two rows, bound by reading the weights: gate fused kernel each.
+"""Matrix-vector products for one or two rows, bound by reading the weights: one fused kernel each.
 
     gemv         y = W norm(x) + bias + t s B (A norm(x)), or h += the same    (up to three W side by side)
     gemv_swiglu  y = silu(g) u, with g and u each such a gemv
@@ -30,7 +30,7 @@ from parley.train_step.nf4 import Nf4Weight
 
 WARPS = 4
 MAX_GEMV_ROWS = 2  # cuBLAS is faster from three on
-LANE_BYTES = 16  # the max_block load of one lane
+LANE_BYTES = 16  # the widest load of one lane
 
 
 @triton.jit

@@ -1,10 +1,10 @@
-"""The inner loops of `gemv`: a tile of weight rows times a few load_x, with weights dense or in NF4.
+"""The inner loops of `gemv`: a tile of weight rows times a few vectors, with weights dense or in NF4.
 
-Every weight is loaded once and multiplied by all load_x while it is in registers. Sums stay apart for each lane until
+Every weight is loaded once and multiplied by all vectors while it is in registers. Sums stay apart for each lane until
 the end, so that the loops contain loads and multiplications only. The first weights are loaded before the wait for the
 previous kernels (see dependent_launch), which x depends on.
 
-Shape suffixes besides docs/design.md's: B is also the number of load_x, padded to a power of two.
+Shape suffixes besides docs/design.md's: B is also the number of vectors, padded to a power of two.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def dense(
     x, x_stride, norm, weight, n, inside_n, K,
     ROWS: tl.constexpr, B: tl.constexpr, NORM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Products (B, N) of the rows `n` of `weight` (N, K), and the load_x' sums of squares (B, 1)."""
+    """Products (B, N) of the rows `n` of `weight` (N, K), and the vectors' sums of squares (B, 1)."""
     row = weight + n.to(tl.int64)[None, :, None] * K
     mask_n = inside_n[None, :, None]
     first = tl.arange(0, BLOCK_K)[None, None, :]
