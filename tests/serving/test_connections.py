@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from tests.serving.conftest import Running
@@ -218,3 +219,15 @@ def test_connections_leave_files_for_the_rest_of_the_process(
     monkeypatch.setattr(resource, "getrlimit", lambda _: (soft, soft))
     assert Limits(max_open_requests=288).connection_limit() == expected
     assert Limits(max_open_requests=288, max_connections=5).connection_limit() == 5
+
+
+def test_the_connection_that_has_waited_longest_is_dropped_first() -> None:
+    class Open(list[Any]):
+        discard = list.remove
+
+    opened = Open(Mock(waiting_since=since) for since in (3.0, 1.0, None, 2.0))
+    oldest, answering = opened[1], opened[2]
+    assert connections._drop_longest_waiting(opened)  # type: ignore[arg-type]
+    assert oldest.transport.abort.call_count == 1
+    assert [each.waiting_since for each in opened] == [3.0, None, 2.0]
+    assert not connections._drop_longest_waiting(Open([answering]))  # type: ignore[arg-type]
