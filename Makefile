@@ -9,7 +9,7 @@ demo: .venv/runtime
 	$(BIN)/parley demo
 
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 check: .venv/development
 	$(BIN)/ruff check src tests tools labs benchmarks
