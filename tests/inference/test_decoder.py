@@ -166,16 +166,25 @@ def test_nf4_weights_answer_as_their_unpacked_values_do(build_family: Callable[[
 
 
 @pytest.mark.parametrize("fuse", [True, False])
-def test_weights_are_copied_into_one_matrix_where_asked_and_where_memory_allows(
+def test_weights_are_copied_where_asked_and_where_memory_allows(
     llama: Any, fuse: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fused() -> list[bool]:
-        layers = StaticCacheDecoder.of(llama, slots=1, length=20, fuse=fuse).model.linears
-        return [layer.qkv.weight_NK is not None and layer.gate_up.weight_NK is not None for layer in layers]
+    def copies() -> set[tuple[bool, bool]]:
+        model = StaticCacheDecoder.of(llama, slots=1, length=20, fuse=fuse).model
+        fused = all(x.weight_NK is not None for layer in model.linears for x in layer.all)
+        return {(fused, x.packed is not None) for x in (model.head, *(x for layer in model.linears for x in layer.all))}
 
-    assert set(fused()) == {fuse}
-    monkeypatch.setattr("parley.inference.linear._free_bytes", lambda device: 1000)
-    assert set(fused()) == {False}
+    onednn = torch.backends.mkldnn.is_available()
+    assert copies() == {(fuse, fuse and onednn)}
+    fused_bytes = sum(
+        x.weight_bytes
+        for layer in StaticCacheDecoder.of(llama, slots=1, length=20, fuse=False).model.linears
+        for x in layer.all
+        if x.weight_NK is None
+    )
+    for free, allowed in ((1000, False), (2 * fused_bytes, False), (2 * fused_bytes + 2, True)):
+        monkeypatch.setattr("parley.inference.linear._free_bytes", lambda device, free=free: free)
+        assert copies() == {(fuse and allowed, False)}  # the packed copies, of all weights, take more
 
 
 def test_a_seeded_answer_does_not_depend_on_its_neighbours(llama: Any) -> None:

@@ -6,31 +6,34 @@ ADAPTER (see slot_state).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import psutil
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parley.train_step import matmul
+from parley.library_compat.torch import onednn_linear, onednn_pack_weight
 from parley.train_step.bind import ModelWeights
 from parley.train_step.fused_linear import DenseWeight, FusedLinear
+from parley.train_step.matmul import uses_onednn
 from parley.train_step.ops import Ops
 
-FREE_MEMORY_SHARE = 0.5  # of the free memory, for fused copies of weights
+FREE_MEMORY_SHARE = 0.5  # of the free memory, for each kind of copies of weights: fused, packed
 
 
 class DecodeLinear:
     """One FusedLinear, with a copy of its adapters' weights, as they are now, in the model's dtype.
 
     `weight_NK` is W in one matrix, where the model has it so or `fuse` has made it. Without it each projection is a
-    product of its own, 4-bit ones dequantized into `dequant_buffer` first.
+    product of its own, 4-bit ones dequantized into `dequant_buffer` first. `packed` is W once more in oneDNN's blocked
+    layout, where `pack` has made it.
     """
 
     def __init__(self, linear: FusedLinear, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
         self.linear, self.ops, self.dtype, self.device = linear, ops, dtype, device
         self.weight_NK: Tensor | None = None
+        self.packed: Tensor | None = None
         self.dequant_buffer: Tensor | None = None
         first = linear.bases[0]
         if len(linear.bases) == 1 and isinstance(first, DenseWeight):
@@ -49,15 +52,12 @@ class DecodeLinear:
             self.sb_NP[part.rows, part.columns] = part.adapter.scale * part.adapter.b_NR.float()
 
     @property
-    def fuse_bytes(self) -> int:
-        """Memory that `fuse` would allocate."""
-        elements = self.linear.out_features * self.linear.in_features if self.weight_NK is None else 0
-        return elements * self.dtype.itemsize
+    def weight_bytes(self) -> int:
+        """Memory of one dense copy of W."""
+        return self.linear.out_features * self.linear.in_features * self.dtype.itemsize
 
     def fuse(self) -> None:
         """Copy W into one matrix, dequantized."""
-        if self.weight_NK is not None:
-            return
         shape = self.linear.out_features, self.linear.in_features
         self.weight_NK = torch.empty(shape, dtype=self.dtype, device=self.device)
         row = 0
@@ -65,12 +65,20 @@ class DecodeLinear:
             base.copy_into(self.weight_NK[row : row + base.shape[0]], self.ops)
             row += base.shape[0]
 
+    def pack(self) -> None:
+        """Lay W, which is one matrix, out for a CPU: a copy for oneDNN, and a fused W with contiguous columns."""
+        assert self.weight_NK is not None
+        self.packed = onednn_pack_weight(self.weight_NK.detach())
+        if len(self.linear.bases) > 1:  # a copy of fuse, not the model's own
+            # For one row MKL then takes half the time: it sums scaled columns of W, without a reduction per feature.
+            self.weight_NK = self.weight_NK.t().contiguous().t()
+
     def __call__(self, x_TK: Tensor, adapter_T1: Tensor | None) -> Tensor:
         """y_TN. `adapter_T1`: t of each row; None leaves the adapter out."""
         if self.weight_NK is None:
             y_TN = self._by_projection(x_TK)
-        elif self._uses_onednn(x_TK):
-            y_TN = matmul.linear(x_TK, self.weight_NK, x_TK.new_empty(0), self.linear.bias_N)
+        elif self._uses_packed(x_TK):
+            y_TN = onednn_linear(x_TK, self.packed, self.linear.bias_N)
         else:
             y_TN = functional.linear(x_TK, self.weight_NK, self.linear.bias_N)
         return self._add_lora(x_TK, adapter_T1, y_TN)
@@ -78,7 +86,7 @@ class DecodeLinear:
     def add_to(self, h_TN: Tensor, x_TK: Tensor, adapter_T1: Tensor | None) -> None:
         """h += y, in place."""
         # oneDNN has no accumulating product, and without W in one matrix there are several products.
-        if self.weight_NK is None or self._uses_onednn(x_TK):
+        if self.weight_NK is None or self._uses_packed(x_TK):
             h_TN += self(x_TK, adapter_T1)
             return
         h_TN.addmm_(x_TK, self.weight_NK.t())
@@ -86,9 +94,9 @@ class DecodeLinear:
             h_TN += self.linear.bias_N
         self._add_lora(x_TK, adapter_T1, h_TN)
 
-    def _uses_onednn(self, x_TK: Tensor) -> bool:
-        """oneDNN is faster from two rows on; for one row both only read the weights."""
-        return x_TK.shape[0] > 1 and matmul.uses_onednn(self.dtype, self.device)
+    def _uses_packed(self, x_TK: Tensor) -> bool:
+        """From two rows on. For one row a product only reads W, and MKL's call costs less."""
+        return self.packed is not None and x_TK.shape[0] > 1
 
     def _by_projection(self, x_TK: Tensor) -> Tensor:
         y_TN = x_TK.new_empty(x_TK.shape[0], self.linear.out_features)
@@ -148,9 +156,13 @@ def make_linears(weights: ModelWeights, ops: Ops, *, fuse: bool) -> tuple[list[L
     ]
     head = DecodeLinear(FusedLinear([DenseWeight(weights.head_VD)], [None]), ops, weights.dtype, weights.device)
     linears = [head, *(linear for layer in layers for linear in layer.all)]
-    if fuse and sum(linear.fuse_bytes for linear in linears) < FREE_MEMORY_SHARE * _free_bytes(weights.device):
-        for linear in linears:
+    unfused = [linear for linear in linears if linear.weight_NK is None]
+    if fuse and _copies_fit(unfused, weights.device):
+        for linear in unfused:
             linear.fuse()
+        if uses_onednn(weights.dtype, weights.device) and _copies_fit(linears, weights.device):
+            for linear in linears:
+                linear.pack()
     quantized = [
         base.shape[0] * base.shape[1]
         for linear in linears
@@ -163,6 +175,10 @@ def make_linears(weights: ModelWeights, ops: Ops, *, fuse: bool) -> tuple[list[L
         for linear in linears:
             linear.dequant_buffer = buffer
     return layers, head
+
+
+def _copies_fit(linears: Sequence[DecodeLinear], device: torch.device) -> bool:
+    return sum(linear.weight_bytes for linear in linears) < FREE_MEMORY_SHARE * _free_bytes(device)
 
 
 def _free_bytes(device: torch.device) -> int:

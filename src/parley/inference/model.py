@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +27,11 @@ class DecoderModel:
     head: DecodeLinear
     rope: RopeTable
     ops: Ops
+
+    @cached_property
+    def eps_11(self) -> Tensor:
+        """The epsilon of every norm, as a tensor that `addcmul` takes."""
+        return torch.full((1, 1), self.weights.eps, dtype=torch.float32, device=self.weights.device)
 
     @property
     def shapes(self) -> list[AttentionShape]:
@@ -63,9 +69,13 @@ class DecoderModel:
         return self.head(self._norm(h_TD, self.weights.norm_D), None).float()
 
     def _norm(self, x_TD: Tensor, weight_D: Tensor) -> Tensor:
-        # PyTorch's fused function is the faster one on a CPU, the training step's kernel on a GPU.
-        if not x_TD.is_cuda:
+        if x_TD.is_cuda:
+            out_TD = torch.empty_like(x_TD)
+            self.ops.rms_norm(x_TD, None, weight_D, self.weights.eps, out_TD)
+            return out_TD
+        if x_TD.dtype != torch.float32:  # PyTorch's function adds up squares of 16-bit numbers in float32
             return functional.rms_norm(x_TD, weight_D.shape, weight_D, self.weights.eps)
-        out_TD = torch.empty_like(x_TD)
-        self.ops.rms_norm(x_TD, None, weight_D, self.weights.eps, out_TD)
-        return out_TD
+        # The same in five calls, which take 6 microseconds for one row where PyTorch's function takes 10.
+        norm_T1 = torch.linalg.vector_norm(x_TD, dim=-1, keepdim=True)
+        mean_square_T1 = torch.addcmul(self.eps_11, norm_T1, norm_T1, value=1 / x_TD.shape[1])
+        return mean_square_T1.rsqrt_().mul(x_TD).mul_(weight_D)
