@@ -1,0 +1,1 @@
+"""Old name of `parley.inference`, read for one version."""
