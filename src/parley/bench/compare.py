@@ -71,6 +71,7 @@ def table(reports: Sequence[dict[str, Any]]) -> str:
         figures = ["" if report[key] is None else f"{report[key]:,}" for key in COLUMNS.values()]
         losses = [", ".join(f"{loss:.4f}" for loss in report[key]) for key in ("first_losses", "last_losses")]
         lines.append("| " + " | ".join([name, *figures, *losses]) + " |")
+    # Reversed, so that each trainer's first run is kept: later runs find its caches.
     first_runs = {report["trainer"]: report for report in reversed(reports)}
     ours = first_runs.get(PARLEY)
     for name, peer in first_runs.items():
@@ -91,8 +92,10 @@ def _comparison(ours: dict[str, Any], peer: dict[str, Any]) -> str:
 
 def _run_in_subprocess(trainer: str, job: Job, settings: Path, folder: Path) -> dict[str, Any]:
     result = folder / "result.json"
+    # Otherwise a trainer that writes no result would be reported with that of the previous one.
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "parley.bench.worker", trainer, job.name, str(settings), str(folder), str(result)]
+    # A process each: memory peaks, CUDA caches and libraries patched by one trainer must not affect the next.
     process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     if process.returncode or not result.is_file():
         lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]

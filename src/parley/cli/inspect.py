@@ -70,6 +70,7 @@ def _run_config(data: str, model: str, train_on: str | None, system: str | None,
     from parley.config import RunConfig
 
     named = {"data.source": data, "model.name": model, "data.train_on": train_on, "data.system": system}
+    # As JSON, so that a text such as "true" or "1.10" is not read as another YAML type.
     overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     return RunConfig.create({}, [*overrides, *settings])
 

@@ -115,6 +115,7 @@ def _serve(
         from parley.serving.service import ServedModel, Service
 
     loaded = load_for_inference(source, trust_remote_code=trust_remote_code)
+    # Before the decoder allocates its KV cache, so that a run with changed files is refused early.
     if loaded.golden is not None:
         _check_golden(loaded.golden, loaded.tokenizer)
     decoder = make_decoder(loaded.model, slots=max_num_seqs, length=max_model_len)

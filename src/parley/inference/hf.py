@@ -126,6 +126,7 @@ class _Answer:
         )
 
     def sample(self, logits_1V: torch.Tensor) -> Token:
+        # A copy, since processors may write in place and logprobs are of the model's own logits.
         scores_1V = self.processors(self.ids_1T, logits_1V.clone())
         if self.request.settings.temperature > 0:
             token_11 = torch.multinomial(scores_1V.softmax(-1), 1, generator=self.generator)
@@ -142,6 +143,7 @@ def logits_processors(settings: GenerationSection) -> LogitsProcessorList:
     processors = LogitsProcessorList()
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    # The warpers below never change which logit is the largest.
     if settings.temperature == 0:
         return processors
     if settings.temperature != 1:

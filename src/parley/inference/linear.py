@@ -49,6 +49,7 @@ class DecodeLinear:
         self.sb_NP = torch.zeros(linear.out_features, ranks, dtype=self.dtype, device=self.device)
         for part in linear.adapter_slices:
             self.a_PK[part.columns] = part.adapter.a_RK
+            # Scaled in fp32 and rounded once.
             self.sb_NP[part.rows, part.columns] = part.adapter.scale * part.adapter.b_NR.float()
 
     @property
@@ -185,4 +186,5 @@ def _free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     free, _ = torch.cuda.mem_get_info(device)
+    # PyTorch's reserved but unused memory counts as used for the driver, and can be allocated all the same.
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -28,6 +28,7 @@ from parley.serving.streams import OutputStream
 
 def create_app(service: Service, *, limits: Limits, api_key: str | None = None) -> FastAPI:
     """The application; with `api_key`, every route but /health requires it."""
+    # No documentation pages: they load scripts from a CDN, and a browser cannot send the API key.
     app = FastAPI(title="Parley", docs_url=None, redoc_url=None)
     app.add_middleware(AdmissionMiddleware, api_key=api_key, limits=limits, metrics=service.metrics)
     _add_error_handlers(app)
@@ -135,6 +136,7 @@ class _Generation:
                 self._has_first_token = True
             for index, chunk in chunks:
                 self.response.add(index, chunk)
+            # Each choice once, in order: several chunks of it may arrive together.
             yield list(dict.fromkeys(index for index, _ in chunks))
 
     async def finish(self) -> None:
@@ -154,6 +156,7 @@ class _Generation:
             return
         if include_usage:
             yield _event(self.response.usage_chunk())
+        # OpenAI's clients read a stream up to this line, which is not JSON.
         yield "data: [DONE]\n\n"
 
 
@@ -188,4 +191,5 @@ class _EventStream(StreamingResponse):
 
 
 def _event(data: dict[str, Any]) -> str:
+    # One line: an empty line ends a server-sent event.
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"

@@ -29,6 +29,7 @@ class Choice:
 
     def add(self, chunk: OutputChunk) -> None:
         self.text += chunk.text
+        # Tokens without text, such as the end of turn, count in the usage but have no logprobs entry.
         self.tokens += chunk.tokens[: len(chunk.tokens) - chunk.without_text]
         self.num_tokens += len(chunk.tokens)
         self.finish_reason = chunk.finish_reason
@@ -116,6 +117,7 @@ class ChatResponse(GenerationResponse):
 
     def _deltas(self, index: int, choice: Choice) -> Iterator[Json]:
         """Text as it comes; text that may be a tool call is held back until that is known."""
+        # Clients cannot take back content they were sent, and a call must not appear as content.
         if self._tools and choice.sent == 0 and may_be_call(choice.text) and not choice.finish_reason:
             return
         calls = self._calls(choice) if choice.sent == 0 else None
@@ -123,12 +125,14 @@ class ChatResponse(GenerationResponse):
         if calls:
             indexed = [{"index": call_index, **call} for call_index, call in enumerate(calls)]
             yield self._delta(index, {"tool_calls": indexed}, tokens)
+        # A token may be part of a character: it has no text yet, but a logprob to report.
         elif text or (tokens and self._logprobs):
             yield self._delta(index, {"content": text}, tokens)
         if choice.finish_reason:
             yield self._delta(index, {}, finish="tool_calls" if calls else choice.finish_reason)
 
     def _calls(self, choice: Choice) -> list[Json] | None:
+        # A call cut off by the token limit is incomplete JSON, so it stays text.
         return tool_calls(choice.text, self._tools) if self._tools and choice.finish_reason == "stop" else None
 
     def _delta(self, index: int, delta: Json, tokens: list[Token] | None = None, finish: str | None = None) -> Json:

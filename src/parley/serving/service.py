@@ -72,6 +72,7 @@ class Service:
 
     def chat_prompt(self, body: ChatRequest) -> list[int]:
         """The prompt ids of a conversation, generation prompt included."""
+        # Before the template and the tokenizer run: their memory is many times the size of the text.
         self._check_size(strings([body.messages, body.offered_tools]), len(body.messages), "messages")
         try:
             messages = parse_messages(body.messages, "messages", "messages")
@@ -111,6 +112,7 @@ class Service:
     def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
         messages = with_system(messages, self.model.system)
         ids = render_prompt(self.model.tokenizer, messages, tools)
+        # Otherwise the model would answer without knowing of the tools, and the client would wait for calls.
         if tools and ids == render_prompt(self.model.tokenizer, messages):
             raise DataError("tools: the model's chat template ignores tools; leave them out")
         return ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+# Notebooks pass content as text or as a list of parts.
 _CONTENT = """\
 {%- macro text(content) -%}
 {%- if content is string %}{{- content }}{%- else %}
@@ -97,6 +98,7 @@ ALPACA = "Below is an instruction that describes a task. Write a response that a
 VICUNA = "A chat between a curious user and an artificial intelligence assistant."
 UNSLOTH = "You are a helpful assistant to the user"
 
+# Order matters to family_of: phi-4's templates contain chatml's mark too, and Llama 2's contain Mistral's.
 FAMILIES = {
     "llama-3": _marked(
         "<|start_header_id|>",
@@ -141,6 +143,7 @@ FAMILIES = {
             "<|start|>user<|message|>",
             "<|start|>assistant<|channel|>final<|message|>",
             "'<|end|>'",
+            # OpenAI's harmony format: a generated answer ends in <|return|>, one in the history in <|end|>.
             "('<|return|>' if loop.last else '<|end|>')",
             "<|start|>system<|message|>",
             "'<|end|>'",

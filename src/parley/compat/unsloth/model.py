@@ -110,6 +110,7 @@ class FastLanguageModel:
             raise UsageError("from_pretrained() got both dtype and torch_dtype; set one of them")
         dtype = dtype if torch_dtype is None else torch_dtype
         if full_finetuning:
+            # Unsloth's default of 4 bits is not meant for full fine-tuning: quantised weights cannot be trained.
             load_in_4bit = False
         section = RunConfig.create(
             {
@@ -117,6 +118,7 @@ class FastLanguageModel:
                     "name": model_name,
                     "revision": revision,
                     "max_seq_length": 2048 if max_seq_length is None else max_seq_length,
+                    # bf16 has 8 significant bits: small updates of full weights would be rounded away.
                     "dtype": "float32" if full_finetuning and dtype is None else _dtype_name(dtype),
                     "quantization": _quantization(load_in_4bit, load_in_8bit, load_in_16bit),
                     "device": _device(device_map),
@@ -130,6 +132,7 @@ class FastLanguageModel:
         _say_quantization(model, section)
         if full_finetuning:
             model = prepare_full(model)
+        # As the trainer does: prompts in the notebook and training rows then have the same date.
         pin_date(tokenizer)
         return model, as_notebooks_expect(tokenizer)
 
@@ -178,6 +181,7 @@ class FastLanguageModel:
         targets = _chosen_targets(target_modules, finetune_attention_modules, finetune_mlp_modules)
         if isinstance(targets, list) and (whole := [name for name in EMBEDDINGS if name in targets]):
             logger.warning("get_peft_model: %s: trained whole, as modules_to_save", " and ".join(whole))
+            # Unsloth trains embeddings and head whole; LoRA matrices on them would be another model.
             targets = [name for name in targets if name not in whole]
             modules_to_save = sorted({*(modules_to_save or []), *whole})
         if isinstance(targets, list):
@@ -195,6 +199,7 @@ class FastLanguageModel:
                     "layers_to_transform": layers_to_transform,
                     "layers_pattern": layers_pattern,
                     "modules_to_save": modules_to_save,
+                    # LoftQ has its own setting here: PEFT's value for it needs scipy and leaves the scale out.
                     "init_lora_weights": True if loftq else init_lora_weights,
                     "loftq": loftq,
                     **extra,
@@ -215,6 +220,7 @@ class FastLanguageModel:
     def for_training(model: Any, use_gradient_checkpointing: bool | str = True) -> Any:
         """`model` in training mode, with gradient checkpointing or without."""
         if use_gradient_checkpointing:
+            # The reentrant variant gives no gradients where neither inputs nor base weights require them.
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         else:
             model.gradient_checkpointing_disable()
