@@ -98,6 +98,7 @@ def check_index(folder: Path) -> None:
         if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
             raise ModelError(f"{path}: weight_map is no object of file names; download it again")
         for shard in set(shards.values()):
+            # An index from elsewhere must not make torch.load or safetensors open files outside of the folder.
             if Path(shard).name != shard:
                 raise ModelError(f"{path}: {one_line(shard, 80)} is not a file of this folder, and is not followed")
 

@@ -53,6 +53,7 @@ def _versions() -> Iterator[Finding]:
     yield _version("Python", platform.python_version(), SpecifierSet(project["Requires-Python"]))
     for line in metadata.requires(DISTRIBUTION) or []:
         requirement = Requirement(line)
+        # Requirements of extras carry a marker that is false here: they may be missing.
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:

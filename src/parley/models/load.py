@@ -87,6 +87,7 @@ def _load_base(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokeni
     dtype = pick_dtype(section.dtype, device)
     folder = model_folder(section, weights=False)
     config = _read_config(folder, section)
+    # Before the weights, which may be a download of many GiB: a missing tokenizer is refused first.
     tokenizer = read_tokenizer(folder, section)
     quantization = plan_quantization(config, section, dtype)
     folder = model_folder(section)

@@ -155,5 +155,5 @@ def _encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def _longest_token(tokenizer: Any) -> int:
-    """Upper bound of the bytes that one token stands for; at least 16, as an unknown word is one token too."""
+    """Upper bound of the bytes of one token; at least 16, as an unknown word is one token too."""
     return max(16, *(len(token.encode()) for token in tokenizer.get_vocab()))

@@ -73,6 +73,7 @@ class StateLayout:
         """The flat parameter's state out of that of each parameter. Raises RunError where they do not fit."""
         states, groups = state_dict["state"], state_dict["param_groups"]
         saved = [index for group in groups for index in group["params"]]
+        # PyTorch matches saved state to parameters by position, so their number has to agree.
         if len(saved) != len(self.slots):
             raise RunError(
                 f"the checkpoint's optimizer has {len(saved)} parameters and this model trains {len(self.slots)}; "
@@ -87,6 +88,7 @@ class StateLayout:
                 joined |= self._joined_blocks(moment, code, scales, names[code], unwrapped)
         state = {0: joined} if joined else {}
         decayed, *others = groups
+        # TRL has a second group for parameters without weight decay; LoRA weights are all in the first.
         flat_groups = [decayed | {"params": [0]}, *(group | {"params": []} for group in others)]
         return state_dict | {"state": state, "param_groups": flat_groups}
 
@@ -111,7 +113,8 @@ class StateLayout:
     def _joined_blocks(self, moment: str, code: str, scales: str, book: Tensor, states: Sequence[State]) -> State:
         """An 8-bit moment of all parameters. bitsandbytes keeps that of small ones in 32 bits, which are quantised."""
         values = torch.zeros(self.total, dtype=torch.uint8, device=book.device)
-        values += int(book.abs().argmin())  # what stands for zero
+        # 8-bit values are indices into the code book, where index 0 is not the value 0.
+        values += int(book.abs().argmin())
         absmax = torch.zeros(self.total // OPTIMIZER_BLOCK, dtype=torch.float32, device=book.device)
         for state, slot in zip(states, self.slots, strict=True):
             if moment not in state:

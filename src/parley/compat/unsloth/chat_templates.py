@@ -82,6 +82,7 @@ def get_chat_template(
         tokenizer.chat_template = _own_template(tokenizer, *chat_template[:2], map_eos_token=map_eos_token)
     # As `parley train` does: the golden ids of a run must not depend on the day.
     pin_date(tokenizer)
+    # A mapping may name only some of the four, as in notebooks that rename roles alone.
     mapping = PLAIN_MAPPING | (mapping or {})
     before = ""
     if mapping != PLAIN_MAPPING:
@@ -108,7 +109,7 @@ def _family_name(chat_template: str) -> str:
 def _family_template(tokenizer: PreTrainedTokenizerBase, name: str, family: Family, map_eos_token: bool) -> str:
     where = tokenizer.name_or_path or "the tokenizer"
     if family.template is None:
-        offered = ", ".join(known for known, each in FAMILIES.items() if each.template)
+        offered = ", ".join(known for known, candidate in FAMILIES.items() if candidate.template)
         raise ModelError(
             f"{where} has no {name} template of its own, and those written here are {offered}; name one of them, or "
             "leave get_chat_template out to use the tokenizer's own"

@@ -72,18 +72,18 @@ def to_sharegpt(
             raise UsageError(f"to_sharegpt() found no column {name!r}; the data set has {', '.join(columns)}")
 
     def conversation(row: dict[str, Any]) -> dict[str, Any]:
-        asked = {"from": "human", "value": _merged(prompt, row)}
-        return {"conversations": [asked, {"from": "gpt", "value": _text(row[output_column_name])}]}
+        question = {"from": "human", "value": _merged(prompt, row)}
+        return {"conversations": [question, {"from": "gpt", "value": _text(row[output_column_name])}]}
 
     made = dataset.map(conversation, remove_columns=columns if remove_unused_columns else None)
     # Longer conversations are made of single exchanges, as notebooks expect; rows stay as many as they were.
     if conversation_extension <= 1:
         return made
-    draw = random.Random(random_state)
+    rng = random.Random(random_state)
     # A permutation for each further turn: every row is used equally often.
     orders = [list(range(len(made))) for _ in range(conversation_extension - 1)]
     for order in orders:
-        draw.shuffle(order)
+        rng.shuffle(order)
     turns = made["conversations"][:]
     joined = [sum((turns[order[i]] for order in orders), list(turns[i])) for i in range(len(made))]
     return concatenate_datasets(
@@ -114,6 +114,7 @@ def apply_chat_template(
         raise DataError(f"apply_chat_template() got columns {found}; wanted one named {' or '.join(CHAT_COLUMNS)}")
 
     def text(row: dict[str, Any]) -> dict[str, str]:
+        # The text holds the special tokens; Parley encodes rows of text without adding a second beginning.
         return {"text": tokenizer.apply_chat_template(row[column], tokenize=False)}
 
     return dataset.map(text)
@@ -199,4 +200,5 @@ def _text(value: Any) -> str:
 
 
 def _columns(dataset: Dataset | IterableDataset) -> list[str]:
+    # A stream without features has no column names until a row is read.
     return dataset.column_names or list(next(iter(dataset)))

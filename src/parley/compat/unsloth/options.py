@@ -26,11 +26,12 @@ def check_options(
     ask for something; unknown ones raise it always, naming the nearest known.
     """
     name, not_offered, no_meaning = function.__name__, not_offered or {}, set(no_meaning)
-    known = {each for each in inspect.signature(function).parameters if each != "options"}
+    known = {parameter for parameter in inspect.signature(function).parameters if parameter != "options"}
     known |= no_meaning | set(not_offered)
     for option, value in options.items():
         if option not in known:
             raise UsageError(f"{name}() got an unknown option {option!r}; did you mean {nearest(option, known)!r}?")
+        # Notebooks write defaults out: None, False or 0 ask for nothing.
         if option in not_offered and value:
             raise UsageError(f"{name}({option}={value!r}) is not offered here; {not_offered[option]}")
     unused = sorted(option for option in options if option in no_meaning)

@@ -1,7 +1,7 @@
-"""`train_on_responses_only` as notebooks call it: learn what stands after one marker, up to the end of the turn.
+"""`train_on_responses_only` as notebooks call it: supervise what follows a marker, up to the end of the turn.
 
 Parley's own rendering (parley.data.render) needs no markers; this is for rows that a notebook has turned into text.
-Markers are sought in the text, not in tokens, which may be cut differently in every place. T: tokens of a row.
+Markers are searched for in the text, since the same marker may be tokenised differently from row to row. T: tokens of a row.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def train_on_responses_only(
 ) -> Any:
     """`trainer`, itself, with `labels` only on what follows a `response_part`.
 
-    A response ends with the tokenizer's end-of-turn token, which is learned with it, or before the next part where
-    there is none. So tool results and system turns are never learned. Without parts, those of the tokenizer's own
+    A response ends with the tokenizer's end-of-turn token, which is supervised with it, or before the next part where
+    there is none. So tool results and system turns are never supervised. Without parts, those of the tokenizer's own
     template are taken; `force_match=False` ignores white space in them. Rows with nothing to learn are left out.
     With `return_function` the function for `dataset.map(..., batched=True)` is returned instead.
 
@@ -73,7 +73,7 @@ def train_on_responses_only(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What stands before turns, and what ends them."""
+    """The headers before turns, and what ends turns."""
 
     instruction: str
     response: str
@@ -88,7 +88,7 @@ class _Parts:
             start = header.end()
             # A response ends at the next header of either kind: two assistant turns may follow each other.
             following = [
-                each.start() for each in (instruction.search(text, start), response.search(text, start)) if each
+                match.start() for match in (instruction.search(text, start), response.search(text, start)) if match
             ]
             stop = min(following, default=len(text))
             end = self.ends.search(text, start, stop)
@@ -101,6 +101,7 @@ class _Parts:
 def _parts(tokenizer: Any, instruction: str | None, response: str | None, exact: bool) -> _Parts:
     if instruction is None or response is None:
         family = family_of(str(tokenizer.chat_template or ""))
+        # Both None: with one of them given, the other cannot be guessed from a family.
         if family is None or instruction is not response:
             raise UsageError(
                 "train_on_responses_only() got no instruction_part and response_part; give both, as the text has them "

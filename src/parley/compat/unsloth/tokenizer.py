@@ -28,6 +28,7 @@ def as_notebooks_expect(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
     """`tokenizer`, itself, as a subclass of its own class; it is saved under its own class's name."""
     if not isinstance(tokenizer, _IdsFromTemplate):
         own: Any = type(tokenizer)
+        # The object keeps its identity, which a wrapper would not: transformers checks types with isinstance.
         tokenizer.__class__ = _subclass(own)
     return tokenizer
 

@@ -147,7 +147,7 @@ class GraphRunner:
         return 0
 
     def launch(self, running: list[RunningRequest], steps: int) -> InFlightSteps:
-        features = SamplingFeatures.of(each.request for each in running)
+        features = SamplingFeatures.of(slot.request for slot in running)
         bucket = next(bucket for bucket in self.buckets if bucket >= len(running))
         graph = self._graph((bucket, features.truncation, features.logprobs))
         for _ in range(steps):

@@ -42,6 +42,7 @@ def _runs(batch: DeviceBatch, shape: AttentionShape) -> Iterator[tuple[slice, Te
     for length in (*batch.lengths, None):  # None flushes the last run
         by_itself = length is not None and length >= LONG_DOCUMENT and shape.window is None
         if (by_itself or length is None) and len(short) > 1:
+            # The library's kernels take cumulative lengths as int32 on the device.
             boundaries = torch.tensor(short, dtype=torch.int32).to(batch.ids_T.device, non_blocking=True)
             longest = max(b - a for a, b in itertools.pairwise(short))
             yield slice(begin, begin + short[-1]), boundaries, longest
@@ -60,6 +61,7 @@ def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: T
     for run, boundaries, longest in _runs(batch, shape):
         q, k, v = (part[run] for part in qkv)
         if boundaries is None:
+            # cuDNN takes a batch of (heads, tokens, head size).
             q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
             out, state = cudnn_attention(q, k, v, shape.scale)
             out_TD[run] = out[0].transpose(0, 1).flatten(1)

@@ -54,6 +54,7 @@ def _swiglu_backward(dout, x, dx, dout_stride, x_stride, dx_stride, F, BLOCK: tl
     d = tl.load(dout + row * dout_stride + f, mask=inside, other=0.0).to(tl.float32)
     gate = tl.load(x + row * x_stride + f, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x + row * x_stride + F + f, mask=inside, other=0.0).to(tl.float32)
+    # d silu(z) / dz = sigmoid(z) (1 + z (1 - sigmoid(z))). x and dx may be the same memory: both loads come first.
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     dgate = d * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
     tl.store(dx + row * dx_stride + f, dgate.to(dx.dtype.element_ty), mask=inside)

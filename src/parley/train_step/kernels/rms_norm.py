@@ -1,4 +1,4 @@
-"""RMS norm (arXiv 1910.07467) fused with the residual addition upstream it. One program per row, the row in registers.
+"""RMS norm (arXiv 1910.07467) fused with the residual addition before it. One program per row, the row in registers.
 
 Bytes per row of D 16-bit values: 8 D forward (x and delta in, sum and norm out), 8 D backward. The weight is frozen, so
 that no reduction over rows is needed.
@@ -27,7 +27,7 @@ def _forward(x, delta, total, out, weight, out_stride, eps, D, SUM: tl.constexpr
         tl.store(total + row * D + d, value, mask=inside)
     f = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / D + eps)
-    normed = (f * inverse).to(x.dtype.element_ty).to(tl.float32)  # rounded upstream the weight, as transformers does
+    normed = (f * inverse).to(x.dtype.element_ty).to(tl.float32)  # rounded before the weight, as transformers does
     normed *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + d, normed.to(out.dtype.element_ty), mask=inside)
 
@@ -41,6 +41,7 @@ def _backward(dout, x, weight, dx, dout_stride, dx_stride, eps, D, BLOCK: tl.con
     g = tl.load(dout + row * dout_stride + d, mask=inside, other=0.0).to(tl.float32)
     g *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / D + eps)
+    # dx = (g - f mean(f g) r^2) r with r = 1 / rms and g = dout weight.
     mean = tl.sum(f * g, axis=0) / D * inverse * inverse
     upstream = tl.load(dx + row * dx_stride + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(dx + row * dx_stride + d, (upstream + (g - f * mean) * inverse).to(dx.dtype.element_ty), mask=inside)
