@@ -1,7 +1,7 @@
 """`train_on_responses_only` as notebooks call it: supervise what follows a marker, up to the end of the turn.
 
 Parley's own rendering (parley.data.render) needs no markers; this is for rows that a notebook has turned into text.
-Markers are searched for in the text, since the same marker may be tokenised differently from row to row. T: tokens of a row.
+Markers are searched for in the text, since tokenisation of the same marker differs from row to row. T: tokens of a row.
 """
 
 from __future__ import annotations

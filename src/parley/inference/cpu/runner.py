@@ -40,7 +40,7 @@ class EagerRunner:
 
     def launch(self, running: list[RunningRequest], steps: int) -> InFlightSteps:
         state = self.state.rows(0, len(running))
-        features = SamplingFeatures.of(slot.request for slot in running)
+        features = SamplingFeatures.of(entry.request for entry in running)
         for _ in range(steps):
             logits_BV = decode_step(self.model, self.cache, self.rotary, state).cpu()
             sample_and_advance(logits_BV, state, features)

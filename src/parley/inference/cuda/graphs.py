@@ -147,7 +147,7 @@ class GraphRunner:
         return 0
 
     def launch(self, running: list[RunningRequest], steps: int) -> InFlightSteps:
-        features = SamplingFeatures.of(slot.request for slot in running)
+        features = SamplingFeatures.of(entry.request for entry in running)
         bucket = next(bucket for bucket in self.buckets if bucket >= len(running))
         graph = self._graph((bucket, features.truncation, features.logprobs))
         for _ in range(steps):
