@@ -283,7 +283,8 @@ def test_embeddings_have_a_learning_rate_of_their_own(
         unsloth.unsloth_train(trainer)
         rates.append([(group["initial_lr"], len(group["params"])) for group in trainer.optimizer.param_groups])
     assert rates[0] == [(1e-3, 4), (1e-5, 1)]
-    assert rates[1] == [(1e-3, 1)]  # the fused step's flat parameter
+    # The fused step's flat parameter, and the group without weight decay that TRL's checkpoints have.
+    assert rates[1] == [(1e-3, 1), (1e-3, 0)]
     assert "embedding_learning_rate: neither embeddings nor output head are trained" in caplog.text
     unsloth.PatchDPOTrainer()
     assert "nothing is patched here" in caplog.text
