@@ -236,7 +236,7 @@ def test_a_template_nested_too_deeply(template: Any) -> None:
 def test_a_generation_prompt_is_kept_only_where_no_message_changes_it(template: Any, prompt: str, alike: bool) -> None:
     from parley.data.template import ChatTemplate
 
-    assert ChatTemplate(LOOP.replace("BODY", "{{ m.content }}") + prompt).asks_alike is alike
+    assert ChatTemplate(LOOP.replace("BODY", "{{ m.content }}") + prompt).has_constant_prompt is alike
 
 
 def test_a_generation_prompt_that_a_message_changes_is_rendered_for_each_row(template: Any) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from parley.config import DataSection
 from parley.data.conversation import Example
-from parley.data.filtering import NO_ANSWER, NOTHING_TO_LEARN, render_examples
+from parley.data.filtering import NO_ANSWER, NOTHING_SUPERVISED, render_examples
 from parley.data.summary import DataSummary
 
 USER, ANSWER = {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Ahoy!"}
@@ -27,7 +27,7 @@ def test_a_row_without_a_supervised_token_is_dropped(tiny_tokenizer: Any) -> Non
     ]
     origins, summary = kept(tiny_tokenizer, Example("row 1", messages=[USER, ANSWER]), *nothing)
     assert origins == ["row 1"]
-    assert summary.dropped[NOTHING_TO_LEARN].count == 3
+    assert summary.dropped[NOTHING_SUPERVISED].count == 3
     assert kept(tiny_tokenizer, Example("question", messages=[USER]))[1].dropped[NO_ANSWER].count == 1
 
 
@@ -37,7 +37,7 @@ def test_a_row_whose_first_token_alone_is_supervised_is_dropped(tiny_tokenizer: 
     tokenizer.bos_token = tokenizer.eos_token = None
     origins, summary = kept(tokenizer, Example("one token", text="a"), Example("two tokens", text="ab\nab"))
     assert origins == ["two tokens"]
-    assert summary.dropped[NOTHING_TO_LEARN].count == 1
+    assert summary.dropped[NOTHING_SUPERVISED].count == 1
 
 
 def test_the_longest_allowed_row_is_kept(tiny_tokenizer: Any) -> None:

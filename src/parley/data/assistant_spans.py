@@ -210,18 +210,18 @@ class RenderedConversation:
         return 0
 
     def _generation_prompt(self, index: int, start: int, first: int) -> str:
-        """What the template writes to ask for turn `index`. Turns after the same kind of turn are asked for alike."""
+        """The generation prompt of turn `index`. Turns after the same kind of turn have the same one."""
         kind = self._kind(index)
         if kind not in self._generation_prompts:
-            self._generation_prompts[kind] = self._known_generation_prompt() or self._new_generation_prompt(
+            self._generation_prompts[kind] = self._constant_generation_prompt() or self._new_generation_prompt(
                 index, start, first
             )
         return self._generation_prompts[kind]
 
-    def _known_generation_prompt(self) -> str:
-        """The generation prompt of a template that asks for every turn alike: rendered once, not for every row."""
+    def _constant_generation_prompt(self) -> str:
+        """The generation prompt where it depends on no message: rendered once per template, not for every row."""
         template = _template(self.tokenizer, self.tools)
-        if not template.asks_alike or self.tools:
+        if not template.has_constant_prompt or self.tools:
             return ""
         key = tuple(self.tokenizer.special_tokens_map.items())
         if key not in template.generation_prompts:
@@ -289,7 +289,7 @@ class RenderedConversation:
         return len((tail[: tokens[0].start()] if tokens else tail).rstrip())
 
     def _opens(self, index: int, token: str) -> bool:
-        """Whether the template writes a control token to ask for turn `index`, not to close what is before it."""
+        """Whether a control token belongs to the generation prompt of turn `index` rather than to the end of the turn before."""
         kind = self._kind(index)
         if token not in self._generation_prompts.get(kind, ""):
             return False

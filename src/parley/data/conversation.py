@@ -38,7 +38,7 @@ class Example:
     """One row of a data set: exactly one of `messages`, `prompt` with `completion`, `text`, or `input_ids`.
 
     `origin` names the row to its owner ("rows.jsonl line 12", "row 12"). Prompt and completion are both text or both
-    messages; the prompt is never supervised, whoever speaks in it. `tools` go with messages. `input_ids` are a
+    messages; the prompt is never supervised, whatever the roles in it. `tools` go with messages. `input_ids` are a
     pre-tokenised row, with `labels` of the same length (IGNORE_INDEX where not supervised). `template` are
     settings of the chat template for this row alone.
     """

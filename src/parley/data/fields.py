@@ -26,7 +26,7 @@ def text_of(value: Any, location: str) -> str:
 
 
 def short(value: object, quoted: bool = True) -> str:
-    """`value` as a message shows it: its repr, bounded in length and depth, without quotes if so asked."""
+    """`value` as a message shows it: its repr, bounded in length and depth, without quotes unless `quoted`."""
     shown = _REPR.repr(value)
     return shown if quoted or not isinstance(value, str) else shown[1:-1]
 

@@ -31,7 +31,7 @@ SHORTENED = {
 }
 """Policies that keep a part of a row that is too long, and how the summary reports them."""
 NO_ANSWER = "without an assistant turn"
-NOTHING_TO_LEARN = "with nothing to learn"
+NOTHING_SUPERVISED = "with nothing to learn"
 
 
 def render_examples(
@@ -127,7 +127,7 @@ def _fitting(
         summary.shorten(SHORTENED[data.overlong].format(f"{max_length:,}"), example.origin)
         example, rendered = shortened
     if not any(rendered.mask[1:]):  # the first token of a row is never predicted
-        summary.drop(NOTHING_TO_LEARN, example.origin)
+        summary.drop(NOTHING_SUPERVISED, example.origin)
         return None
     for note in rendered.notes:
         summary.note(note, example.origin)
@@ -197,7 +197,7 @@ def _checked(outcome: Rendered | DataError, example: Example) -> Rendered:
 
 
 def _has_answer(example: Example, train_on: TrainOn) -> bool:
-    """Whether a turn may be supervised: an assistant's, one of the roles asked for, or one with a weight of its own."""
+    """Whether a turn may be supervised: an assistant's, one of the given roles, or one with a weight of its own."""
     turns = example.completion if isinstance(example.completion, list) else example.messages
     if turns is None or train_on == "inputs":
         return True

@@ -34,7 +34,7 @@ _SPLIT_OF = {
 }
 LARGEST_FOLDER = 50_000
 """Files and folders looked through: a home folder is named by mistake."""
-# Metadata that datasets writes beside the rows (save_to_disk, push_to_hub).
+# Metadata that datasets writes next to the rows (save_to_disk, push_to_hub).
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}
 
 

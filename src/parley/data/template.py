@@ -116,14 +116,14 @@ class RenderedText:
 class ChatTemplate:
     """A compiled template. Raises jinja2.TemplateSyntaxError for what is not Jinja.
 
-    asks_alike: the generation prompt does not depend on the messages. `generation_prompts` keeps it then, for each set
+    has_constant_prompt: the generation prompt does not depend on the messages. `generation_prompts` keeps it then, for each set
     of special tokens.
     """
 
     def __init__(self, source: str) -> None:
         environment = _Environment()
         tree = environment.parse(source)
-        self.asks_alike = _asks_alike(tree)
+        self.has_constant_prompt = _has_constant_prompt(tree)
         self.generation_prompts: dict[tuple[Any, ...], str] = {}
         self.template = environment.from_string(_Tracing().visit(tree))
 
@@ -374,7 +374,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now, "dict": _Dict()}
         self.globals["namespace"] = Namespace
-        del self.globals["lipsum"]  # it writes as much text as it is told to, at random
+        del self.globals["lipsum"]  # random text of any requested length
         for name in _RESIZING & self.filters.keys():
             self.filters[name] = _checked(self.filters[name])
         self.filters |= {"tojson": _tojson, "join": _traced_join, "indent": _checked(_indent)}
@@ -456,8 +456,8 @@ class _Tracing(NodeTransformer):
         return [node, _statement("parley_assigned", nodes.Name(node.target.name, "load", lineno=node.lineno))]
 
 
-def _asks_alike(tree: nodes.Template) -> bool:
-    """Whether all that depends on add_generation_prompt is one branch at the end that knows no message."""
+def _has_constant_prompt(tree: nodes.Template) -> bool:
+    """Whether everything that depends on add_generation_prompt is one branch at the end that reads no message."""
     name = "add_generation_prompt"
     last = tree.body[-1] if tree.body else None
     if isinstance(last, nodes.Output) and len(tree.body) > 1 and not list(last.find_all(nodes.Name)):

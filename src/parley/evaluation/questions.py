@@ -32,7 +32,7 @@ def report_questions(
 
     Raises UsageError.
     """
-    if not tokenizer.chat_template:  # a data set of plain text trains a model that answers nobody
+    if not tokenizer.chat_template:  # a model trained on plain text has no turns to answer
         return []
     system = config.data.system
     system_turn: list[Message] = [{"role": "system", "content": system}] if system else []

@@ -67,7 +67,7 @@ def describe_device(device: torch.device) -> str:
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's generators with `seed` inside the block and restore their state after it."""
-    # fork_rng copies the state of every GPU unless told which, which takes a second on a machine with many.
+    # fork_rng copies the state of every GPU unless given a list, which takes a second on a machine with many.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -25,7 +25,7 @@ from parley.models.json_files import read_json_object
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 ADAPTER_CONFIG = "adapter_config.json"
-RUNS = "runs"  # where runs are written unless told otherwise
+RUNS = "runs"  # where runs are written by default
 MOST_ADAPTERS = 8  # on one base; each but the last is merged
 IGNORED_FILES = ["*/*", "consolidated*"]  # subfolders and duplicates of the weights
 
@@ -58,7 +58,7 @@ def local_folder(name: str) -> Path | None:
         if path.is_dir():
             return path.resolve()
         is_file = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of nobody, a null character
+    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of an unknown user, a null character
         raise ModelError(f"{one_line(name, 80)}: neither a path nor a hub id ({one_line(error, 80)})") from None
     if is_file:
         raise ModelError(f"{name}: got a file, wanted a model folder with config.json, or a hub id")

@@ -184,7 +184,7 @@ def _check(base: nn.Module) -> ModelFamily:
     family = family_of(config)
     if family is None:
         raise Unsupported(f"no fused step for the {config.model_type} family")
-    if type(base).__name__ != family.architecture:  # another head, or somebody's own forward pass
+    if type(base).__name__ != family.architecture:  # another head, or a forward pass of its own
         raise Unsupported(f"{type(base).__name__} is not {family.architecture}")
     if config.hidden_act != family.activation:
         raise Unsupported(f"activation {config.hidden_act}")

@@ -145,6 +145,7 @@ def _recompute_attention(context: PassContext, layer: LayerWeights, saved: Saved
         saved.qkv = context.take("qkv", index, layer.qkv.out_features)
         copy_if_elsewhere(layer.qkv.forward(matrices[layer.qkv], saved.normed, saved.qkv), saved.qkv)
         if layer.qk_norm is not None:
+            # The norm works in place, and its gradient needs the input.
             saved.qkv_unnormed = context.take("qkv_unnormed", index, layer.qkv.out_features).copy_(saved.qkv)
             apply_qk_norm(saved.qkv, layer.shape, layer.qk_norm)
         ops.rope(saved.qkv, context.batch, context.rope, layer.shape)
@@ -210,6 +211,7 @@ def backward(
     else:
         assert saved.supervised is not None
         rows = len(supervised.row_S)
+        # Not from the workspace, whose buffer has all rows and receives the result of the scatter.
         buffer_SD = dattention_TD.new_empty(rows, layer.o.in_features)
         dattention_SD = _mlp_backward(replace(context, tokens=rows), layer, saved.supervised, dh_TDP, buffer_SD)
         supervised.scatter(dattention_SD, dattention_TD)
@@ -257,6 +259,7 @@ def _attention_backward(
     dqkv_TC = dqkv[:, : layer.qkv.out_features]
     out_TD = saved.attention_out[:, : layer.o.in_features]
     ops.attention_backward(dattention_TD, saved.qkv, out_TD, saved.lse, context.batch, layer.shape, dqkv_TC)
+    # A rotation is orthogonal, so its gradient is the inverse rotation.
     ops.rope(dqkv_TC, context.batch, context.rope, layer.shape, inverse=True)
     if layer.qk_norm is not None:
         assert saved.qkv_unnormed is not None

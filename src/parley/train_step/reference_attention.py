@@ -93,6 +93,7 @@ def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: T
     layout = padded_layout(batch.lengths, shape)
     q_BQE, k_BLE, v_BLE = layout.pad(x_TC)
     if layout.longest <= MAX_FULL_SCORES:
+        # The query heads of a group are further rows of one product, so keys and values need not be repeated.
         p_BQL = torch.baddbmm(_mask(layout.longest, shape, x_TC), q_BQE, k_BLE.mT, alpha=shape.scale).softmax(-1)
         layout.unpad((p_BQL @ v_BLE).view(-1, shape.head_dim), out_TD)
         return p_BQL

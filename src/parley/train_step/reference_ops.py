@@ -60,11 +60,13 @@ def _add_product(p_TM: Tensor, q_TN: Tensor, out_MN: Tensor, scale: float) -> No
     if p_TM.dtype == out_MN.dtype:
         out_MN.addmm_(p_TM.t(), q_TN, alpha=scale)
     else:
+        # In fp32, as the gradients are: a sum over many tokens in bf16 loses small terms.
         out_MN.add_(p_TM.t().float() @ q_TN.float(), alpha=scale)
 
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:
     bytes_ = packed.flatten().int()
+    # bitsandbytes stores the first of two values in the high half of a byte.
     nibbles = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1).flatten()
     values = code[nibbles].view(-1, block) * absmax[:, None]
     out_NK.copy_(values.view(out_NK.shape))
@@ -104,6 +106,7 @@ def rope(x_TC: Tensor, batch: DeviceBatch, rope: RopeTable, shape: AttentionShap
     cos_T1E = rope.cos_LE.index_select(0, batch.position_T)[:, None]
     sin_T1E = rope.sin_LE.index_select(0, batch.position_T)[:, None]
     sign = -1 if inverse else 1
+    # The first half is overwritten before the second half reads it.
     original_THE = first_THE.clone()
     first_THE.mul_(cos_T1E).addcmul_(second_THE, sin_T1E, value=-sign)
     second_THE.mul_(cos_T1E).addcmul_(original_THE, sin_T1E, value=sign)
@@ -117,6 +120,7 @@ def swiglu(x_T2F: Tensor, out_TF: Tensor) -> None:
 def swiglu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
     gate_TF, up_TF = x_T2F.chunk(2, dim=1)
     dgate_TF, dup_TF = dx_T2F.chunk(2, dim=1)
+    # Before the gradients are written, since `dx_T2F` may be the memory of `x_T2F`.
     silu_TF = functional.silu(gate_TF)
     silu_backward_into(dout_TF * up_TF, gate_TF, dgate_TF)
     torch.mul(dout_TF, silu_TF, out=dup_TF)
@@ -124,6 +128,7 @@ def swiglu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
 
 def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor) -> None:
     supervised_S1 = (target_S != IGNORE_INDEX)[:, None]
+    # gather needs a valid index; ignored rows are masked in every sum below.
     index_S1 = target_S.clamp(min=0).long()[:, None]
     log_p_SV = functional.log_softmax(logits_SV.float(), dim=-1)
     p_SV = log_p_SV.exp()

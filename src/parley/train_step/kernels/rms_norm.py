@@ -24,6 +24,7 @@ def _forward(x, delta, total, out, weight, out_stride, eps, D, SUM: tl.constexpr
         value = (value.to(tl.float32) + tl.load(delta + row * D + d, mask=inside, other=0.0).to(tl.float32)).to(
             x.dtype.element_ty
         )
+        # Rounded to the activations' type before the norm, as a separate addition in transformers is.
         tl.store(total + row * D + d, value, mask=inside)
     f = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / D + eps)
