@@ -289,7 +289,7 @@ class RenderedConversation:
         return len((tail[: tokens[0].start()] if tokens else tail).rstrip())
 
     def _opens(self, index: int, token: str) -> bool:
-        """Whether a control token belongs to the generation prompt of turn `index` rather than to the end of the turn before."""
+        """Whether a control token opens turn `index`, as part of its generation prompt, rather than closes a turn."""
         kind = self._kind(index)
         if token not in self._generation_prompts.get(kind, ""):
             return False

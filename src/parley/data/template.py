@@ -116,8 +116,8 @@ class RenderedText:
 class ChatTemplate:
     """A compiled template. Raises jinja2.TemplateSyntaxError for what is not Jinja.
 
-    has_constant_prompt: the generation prompt does not depend on the messages. `generation_prompts` keeps it then, for each set
-    of special tokens.
+    has_constant_prompt: the generation prompt does not depend on the messages. `generation_prompts` then caches it for
+    each set of special tokens.
     """
 
     def __init__(self, source: str) -> None:
