@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Stopped as stop:
         print_text(err, f"parley: stopped; {stop}", wrap=False)
         code = INTERRUPTED
-    except BrokenPipeError:  # nobody reads stdout any more, as after `| head`
+    except BrokenPipeError:  # stdout has no reader any more, as after `| head`
         code = 1
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _flush_stdout() -> None:
-    """Write what is buffered, or drop it where nobody reads it: at exit Python would print the error."""
+    """Write what is buffered, or drop it where the reader is gone: at exit Python would print the error."""
     try:
         sys.stdout.flush()
     except BrokenPipeError:

@@ -86,7 +86,7 @@ def _measured_config(config: RunConfig, data: str | None) -> RunConfig:
         overrides = [f"data.source={json.dumps(data)}", "data.heldout=null", "data.heldout_rows=0"]
         overrides += ["data.streaming=false", "data.limit=null", "data.split=train"]
     elif config.data.streaming:
-        values["training"]["max_steps"] = 1  # a stream has no length, which RunConfig wants to be said
+        values["training"]["max_steps"] = 1  # a stream has no length, which RunConfig requires
     return RunConfig.create(values, overrides)
 
 

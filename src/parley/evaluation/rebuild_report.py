@@ -19,7 +19,7 @@ MAX_BYTES = 256 * 2**20  # of a run of a million steps; beyond it, a file is not
 
 
 def rebuild_report(run: Path, console: Console | None = None) -> Path:
-    """Write report.json and report.html of `run` anew; returns the page's path.
+    """Write report.json and report.html of `run` again; returns the page's path.
 
     Everything of report.json is kept; steps and held-out losses that it lacks come from events.jsonl, settings from
     run.yaml. What is missing or broken is printed. Works on runs that did not finish, too.

@@ -24,7 +24,7 @@ class FanIn:
         try:
             for index, request in enumerate(requests):
                 self._handles.append(scheduler.submit(request, partial(_put, put, index)))
-        except BaseException:  # all or none: nobody will read the outputs of those already submitted
+        except BaseException:  # all or none: no caller will read the outputs of those already submitted
             self.cancel()
             raise
 

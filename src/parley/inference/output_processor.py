@@ -40,7 +40,7 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []  # the window that is decoded anew: ids of the last part, and those after it
+        self._ids: list[int] = []  # the window that is decoded again: ids of the last part, and those after it
         self._emitted = 0  # leading ids of the window whose text was returned
         self._emitted_text = ""
 

@@ -78,7 +78,7 @@ class Connection(H11Protocol):
         if self.transport.get_write_buffer_size() and waited < self._limits.send_timeout:
             self._deadline_timer = self.loop.call_later(self._limits.header_timeout, self._on_deadline)
         elif self.transport.is_closing() or self.conn.their_state is not h11.IDLE:
-            self.transport.abort()  # closed already, or in the middle of a body that nobody reads
+            self.transport.abort()  # closed already, or in the middle of a body that is not read
         else:
             seconds = f"{self._limits.header_timeout:g} seconds"
             self._refuse(ApiError(408, f"the headers did not arrive within {seconds}", code="header_timeout"))

@@ -1,6 +1,6 @@
 """Optimizer state of the fused step's flat parameter, saved and loaded as that of PEFT's own parameters.
 
-So a checkpoint is TRL's: one that TRL wrote goes on here, and one from here goes on in TRL, on either path.
+So a checkpoint is TRL's: one that TRL wrote can be resumed here, and one from here in TRL, on either path.
 
 Shape suffixes (legend in docs/design.md): Z all trainable adapter weights.
 """

@@ -7,7 +7,7 @@ events.jsonl    one JSON object a line for each logged step, evaluation and chec
 checkpoints/    the trainer's checkpoints
 report.html, report.json
 
-A folder that somebody else made is data: opening it runs no code of it, and writing into it follows no link out of it.
+A folder from elsewhere is data: opening it runs no code of it, and writing into it follows no link out of it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ THREADS = 16  # LLVM and the assembler release Python's lock
 class Kernel:
     """A Triton function that is launched from Python.
 
-    `do_not_specialize`: arguments that are often 1 or a multiple of 16 by chance. Triton would compile the kernel anew
+    `do_not_specialize`: arguments that are often 1 or a multiple of 16 by chance. Triton would compile the kernel again
     for each of these cases.
     """
 
