@@ -1,4 +1,4 @@
-"""Versions of Parley and of the libraries below it, as installed. Parley's own is read from pyproject.toml alone."""
+"""Versions of Parley and of the libraries below it, as installed. Parley's own is written in pyproject.toml alone."""
 
 from __future__ import annotations
 
