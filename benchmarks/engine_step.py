@@ -25,8 +25,8 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from parley.config import LLAMA_PROJECTIONS
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
-from parley.data.tokens import IGNORE_INDEX
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan

@@ -21,7 +21,7 @@ os.environ |= {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PAR
 
 from transformers import AutoTokenizer
 
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.render import Rendered, pin_date, render, render_many
 
 BATCH = 1000

@@ -35,7 +35,7 @@ from trl import SFTConfig
 
 from parley import SFTTrainer
 from parley.config import GenerationSection
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.render import Rendered, render_many
 from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.inference.generate import generate

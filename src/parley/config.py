@@ -36,7 +36,7 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file name and of a path on Li
 
 
 def checked_path(text: str) -> str:
-    """`text`, a path or a hub id, with `~` expanded. Raises ValueError for what no file system takes."""
+    """`text`, a path or a hub id, with `~` expanded. Raises ValueError for a path that no file system accepts."""
     if not text.strip():
         raise ValueError("it is empty; wanted a path or a hub id")
     if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
@@ -321,7 +321,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _check_values(value: Any, path: str = "") -> None:
-    """Raises UsageError for text and numbers that no setting takes, those of TRL and PEFT included."""
+    """Raises UsageError for text and numbers that no setting accepts, those of TRL and PEFT included."""
     where = path or "settings"
     if isinstance(value, str):
         if "\0" in value or not _encodable(value):

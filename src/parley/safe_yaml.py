@@ -24,9 +24,9 @@ _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key twice and reads numbers and booleans as YAML 1.2 does.
+    """SafeLoader that refuses duplicate keys and reads numbers and booleans as YAML 1.2 does.
 
-    YAML 1.1 takes 1e-4 for text, and the `no` of `save_strategy: no` for False.
+    YAML 1.1 reads 1e-4 as text, and the `no` of `save_strategy: no` as False.
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -73,7 +73,7 @@ def read_yaml_file(path: Path, kind: type[ParleyError] = UsageError) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Raises YAMLError where the document exceeds a limit, repeats itself without end, or has explicit tags."""
+    """Raises YAMLError where the document exceeds a limit, contains itself by an alias, or has explicit tags."""
     sizes: dict[str, int] = {}  # nodes behind each finished anchor
     open_nodes: list[tuple[str | None, int]] = []
     nodes = 0

@@ -10,8 +10,8 @@ import pytest
 from datasets import Dataset
 
 from parley.compat.unsloth import train_on_responses_only
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.render import render
-from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError, UsageError
 
 USER = "<|start_header_id|>user<|end_header_id|>\n\n"

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 from parley.config import DataSection
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.filtering import NO_ANSWER, NOTHING_SUPERVISED, render_examples
 from parley.data.summary import DataSummary
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from parley.config import DataSection
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.recognition import Recognised, recognise
 from parley.errors import DataError, UsageError
 

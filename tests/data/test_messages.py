@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from parley.data.conversation import Arguments
+from parley.data.example import Arguments
 from parley.data.messages import parse_messages, with_system
 from parley.errors import DataError
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import DOCUMENTS, DocumentCollator, padding_free_row, split_by_tokens
-from parley.data.tokens import IGNORE_INDEX
 
 
 def row_of(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

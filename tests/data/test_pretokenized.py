@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from parley.config import DataSection
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.prepare import Prepared, prepare
 from parley.data.recognition import recognise
-from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError
 
 IDS = [5, 6, 7, 8]

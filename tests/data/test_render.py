@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.render import control_tokens_in, pin_date, render, render_example, render_many, render_prompt
 from parley.errors import DataError, ModelError
 

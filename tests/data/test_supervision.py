@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from parley.config import DataSection
-from parley.data.conversation import Example
+from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.example import Example
 from parley.data.prepare import prepare
 from parley.data.render import AS_TEXT, AS_TOKENS, UNCLOSED, RenderOptions, render, render_example, unwritten
-from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Ahoy!"}

@@ -9,8 +9,8 @@ from peft import PeftModel
 from tests.gpu import models
 from torch.nn import functional
 
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
-from parley.data.tokens import IGNORE_INDEX
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan

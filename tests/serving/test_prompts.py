@@ -14,7 +14,7 @@ import pytest
 from tests.serving.conftest import Running
 from tests.serving.test_errors import HELLO, post, refused
 
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.render import render_example, render_prompt
 from parley.data.template_settings import pin_settings
 from parley.serving import service as service_module

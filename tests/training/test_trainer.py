@@ -13,7 +13,7 @@ from peft import LoraConfig, PromptTuningConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, TrainerCallback, TrainingArguments
 from trl import SFTConfig
 
-from parley.data.tokens import IGNORE_INDEX
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.errors import DataError, UsageError
 from parley.training.config import SFTConfig as ParleyConfig
 from parley.training.trainer import SFTTrainer

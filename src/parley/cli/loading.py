@@ -25,7 +25,7 @@ def open_model(
     from dataclasses import replace
 
     from parley.config import DEMO_MODEL, GenerationSection
-    from parley.data.fields import text_of
+    from parley.data.values import text_of
     from parley.serving.loading import load_for_inference
 
     text_of(system, "--system")

@@ -22,7 +22,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
 
-from parley.data.conversation import LOSS_KEYS, REASONING_KEYS, Arguments, Message
+from parley.data.example import LOSS_KEYS, REASONING_KEYS, Arguments, Message
 from parley.data.template import ChatTemplate, RenderedText, TemplateLimitError, compiled
 from parley.data.traced_text import TEMPLATE, Source
 from parley.errors import DataError, ModelError
@@ -120,7 +120,7 @@ class RenderedConversation:
         return current
 
     def _owner(self, source: Source | None, at: int) -> int:
-        """The message that characters belong to, written while the template was at message `at`."""
+        """The index of the message that characters belong to, written while the template was at message `at`."""
         if source is None:
             return at
         if source.field == "tool_responses":  # results in the message of their call

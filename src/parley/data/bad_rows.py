@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from parley.config import DataSection
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.errors import DataError
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from parley.config import DataSection
-from parley.data.fields import short, text_of
 from parley.data.files import Row
 from parley.data.loss_weights import ROW_FLAGS
+from parley.data.values import short, text_of
 
 Spellings = tuple[tuple[str, ...], ...]
 """Columns, each under its canonical name first, then other names of the same."""

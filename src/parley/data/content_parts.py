@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from parley.data.conversation import REASONING_KEYS, Message
-from parley.data.fields import short, text_of, type_name
+from parley.data.example import REASONING_KEYS, Message
 from parley.data.loss_weights import part_weight, spans_of_parts
 from parley.data.tool_calls import tool_call
+from parley.data.values import short, text_of, type_name
 from parley.errors import DataError
 
 _TEXT = ("text", "value", "content")

@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from parley.data.assistant_spans import Span
-from parley.data.tokens import ControlTokens, control_tokens
+from parley.data.control_tokens import ControlTokens, control_tokens
 from parley.errors import DataError
 
 

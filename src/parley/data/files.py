@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from parley.data.compression import COMPRESSIONS, DAMAGED, open_file
-from parley.data.fields import short, type_name
+from parley.data.values import short, type_name
 from parley.errors import DataError, one_line
 
 Row = dict[str, Any]

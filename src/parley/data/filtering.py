@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 
 from parley.config import DataSection
 from parley.data.bad_rows import BadRow, BadRows, of_example
-from parley.data.conversation import WEIGHT, WEIGHT_SPANS, Example
+from parley.data.example import WEIGHT, WEIGHT_SPANS, Example
 from parley.data.pretokenized import as_rendered
 from parley.data.render import Rendered, RenderOptions, encode, render_many, write_texts
 from parley.data.summary import DataSummary

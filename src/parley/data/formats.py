@@ -10,13 +10,13 @@ from typing import ClassVar
 
 from parley.config import DataSection
 from parley.data.columns import Fields, Spellings
-from parley.data.conversation import WEIGHT, Example, Message
-from parley.data.fields import short, type_name
+from parley.data.example import WEIGHT, Example, Message
 from parley.data.files import Row
 from parley.data.loss_weights import row_weight
 from parley.data.messages import joined, parse_messages, with_system
 from parley.data.pretokenized import parse_ids, parse_labels
 from parley.data.tool_calls import parse_json, parse_tools
+from parley.data.values import short, type_name
 from parley.errors import DataError, UsageError
 
 _SYSTEM = ("system", "system_prompt")

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from parley.data.conversation import Message
+from parley.data.example import Message
 from parley.data.render import render, render_prompt
 
 CONVERSATIONS: list[list[Message]] = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from parley.config import DataSection
 from parley.data.bad_rows import BadRows
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import render_examples, render_options
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise

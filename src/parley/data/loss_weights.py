@@ -4,15 +4,15 @@
     {"type": "text", "text": "...", "train": false}                              a part
     {"train_detail": [{"begin_offset": 0, "end_offset": 9, "train": false}]}     axolotl; both offsets are included
 
-All become a `weight` from 0 to 1 and `weight_spans` of a message (parley.data.conversation).
+All become a `weight` from 0 to 1 and `weight_spans` of a message (parley.data.example).
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from parley.data.conversation import WEIGHT, WEIGHT_SPANS
-from parley.data.fields import short
+from parley.data.example import WEIGHT, WEIGHT_SPANS
+from parley.data.values import short
 from parley.errors import DataError
 
 FLAGS = ("weight", "loss_weight", "train", "training", "loss")

@@ -14,10 +14,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from parley.data.content_parts import Parts, reasoning_text
-from parley.data.conversation import REASONING_KEYS, WEIGHT, WEIGHT_SPANS, Message
-from parley.data.fields import short, text_of, type_name
+from parley.data.example import REASONING_KEYS, WEIGHT, WEIGHT_SPANS, Message
 from parley.data.loss_weights import message_weight, weight_spans
 from parley.data.tool_calls import parse_json, parse_tool_calls
+from parley.data.values import short, text_of, type_name
 from parley.errors import DataError
 
 # Names found in published data: prompter is OpenAssistant's, ipython Llama 3's, observation GLM's.

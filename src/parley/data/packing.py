@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from parley.data.tokens import IGNORE_INDEX
+from parley.data.control_tokens import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -20,14 +20,14 @@ from rich.progress import track
 
 from parley.config import DataSection
 from parley.data.bad_rows import BadRow, BadRows
-from parley.data.conversation import Example
+from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, render_examples, split_row
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.render import Rendered, pin_date, pin_settings
 from parley.data.sources import Rows, is_local, located, read_rows
 from parley.data.summary import DataSummary
-from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from parley.data.columns import Fields
-from parley.data.conversation import Example
-from parley.data.fields import short
+from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.example import Example
 from parley.data.render import Rendered
-from parley.data.tokens import IGNORE_INDEX
+from parley.data.values import short
 from parley.errors import DataError
 
 LARGEST = 2**31 - 1  # ids are kept as int32

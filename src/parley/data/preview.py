@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from parley.data.control_tokens import control_tokens
 from parley.data.render import Rendered
-from parley.data.tokens import control_tokens
 from parley.text import visible
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 
 from parley.config import DataSection, unknown_key
 from parley.data.columns import TURN_KEYS, Fields, listed, lookup
-from parley.data.conversation import Example
+from parley.data.example import Example
 from parley.data.files import Row
 from parley.data.formats import BY_NAME, FORMATS, Format
 from parley.data.loss_weights import ROW_FLAGS

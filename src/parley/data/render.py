@@ -17,12 +17,12 @@ from functools import partial
 from typing import Any
 
 from parley.data.assistant_spans import RenderedConversation, Span
-from parley.data.conversation import Example, Message
+from parley.data.control_tokens import ControlTokens, control_tokens, control_tokens_in, strings
 from parley.data.date import pin_date
 from parley.data.encoding import MaskedText, Rendered, encode_texts, plain_control_tokens
+from parley.data.example import Example, Message
 from parley.data.supervision import ControlText, EndTokens, RenderOptions, TrainOn, supervise
 from parley.data.template_settings import change_template, pin_settings, with_row_settings
-from parley.data.tokens import ControlTokens, control_tokens, control_tokens_in, strings
 from parley.errors import DataError, ModelError
 
 __all__ = [

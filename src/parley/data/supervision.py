@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from parley.data.assistant_spans import RenderedConversation, Span, Turn
-from parley.data.conversation import WEIGHT, WEIGHT_SPANS, Message
+from parley.data.example import WEIGHT, WEIGHT_SPANS, Message
 from parley.data.traced_text import UNKNOWN
 from parley.errors import DataError
 

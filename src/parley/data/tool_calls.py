@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from parley.data.conversation import Arguments
-from parley.data.fields import short, text_of, type_name
+from parley.data.example import Arguments
+from parley.data.values import short, text_of, type_name
 from parley.errors import DataError
 
 

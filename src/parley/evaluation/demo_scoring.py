@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
-from parley.data.conversation import Message
+from parley.data.example import Message
 
 _PIRATE = (
     "arr ahoy aye avast blimey ye yer th matey mateys hearty hearties landlubber doubloon doubloons shiver timbers"

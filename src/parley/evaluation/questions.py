@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from parley.config import RunConfig
-from parley.data.conversation import Example, Message
+from parley.data.example import Example, Message
 from parley.data.render import render_prompt
 from parley.errors import DataError, ParleyError, UsageError
 

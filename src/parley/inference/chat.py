@@ -9,8 +9,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
-from parley.data.conversation import Message
-from parley.data.fields import text_of
+from parley.data.example import Message
+from parley.data.values import text_of
 from parley.inference.generate import Engine, Generator
 from parley.models.adapters import require_base
 

@@ -18,7 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
-from parley.data.conversation import Message
+from parley.data.example import Message
 from parley.errors import DeviceError, ParleyError
 from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.fan_in import FanIn, IndexedOutput, nth_seed

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from parley.data.columns import listed
-from parley.data.conversation import Message
-from parley.data.fields import text_of
+from parley.data.example import Message
 from parley.data.files import ORIGIN, kind_of, read_files
 from parley.data.messages import parse_messages
+from parley.data.values import text_of
 from parley.errors import DataError, UsageError
 
 _KINDS = (".txt", ".jsonl", ".ndjson", ".json")

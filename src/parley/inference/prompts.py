@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from parley.data.conversation import Message
+from parley.data.example import Message
 from parley.data.render import render, render_prompt
 from parley.errors import DataError
 

@@ -1,4 +1,4 @@
-"""What of TRL is not public and needed here.
+"""TRL's internals that Parley needs.
 
 `SFTTrainer._metrics` holds, per mode ("train", "eval"), the figures that TRL's `log` averages and adds to the logs, and
 `_total_train_tokens` is the `num_tokens` among them. A step that does not go through TRL's `compute_loss` has to report

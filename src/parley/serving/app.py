@@ -20,10 +20,10 @@ from parley.serving.errors import ApiError, from_validation_error
 from parley.serving.limits import Limits
 from parley.serving.metrics import Metrics
 from parley.serving.middleware import CLOSE, AdmissionMiddleware, run_until_disconnect
+from parley.serving.output_stream import OutputStream
 from parley.serving.protocol import Body, ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from parley.serving.responses import ChatResponse, CompletionResponse, GenerationResponse
 from parley.serving.service import Service
-from parley.serving.streams import OutputStream
 
 
 def create_app(service: Service, *, limits: Limits, api_key: str | None = None) -> FastAPI:

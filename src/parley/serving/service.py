@@ -10,17 +10,17 @@ from time import time
 from typing import Any, TypeVar
 
 from parley.config import GenerationSection
-from parley.data.conversation import Message
+from parley.data.control_tokens import strings
+from parley.data.example import Message
 from parley.data.messages import parse_messages, with_system
 from parley.data.render import render_prompt
-from parley.data.tokens import strings
 from parley.errors import DataError, ParleyError
 from parley.inference.fan_in import nth_seed
 from parley.inference.scheduler import Request, Scheduler
 from parley.serving.errors import ApiError, to_api_error
 from parley.serving.metrics import Metrics
+from parley.serving.output_stream import OutputStream
 from parley.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
-from parley.serving.streams import OutputStream
 from parley.serving.token_text import TokenTexts
 
 PARSE_THREADS = 2  # so many requests are parsed and tokenized at a time: a large one takes 100 times its size

@@ -1,1 +1,1 @@
-"""The fast step: forward, backward and update of one LoRA step over packed conversations, by hand."""
+"""The fused step: forward, backward and update of one LoRA step over packed conversations, by hand."""

@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
-from parley.data.tokens import IGNORE_INDEX
 from parley.units import round_up
 
 LONG_DOCUMENT = 2048  # tokens from which on attention's arithmetic outweighs a library's launch overhead

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from parley.data.tokens import IGNORE_INDEX
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.library_compat.torch import silu_backward_into
 from parley.train_step.ops import AdapterSlice, AttentionShape, RopeTable, ScaledCopy
 from parley.train_step.packed_batch import DeviceBatch

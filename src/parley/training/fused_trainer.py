@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import DOCUMENTS, Document, PaddedCollator, padding_free_row, split_by_tokens
-from parley.data.tokens import IGNORE_INDEX
 from parley.errors import RunError, one_line
 from parley.library_compat.trl import count_tokens, metrics, tokens_seen
 from parley.models.packing_isolation import why_not_packed

@@ -155,7 +155,7 @@ def example_to_template(example: str, default_system: str | None = None) -> str:
 
 
 def _header(before: str, end: str) -> str:
-    """What opens each of the user's turns, out of what the example has before the first one."""
+    """The header of each user turn, taken from the text of the example that precedes the first user turn."""
     if SYSTEM in before:
         return before.partition(SYSTEM)[2].removeprefix(end)
     if end.strip() and end in before:

@@ -16,8 +16,8 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 
 from parley.compat.unsloth.families import family_of
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.render import render
-from parley.data.tokens import IGNORE_INDEX
 from parley.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)

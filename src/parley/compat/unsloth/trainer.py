@@ -1,4 +1,4 @@
-"""`UnslothTrainer` and its arguments, and functions whose patches there are nothing to do here."""
+"""`UnslothTrainer` and its arguments, and patch functions of Unsloth that do nothing here."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ class GraphRunner:
         self.cache.move(source, target, positions)
 
     def reset(self) -> None:
-        """Wait for the steps in flight: raises where the device is lost."""
+        """Wait for the steps in flight. Raises if the device is lost."""
         torch.cuda.synchronize(self.state.fields_BX.device)
 
     def _graph(self, key: GraphKey) -> torch.cuda.CUDAGraph:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, split_by_tokens
-from parley.data.tokens import IGNORE_INDEX
 from parley.inference.interface import DecodeRequest
 from parley.inference.kv_cache import KVCache
 from parley.inference.model import Attention, DecoderModel

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from parley.data.tokens import IGNORE_INDEX
+from parley.data.control_tokens import IGNORE_INDEX
 from parley.train_step.kernels.precompile import kernel
 
 

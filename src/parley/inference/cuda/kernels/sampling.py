@@ -1,4 +1,4 @@
-"""Sampling the next token of each row from its logits, without sorting and without the host: three passes finished the
+"""Sampling the next token of each row from its logits, without sorting and without the host: three passes over the
 vocabulary, in blocks.
 
     _block_max   the block_argmax_at score of each block; penalty and temperature are applied as scores are read
@@ -6,7 +6,7 @@ vocabulary, in blocks.
     _sample      inverse transform sampling, of the block and then of the token in it; then stop ids and counters
 
 The reference is `inference.sampling`: sample and advance. top_k and top_p, which need a sort, are applied to the logits
-seen_before.
+before.
 
 Shape suffixes besides docs/design.md's: J blocks of the vocabulary.
 """

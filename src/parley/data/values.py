@@ -1,4 +1,4 @@
-"""Fields of a row: text that a tokenizer can read, and how values are shown in messages."""
+"""Values of a row: text that a tokenizer can read, and how values are shown in messages."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from parley.data.conversation import Message
+from parley.data.example import Message
 
 IGNORE_INDEX = -100
 """The label of a token that is not supervised: cross-entropy skips it."""

@@ -1,4 +1,4 @@
-"""The one form every data set is brought into before it is rendered."""
+"""Example, the form into which every data set is converted before it is rendered."""
 
 from __future__ import annotations
 
