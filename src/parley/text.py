@@ -15,7 +15,7 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 def visible(text: str) -> str:
-    """`text` with every control character replaced by a visible one; the length is kept.
+    """`text` with control characters, bidi controls and surrogates replaced by visible ones; the length is kept.
 
     C0 becomes its control picture (U+2400 to U+241F), DEL and C1 become U+2421, all others U+FFFD.
     """

@@ -1,4 +1,4 @@
-"""What the device knows of each running answer: one row of numbers, so that admitting or moving an answer is one copy.
+"""The state of each running answer on the device: one row of numbers; thus admitting or moving an answer is one copy.
 
 Shape suffixes besides docs/design.md's: X fields of a row, U output columns (tokens between two reads by the host),
 A alternatives.

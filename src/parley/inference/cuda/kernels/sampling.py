@@ -1,12 +1,12 @@
 """Sampling the next token of each row from its logits, without sorting and without the host: three passes over the
 vocabulary, in blocks.
 
-    _block_max   the block_argmax_at score of each block; penalty and temperature are applied as scores are read
-    _block_mass  the probability block_mass_at of each block, without the tokens that min_p removes
+    _block_max   the highest score of each block and its token; penalty and temperature are applied as scores are read
+    _block_mass  the probability mass of each block, without the tokens that min_p removes
     _sample      inverse transform sampling, of the block and then of the token in it; then stop ids and counters
 
 The reference is `inference.sampling`: sample and advance. top_k and top_p, which need a sort, are applied to the logits
-before.
+before these passes.
 
 Shape suffixes besides docs/design.md's: J blocks of the vocabulary.
 """
