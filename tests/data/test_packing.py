@@ -61,3 +61,8 @@ def test_a_split_by_tokens_keeps_order_and_never_cuts_a_document(
     lengths: list[int], max_tokens: int, runs: list[list[int]]
 ) -> None:
     assert [lengths[run] for run in split_by_tokens(lengths, max_tokens)] == runs
+
+
+def test_a_split_counts_tokens_exactly() -> None:
+    assert split_by_tokens([3, 5], 7) == [slice(0, 1), slice(1, 2)]
+    assert split_by_tokens([5, 3, 3, 2], 7) == [slice(0, 1), slice(1, 3), slice(3, 4)]
