@@ -25,8 +25,8 @@ from transformers import TrainerCallback
 
 from parley.models.device import pick_device
 from parley.training.arguments import sft_config
+from parley.training.prepare_training import prepare_training
 from parley.training.run_folder import RunFolder
-from parley.training.setup import prepare_training
 from parley.training.trainer import SFTTrainer
 
 BOUND = 0.005

@@ -184,7 +184,7 @@ from parley.config import GenerationSection
 from parley.inference.generate import generate
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
-from parley.training.resources import ResourceMeter, device_name, memory_peak, memory_total
+from parley.training.resource_usage import ResourceMeter, device_name, memory_peak, memory_total
 
 QUESTIONS = ["Hello!", "What is the opposite of hot?", "What is 12 plus 7?", "Who are you?"]
 GREEDY = GenerationSection(temperature=0, min_p=0, max_new_tokens=64)

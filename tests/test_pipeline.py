@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parley.config import GenerationSection, RunConfig
 from parley.errors import RunError
-from parley.evaluation.evaluate import evaluate
+from parley.evaluation.evaluate_run import evaluate_run
 from parley.inference.generate import generate
 from parley.pipeline import RunResult, dry_run, train
 
@@ -125,7 +125,7 @@ def test_a_run_is_not_overwritten(result: RunResult, tiny_llama_folder: Path, ro
 
 
 def test_evaluating_a_run_gives_the_figures_of_its_report(result: RunResult) -> None:
-    scores = evaluate(result.folder.path, console=Console(quiet=True))
+    scores = evaluate_run(result.folder.path, console=Console(quiet=True))
     assert result.report.before is not None
     assert result.report.after is not None
     assert scores["base"].heldout_loss == pytest.approx(result.report.before.heldout_loss, rel=1e-5)

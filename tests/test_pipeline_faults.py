@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-import parley.training.setup as training_setup
+import parley.training.prepare_training as training_setup
 from parley.config import RunConfig
 from parley.errors import ModelError, RunError, TrainingError, UsageError
 from parley.evaluation.rebuild_report import rebuild_report

@@ -9,7 +9,7 @@ from typing import Any
 _HOME = {
     "ParleyError": "parley.errors",
     "RunConfig": "parley.config",
-    "SFTConfig": "parley.training.config",
+    "SFTConfig": "parley.training.sft_config",
     "SFTTrainer": "parley.training.trainer",
     "train": "parley.pipeline",
     "load_model": "parley.models.load",

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
 from parley.errors import ModelError, RunError, TrainingError
-from parley.evaluation.evaluation import Evaluation, answer_questions, evaluate_model, heldout_scores
+from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
 from parley.evaluation.questions import Question, report_questions
 from parley.evaluation.run_report import add_evaluations, begin_report, next_commands, steps_of_events
 from parley.models.adapters import base_obstacle, is_identity_adapter
@@ -25,11 +25,7 @@ from parley.text import print_text
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import check_settings
-from parley.training.report import Report, write_figures, write_report
-from parley.training.resources import ResourceMeter, StageTimer, device_name, memory_total, release_cached_memory
-from parley.training.run_folder import RunFolder, is_disk_full
-from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
-from parley.training.setup import (
+from parley.training.prepare_training import (
     TrainingSetup,
     planned_steps,
     prepare_data,
@@ -38,6 +34,10 @@ from parley.training.setup import (
     resolve_adapter,
     rows_per_step,
 )
+from parley.training.report import Report, write_figures, write_report
+from parley.training.resource_usage import ResourceMeter, StageTimer, device_name, memory_total, release_cached_memory
+from parley.training.run_folder import RunFolder, is_disk_full
+from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
 from parley.training.terminal_summary import print_summary
 
 DEMO_SETTINGS: dict[str, Any] = {

@@ -193,7 +193,7 @@ def test_other_commands_need_no_extra(command: str) -> None:
     code = (
         "import sys\n"
         "for name in ('fastapi', 'uvicorn', 'starlette', 'prometheus_client', 'openai'): sys.modules[name] = None\n"
-        f"import parley.cli.{command}, parley.serving.loading, parley.serving.golden, parley.serving.vllm\n"
+        f"import parley.cli.{command}, parley.serving.loading, parley.serving.check_golden, parley.serving.vllm\n"
         "import parley.inference.generate, parley.bench.compare, parley.pipeline\n"
     )
     process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from parley.config import RunConfig
 from parley.errors import RunError
-from parley.evaluation.evaluate import evaluate
+from parley.evaluation.evaluate_run import evaluate_run
 from parley.evaluation.rebuild_report import rebuild_report
 from parley.serving.loading import load_for_inference
 from parley.training.run_folder import RunFolder
@@ -124,7 +124,7 @@ NOT_SETTINGS: dict[str, bytes] = {
 def test_a_run_yaml_that_is_not_settings(tmp_path: Path, outcome_of: Outcome, content: bytes) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "run.yaml").write_bytes(content)
-    for command in (load_for_inference, evaluate, rebuild_report):
+    for command in (load_for_inference, evaluate_run, rebuild_report):
         line = outcome_of(lambda command=command: command(tmp_path))
         assert line is not None
         assert str(tmp_path) in line
@@ -161,7 +161,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def asked(*arguments: Any, **options: Any) -> None:
         raise AssertionError(f"the hub was asked for {arguments}")
 
-    monkeypatch.setattr("parley.models.folder.snapshot_download", asked)
+    monkeypatch.setattr("parley.models.resolve.snapshot_download", asked)
 
 
 def test_a_run_with_a_relative_model_path_opens_from_anywhere(
@@ -213,7 +213,7 @@ class EvilConfig(PretrainedConfig):
 """
 
 
-@pytest.mark.parametrize("command", [load_for_inference, evaluate], ids=["chat, generate, serve", "eval"])
+@pytest.mark.parametrize("command", [load_for_inference, evaluate_run], ids=["chat, generate, serve", "eval"])
 def test_opening_a_run_executes_no_code_that_its_settings_ask_for(
     run: Path, tmp_path: Path, outcome_of: Outcome, caplog: pytest.LogCaptureFixture, command: Any
 ) -> None:
@@ -236,7 +236,7 @@ def test_run_yaml_decides_nothing_of_an_evaluation_but_batch_and_precision(run: 
     values = yaml.safe_load((run / "run.yaml").read_text())
     values["training"] |= {"report_to": "wandb", "push_to_hub": True, "deepspeed": "/no/such", "optim": "nonsense"}
     (run / "run.yaml").write_text(yaml.safe_dump(values))
-    assert evaluate(run, console=Console(quiet=True))["tuned"].heldout_loss is not None
+    assert evaluate_run(run, console=Console(quiet=True))["tuned"].heldout_loss is not None
 
 
 @pytest.mark.parametrize("name", ["eval.json", "report.json", "report.html"])
@@ -246,7 +246,7 @@ def test_links_out_of_the_folder_are_not_written_through(run: Path, tmp_path: Pa
     (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(outside)
     if name == "eval.json":
-        evaluate(run, console=Console(quiet=True))
+        evaluate_run(run, console=Console(quiet=True))
     else:
         rebuild_report(run, Console(quiet=True))
     assert outside.read_text() == "mine"

@@ -15,7 +15,7 @@ from trl import SFTConfig
 
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.errors import DataError, UsageError
-from parley.training.config import SFTConfig as ParleyConfig
+from parley.training.sft_config import SFTConfig as ParleyConfig
 from parley.training.trainer import SFTTrainer
 
 ROWS = [

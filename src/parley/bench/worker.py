@@ -104,7 +104,7 @@ def peak_memory() -> dict[str, float | None]:
 def machine() -> str:
     import torch
 
-    from parley.training.resources import device_name
+    from parley.training.resource_usage import device_name
 
     return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 

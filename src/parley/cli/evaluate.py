@@ -27,7 +27,7 @@ def evaluate(
     """
     with importing():
         quiet_libraries()
-        from parley.evaluation.evaluate import evaluate as evaluate_run
+        from parley.evaluation.evaluate_run import evaluate_run
 
     scores = {
         name: score.model_dump(exclude_none=True)

@@ -138,7 +138,7 @@ def _serve(
 
 def _check_golden(golden: Path, tokenizer: object) -> None:
     """Raises ModelError where the run's golden conversations get other token ids than in training."""
-    from parley.serving.golden import check_golden
+    from parley.serving.check_golden import check_golden
 
     mismatch = check_golden(golden, tokenizer)
     if mismatch is not None:

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 
 from parley.config import DEMO_MODEL, RunConfig
 from parley.data.preview import pieces
-from parley.evaluation.evaluation import Evaluation
+from parley.evaluation.evaluate_model import Evaluation
 from parley.evaluation.questions import Question
+from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Answer, MaskExample, Report, StepFigures
-from parley.training.setup import TrainingSetup
 from parley.versions import library_versions
 
 # Keys of a `step` event, as the trainer logs them, by the report's own.

@@ -30,8 +30,8 @@ from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.models.adapters import load_adapter, merge_adapter
 from parley.models.config_fields import check_config, check_index
 from parley.models.device import DTYPES, describe_device, pick_device, pick_dtype
-from parley.models.folder import adapter_chain, local_folder, model_folder
 from parley.models.quantization import check_quantised, plan_quantization
+from parley.models.resolve import adapter_chain, local_folder, model_folder
 from parley.models.tokenizer import (
     check_vocabulary,
     has_tokenizer,

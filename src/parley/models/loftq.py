@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from parley.config import LoraSection, ModelSection
 from parley.errors import ModelError, UsageError
-from parley.models.folder import model_folder
 from parley.models.quantization import quantization_of
+from parley.models.resolve import model_folder
 
 ADAPTER = "default"  # the name PEFT gives to a model's only adapter
 OVERSAMPLING = 16  # directions computed beyond the rank; they make the randomised SVD exact enough in the kept ones

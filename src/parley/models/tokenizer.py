@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from parley.config import ModelSection
 from parley.errors import ModelError, one_line
-from parley.models.folder import adapter_chain, model_folder
 from parley.models.json_files import read_json_object
+from parley.models.resolve import adapter_chain, model_folder
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection, RunConfig
 from parley.models.adapters import base_obstacle
-from parley.models.folder import local_folder
 from parley.models.load import load_model
+from parley.models.resolve import local_folder
 from parley.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)

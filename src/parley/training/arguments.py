@@ -11,7 +11,7 @@ import torch
 from parley.config import RunConfig, TrainingSection, unknown_key
 from parley.errors import UsageError, one_line
 from parley.training.check_settings import check_types
-from parley.training.config import SFTConfig, has_bf16
+from parley.training.sft_config import SFTConfig, has_bf16
 
 # Fields that would contradict what the run decides elsewhere, and where to say it instead.
 ELSEWHERE = {

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from parley.text import print_text
-from parley.training.resources import memory_peak
+from parley.training.resource_usage import memory_peak
 
 
 class EventLog(TrainerCallback):

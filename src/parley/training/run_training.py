@@ -12,10 +12,10 @@ from trl import SFTConfig
 from parley.errors import DeviceError, ParleyError
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import REFUSALS, setting_error
+from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Resources
-from parley.training.resources import device_name, memory_peak, memory_total
+from parley.training.resource_usage import device_name, memory_peak, memory_total
 from parley.training.run_folder import RunFolder, is_disk_full
-from parley.training.setup import TrainingSetup
 from parley.training.trainer import SFTTrainer
 
 LOGIT_TOKENS = 64  # of the first row: logits of a whole row of a large vocabulary may not fit

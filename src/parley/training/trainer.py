@@ -34,8 +34,8 @@ from parley.data.supervision import TrainOn
 from parley.errors import UsageError
 from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.models.quantization import quantization_of
-from parley.training.config import SFTConfig, unavailable_formats
 from parley.training.fused_trainer import FusedTrainer
+from parley.training.sft_config import SFTConfig, unavailable_formats
 
 logger = logging.getLogger(__name__)
 

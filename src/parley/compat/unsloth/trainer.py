@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from parley.training.config import SFTConfig
+from parley.training.sft_config import SFTConfig
 from parley.training.trainer import SFTTrainer
 
 logger = logging.getLogger(__name__)

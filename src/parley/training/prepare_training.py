@@ -17,10 +17,10 @@ from parley.data.preview import pieces, to_terminal
 from parley.errors import DataError, UsageError
 from parley.models.adapters import attach_lora, continue_adapter, prepare_full, trainable_summary
 from parley.models.device import pick_device
-from parley.models.folder import adapter_chain
 from parley.models.load import load_model
+from parley.models.resolve import adapter_chain
 from parley.text import print_text, visible
-from parley.training.resources import StageTimer
+from parley.training.resource_usage import StageTimer
 
 
 @dataclass

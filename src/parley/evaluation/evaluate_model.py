@@ -11,8 +11,8 @@ from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.evaluation.questions import Question
 from parley.inference.generate import generate
 from parley.training.check_settings import check_best_metric
+from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Scores
-from parley.training.setup import TrainingSetup
 from parley.training.trainer import SFTTrainer
 
 

@@ -1,4 +1,4 @@
-"""`evaluate`: measure a finished run once more, base and tuned, on its own held-out rows or on others."""
+"""`evaluate_run`: measure a finished run once more, base and tuned, on its own held-out rows or on others."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from transformers import PrinterCallback
 from parley.config import RunConfig, TrainingSection
 from parley.data.prepare import Prepared, prepare
 from parley.errors import DataError
-from parley.evaluation.evaluation import evaluate_model
+from parley.evaluation.evaluate_model import evaluate_model
 from parley.models.adapters import base_obstacle
 from parley.models.device import pick_device
 from parley.text import print_text
 from parley.training.arguments import sft_config
+from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Scores, replace_file
 from parley.training.run_folder import RunFolder
-from parley.training.setup import TrainingSetup
 from parley.training.trainer import SFTTrainer
 
 
-def evaluate(
+def evaluate_run(
     run: Path,
     data: str | None = None,
     rows: int | None = None,

@@ -7,9 +7,9 @@ from huggingface_hub import constants
 
 from parley.config import DEMO_MODEL, ModelSection
 from parley.errors import ModelError, one_line
-from parley.models import folder as folder_module
-from parley.models.folder import adapter_base, local_folder, model_folder
+from parley.models import resolve
 from parley.models.load import load_model
+from parley.models.resolve import adapter_base, local_folder, model_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -19,7 +19,7 @@ def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("asked the hub")
 
-    monkeypatch.setattr(folder_module, "snapshot_download", refuse)
+    monkeypatch.setattr(resolve, "snapshot_download", refuse)
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_file_is_not_a_folder(tmp_path, no_network):
 
 
 def test_demo_is_the_packaged_folder(monkeypatch, no_network, tmp_path):
-    monkeypatch.setattr(folder_module, "demo_model_path", lambda: tmp_path)
+    monkeypatch.setattr(resolve, "demo_model_path", lambda: tmp_path)
     assert model_folder(ModelSection(name=DEMO_MODEL)) == tmp_path
 
 

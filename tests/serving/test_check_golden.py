@@ -9,7 +9,7 @@ import pytest
 
 from parley.data.golden import golden_ids
 from parley.errors import RunError
-from parley.serving.golden import check_golden
+from parley.serving.check_golden import check_golden
 
 
 @pytest.fixture
