@@ -17,7 +17,7 @@ from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
 from parley.errors import ModelError, RunError, TrainingError
 from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
 from parley.evaluation.questions import Question, report_questions
-from parley.evaluation.run_report import add_evaluations, begin_report, next_commands, steps_of_events
+from parley.evaluation.run_report import add_evaluations, add_event_notes, begin_report, next_commands, steps_of_events
 from parley.models.adapters import base_obstacle, is_identity_adapter
 from parley.models.device import pick_device
 from parley.models.load import load_config, load_tokenizer, max_positions
@@ -138,6 +138,7 @@ def _run(
     interrupted = run_training(trainer, setup, folder, log, progress)
     timer.end("training")
     report.steps = steps_of_events(log.events)
+    add_event_notes(report, log.events)
     report.resources = training_resources(trainer, log, memory_before, meter.seconds())
     if interrupted:
         report.notes.append(f"stopped by hand at step {log.steps_done}")
@@ -154,6 +155,7 @@ def _run(
     after = evaluate_model(setup, trainer, questions, console)
     timer.end("evaluation after")
     add_evaluations(report, questions, before, after)
+    add_event_notes(report, log.events)
     report.resources.stages, report.resources.total_seconds = timer.seconds, timer.total_seconds
     if after.scores.heldout_loss is not None and not isfinite(after.scores.heldout_loss):
         raise _diverged(report, log, folder, "the held-out loss is not finite", config.training.learning_rate)

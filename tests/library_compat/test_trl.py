@@ -13,7 +13,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from parley.library_compat.trl import count_tokens, metrics, tokens_seen
+from parley.library_compat.trl import copy_figures, count_tokens, metrics, restore_figures, tokens_seen
 from parley.training.packed_trainer import METRICS
 from parley.training.trainer import SFTTrainer
 
@@ -129,3 +129,18 @@ def test_loss_is_divided_by_the_tokens_of_the_step(recorded: tuple[trl.SFTTraine
     torch.testing.assert_close(4 * share, mean)
     trainer.current_gradient_accumulation_steps = 3  # divides nothing where the loss is scaled already
     torch.testing.assert_close(trainer.training_step(trainer.model, dict(inputs), 4 * supervised), share)
+
+
+def test_figures_are_put_back(recorded: tuple[trl.SFTTrainer, Counter[str]]) -> None:
+    trainer, _ = recorded
+    metrics(trainer, "train")["entropy"] = [1.0]
+    copied, seen = copy_figures(trainer, "train"), tokens_seen(trainer)
+    metrics(trainer, "train")["entropy"].append(2.0)
+    metrics(trainer, "train")["of a failed pass"].append(1.0)
+    count_tokens(trainer, 5)
+    restore_figures(trainer, "train", copied)
+    assert metrics(trainer, "train")["entropy"] == [1.0]
+    assert "of a failed pass" not in metrics(trainer, "train")
+    assert tokens_seen(trainer) == seen
+    metrics(trainer, "train")["new"].append(1.0)  # still the defaultdict that compute_loss appends to
+    metrics(trainer, "train").clear()

@@ -34,7 +34,7 @@ class Document:
         return int((self.label_L[1:] != IGNORE_INDEX).sum())
 
 
-def split_by_tokens(lengths: Sequence[int], max_tokens: int) -> list[slice]:
+def split_by_tokens(lengths: Sequence[int], max_tokens: float) -> list[slice]:
     """Greedy split of documents, in order, into runs of at most `max_tokens`; a longer document is a run of its own.
 
     Args:

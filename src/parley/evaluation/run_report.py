@@ -72,6 +72,14 @@ def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
     return list(steps.values())
 
 
+def add_event_notes(report: Report, events: Iterable[dict[str, Any]]) -> None:
+    """Note what the event log records beside figures: passes that ran out of memory and were done again."""
+    for event in events:
+        message = event.get("message")
+        if event.get("event") == "out_of_memory" and isinstance(message, str) and message not in report.notes:
+            report.notes.append(message)
+
+
 def next_commands(config: RunConfig) -> list[str]:
     chat = f"parley chat {config.output}"
     if config.model.name == DEMO_MODEL:

@@ -23,6 +23,17 @@ def count_tokens(trainer: trl.SFTTrainer, tokens: int) -> None:
     metrics(trainer, "train")["num_tokens"] = [trainer._total_train_tokens]
 
 
+def copy_figures(trainer: trl.SFTTrainer, mode: str) -> tuple[dict[str, list[Any]], int]:
+    """All of the above as they are now, for `restore_figures` after a pass that is done again."""
+    return {name: list(values) for name, values in trainer._metrics[mode].items()}, trainer._total_train_tokens
+
+
+def restore_figures(trainer: trl.SFTTrainer, mode: str, copied: tuple[dict[str, list[Any]], int]) -> None:
+    values, trainer._total_train_tokens = copied
+    trainer._metrics[mode].clear()
+    trainer._metrics[mode].update({name: list(parts) for name, parts in values.items()})
+
+
 def tokens_seen(trainer: trl.SFTTrainer) -> int:
     """Tokens trained on so far."""
     return trainer._total_train_tokens

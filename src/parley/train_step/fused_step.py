@@ -7,7 +7,7 @@ adapter weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -50,27 +50,42 @@ class FusedStep:
     """
 
     def __init__(self, bound: BoundModel, plan: MemoryPlan, ops: Ops | None = None) -> None:
-        self.bound, self.plan = bound, plan
+        self.bound = bound
         self.ops = ops or ops_for(bound.device)
         self.rope = bound.rope_table(plan.positions)
         self.staging = StagingBuffer(bound.device, plan.tokens + plan.pad_multiple)
-        self.workspace = Workspace(bound, plan)
-        self.offload = ActivationOffload(self.workspace) if plan.offload else None
-        self.logits_SV = bound.embedding_VD.new_empty(plan.logits_rows, len(bound.head_VD))
         self.metrics_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
         self.matrices = FusedMatrixCache(bound.linears, 4, self.ops, bound.dtype, bound.device)
-        self.graphs = GraphRunner(self) if plan.graph_tokens else None
         on_cpu = bound.device.type == "cpu"
         self.row_multiple = ONEDNN_ROW_MULTIPLE if on_cpu else 1  # of a pass without a graph
-        # A captured graph has a fixed shape, so it cannot depend on the number of supervised rows.
-        self.skip_unsupervised = on_cpu and plan.saved == "all"
         if on_cpu:
             retain_freed_memory()
+        self._use_plan(plan)
         with torch.no_grad():
             if plan.cache_matrices:
                 self.matrices.allocate_all()
             else:
                 self.matrices.allocate_shared()
+
+    def _use_plan(self, plan: MemoryPlan) -> None:
+        """Set up the buffers of a pass; their memory is allocated by the first pass, but for the logits."""
+        self.plan = plan
+        self.graphs = GraphRunner(self) if plan.graph_tokens else None
+        self.workspace = Workspace(self.bound, plan)
+        self.offload = ActivationOffload(self.workspace) if plan.offload else None
+        # A captured graph has a fixed shape, so it cannot depend on the number of supervised rows.
+        self.skip_unsupervised = self.bound.device.type == "cpu" and plan.saved == "all"
+        self.logits_SV = self.bound.embedding_VD.new_empty(plan.logits_rows, len(self.bound.head_VD))
+
+    def limit_pass(self, tokens: int) -> None:
+        """Carry out later passes in rows of at most `tokens`, after a pass ran out of memory.
+
+        The buffers of the failed pass are dropped before new ones are allocated, and so are its graphs. Gradients and
+        `metrics_3` are whole again after the next `forward_backward`, which begins with zeros.
+        """
+        del self.logits_SV
+        self.matrices.refresh_adapters()  # the failed pass may have left a shared matrix half filled
+        self._use_plan(replace(self.plan, tokens=tokens))
 
     @torch.no_grad()
     def forward_backward(self, documents: Sequence[Document], supervised_tokens: int) -> None:

@@ -6,13 +6,10 @@ Shape suffixes: see docs/design.md.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from datasets import Dataset
-from numpy.typing import NDArray
 from peft.tuners.lora import LoraLayer
 from transformers.training_args import OptimizerNames
 
@@ -24,8 +21,10 @@ from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.train_step.optimizer import AdamW8bit
 from parley.training.optimizer_state import StateLayout, check_shapes, with_parameter_state
+from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_trainer import METRICS, PackedTrainer
 from parley.training.regional_compile import MIN_STEPS, compile_layers
+from parley.training.rehearsal import rehearse_saving
 
 logger = logging.getLogger(__name__)
 
@@ -119,12 +118,31 @@ class FusedTrainer(PackedTrainer):
             self.plain_because = str(reason)
             logger.warning("plain path: %s", reason)
             return None
-        plan = self._plan(bound)
-        for line in plan.describe():
-            logger.info("%s", line)
-        step = FusedStep(bound, plan)
-        step.compile()
-        return step
+        return self._build_fused_step(bound)
+
+    def _build_fused_step(self, bound: BoundModel) -> FusedStep:
+        """The step, with all of its buffers allocated on a GPU; with memory low where they do not fit after all."""
+        memory = self.memory
+
+        def build() -> FusedStep:
+            plan = self._plan(bound, memory)
+            for line in plan.describe():
+                logger.info("%s", line)
+            step = FusedStep(bound, plan)
+            step.compile()
+            return step
+
+        def reduce() -> bool:
+            nonlocal memory
+            if memory == "low":
+                return False
+            memory = "low"
+            for linear in bound.linears:
+                linear.matrix = None
+            self.record_reduction("rehearsal", "training.memory: low")
+            return True
+
+        return self.retry(build, reduce)
 
     def _check_options(self) -> None:
         """Raises Unsupported for an option that the fused step does not implement."""
@@ -142,22 +160,14 @@ class FusedTrainer(PackedTrainer):
             if unsupported:
                 raise Unsupported(reason)
 
-    def _plan(self, bound: BoundModel) -> MemoryPlan:
+    def _plan(self, bound: BoundModel, memory: Literal["auto", "low"] | float) -> MemoryPlan:
         state_bytes = 2 if self.args.optim in BITSANDBYTES else 8
-        return make_plan(bound, self.memory, self._lengths(), self._rows_per_step, state_bytes)
+        return make_plan(bound, memory, self.row_lengths(), self._rows_per_step, state_bytes)
 
     @property
     def _rows_per_step(self) -> int:
         """Rows of an optimizer step in this process."""
         return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-
-    def _lengths(self) -> NDArray[np.integer]:
-        """Tokens of each training row; of a stream, whose rows are not known yet, the most that one may have."""
-        rows = self.train_dataset
-        if isinstance(rows, Dataset) and "input_ids" in rows.column_names:
-            chunks = rows.data.column("input_ids").chunks
-            return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
-        return np.array([self.max_tokens or self.model.config.max_position_embeddings])
 
     # ---- Training ----
 
@@ -170,13 +180,34 @@ class FusedTrainer(PackedTrainer):
         if not self.model.training:
             self.model.train()
         count = max(supervised, 1)
-        step.forward_backward(documents, count)
+        self._retry_fused("training", documents, lambda: step.forward_backward(documents, count))
         step.bound.flat.expose_gradients()
         metrics_3 = step.metrics_3 / count
         for name, index in METRICS.items():
             metrics(self, "train")[name].append(metrics_3[index])
         count_tokens(self, sum(len(document.ids_L) for document in documents))
         return metrics_3[0]
+
+    def rehearse(self, model: torch.nn.Module) -> None:
+        if self.fused_step is None:
+            super().rehearse(model)
+        else:  # its largest pass has been run, and holds all of its buffers (FusedStep.compile)
+            rehearse_saving(self)
+
+    def _retry_fused(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Result]) -> Result:
+        """`attempt()`, with the step's passes halved while memory runs out."""
+
+        def reduce() -> bool:
+            step = self.fused_step
+            assert step is not None
+            tokens = halved_limit(lengths_of(documents), step.plan.tokens)
+            if tokens is None:
+                return False
+            step.limit_pass(tokens)
+            self.record_reduction(during, f"passes of at most {tokens:,} tokens")
+            return True
+
+        return self.retry(attempt, reduce)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         if self.fused_step is None:
@@ -201,13 +232,13 @@ class FusedTrainer(PackedTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        documents = inputs.get(DOCUMENTS)
-        if documents is None or self.fused_step is None or not adapters_enabled(self.model):
+        documents, step = inputs.get(DOCUMENTS), self.fused_step
+        if documents is None or step is None or not adapters_enabled(self.model):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         count = sum(document.supervised_tokens for document in documents)
-        metrics_3 = self.fused_step.forward_only(documents)
-        self._sums_4[:3] += metrics_3
-        self._sums_4[3] += count
+        metrics_3 = self._retry_fused("evaluation", documents, lambda: step.forward_only(documents))
+        self.sums_4[:3] += metrics_3
+        self.sums_4[3] += count
         return metrics_3[0] / max(count, 1), None, None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -8,20 +8,36 @@ transformers, PEFT and autograd; `fused_trainer.py` puts the fused step in its p
 from __future__ import annotations
 
 import logging
+import math
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
-import trl
+from numpy.typing import NDArray
 from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import DOCUMENTS, Document, PaddedCollator, padding_free_row, split_by_tokens
-from parley.library_compat.trl import metrics, tokens_seen
+from parley.library_compat.trl import copy_figures, metrics, restore_figures, tokens_seen
 from parley.models.packing_isolation import why_not_packed
+from parley.training.out_of_memory import (
+    EvaluatedRows,
+    RandomState,
+    Result,
+    Stage,
+    halved_limit,
+    join_rows,
+    lengths_of,
+    row_count,
+    split_rows,
+)
+from parley.training.rehearsal import rehearse_passes, rehearse_saving, row_lengths
+from parley.training.retrying_trainer import RetryingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -29,11 +45,11 @@ logger = logging.getLogger(__name__)
 METRICS = {"mean_token_accuracy": 1, "entropy": 2}
 
 
-class PackedTrainer(trl.SFTTrainer):
+class PackedTrainer(RetryingTrainer):
     """TRL's SFTTrainer on batches of documents, which other collators' batches pass by.
 
-    `padded_because` is the reason for padded batches in place of packed rows. `supervised_tokens` counts those trained
-    on so far, by all processes.
+    A pass that runs out of memory is done again in smaller ones. `padded_because` is the reason for padded batches in
+    place of packed rows. `supervised_tokens` counts those trained on so far, by all processes.
     """
 
     data_collator: Any
@@ -43,7 +59,11 @@ class PackedTrainer(trl.SFTTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.supervised_tokens = 0
         self._documents: list[Document] = []  # of the optimizer step whose micro-batches are arriving
-        self._sums_4 = torch.zeros(4)  # of an evaluation: loss, figures as in FusedStep.metrics_3, supervised tokens
+        self._packed_tokens = math.inf  # most tokens of a packed row, once memory ran out
+        self._padded_rows = sys.maxsize  # the same for padded batches
+        self._eval_parts = 1  # passes into which a batch of an evaluation is split
+        self._rehearsed = False
+        self.sums_4 = torch.zeros(4)  # of an evaluation: loss, figures as in FusedStep.metrics_3, supervised tokens
         self._flops_per_token: float | None = None
         super().__init__(*args, **kwargs)
         # TRL's compute_loss divides by the tokens of the whole step, whether the model's own loss could or not.
@@ -102,6 +122,10 @@ class PackedTrainer(trl.SFTTrainer):
             if self.accelerator.sync_gradients:  # num_items_in_batch counts the whole step's at every micro-batch
                 self.supervised_tokens += int(num_items_in_batch or 0)
             return super().training_step(model, inputs, num_items_in_batch)
+        if not self._rehearsed:
+            self._rehearsed = True
+            if self.wants_rehearsal:
+                self.rehearse(model)
         self._documents += inputs[DOCUMENTS]
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
@@ -121,6 +145,9 @@ class PackedTrainer(trl.SFTTrainer):
         self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
     ) -> torch.Tensor:
         """Forward and backward through autograd, in as few passes as a micro-batch's tokens allow. Returns the loss."""
+        return self._retry_plain("training", documents, lambda: self._plain_passes(model, documents, supervised))
+
+    def _plain_passes(self, model: torch.nn.Module, documents: Sequence[Document], supervised: int) -> torch.Tensor:
         batches = self._plain_batches(documents)
         self.current_gradient_accumulation_steps = len(batches)  # TRL averages a router's auxiliary loss over these
         losses = []
@@ -132,13 +159,73 @@ class PackedTrainer(trl.SFTTrainer):
 
     def _plain_batches(self, documents: Sequence[Document]) -> list[dict[str, torch.Tensor]]:
         """Padding-free rows of at most a micro-batch of longest documents, or padded micro-batches."""
-        size = self.args.per_device_train_batch_size
         if self.padded_because is not None:
+            size = self._plain_rows
             return [self._padded(documents[start : start + size]) for start in range(0, len(documents), size)]
-        if self.max_tokens is None:
-            return [padding_free_row(documents)]
-        runs = split_by_tokens([len(document.ids_L) for document in documents], size * self.max_tokens)
-        return [padding_free_row(documents[run]) for run in runs]
+        return [padding_free_row(documents[run]) for run in split_by_tokens(lengths_of(documents), self.plain_tokens)]
+
+    @property
+    def plain_tokens(self) -> float:
+        """The most tokens of a packed row."""
+        longest = math.inf if self.max_tokens is None else self.args.per_device_train_batch_size * self.max_tokens
+        return min(longest, self._packed_tokens)
+
+    @property
+    def _plain_rows(self) -> int:
+        """The most rows of a padded batch."""
+        return min(self.args.per_device_train_batch_size, self._padded_rows)
+
+    def _retry_plain(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Result]) -> Result:
+        random_state, figures = RandomState(self.args.device), copy_figures(self, "train")
+
+        def reduce() -> bool:
+            size = self._reduce_plain(documents)
+            if size is None:
+                return False
+            # The step begins anew: dropout, gradients and figures are those of a step that was never begun.
+            random_state.restore()
+            restore_figures(self, "train", figures)
+            self.model.zero_grad()
+            self.record_reduction(during, size)
+            return True
+
+        return self.retry(attempt, reduce)
+
+    def _reduce_plain(self, documents: Sequence[Document]) -> str | None:
+        """Halve the largest pass of `documents`; its new size in words, None where each is one document already."""
+        if self.padded_because is not None:
+            rows = min(self._plain_rows, len(documents)) // 2
+            self._padded_rows = max(rows, 1)
+            return f"padded batches of {rows} rows" if rows else None
+        tokens = halved_limit(lengths_of(documents), self.plain_tokens)
+        if tokens is None:
+            return None
+        self._packed_tokens = tokens
+        return f"rows of at most {tokens:,} tokens"
+
+    @property
+    def wants_rehearsal(self) -> bool:
+        """On a GPU, where running out of memory is an error to act on; a CPU's process would be ended by the system."""
+        return self.args.device.type == "cuda" and self.runs_alone
+
+    def rehearse(self, model: torch.nn.Module) -> None:
+        """Before the first step: its largest shapes once, without a trace of them in the run."""
+        rehearse_passes(self, model)
+        rehearse_saving(self)
+
+    def rehearse_step(self, model: torch.nn.Module, documents: Sequence[Document]) -> None:
+        """A step on `documents` without its update, in passes that fit from here on."""
+        supervised = sum(document.supervised_tokens for document in documents)
+        self._retry_plain("rehearsal", documents, lambda: self._plain_passes(model, documents, supervised))
+
+    @property
+    def longest_row(self) -> int:
+        """The most tokens that a row may have."""
+        return self.max_tokens or self.model.config.max_position_embeddings
+
+    def row_lengths(self) -> NDArray[np.integer]:
+        """Tokens of each training row; of a stream, whose rows are not known yet, the most that one may have."""
+        return row_lengths(self.train_dataset, self.longest_row)
 
     @cached_property
     def padded_because(self) -> str | None:
@@ -177,9 +264,9 @@ class PackedTrainer(trl.SFTTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop. Held-out loss is the mean over the set's supervised tokens, not a mean of batch means."""
-        self._sums_4 = torch.zeros(4, device=self.args.device, dtype=torch.float64)
+        self.sums_4 = torch.zeros(4, device=self.args.device, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        *sums, count = self.accelerator.reduce(self._sums_4, reduction="sum").tolist()
+        *sums, count = self.accelerator.reduce(self.sums_4, reduction="sum").tolist()
         output.metrics[f"{metric_key_prefix}_loss"] = sums[0] / max(count, 1)
         output.metrics[f"{metric_key_prefix}_supervised_tokens"] = int(count)
         averages = {name: sums[index] / max(count, 1) for name, index in METRICS.items()}
@@ -196,16 +283,40 @@ class PackedTrainer(trl.SFTTrainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Loss of a batch, and what `evaluation_loop` sums."""
-        documents = inputs.get(DOCUMENTS)
+        figures = copy_figures(self, "eval")
+
+        def reduce() -> bool:
+            if self._eval_parts >= row_count(inputs):
+                return False
+            restore_figures(self, "eval", figures)
+            self._eval_parts *= 2
+            self.record_reduction("evaluation", f"{self._eval_parts} passes a batch")
+            return True
+
+        def attempt() -> list[EvaluatedRows]:
+            parts = split_rows(inputs, self._eval_parts)
+            return [self._evaluate_rows(model, part, prediction_loss_only, ignore_keys) for part in parts]
+
+        parts = self.retry(attempt, reduce)
+        sums_4 = torch.stack([part.sums_4 for part in parts]).sum(0)
+        self.sums_4 += sums_4
+        logits, labels = (join_rows([vars(part)[name] for part in parts]) for name in ("logits", "labels"))
+        return (sums_4[0] / sums_4[3].clamp(min=1)).float(), logits, labels
+
+    def _evaluate_rows(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None
+    ) -> EvaluatedRows:
+        """One pass of the plain path over a batch, or a part of one."""
         batch = inputs
-        if documents is not None:
+        if DOCUMENTS in inputs:
+            documents = inputs[DOCUMENTS]
             batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
         loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
         count = int((batch["labels"][..., 1:] != IGNORE_INDEX).sum())
         # TRL appends each batch's means; the set's own are weighted by tokens.
         means = [loss, *(metrics(self, "eval")[name].pop() for name in METRICS), 1.0]
-        self._sums_4 += torch.stack([torch.as_tensor(mean).to(self._sums_4) for mean in means]) * count
-        return loss, logits, labels
+        sums_4 = torch.stack([torch.as_tensor(mean).to(self.sums_4) for mean in means]) * count
+        return EvaluatedRows(sums_4, logits, labels)
 
     # ---- Figures ----
 
