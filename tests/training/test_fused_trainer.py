@@ -16,7 +16,8 @@ from transformers.training_args import OptimizerNames
 from trl import SFTConfig
 
 from parley.config import LLAMA_PROJECTIONS
-from parley.errors import RunError
+from parley.data.packing import PackedCollator
+from parley.errors import RunError, UsageError
 from parley.train_step.memory_plan import make_plan
 from parley.training.trainer import SFTTrainer
 
@@ -373,6 +374,67 @@ def test_a_frozen_tensor_stays_as_it_is(tiny_tokenizer: Any, tmp_path: Path) -> 
         assert (made.fused_step is None) == (engine == "plain")
         changed = {n for n, p in made.model.named_parameters() if "lora_" in n and not torch.equal(p, before[n])}
         assert changed == {n for n in before if "lora_B" in n and "layers.1." in n}
+
+
+class Freeze(TrainerCallback):
+    """Freezes the weights whose names have `part` in them after the second step."""
+
+    def __init__(self, part: str) -> None:
+        self.part = part
+        self.values: dict[str, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            chosen = {name: p for name, p in model.named_parameters() if "lora_" in name and self.part in name}
+            self.values = {name: p.requires_grad_(False).clone() for name, p in chosen.items()}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit"])
+def test_a_tensor_that_is_frozen_during_training_stays_as_it_is(
+    tiny_tokenizer: Any, tmp_path: Path, optim: str
+) -> None:
+    ended, norms = [], []
+    for engine in ("auto", "plain"):
+        freeze = Freeze("layers.0.")
+        settings = {"weight_decay": 1.0, "optim": optim}
+        made = trainer(tiny_tokenizer, tmp_path / engine, 4, settings=settings, engine=engine, callbacks=[freeze])
+        made.train()
+        assert (made.fused_step is None) == (engine == "plain")
+        assert len(freeze.values) == 14
+        for name, value in freeze.values.items():
+            assert torch.equal(made.model.get_parameter(name), value), name
+        ended.append(weights(made))
+        norms.append([logs["grad_norm"] for logs in steps_of(made)])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3 if optim == "adamw_torch_fused" else 5e-2)
+    torch.testing.assert_close(ended[0], ended[1], rtol=5e-2, atol=5e-3)
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize("later", [False, True])
+def test_a_model_with_nothing_to_train_is_refused_in_one_line(
+    tiny_tokenizer: Any, tmp_path: Path, engine: Any, later: bool
+) -> None:
+    made = trainer(tiny_tokenizer, tmp_path, 4, engine=engine, callbacks=[Freeze("lora_")] if later else [])
+    if not later:
+        made.model.requires_grad_(False)
+    with pytest.raises(UsageError, match="every weight of the model is frozen") as caught:
+        made.train()
+    assert "\n" not in str(caught.value)
+
+
+def test_names_of_the_version_before_are_read(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.warns(FutureWarning, match="DocumentCollator"):
+        collator = PackedCollator()
+    row = collator(rows(2))
+    assert {name: value.shape for name, value in row.items()} == dict.fromkeys(
+        ("input_ids", "labels", "position_ids"), (1, sum(len(row["input_ids"]) for row in rows(2)))
+    )
+    made = trainer(tiny_tokenizer, tmp_path, data_collator=collator)
+    with pytest.warns(FutureWarning, match="bind_fused_step"):
+        made.bind_fast()
+    with pytest.warns(FutureWarning, match="fused_step"):
+        assert made.fast is made.fused_step
+    assert made.fused_step is not None
 
 
 def test_the_plan_knows_the_step_s_rows_and_the_optimizer_s_state(

@@ -6,6 +6,7 @@ Shape suffixes: T tokens of the packed row, L tokens of one document.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +65,20 @@ class DocumentCollator:
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, list[Document]]:
         return {DOCUMENTS: [document for row in rows for document in _documents(row)]}
+
+
+class PackedCollator(DocumentCollator):
+    """Name of the version before; it gives one row (1, T) as it did. SFTTrainer makes its collator itself."""
+
+    def __init__(self) -> None:
+        warnings.warn(
+            "PackedCollator is now DocumentCollator, which SFTTrainer uses by itself; leave data_collator out",
+            FutureWarning,
+            stacklevel=2,
+        )
+
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
+        return padding_free_row([document for row in rows for document in _documents(row)])
 
 
 class PaddedCollator:

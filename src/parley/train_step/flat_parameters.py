@@ -4,7 +4,8 @@ One buffer makes the optimizer update, the clipping and the zeroing of gradients
 loading its own parameters, which share the memory.
 
 Parameters with `requires_grad=False` lie behind the trainable ones, outside of `weight_Z` and `grad_Z`. So the
-optimizer, weight decay and the gradient norm never see them.
+optimizer, weight decay and the gradient norm never see them. One that is frozen later keeps its place: its gradient is
+zeroed and its value put back after the optimizer's update.
 
 Shape suffixes (legend in docs/design.md): Z all trainable adapter weights, R rank, K input features, N output features.
 """
@@ -60,10 +61,41 @@ class FlatAdapters:
                 parameter.data = weight
 
     def expose_gradients(self) -> None:
-        """Let the `grad` of each trainable PEFT parameter be its part of `grad_Z`, for callbacks that read it."""
+        """Let the `grad` of each PEFT parameter that is trained be its part of `grad_Z`, for callbacks that read it."""
         for parameter, gradient, trainable in zip(self.parameters, self.gradients, self.trainable, strict=True):
-            if trainable:
+            if trainable and parameter.requires_grad:
                 parameter.grad = gradient
+
+    def frozen_since(self) -> list[int]:
+        """Indices of the parameters that were trainable when they were bound and have been frozen since."""
+        pairs = enumerate(zip(self.parameters, self.trainable, strict=True))
+        return [index for index, (parameter, trainable) in pairs if trainable and not parameter.requires_grad]
+
+    @torch.no_grad()
+    def drop_frozen_gradients(self) -> None:
+        """Zero the gradients of `frozen_since`, so that the gradient norm is that of what is trained."""
+        for index in self.frozen_since():
+            self.gradients[index].zero_()
+            self.parameters[index].grad = None
+
+    def keep_frozen(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the weights of `frozen_since` back after each update of `optimizer`, which moves them without gradients.
+
+        Weight decay and Adam's momentum would. Their moments decay meanwhile, where PyTorch's would stay.
+        """
+        kept: dict[int, torch.Tensor] = {}
+
+        def before(*_: object) -> None:
+            kept.update({index: self.weights[index].clone() for index in self.frozen_since()})
+
+        @torch.no_grad()
+        def after(*_: object) -> None:
+            for index, weight in kept.items():
+                self.weights[index].copy_(weight)
+            kept.clear()
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
 
     def adapter(self, a: int, b: int, scale: float) -> Adapter:
         """The adapter whose A and B are the parameters at index `a` and `b`."""

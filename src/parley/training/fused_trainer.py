@@ -6,6 +6,7 @@ Shape suffixes: see docs/design.md.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -71,8 +72,23 @@ class FusedTrainer(PackedTrainer):
         if undecided and self.optimizer is None and adapters_enabled(self.model):
             self.fused_step = self._bind()
 
+    @property
+    def fast(self) -> FusedStep | None:
+        """Name of `fused_step` in the version before."""
+        warnings.warn("SFTTrainer.fast is now SFTTrainer.fused_step", FutureWarning, stacklevel=2)
+        return self.fused_step
+
+    def bind_fast(self) -> None:
+        """Name of `bind_fused_step` in the version before."""
+        warnings.warn("SFTTrainer.bind_fast is now SFTTrainer.bind_fused_step", FutureWarning, stacklevel=2)
+        self.bind_fused_step()
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """One parameter, the flat one, on the fused step; the same classes and settings as TRL's."""
+        """One parameter, the flat one, on the fused step; the same classes and settings as TRL's.
+
+        Raises UsageError where every weight is frozen.
+        """
+        self._check_trainable()
         self.bind_fused_step()
         if self.fused_step is None or self.optimizer is not None:
             return super().create_optimizer(model)
@@ -88,6 +104,7 @@ class FusedTrainer(PackedTrainer):
         # TRL's second group, of parameters without weight decay, is empty for LoRA; its schedulers count it.
         groups = [{"params": [weight_Z], "weight_decay": self.args.weight_decay}, {"params": [], "weight_decay": 0.0}]
         self.optimizer = with_parameter_state(optimizer_class, layout)(groups, **settings)
+        self.fused_step.bound.flat.keep_frozen(self.optimizer)
         return self.optimizer
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -181,6 +198,7 @@ class FusedTrainer(PackedTrainer):
             self.model.train()
         count = max(supervised, 1)
         self._retry_fused("training", documents, lambda: step.forward_backward(documents, count))
+        step.bound.flat.drop_frozen_gradients()
         step.bound.flat.expose_gradients()
         metrics_3 = step.metrics_3 / count
         for name, index in METRICS.items():

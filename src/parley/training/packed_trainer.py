@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import DOCUMENTS, Document, PaddedCollator, padding_free_row, split_by_tokens
+from parley.errors import UsageError
 from parley.library_compat.trl import copy_figures, metrics, restore_figures, tokens_seen
 from parley.models.packing_isolation import why_not_packed
 from parley.training.out_of_memory import (
@@ -129,10 +130,18 @@ class PackedTrainer(RetryingTrainer):
         self._documents += inputs[DOCUMENTS]
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
+        self._check_trainable()
         documents, self._documents = self._documents, []
         supervised = self._supervised_in_step(documents)
         self.supervised_tokens += supervised
         return self._step_on_documents(model, documents, supervised)
+
+    def _check_trainable(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UsageError(
+                "there is nothing to train: every weight of the model is frozen (requires_grad is False); load an "
+                "adapter with is_trainable=True, or set requires_grad on what is to be trained"
+            )
 
     def _supervised_in_step(self, documents: Sequence[Document]) -> int:
         """Supervised tokens of the optimizer step: what its summed loss is divided by."""

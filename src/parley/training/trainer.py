@@ -94,7 +94,7 @@ class SFTTrainer(FusedTrainer):
         self.max_tokens = args.max_length
         self.data_summaries: dict[str, DataSummary] = {}
         self._prepared: WeakSet[Dataset | IterableDataset] = WeakSet()
-        custom = data_collator is not None and not isinstance(data_collator, DataCollatorForSeq2Seq)
+        custom = not isinstance(data_collator, DataCollatorForSeq2Seq | DocumentCollator | None)
         if custom:
             kwargs["engine"] = "plain"  # the fused step reads documents
         else:
