@@ -144,3 +144,19 @@ def test_what_is_not_shown_is_not_packed(architecture: type[nn.Module], reason: 
 
 def test_what_is_no_transformers_model_is_not_packed() -> None:
     assert why_not_packed(nn.Linear(2, 2)) == "packing was not tried, since Linear is no transformers model"
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [("qwen3_moe", "num_local_experts"), ("mixtral", "num_local_experts"), ("glm4_moe", "n_routed_experts")],
+)
+def test_rounding_chooses_no_other_expert(name: str, experts: str) -> None:
+    """Among 128 experts the eighth and the ninth differ by less than bfloat16's rounding."""
+    config = AutoConfig.for_model(name)
+    small = packing_isolation.shrink(config, 1024, few_layers=True)
+    assert getattr(small, experts) == small.num_experts_per_tok < getattr(config, experts)
+    model = AutoModelForCausalLM.from_config(small).to(torch.bfloat16).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    assert packing_isolation._largest_difference(model, torch.device("cpu")) < 0.015

@@ -10,9 +10,9 @@ or evaluated on packed rows through transformers, ask
 None: every document of a packed row has the logits that it has by itself. Else take one padded row per document, and
 say the reason. The fused step (parley.train_step) isolates documents itself and need not ask.
 
-The probe builds a small model of the model's own class and configuration: all its kinds of layers, but fewer heads,
-narrow MLPs, a small vocabulary, short windows and short position limits. It runs once per class, configuration,
-attention implementation and device type, in about a second.
+The probe builds a small model of the model's own class and configuration: all its kinds of layers, but fewer heads and
+experts, narrow MLPs, a small vocabulary, short windows and short position limits. It runs once per class,
+configuration, attention implementation and device type, in about a second.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ MAX_PARAMETERS = 200_000_000
 NOISE = 0.1  # added to every weight, so that norms, sinks and gates are off their neutral initial values
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}  # of the largest logit; a leak is of the order of 1
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 _MLP = re.compile(r"intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|n_inner|d_ff")
 _WINDOW = re.compile(r"(sliding_window|window_size|attention_chunk_size)$")
 _LENGTH_DEPENDENT_ROPE = re.compile(r"dynamic|longrope")
@@ -153,6 +155,7 @@ def shrink(config: PreTrainedConfig, max_tokens: int | None, *, few_layers: bool
     for section in _sections(config):
         fields = _Fields(section)
         _shrink_heads(fields)
+        _shrink_experts(fields)
         if few_layers:
             _shrink_depth(fields)
         if _LENGTH_DEPENDENT_ROPE.search(json.dumps(fields.get("rope_parameters"), default=str)):
@@ -214,6 +217,23 @@ def _shrink_heads(fields: _Fields) -> None:
     fields.set("hidden_size", few * head_dim)
     if fields.get("word_embed_proj_dim") == hidden:  # OPT's embedding may be narrower than its layers
         fields.set("word_embed_proj_dim", few * head_dim)
+
+
+def _shrink_experts(fields: _Fields) -> None:
+    """As many experts as a token goes through.
+
+    Among more of them a difference in rounding may choose another expert, which looks like a leak: in float32 with
+    hundreds of experts, in bfloat16 with a few.
+    """
+    chosen = next((k for k in map(fields.get, EXPERTS_PER_TOKEN) if isinstance(k, int)), None)
+    if chosen is None:
+        return
+    for name in EXPERTS:
+        if isinstance(fields.get(name), int):
+            fields.set(name, max(chosen, 2))  # one alone would be a dense MLP in some models
+    for name in ("n_group", "topk_group"):  # groups of experts, of which the best are chosen first
+        if isinstance(fields.get(name), int):
+            fields.set(name, 1)
 
 
 def _shrink_depth(fields: _Fields) -> None:
