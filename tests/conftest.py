@@ -18,6 +18,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run through Triton's interpreter, where Triton is there
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0},
+    "gemma3": {"sliding_window_pattern": 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
+    "granite": {"embedding_multiplier": 3, "residual_multiplier": 0.4, "logits_scaling": 2, "attention_multiplier": 1},
+    "smollm3": {"no_rope_layers": [1, 0]},
+}
 
 # Llama 3's turns without its preamble: role in a header, a blank line, the trimmed content, <|eot_id|>.
 CHAT_TEMPLATE = (
@@ -107,8 +114,12 @@ def family_config(family: str, tokenizer: Any) -> Any:
         "gemma2": transformers.Gemma2Config,
         "gemma3": transformers.Gemma3TextConfig,
         "phi3": transformers.Phi3Config,
+        "granite": transformers.GraniteConfig,
+        "smollm3": transformers.SmolLM3Config,
+        "olmo2": transformers.Olmo2Config,
+        "starcoder2": transformers.Starcoder2Config,  # in no table of Parley's: it takes the plain paths
     }
-    return makers[family](**shape)
+    return makers[family](**shape | FAMILY_SETTINGS.get(family, {}))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from parley.config import LLAMA_PROJECTIONS, GenerationSection
+from parley.config import GenerationSection
 from parley.data.render import render_prompt
 from parley.errors import DataError, UsageError
 from parley.evaluation.demo_scoring import heldout_questions
@@ -27,14 +27,14 @@ from parley.inference.step_runner import InFlightSteps, StepOutputs
 from parley.models.demo import demo_model_path
 from parley.train_step.bind import Unsupported
 
-KNOWN = ["llama", "mistral", "qwen2", "qwen3"]
+KNOWN = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "granite", "smollm3", "olmo2"]
 PROMPTS = [[5], [9, 8, 7, 6], list(range(10, 60)), [3] * 20, [200, 100, 300, 50, 25]]
 
 
 def adapted(model: Any, seed: int = 0, **lora: Any) -> PeftModel:
     """With an adapter that says something."""
     torch.manual_seed(seed)
-    targets = lora.pop("target_modules", list(LLAMA_PROJECTIONS))
+    targets = lora.pop("target_modules", "all-linear")
     model = get_peft_model(model, LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", **lora))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -43,9 +43,8 @@ def adapted(model: Any, seed: int = 0, **lora: Any) -> PeftModel:
 
 
 def load(folder: Path, family: str = "llama") -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if family == "mistral":
-        model.config.sliding_window = 16  # shorter than the prompts
+    windows = {"sliding_window": 16} if family in ("mistral", "gemma2", "gemma3") else {}  # shorter than the prompts
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **windows)
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -367,8 +366,8 @@ def test_a_slot_is_no_longer_than_the_models_positions(llama: Any) -> None:
 
 
 def test_families_it_does_not_know_are_refused_by_name(build_family: Callable[[str], Path]) -> None:
-    with pytest.raises(Unsupported, match="gemma2"):
-        StaticCacheDecoder.of(load(build_family("gemma2")), slots=1, length=20)
+    with pytest.raises(Unsupported, match="starcoder2"):
+        StaticCacheDecoder.of(load(build_family("starcoder2")), slots=1, length=20)
     model = adapted(load(build_family("llama")), modules_to_save=["lm_head"])
     with pytest.raises(Unsupported, match="lm_head"):
         StaticCacheDecoder.of(model, slots=1, length=20)

@@ -115,7 +115,7 @@ def test_the_adapter_is_switched_off_for_those_who_ask_for_the_base(model: Any, 
 
 def test_families_that_the_fast_decoder_does_not_know_are_answered_by_this_one(build_family: Any) -> None:
     fast = make_decoder(AutoModelForCausalLM.from_pretrained(build_family("llama")).eval(), slots=2, length=4096)
-    plain = make_decoder(AutoModelForCausalLM.from_pretrained(build_family("gemma2")).eval(), slots=2, length=64)
+    plain = make_decoder(AutoModelForCausalLM.from_pretrained(build_family("starcoder2")).eval(), slots=2, length=64)
     assert isinstance(fast, StaticCacheDecoder)
     assert isinstance(plain, TransformersDecoder)
     assert (fast.slots, fast.length) == (2, 2048)  # the model's positions

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from parley.inference.linear import DecodeLinear
 from parley.inference.model import DecoderModel
 from parley.train_step import reference_ops as reference
 from parley.train_step.fused_linear import BaseWeight, DenseWeight, FusedLinear
-from parley.train_step.ops import Adapter
+from parley.train_step.ops import Adapter, RmsNorm
 
 CPU = torch.device("cpu")
 
@@ -53,9 +55,7 @@ def test_a_decode_linear_is_its_formula_in_every_layout(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0])  # an epsilon of 1e-5 matters for the smaller two
 def test_the_norm_of_decoding_is_pytorchs(dtype: torch.dtype, scale: float) -> None:
-    class Weights:
-        eps, device = 1e-5, CPU
-
     x_TD, weight_D = (scale * randn(3, 20, seed=0)).to(dtype), randn(20, seed=1).to(dtype)
-    model = DecoderModel(Weights(), [], None, None, reference)  # type: ignore[arg-type]
-    torch.testing.assert_close(model._norm(x_TD, weight_D), functional.rms_norm(x_TD, (20,), weight_D, 1e-5))
+    weights = SimpleNamespace(norm=RmsNorm(weight_D, 1e-5), device=CPU)
+    model = DecoderModel(weights, [], None, {}, reference)  # type: ignore[arg-type]
+    torch.testing.assert_close(model._norm(x_TD, weights.norm), functional.rms_norm(x_TD, (20,), weight_D, 1e-5))

@@ -33,12 +33,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 7},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
+    "gemma2": {"head_dim": 8, "sliding_window": 7, "query_pre_attn_scalar": 11, "attn_logit_softcapping": 0.7},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 7, "sliding_window_pattern": 2},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
+    "phi3_longrope": {
+        # 29 tokens are past the switch, the other documents of `examples` are not.
+        "original_max_position_embeddings": 20,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "original_max_position_embeddings": 20,
+            "short_factor": [1.0, 1.1, 1.2],
+            "long_factor": [2.0, 3.0, 4.0],
+        },
+    },
+    "granite": {"embedding_multiplier": 3, "residual_multiplier": 0.4, "logits_scaling": 2, "attention_multiplier": 1},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "olmo2": {},
 }
 
 
 def family(
     name: str,
-    targets: list[str] | None = None,
+    targets: list[str] | str | None = None,
     layers: int = 2,
     nf4: Literal["single", "double"] | None = None,
     **lora: Any,
@@ -52,11 +70,12 @@ def family(
     sizes = {"hidden_size": 48, "intermediate_size": 104, "num_attention_heads": 6}
     if nf4 is not None:
         sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 8}
-    config = CONFIG_MAPPING[name](
+    config = CONFIG_MAPPING[name.removesuffix("_longrope")](
         vocab_size=VOCABULARY,
         num_hidden_layers=layers,
         num_key_value_heads=2,
         max_position_embeddings=256,
+        pad_token_id=0,
         tie_word_embeddings=False,
         **sizes | FAMILIES[name],
     )

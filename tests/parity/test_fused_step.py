@@ -1,5 +1,6 @@
 """The fast step against transformers, PEFT and autograd, in float32."""
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -25,10 +26,17 @@ def worst(model: Any, wanted: dict[str, torch.Tensor]) -> float:
     return float(torch.stack(errors).max())
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
-@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj", "down_proj"], ["gate_proj"]])
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        *itertools.product(["llama", "mistral", "qwen2", "qwen3"], [None, ["q_proj", "v_proj", "down_proj"]]),
+        ("llama", ["gate_proj"]),
+        *itertools.product(["gemma2", "gemma3_text", "granite", "smollm3", "olmo2"], [None, ["v_proj", "up_proj"]]),
+        *itertools.product(["phi3", "phi3_longrope"], ["all-linear", ["qkv_proj"]]),
+    ],
+)
 def test_every_family_and_choice_of_projections(
-    build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str, targets: list[str] | None
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str, targets: list[str] | str | None
 ) -> None:
     model, documents = build_adapted(name, targets), make_examples()
     loss, wanted = plain_gradient(model, documents)
@@ -75,7 +83,7 @@ def test_frozen_adapter_weights_keep_their_values(
     assert changed == wanted.keys() == {name for name in before if "lora_B" in name and "layers.0." not in name}
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gemma3_text"])
 def test_long_documents_take_another_attention(
     build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str
 ) -> None:
@@ -91,7 +99,7 @@ def test_long_documents_take_another_attention(
 @pytest.mark.parametrize("saved", SAVED_POLICIES)
 @pytest.mark.parametrize("cache_matrices", [True, False])
 @pytest.mark.parametrize(("tokens", "mlp_rows"), [(30, 0), (1000, 0), (1000, 16)])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_a_plan_changes_no_gradient(
     build_adapted: Any,
     make_examples: Any,

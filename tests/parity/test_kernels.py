@@ -11,7 +11,7 @@ import torch
 
 from parley.data.packing import Document
 from parley.train_step import reference_ops as reference
-from parley.train_step.ops import Adapter, AdapterSlice, AttentionShape, RopeTable
+from parley.train_step.ops import Adapter, AdapterSlice, AttentionShape, LogitTransform, QkNorm, RopeTable
 from parley.train_step.packed_batch import DeviceBatch, StagingBuffer, pack
 
 triton = pytest.importorskip("triton", reason="no Triton here")
@@ -51,25 +51,27 @@ def test_rms_norm(columns: int, summed: bool) -> None:
     assert off(results[1], results[0]) < 1e-6
 
 
-def test_swiglu() -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_glu(activation: str) -> None:
     x, dout = draw(T, 2 * 53, seed=0), draw(T, 53, seed=1)
     results = []
     for ops in BOTH:
         out, dx = torch.zeros(T, 53 + 3, device=DEVICE), torch.zeros(T, 2 * 53 + 3, device=DEVICE)
-        ops.swiglu(x, out[:, :53])
-        ops.swiglu_backward(dout, x, dx[:, :106])
+        ops.glu(x, out[:, :53], activation)
+        ops.glu_backward(dout, x, dx[:, :106], activation)
         results.append(torch.cat([out, dx], dim=1))
     assert off(results[1], results[0]) < 1e-6
 
 
-def test_cross_entropy() -> None:
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(0.5), LogitTransform(2.0, softcap=3.0)])
+def test_cross_entropy(transform: LogitTransform) -> None:
     logits = 3 * draw(9, 1003, seed=0)
     target = torch.arange(9, dtype=torch.int32, device=DEVICE) * 100
     target[3], target[5] = -100, logits[5].argmax()
     results = []
     for ops in BOTH:
         gradient, figures = logits.clone(), torch.ones(3, device=DEVICE)
-        ops.cross_entropy(gradient, target, torch.tensor(0.2, device=DEVICE), figures)
+        ops.cross_entropy(gradient, target, torch.tensor(0.2, device=DEVICE), figures, transform)
         results.append(torch.cat([gradient.flatten(), figures]))
     assert not results[1][3 * 1003 : 4 * 1003].any()
     assert off(results[1], results[0]) < 1e-5
@@ -125,10 +127,26 @@ def test_nf4() -> None:
         assert not out[:, 192:].any()
 
 
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_qk_norm(together: bool, in_place: bool) -> None:
+    shape = AttentionShape(6, 2, 24, 0.2)
+    norms = QkNorm(draw(144 if together else 24, seed=0), draw(48 if together else 24, seed=1), 1e-5)
+    results = []
+    for ops in BOTH:
+        x, dx = draw(9, shape.columns + 3, seed=2)[:, : shape.columns], draw(9, shape.columns + 5, seed=3)
+        out = x.clone() if in_place else torch.full((9, shape.columns), torch.nan, device=DEVICE)
+        ops.qk_norm(out if in_place else x, norms, shape, out)
+        ops.qk_norm_backward(dx[:, : shape.columns], x, norms, shape)
+        results.append(torch.cat([out, dx], dim=1))
+    assert off(results[1], results[0]) < 1e-6
+
+
 @pytest.mark.parametrize("inverse", [False, True])
-def test_rope(inverse: bool) -> None:
+@pytest.mark.parametrize("half", [8, 5])
+def test_rope(half: int, inverse: bool) -> None:
     shape, rows = AttentionShape(6, 2, 16, 0.25), rows_of((3, 60, 8))
-    rope = RopeTable(draw(64, 8, seed=0), draw(64, 8, seed=1))
+    rope = RopeTable(draw(64, half, seed=0), draw(64, half, seed=1))
     results = []
     for ops in BOTH:
         x = draw(T, shape.columns + 3, seed=2)
@@ -138,9 +156,12 @@ def test_rope(inverse: bool) -> None:
 
 
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(6, 2, 16), (8, 2, 16), (4, 4, 32)])
-def test_attention(heads: int, kv_heads: int, size: int, window: int | None) -> None:
-    shape = AttentionShape(heads, kv_heads, size, size**-0.5, window)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size", "softcap"),
+    [(6, 2, 16, None), (8, 2, 16, 0.8), (4, 4, 32, None), (2, 1, 24, None), (2, 2, 256, 3.0)],
+)
+def test_attention(heads: int, kv_heads: int, size: int, softcap: float | None, window: int | None) -> None:
+    shape = AttentionShape(heads, kv_heads, size, size**-0.5, window, softcap)
     lengths = (3, 70, 1, 64, 33)
     tokens, columns = sum(lengths), heads * size
     x, dout = draw(tokens, shape.columns, seed=0), draw(tokens, columns, seed=1)

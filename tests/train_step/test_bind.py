@@ -29,7 +29,8 @@ LONGROPE = {
 def adapted(model_type: str = "llama", build: Callable[..., nn.Module] | None = None, **config: Any) -> PeftModel:
     build = build or AutoModelForCausalLM.from_config
     model = build(AutoConfig.for_model(model_type, **SIZES | config))
-    return get_peft_model(model, LoraConfig(target_modules=["q_proj", "down_proj"]))
+    targets = ["qkv_proj" if model_type == "phi3" else "q_proj", "down_proj"]
+    return get_peft_model(model, LoraConfig(target_modules=targets))
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -42,14 +43,16 @@ def test_a_declared_family_is_bound(model_type: str) -> None:
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        ({"attention_dropout": 0.1}, "attention dropout"),
+        ({"attention_dropout": 0.1}, "attention_dropout 0.1"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"hidden_act": "gelu_pytorch_tanh"}, "activation gelu_pytorch_tanh"),
         ({"rope_parameters": DYNAMIC}, "rotary embeddings of type dynamic"),
         ({"rope_parameters": LONGROPE}, "rotary embeddings of type longrope"),
         ({"model_type": "gemma"}, "no fused step for the gemma family"),
-        ({"model_type": "phi3"}, "no fused step for the phi3 family"),
-        ({"model_type": "olmo2"}, "no fused step for the olmo2 family"),
+        ({"model_type": "olmo"}, "no fused step for the olmo family"),
+        ({"model_type": "phi3", "resid_pdrop": 0.1}, "resid_pdrop 0.1"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "activation gelu"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ],
 )
 def test_models_it_computes_differently_are_refused(config: dict[str, Any], reason: str) -> None:

@@ -99,7 +99,7 @@ def test_the_free_memory_of_a_gpu_includes_what_torch_holds_and_a_part_of_it_sta
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2000)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 700)
     on_gpu = SimpleNamespace(
-        **{name: getattr(bound, name) for name in ("layers", "dtype", "linears", "flat", "norm_D")}
+        **{name: getattr(bound, name) for name in ("layers", "dtype", "linears", "flat", "hidden_size")}
     )
     on_gpu.head_VD, on_gpu.device = bound.head_VD, torch.device("cuda")
     plan = make_plan(on_gpu, "auto", LENGTHS, documents=8)  # type: ignore[arg-type]

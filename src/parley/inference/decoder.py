@@ -57,10 +57,12 @@ class StaticCacheDecoder:
         """
         weights = read_weights(model)
         length = min(length, model.config.max_position_embeddings)
+        if weights.rope_switch is not None:  # a longer text has other frequencies, for the tokens it starts with too
+            length = min(length, weights.rope_switch)
         device = weights.device
         ops = ops_for(device)
         linears, head = make_linears(weights, ops, fuse=fuse)
-        decoder_model = DecoderModel(weights, linears, head, weights.rope_table(length), ops)
+        decoder_model = DecoderModel(weights, linears, head, weights.rope_tables(length), ops)
         cache = KVCache(decoder_model.shapes, slots, length, weights.dtype, device)
         eager = eager or device.type != "cuda"
         vocab_size = weights.head_VD.shape[0]

@@ -37,6 +37,11 @@ def silu_backward_into(dout: Tensor, x: Tensor, dx: Tensor) -> None:
     _aten.silu_backward(dout, x, grad_input=dx)
 
 
+def gelu_tanh_backward_into(dout: Tensor, x: Tensor, dx: Tensor) -> None:
+    """Write the gradient of gelu(x), approximated by tanh, into the strided `dx`, as `silu_backward_into`."""
+    _aten.gelu_backward(dout, x, approximate="tanh", grad_input=dx)
+
+
 def softmax_backward(dp: Tensor, p: Tensor) -> Tensor:
     """The gradient of the last dimension's softmax from its output `p`. Publicly only through autograd."""
     return _aten._softmax_backward_data(dp, p, -1, p.dtype)

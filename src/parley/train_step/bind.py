@@ -24,9 +24,9 @@ from parley.models.families import ModelFamily, family_of
 from parley.train_step.flat_parameters import FlatAdapters
 from parley.train_step.fused_linear import BaseWeight, DenseWeight, FusedLinear
 from parley.train_step.nf4 import Nf4Weight
-from parley.train_step.ops import Adapter, AttentionShape, QkNorm, RopeTable
+from parley.train_step.ops import Adapter, AttentionShape, LogitTransform, QkNorm, RmsNorm, RopeTable
 
-TRITON_HEAD_DIMS = (16, 32, 64, 128, 256)  # tl.arange takes powers of two, tl.dot at least 16
+TRITON_HEAD_DIMS = (16, 256)  # tl.dot takes at least 16 columns; more than 256 do not fit into shared memory
 
 
 class Unsupported(Exception):
@@ -35,17 +35,26 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer: four fused linears, two norms and the shape of its attention."""
+    """One decoder layer: four fused linears, its norms and the shape of its attention. Named as in ModelFamily."""
 
     qkv: FusedLinear
     o: FusedLinear
     gate_up: FusedLinear
     down: FusedLinear
-    input_norm_D: Tensor
-    post_attention_norm_D: Tensor
-    eps: float
+    input_norm: RmsNorm | None
+    attention_out_norm: RmsNorm | None
+    mlp_norm: RmsNorm | None
+    mlp_out_norm: RmsNorm | None
     shape: AttentionShape
     qk_norm: QkNorm | None
+    rope: str | None  # the key of its rotary table
+    activation: str
+    residual_scale: float | None
+
+    @property
+    def transforms_branches(self) -> bool:
+        """Whether anything lies between a branch's last product and the residual stream."""
+        return bool(self.attention_out_norm or self.mlp_out_norm or self.residual_scale is not None)
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,13 @@ class ModelWeights:
 
     layers: list[LayerWeights]
     embedding_VD: Tensor
-    norm_D: Tensor
-    eps: float
+    embedding_scale: float | None
+    norm: RmsNorm
     head_VD: Tensor
+    logits: LogitTransform
     rotary: nn.Module
+    rope_switch: int | None  # longrope: longer documents take the second row of each position
     dtype: torch.dtype
-    head_dim: int
 
     @property
     def device(self) -> torch.device:
@@ -70,12 +80,33 @@ class ModelWeights:
         """All fused linears, in the order of the forward pass."""
         return [linear for layer in self.layers for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)]
 
+    @property
+    def hidden_size(self) -> int:
+        return self.embedding_VD.shape[1]
+
     @torch.no_grad()
-    def rope_table(self, positions: int) -> RopeTable:
-        """Cosines and sines of the first `positions`, from the model's own rotary module."""
+    def rope_tables(self, positions: int) -> dict[str, RopeTable]:
+        """Cosines and sines of a text of `positions` tokens, by LayerWeights.rope, from the model's own module."""
+        return {key: self._rope_table(key, positions) for key in self._rope_keys()}
+
+    @torch.no_grad()
+    def two_row_rope_tables(self, positions: int) -> dict[str, RopeTable]:
+        """With two rows a position: that of texts of up to `rope_switch` tokens, and that of longer ones."""
+        assert self.rope_switch is not None
+        # The module chooses the frequencies by the last position that it is given.
+        short, long = min(positions, self.rope_switch), max(positions, self.rope_switch + 1)
+        return {
+            key: _interleaved(self._rope_table(key, short), self._rope_table(key, long)) for key in self._rope_keys()
+        }
+
+    def _rope_keys(self) -> set[str]:
+        return {layer.rope for layer in self.layers if layer.rope is not None}
+
+    def _rope_table(self, key: str, positions: int) -> RopeTable:
         position_1L = torch.arange(positions, device=self.device)[None]
-        cos_1LE, sin_1LE = self.rotary(self.embedding_VD[:1], position_1L)
-        half = self.head_dim // 2  # transformers repeats each frequency for both halves of a head
+        layer_type = (key,) if key else ()
+        cos_1LE, sin_1LE = self.rotary(self.embedding_VD[:1], position_1L, *layer_type)
+        half = cos_1LE.shape[2] // 2  # transformers repeats each frequency for both halves
         return RopeTable(cos_1LE[0, :, :half].contiguous(), sin_1LE[0, :, :half].contiguous())
 
 
@@ -100,8 +131,9 @@ def bind(model: nn.Module) -> BoundModel:
         raise Unsupported("the model has no PEFT adapters")
     base = model.get_base_model()
     family = _check(base)
-    if base.config.attention_dropout:
-        raise Unsupported("attention dropout")
+    for field in family.dropouts:
+        if getattr(base.config, field):
+            raise Unsupported(f"{field} {getattr(base.config, field)}")
     parameters = [p for layer in _projections(base, family) for group in layer for p in _lora_parameters(group)]
     if not parameters:
         raise Unsupported("the model has no LoRA adapters")
@@ -151,28 +183,39 @@ def _weights(base: PreTrainedModel, family: ModelFamily, adapter: FindAdapter, r
         bias_N = _fused_bias([bias for _, bias in bases])
         return FusedLinear([weight for weight, _ in bases], [adapter(m) for m in modules], bias_N, rank_multiple)
 
+    def norm(parent: nn.Module, name: str | None) -> RmsNorm | None:
+        if name is None:
+            return None
+        return RmsNorm(_norm_weight(parent.get_submodule(name), family), base.config.rms_norm_eps)
+
     layers = []
     for index, (module, groups) in enumerate(zip(decoder.layers, _projections(base, family), strict=True)):
         qkv, o, gate_up, down = map(fused, groups, family.groups)
         layers.append(
             LayerWeights(
                 qkv, o, gate_up, down,
-                module.input_layernorm.weight.data,
-                module.post_attention_layernorm.weight.data,
-                module.input_layernorm.variance_epsilon,
-                _attention_shape(module.self_attn, base.config, family.window(base.config, index)),
-                _qk_norm(module.self_attn, family),
+                norm(module, family.input_norm),
+                norm(module, family.attention_out_norm),
+                norm(module, family.mlp_norm),
+                norm(module, family.mlp_out_norm),
+                _attention_shape(module.self_attn, base.config, family, index),
+                _qk_norm(module.self_attn, base.config, family),
+                family.rope(base.config, index),
+                family.activation,
+                family.residual_scale(base.config),
             )
         )  # fmt: skip
+    embedding_VD = decoder.embed_tokens.weight.data
     return {
         "layers": layers,
-        "embedding_VD": decoder.embed_tokens.weight.data,
-        "norm_D": decoder.norm.weight.data,
-        "eps": decoder.norm.variance_epsilon,
+        "embedding_VD": embedding_VD,
+        "embedding_scale": _embedding_scale(base.config, family, embedding_VD.dtype),
+        "norm": norm(decoder, "norm"),
         "head_VD": base.lm_head.weight.data,
+        "logits": LogitTransform(family.logit_scale(base.config) or 1.0, family.logit_softcap(base.config)),
         "rotary": decoder.rotary_emb,
-        "dtype": decoder.embed_tokens.weight.dtype,
-        "head_dim": layers[0].shape.head_dim,
+        "rope_switch": _rope_switch(base.config),
+        "dtype": embedding_VD.dtype,
     }
 
 
@@ -186,10 +229,7 @@ def _check(base: nn.Module) -> ModelFamily:
         raise Unsupported(f"no fused step for the {config.model_type} family")
     if type(base).__name__ != family.architecture:  # another head, or a forward pass of its own
         raise Unsupported(f"{type(base).__name__} is not {family.architecture}")
-    if config.hidden_act != family.activation:
-        raise Unsupported(f"activation {config.hidden_act}")
-    if base.model.rotary_emb.rope_type not in family.rope_types:
-        raise Unsupported(f"rotary embeddings of type {base.model.rotary_emb.rope_type}")
+    _check_config(config, family)
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):  # two copies, and the adapter's switch chooses between them
             raise Unsupported(f"{name} is trained beside the adapter")
@@ -197,13 +237,25 @@ def _check(base: nn.Module) -> ModelFamily:
     if len(devices) > 1:
         raise Unsupported("the model is spread over several devices")
     head_dim = base.model.layers[0].self_attn.head_dim
-    if devices.pop().type == "cuda" and head_dim not in TRITON_HEAD_DIMS:
+    if devices.pop().type == "cuda" and not TRITON_HEAD_DIMS[0] <= head_dim <= TRITON_HEAD_DIMS[1]:
         raise Unsupported(f"attention heads of {head_dim}")
     if not isinstance(base.lm_head, nn.Linear) or base.lm_head.bias is not None:
         raise Unsupported("the output head is no plain matrix")
     if not isinstance(base.model.embed_tokens, nn.Embedding):
         raise Unsupported("the embedding is no plain table")
     return family
+
+
+def _check_config(config: Any, family: ModelFamily) -> None:
+    activation = getattr(config, family.activation_field)
+    if activation != family.activation:
+        raise Unsupported(f"activation {activation}")
+    for rope_type in _rope_types(config):
+        if rope_type not in family.rope_types:
+            raise Unsupported(f"rotary embeddings of type {rope_type}")
+    for field in family.unsupported:
+        if getattr(config, field):
+            raise Unsupported(field)
 
 
 def _projections(base: PreTrainedModel, family: ModelFamily) -> list[list[list[nn.Module]]]:
@@ -256,14 +308,57 @@ def _fused_bias(biases: list[Tensor | None]) -> Tensor | None:
     return torch.cat([bias for bias in biases if bias is not None])
 
 
-def _attention_shape(attention: nn.Module, config: Any, window: int | None) -> AttentionShape:
+def _attention_shape(attention: nn.Module, config: Any, family: ModelFamily, index: int) -> AttentionShape:
     return AttentionShape(
-        config.num_attention_heads, config.num_key_value_heads, attention.head_dim, attention.scaling, window
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        attention.head_dim,
+        attention.scaling,
+        family.window(config, index),
+        family.attention_softcap(config),
     )
 
 
-def _qk_norm(attention: nn.Module, family: ModelFamily) -> QkNorm | None:
+def _norm_weight(norm: nn.Module, family: ModelFamily) -> Tensor:
+    """In fp32 where the family multiplies before it rounds; see RmsNorm."""
+    if family.norm_offset:
+        return norm.weight.data.float() + family.norm_offset
+    return norm.weight.data.float() if family.fp32_norm_weight else norm.weight.data
+
+
+def _qk_norm(attention: nn.Module, config: Any, family: ModelFamily) -> QkNorm | None:
     if family.qk_norm is None:
         return None
-    q, k = attention.q_norm, attention.k_norm
-    return QkNorm(q.weight.data, k.weight.data, q.variance_epsilon)
+    return QkNorm(_norm_weight(attention.q_norm, family), _norm_weight(attention.k_norm, family), config.rms_norm_eps)
+
+
+def _embedding_scale(config: Any, family: ModelFamily, dtype: torch.dtype) -> float | None:
+    """Rounded to the embedding's type first, as transformers does."""
+    scale = family.embedding_scale(config)
+    return None if scale is None else torch.tensor(scale).to(dtype).item()
+
+
+def _rope_types(config: Any) -> list[str]:
+    """Of the one rotary embedding, or of each layer type's."""
+    parameters = config.rope_parameters
+    if "rope_type" in parameters:
+        return [parameters["rope_type"]]
+    return [parameters[layer_type]["rope_type"] for layer_type in sorted(set(config.layer_types))]
+
+
+def _rope_switch(config: Any) -> int | None:
+    """The most tokens for which longrope takes its short factors; None for other rotary embeddings."""
+    if _rope_types(config) != ["longrope"]:
+        return None
+    return config.rope_parameters["original_max_position_embeddings"]
+
+
+def _interleaved(short: RopeTable, long: RopeTable) -> RopeTable:
+    """Row 2 p of `short` and 2 p + 1 of `long` for position p, as many as `long` has."""
+
+    def rows(short_LE: Tensor, long_LE: Tensor) -> Tensor:
+        # No document reaches the positions that are missing in the short table: it would be a long one.
+        padded_LE = torch.cat([short_LE, long_LE[len(short_LE) :]])
+        return torch.stack([padded_LE, long_LE], dim=1).flatten(0, 1)
+
+    return RopeTable(rows(short.cos_LE, long.cos_LE), rows(short.sin_LE, long.sin_LE))

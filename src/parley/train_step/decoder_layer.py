@@ -1,9 +1,12 @@
-"""One pre-norm decoder layer (Llama), forward and backward by hand, over a packed batch.
+"""One decoder layer, forward and backward by hand, over a packed batch.
 
 Forward, with h the residual stream:
 
     x   = h + delta of the layer before     a = attention(rope([q k v](norm x)))
     mid = x + o(a)                          y = down(silu(gate) * up),  [gate up](norm mid)
+
+That is Llama. Where a family says so (models/families/family.py), a norm is missing, o(a) and y go through a norm or a
+factor before they are added, and the activation is another.
 
 The sum mid + y is left to the next layer's norm, which reads both anyway. Every input of a linear lies in a buffer with
 extra columns for the adapters (fused_linear.py); all buffers are the workspace's. The backward pass recomputes what was
@@ -21,14 +24,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from parley.train_step.bind import LayerWeights
 from parley.train_step.fused_linear import FusedLinear, FusedMatrixCache
 from parley.train_step.matmul import copy_if_elsewhere
-from parley.train_step.ops import Ops, RopeTable
+from parley.train_step.ops import Ops, RmsNorm, RopeTable
 from parley.train_step.packed_batch import DeviceBatch
-from parley.train_step.qk_norm import apply_qk_norm, qk_norm_backward
 from parley.train_step.workspace import SAVED_BUFFERS, Workspace
 
 
@@ -38,7 +41,7 @@ class PassContext:
 
     ops: Ops
     matrices: FusedMatrixCache
-    rope: RopeTable
+    rope: dict[str, RopeTable]
     batch: DeviceBatch
     workspace: Workspace
     tokens: int  # rows of a buffer: the pass's, or the supervised ones
@@ -75,10 +78,12 @@ class SavedActivations:
     qkv: Tensor | None = None
     attention_out: Tensor | None = None
     lse: Any = None
+    attention_branch: Tensor | None = None  # o(a) before its norm, for families that have one
     mid: Tensor | None = None
     mid_normed: Tensor | None = None
     gate_up: Tensor | None = None
     act: Tensor | None = None
+    mlp_branch: Tensor | None = None  # y before its norm
     supervised: SavedActivations | None = None  # past attention, where only supervised rows continue
 
     def drop_unsaved(self, saved: frozenset[str]) -> None:
@@ -107,7 +112,7 @@ def forward(
     """
     normed = context.take("normed", index, layer.qkv.in_features + layer.qkv.lora_columns)
     x_TD = h_TD if delta_TD is None else context.take("x", index)
-    _norm(context, h_TD, delta_TD, layer.input_norm_D, layer.eps, normed, x_TD)
+    _norm(context, h_TD, delta_TD, layer.input_norm, normed, x_TD)
     layer.qkv.lora_down(context.matrices[layer.qkv], normed)
     saved = SavedActivations(index, x_TD, normed)
     _recompute_attention(context, layer, saved)
@@ -124,14 +129,28 @@ def _mlp(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> 
     _recompute_mid(context, layer, saved)
     assert saved.mid is not None
     mid_TD, y_TD = saved.mid, context.take("branch", saved.index)
+    raw_TD = y_TD
+    if layer.mlp_out_norm is not None:
+        raw_TD = saved.mlp_branch = context.take("mlp_branch", saved.index)
     policy = SAVED_BUFFERS[context.workspace.plan.saved]
     for chunk in context.mlp_chunks():
         gate_up, act = _recompute_mlp(context, layer, saved, chunk)
-        copy_if_elsewhere(layer.down.forward(context.matrices[layer.down], act, y_TD[chunk]), y_TD[chunk])
+        copy_if_elsewhere(layer.down.forward(context.matrices[layer.down], act, raw_TD[chunk]), raw_TD[chunk])
         if "gate_up" in policy:
             saved.gate_up, saved.act = gate_up, act
+    _finish_branch(context, layer, layer.mlp_out_norm, raw_TD, y_TD)
     saved.drop_unsaved(policy)
     return mid_TD, y_TD
+
+
+def _finish_branch(
+    context: PassContext, layer: LayerWeights, norm: RmsNorm | None, raw_TD: Tensor, out_TD: Tensor
+) -> None:
+    """Write what a branch adds to the residual stream into `out_TD`, which is `raw_TD` itself without a norm."""
+    if norm is not None:
+        context.ops.rms_norm(raw_TD, None, norm.weight_D, norm.eps, out_TD)
+    if layer.residual_scale is not None:
+        out_TD.mul_(layer.residual_scale)
 
 
 def _recompute_attention(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> None:
@@ -139,16 +158,18 @@ def _recompute_attention(context: PassContext, layer: LayerWeights, saved: Saved
     ops, matrices, index = context.ops, context.matrices, saved.index
     if saved.normed is None:
         saved.normed = context.take("normed", index, layer.qkv.in_features + layer.qkv.lora_columns)
-        _norm(context, saved.x, None, layer.input_norm_D, layer.eps, saved.normed, saved.x)
+        _norm(context, saved.x, None, layer.input_norm, saved.normed, saved.x)
         layer.qkv.lora_down(matrices[layer.qkv], saved.normed)
     if saved.qkv is None:
         saved.qkv = context.take("qkv", index, layer.qkv.out_features)
-        copy_if_elsewhere(layer.qkv.forward(matrices[layer.qkv], saved.normed, saved.qkv), saved.qkv)
+        raw_TC = saved.qkv
+        if layer.qk_norm is not None:  # the norm's gradient needs its input
+            raw_TC = saved.qkv_unnormed = context.take("qkv_unnormed", index, layer.qkv.out_features)
+        copy_if_elsewhere(layer.qkv.forward(matrices[layer.qkv], saved.normed, raw_TC), raw_TC)
         if layer.qk_norm is not None:
-            # The norm works in place, and its gradient needs the input.
-            saved.qkv_unnormed = context.take("qkv_unnormed", index, layer.qkv.out_features).copy_(saved.qkv)
-            apply_qk_norm(saved.qkv, layer.shape, layer.qk_norm)
-        ops.rope(saved.qkv, context.batch, context.rope, layer.shape)
+            ops.qk_norm(raw_TC, layer.qk_norm, layer.shape, saved.qkv)
+        if layer.rope is not None:
+            ops.rope(saved.qkv, context.batch, context.rope[layer.rope], layer.shape)
     if saved.attention_out is None:
         saved.attention_out = context.take("attention_out", index, layer.o.in_features + layer.o.lora_columns)
         out_TD = saved.attention_out[:, : layer.o.in_features]
@@ -165,9 +186,22 @@ def _recompute_mid(context: PassContext, layer: LayerWeights, saved: SavedActiva
         residual_TD, delta_TD = saved.mid, None
         if residual_TD is None:
             residual_TD, saved.mid = saved.x, context.take("mid", index)
-            delta_TD = layer.o.forward(matrices[layer.o], saved.attention_out, context.take("branch", index))
-        _norm(context, residual_TD, delta_TD, layer.post_attention_norm_D, layer.eps, saved.mid_normed, saved.mid)
+            delta_TD = _attention_branch(context, layer, saved)
+        _norm(context, residual_TD, delta_TD, layer.mlp_norm, saved.mid_normed, saved.mid)
         layer.gate_up.lora_down(matrices[layer.gate_up], saved.mid_normed)
+
+
+def _attention_branch(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> Tensor:
+    """What attention adds to the residual stream, from its output."""
+    out_TD = raw_TD = context.take("branch", saved.index)
+    if layer.attention_out_norm is not None:
+        raw_TD = saved.attention_branch = context.take("attention_branch", saved.index)
+    product_TD = layer.o.forward(context.matrices[layer.o], saved.attention_out, raw_TD)
+    if not layer.transforms_branches:  # wherever the product lies
+        return product_TD
+    copy_if_elsewhere(product_TD, raw_TD)
+    _finish_branch(context, layer, layer.attention_out_norm, raw_TD, out_TD)
+    return out_TD
 
 
 def _recompute_mlp(
@@ -184,7 +218,8 @@ def _recompute_mlp(
         copy_if_elsewhere(layer.gate_up.forward(matrix, saved.mid_normed[chunk], out_T2F), out_T2F)
     if act is None:
         act = take("act", saved.index, rows, layer.down.in_features + layer.down.lora_columns)
-        context.ops.swiglu(gate_up[:, : layer.gate_up.out_features], act[:, : layer.down.in_features])
+        gate_up_T2F = gate_up[:, : layer.gate_up.out_features]
+        context.ops.glu(gate_up_T2F, act[:, : layer.down.in_features], layer.activation)
         layer.down.lora_down(context.matrices[layer.down], act)
     return gate_up, act
 
@@ -232,13 +267,49 @@ def _mlp_backward(
     for chunk in context.mlp_chunks():  # each gradient overwrites the value that it belongs to
         gate_up, act = _recompute_mlp(context, layer, saved, chunk)
         products_T2F = gate_up[:, : layer.gate_up.out_features]
-        dact_TF = _linear_backward(context, layer.down, dh_TDP[chunk], act, act)
-        ops.swiglu_backward(dact_TF, products_T2F, products_T2F)
+        raw_TD = _mlp_branch(context, layer, saved, chunk, act)
+        dy = _branch_gradient(context, layer, saved.index, layer.mlp_out_norm, raw_TD, dh_TDP[chunk])
+        dact_TF = _linear_backward(context, layer.down, dy, act, act)
+        ops.glu_backward(dact_TF, products_T2F, products_T2F, layer.activation)
         normed = saved.mid_normed[chunk]
         copy_if_elsewhere(_linear_backward(context, layer.gate_up, gate_up, normed, normed), dnormed_TD[chunk])
-    dh_TD = dh_TDP[:, : saved.x.shape[1]]
-    ops.rms_norm_backward(dnormed_TD, saved.mid, layer.post_attention_norm_D, layer.eps, dh_TD)
-    return _linear_backward(context, layer.o, dh_TDP, saved.attention_out, out_TD)
+    _norm_backward(context, dnormed_TD, saved.mid, layer.mlp_norm, dh_TDP)
+    if layer.attention_out_norm is not None and saved.attention_branch is None:
+        _attention_branch(context, layer, saved)
+    dy = _branch_gradient(context, layer, saved.index, layer.attention_out_norm, saved.attention_branch, dh_TDP)
+    return _linear_backward(context, layer.o, dy, saved.attention_out, out_TD)
+
+
+def _mlp_branch(
+    context: PassContext, layer: LayerWeights, saved: SavedActivations, chunk: slice, act: Tensor
+) -> Tensor | None:
+    """The rows `chunk` of y before its norm; None for families without one."""
+    if layer.mlp_out_norm is None:
+        return None
+    if saved.mlp_branch is not None:
+        return saved.mlp_branch[chunk]
+    raw_TD = context.take("mlp_branch", saved.index)[chunk]
+    copy_if_elsewhere(layer.down.forward(context.matrices[layer.down], act, raw_TD), raw_TD)
+    return raw_TD
+
+
+def _branch_gradient(
+    context: PassContext, layer: LayerWeights, index: int, norm: RmsNorm | None, raw_TD: Tensor | None, dh_TDP: Tensor
+) -> Tensor:
+    """The gradient of a branch's product, with LoRA columns: `dh_TDP` itself where nothing lies between."""
+    if norm is None and layer.residual_scale is None:
+        return dh_TDP
+    hidden = layer.down.out_features
+    dy_TDP = context.workspace.take("dbranch", index, len(dh_TDP), dh_TDP.shape[1])
+    dy_TD = dy_TDP[:, :hidden]
+    if norm is None:
+        context.ops.copy_scaled(dh_TDP[:, :hidden], dy_TD, layer.residual_scale or 1.0)
+        return dy_TDP
+    assert raw_TD is not None
+    context.ops.rms_norm_backward(dh_TDP[:, :hidden], raw_TD, norm.weight_D, norm.eps, dy_TD.zero_())
+    if layer.residual_scale is not None:
+        dy_TD.mul_(layer.residual_scale)
+    return dy_TDP
 
 
 def _attention_backward(
@@ -259,27 +330,38 @@ def _attention_backward(
     dqkv_TC = dqkv[:, : layer.qkv.out_features]
     out_TD = saved.attention_out[:, : layer.o.in_features]
     ops.attention_backward(dattention_TD, saved.qkv, out_TD, saved.lse, context.batch, layer.shape, dqkv_TC)
-    # A rotation is orthogonal, so its gradient is the inverse rotation.
-    ops.rope(dqkv_TC, context.batch, context.rope, layer.shape, inverse=True)
+    if layer.rope is not None:  # a rotation is orthogonal, so its gradient is the inverse rotation
+        ops.rope(dqkv_TC, context.batch, context.rope[layer.rope], layer.shape, inverse=True)
     if layer.qk_norm is not None:
         assert saved.qkv_unnormed is not None
-        qk_norm_backward(dqkv_TC, saved.qkv_unnormed, layer.shape, layer.qk_norm)
+        ops.qk_norm_backward(dqkv_TC, saved.qkv_unnormed, layer.qk_norm, layer.shape)
     dnormed_TD = _linear_backward(context, layer.qkv, dqkv, saved.normed, saved.normed, want_dx=want_dx)
     if want_dx:
-        dh_TD = dh_TDP[:, : saved.x.shape[1]]
-        ops.rms_norm_backward(dnormed_TD, saved.x, layer.input_norm_D, layer.eps, dh_TD)
+        _norm_backward(context, dnormed_TD, saved.x, layer.input_norm, dh_TDP)
 
 
 def _norm(
-    context: PassContext,
-    x_TD: Tensor,
-    delta_TD: Tensor | None,
-    weight_D: Tensor,
-    eps: float,
-    out: Tensor,
-    total_TD: Tensor,
+    context: PassContext, x_TD: Tensor, delta_TD: Tensor | None, norm: RmsNorm | None, out: Tensor, total_TD: Tensor
 ) -> None:
-    context.ops.rms_norm(x_TD, delta_TD, weight_D, eps, out[:, : x_TD.shape[1]], total_TD)
+    """Write x + delta into `total_TD` and its norm into `out`: the sum itself where the family has no norm here."""
+    out_TD = out[:, : x_TD.shape[1]]
+    if norm is not None:
+        context.ops.rms_norm(x_TD, delta_TD, norm.weight_D, norm.eps, out_TD, total_TD)
+        return
+    if delta_TD is not None:
+        torch.add(x_TD, delta_TD, out=total_TD)
+    out_TD.copy_(total_TD)
+
+
+def _norm_backward(
+    context: PassContext, dnormed_TD: Tensor, x_TD: Tensor, norm: RmsNorm | None, dh_TDP: Tensor
+) -> None:
+    """Add the gradient of `_norm`'s input to `dh_TDP`."""
+    dh_TD = dh_TDP[:, : x_TD.shape[1]]
+    if norm is None:
+        dh_TD.add_(dnormed_TD)
+    else:
+        context.ops.rms_norm_backward(dnormed_TD, x_TD, norm.weight_D, norm.eps, dh_TD)
 
 
 def _linear_backward(

@@ -23,7 +23,7 @@ from parley.train_step.fused_linear import FusedMatrixCache
 from parley.train_step.lm_head import loss_and_gradient
 from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
 from parley.train_step.memory_plan import MemoryPlan
-from parley.train_step.ops import Ops
+from parley.train_step.ops import Ops, RopeTable
 from parley.train_step.packed_batch import LONG_DOCUMENT, DeviceBatch, PackedBatch, StagingBuffer, pack
 from parley.train_step.workspace import Workspace, retain_freed_memory
 from parley.units import round_up
@@ -52,7 +52,8 @@ class FusedStep:
     def __init__(self, bound: BoundModel, plan: MemoryPlan, ops: Ops | None = None) -> None:
         self.bound = bound
         self.ops = ops or ops_for(bound.device)
-        self.rope = bound.rope_table(plan.positions)
+        self.positions = 0
+        self.rope = self._rope_tables(plan.positions)
         self.staging = StagingBuffer(bound.device, plan.tokens + plan.pad_multiple)
         self.metrics_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
         self.matrices = FusedMatrixCache(bound.linears, 4, self.ops, bound.dtype, bound.device)
@@ -93,18 +94,18 @@ class FusedStep:
         self.bound.flat.grad_Z.zero_()
         self.metrics_3.zero_()
         for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
-            batch = pack(documents[run])
+            batch = self._pack(documents[run])
             if len(batch.row_S):
-                self._pass(batch.trimmed(), 1.0 / supervised_tokens)
+                self._pass(batch, 1.0 / supervised_tokens)
 
     @torch.no_grad()
     def forward_only(self, documents: Sequence[Document]) -> Tensor:
         """`metrics_3` of `documents`, for evaluation; gradients are left as they are."""
         self.metrics_3.zero_()
         for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
-            trimmed = pack(documents[run]).trimmed()
-            if len(trimmed.row_S):
-                batch = self._upload(trimmed, 1.0, round_up(len(trimmed.ids_T), self.row_multiple))
+            packed = self._pack(documents[run])
+            if len(packed.row_S):
+                batch = self._upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
                 self.head(batch, self.forward(batch))
         return self.metrics_3.clone()
 
@@ -124,12 +125,25 @@ class FusedStep:
             uploaded = self._upload(_dummy_batch(odd, plan.positions), 1.0, odd)
             self.head(uploaded, self.forward(uploaded))
 
+    def _pack(self, documents: Sequence[Document]) -> PackedBatch:
+        """Without the rows that no loss depends on."""
+        batch = pack(documents)
+        if self.bound.rope_switch is not None:
+            batch = batch.with_two_rope_rows(self.bound.rope_switch)
+        return batch.trimmed()
+
+    def _rope_tables(self, positions: int) -> dict[str, RopeTable]:
+        self.positions = positions
+        if self.bound.rope_switch is not None:
+            return self.bound.two_row_rope_tables(positions)
+        return self.bound.rope_tables(positions)
+
     def _upload(self, packed: PackedBatch, scale: float, tokens: int, *, graphed: bool = False) -> DeviceBatch:
         """`packed` on the device, padded to `tokens`. Drops the graphs if a buffer that they read had to move."""
         moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
         longest = max(packed.lengths)
-        if longest > len(self.rope.cos_LE):
-            self.rope = self.bound.rope_table(longest)
+        if longest > self.positions:
+            self.rope = self._rope_tables(longest)
             moved.append(True)
         if any(moved) and self.graphs is not None:
             self.graphs.clear()
@@ -151,6 +165,8 @@ class FusedStep:
         context = self._context(batch)
         self.matrices.refresh_adapters()
         h_TD = torch.index_select(self.bound.embedding_VD, 0, batch.ids_T, out=context.take("x", 0))
+        if self.bound.embedding_scale is not None:
+            h_TD.mul_(self.bound.embedding_scale)
         delta_TD, passed, supervised = None, [], None
         for index, layer in enumerate(self.bound.layers):
             if self.offload is not None:

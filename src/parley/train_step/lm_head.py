@@ -41,10 +41,10 @@ def loss_and_gradient(
         padded = min(round_up(count, ONEDNN_ROW_MULTIPLE), chunk)  # padding rows are never read back
         normed_SD = h_TD.new_empty(padded, h_TD.shape[1])
         x_SD, delta_SD = h_TD.index_select(0, part_S), delta_TD.index_select(0, part_S)
-        x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm_D, bound.eps, normed_SD[:count])
+        x_SD = ops.rms_norm(x_SD, delta_SD, bound.norm.weight_D, bound.norm.eps, normed_SD[:count])
         part_SV = linear(normed_SD, bound.head_VD, logits_SV[:padded])
-        ops.cross_entropy(part_SV[:count], target_S, batch.scale, metrics_3)
+        ops.cross_entropy(part_SV[:count], target_S, batch.scale, metrics_3, bound.logits)
         dnormed_SD = linear(part_SV, bound.head_VD.t(), normed_SD)[:count]
         dx_SD = h_TD.new_zeros(x_SD.shape)
-        ops.rms_norm_backward(dnormed_SD, x_SD, bound.norm_D, bound.eps, dx_SD)
+        ops.rms_norm_backward(dnormed_SD, x_SD, bound.norm.weight_D, bound.norm.eps, dx_SD)
         dh_TD.index_copy_(0, part_S.long(), dx_SD)

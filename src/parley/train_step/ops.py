@@ -20,13 +20,18 @@ from parley.train_step.packed_batch import DeviceBatch
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The heads of one attention layer. `window`: how many tokens a query sees, itself included; None for all."""
+    """The heads of one attention layer.
+
+    `window`: how many tokens a query sees, itself included; None for all. `softcap`: c where a score s becomes
+    c tanh(s / c) before the softmax.
+    """
 
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
     window: int | None = None
+    softcap: float | None = None
 
     @property
     def columns(self) -> int:
@@ -41,19 +46,44 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class RopeTable:
-    """Cosines and sines by position, (L, E / 2) each, with the scaling that the model's own module applies."""
+    """Cosines and sines by position, with the scaling that the model's own module applies.
+
+    They have half as many columns as a head has rotated elements, which are its first; the others stay as they are.
+    """
 
     cos_LE: Tensor
     sin_LE: Tensor
 
 
 @dataclass(frozen=True)
-class QkNorm:
-    """RMS norms of each query and key head before rotation (Qwen3)."""
+class RmsNorm:
+    """A frozen norm. A weight in fp32 beside 16-bit activations multiplies before the product is rounded."""
 
-    q_E: Tensor
-    k_E: Tensor
+    weight_D: Tensor
     eps: float
+
+
+@dataclass(frozen=True)
+class QkNorm:
+    """RMS norms of queries and keys before rotation: of each head, or of all heads of a token together.
+
+    A weight has the elements that are normalised together: E, or H E for queries and G E for keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    eps: float
+
+    def per_head(self, shape: AttentionShape) -> bool:
+        return len(self.q) == len(self.k) == shape.head_dim
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """From the head's products z to logits: scale z, then c tanh(scale z / c) with a soft cap c."""
+
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -131,10 +161,19 @@ class Ops(Protocol):
     ) -> None:
         """Rotate the queries and keys in `x_TC` in place; `inverse` rotates back, which is the gradient."""
 
-    def swiglu(self, x_T2F: Tensor, out_TF: Tensor) -> None:
-        """Write silu(gate) * up into the strided `out_TF`; `x_T2F` holds gate and up side by side."""
+    def qk_norm(self, x_TC: Tensor, norms: QkNorm, shape: AttentionShape, out_TC: Tensor) -> None:
+        """Write the normalised queries and keys of `x_TC`, and its values as they are, into `out_TC`."""
 
-    def swiglu_backward(self, dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
+    def qk_norm_backward(self, dx_TC: Tensor, x_TC: Tensor, norms: QkNorm, shape: AttentionShape) -> None:
+        """Turn the gradient of the normalised queries and keys in `dx_TC` into that of `x_TC`, in place."""
+
+    def glu(self, x_T2F: Tensor, out_TF: Tensor, activation: str) -> None:
+        """Write activation(gate) * up into the strided `out_TF`; `x_T2F` holds gate and up side by side.
+
+        `activation`: "silu" or "gelu_pytorch_tanh".
+        """
+
+    def glu_backward(self, dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor, activation: str) -> None:
         """Write the gradients of gate and up side by side into the strided `dx_T2F`, which may be `x_T2F` itself."""
 
     def attention(self, x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> Any:
@@ -152,8 +191,10 @@ class Ops(Protocol):
     ) -> None:
         """Write the gradients of queries, keys and values side by side into the strided `dx_TC`."""
 
-    def cross_entropy(self, logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor) -> None:
-        """Replace the logits by the gradient of `scale` times the summed loss, in place.
+    def cross_entropy(
+        self, logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor, transform: LogitTransform
+    ) -> None:
+        """Replace the head's products by the gradient of `scale` times the summed loss, in place.
 
         Adds to the fp32 `metrics_3` the summed loss, the number of targets that were the most likely token, and the
         summed entropy. Rows whose target is -100 are ignored.

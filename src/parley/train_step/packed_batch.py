@@ -6,7 +6,7 @@ Shape suffixes (legend in docs/design.md): T tokens of the row, S supervised row
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import numpy as np
@@ -28,7 +28,8 @@ class PackedBatch:
     """Documents end to end, on the host.
 
     `start_T` and `end_T` give, for each token, the first row of its document and the row after its last.
-    `row_S` are the rows whose next token is supervised, `target_S` those tokens.
+    `row_S` are the rows whose next token is supervised, `target_S` those tokens. `position_T` are rows of the rotary
+    tables.
     """
 
     ids_T: Ints
@@ -55,13 +56,20 @@ class PackedBatch:
             self.lengths + (1,) * padding,
         )
 
+    def with_two_rope_rows(self, switch: int) -> PackedBatch:
+        """For tables with two rows a position (ModelWeights): documents longer than `switch` take the second.
+
+        Before `trimmed`, since the choice is by the whole length.
+        """
+        return replace(self, position_T=2 * self.position_T + (self.end_T - self.start_T > switch).astype(np.int32))
+
     def trimmed(self) -> PackedBatch:
         """Without the rows after each document's last supervised one: no loss depends on them (attention is causal)."""
         ends_N = np.cumsum(self.lengths)
         starts_N = ends_N - self.lengths
         last_N = np.concatenate([[-1], self.row_S])[np.searchsorted(self.row_S, ends_N)]
         kept_N = np.maximum(last_N + 1 - starts_N, 0)
-        kept_T = self.position_T < np.repeat(kept_N, self.lengths)
+        kept_T = np.arange(len(self.ids_T)) - self.start_T < np.repeat(kept_N, self.lengths)
         row_T = np.cumsum(kept_T, dtype=np.int32) - 1
         lengths_N = kept_N[kept_N > 0]
         return PackedBatch(

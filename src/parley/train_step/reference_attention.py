@@ -92,9 +92,9 @@ def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: T
     assert batch.lengths is not None, "unknown to the host under a CUDA graph alone"
     layout = padded_layout(batch.lengths, shape)
     q_BQE, k_BLE, v_BLE = layout.pad(x_TC)
-    if layout.longest <= MAX_FULL_SCORES:
+    if _takes_full_scores(layout):
         # The query heads of a group are further rows of one product, so keys and values need not be repeated.
-        p_BQL = torch.baddbmm(_mask(layout.longest, shape, x_TC), q_BQE, k_BLE.mT, alpha=shape.scale).softmax(-1)
+        p_BQL = _scores(q_BQE, k_BLE, shape, _mask(layout.longest, shape, x_TC)).softmax(-1)
         layout.unpad((p_BQL @ v_BLE).view(-1, shape.head_dim), out_TD)
         return p_BQL
     q, k, v = _repeat_kv(layout, q_BQE, k_BLE, v_BLE)
@@ -117,20 +117,36 @@ def attention_backward(
     qkv = layout.pad(x_TC)
     dout_BQE = layout.pad_outputs(dout_TD)
     dx_JE = x_TC.new_empty(len(layout.source_J), shape.head_dim)
-    if layout.longest <= MAX_FULL_SCORES:
-        _full_scores_backward(dout_BQE, *qkv, saved, shape.scale, *layout.split(dx_JE))
+    if _takes_full_scores(layout):
+        _full_scores_backward(dout_BQE, *qkv, saved, shape, *layout.split(dx_JE))
     else:
         _flash_backward(dout_BQE, qkv, layout.pad_outputs(out_TD), saved, layout, dx_JE)
     layout.unpad(dx_JE, dx_TC)
 
 
+def _takes_full_scores(layout: PaddedLayout) -> bool:
+    """PyTorch's flash attention has no soft cap."""
+    return layout.longest <= MAX_FULL_SCORES or layout.shape.softcap is not None
+
+
+def _scores(q_BQE: Tensor, k_BLE: Tensor, shape: AttentionShape, mask: Tensor) -> Tensor:
+    """(B, Q, L): scaled and capped, plus `mask`."""
+    if shape.softcap is None:
+        return torch.baddbmm(mask, q_BQE, k_BLE.mT, alpha=shape.scale)
+    s_BQL = torch.bmm(q_BQE, k_BLE.mT).mul_(shape.scale / shape.softcap)
+    return s_BQL.tanh_().mul_(shape.softcap).add_(mask)
+
+
 def _full_scores_backward(
-    dout_BQE: Tensor, q_BQE: Tensor, k_BLE: Tensor, v_BLE: Tensor, p_BQL: Tensor, scale: float,
+    dout_BQE: Tensor, q_BQE: Tensor, k_BLE: Tensor, v_BLE: Tensor, p_BQL: Tensor, shape: AttentionShape,
     dq_BQE: Tensor, dk_BLE: Tensor, dv_BLE: Tensor,
 ) -> None:  # fmt: skip
     ds_BQL = softmax_backward(dout_BQE @ v_BLE.mT, p_BQL)
-    dq_BQE.baddbmm_(ds_BQL, k_BLE, beta=0, alpha=scale)
-    dk_BLE.baddbmm_(ds_BQL.mT, q_BQE, beta=0, alpha=scale)
+    if shape.softcap is not None:  # the derivative of c tanh(s / c) is 1 - tanh^2(s / c)
+        zero = ds_BQL.new_zeros(())
+        ds_BQL.mul_(1 - (_scores(q_BQE, k_BLE, shape, zero) / shape.softcap).square())
+    dq_BQE.baddbmm_(ds_BQL, k_BLE, beta=0, alpha=shape.scale)
+    dk_BLE.baddbmm_(ds_BQL.mT, q_BQE, beta=0, alpha=shape.scale)
     torch.bmm(p_BQL.mT, dout_BQE, out=dv_BLE)
 
 

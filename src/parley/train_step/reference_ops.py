@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from parley.data.control_tokens import IGNORE_INDEX
-from parley.library_compat.torch import silu_backward_into
-from parley.train_step.ops import AdapterSlice, AttentionShape, RopeTable, ScaledCopy
+from parley.library_compat.torch import gelu_tanh_backward_into, silu_backward_into
+from parley.train_step.ops import AdapterSlice, AttentionShape, LogitTransform, QkNorm, RopeTable, ScaledCopy
 from parley.train_step.packed_batch import DeviceBatch
 from parley.train_step.reference_attention import attention, attention_backward
 
@@ -19,14 +19,16 @@ __all__ = [
     "copy_scaled",
     "cross_entropy",
     "dequantize_nf4",
+    "glu",
+    "glu_backward",
     "prepare_copies",
+    "qk_norm",
+    "qk_norm_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope",
     "run_copies",
-    "swiglu",
-    "swiglu_backward",
-]  # fmt: skip
+]
 
 
 def copy_scaled(source: Tensor, out: Tensor, scale: float) -> None:
@@ -82,7 +84,7 @@ def rms_norm(
 ) -> Tensor:
     total_TD = x_TD if delta_TD is None else torch.add(x_TD, delta_TD, out=total_TD)
     f_TD = total_TD.float()
-    torch.mul((f_TD * _inverse_rms(f_TD, eps)).to(x_TD.dtype), weight_D, out=out_TD)
+    torch.mul((f_TD * _inverse_rms(f_TD, eps)).to(weight_D.dtype), weight_D, out=out_TD)
     return total_TD
 
 
@@ -95,14 +97,15 @@ def rms_norm_backward(dout_TD: Tensor, x_TD: Tensor, weight_D: Tensor, eps: floa
 
 
 def _inverse_rms(f_TD: Tensor, eps: float) -> Tensor:
-    """(T, 1): one over the root mean square, in a single read of f."""
+    """(T, 1): one over the root mean square of the last dimension, in a single read of f."""
     norm_T1 = torch.linalg.vector_norm(f_TD, dim=-1, keepdim=True)
-    return (norm_T1.square() / f_TD.shape[1] + eps).rsqrt_()
+    return (norm_T1.square() / f_TD.shape[-1] + eps).rsqrt_()
 
 
 def rope(x_TC: Tensor, batch: DeviceBatch, rope: RopeTable, shape: AttentionShape, *, inverse: bool = False) -> None:
-    rotated = (shape.heads + shape.kv_heads) * shape.head_dim
-    first_THE, second_THE = x_TC[:, :rotated].unflatten(1, (-1, 2, shape.head_dim // 2)).unbind(2)
+    half = rope.cos_LE.shape[1]
+    heads_THE = x_TC[:, : (shape.heads + shape.kv_heads) * shape.head_dim].unflatten(1, (-1, shape.head_dim))
+    first_THE, second_THE = heads_THE[..., :half], heads_THE[..., half : 2 * half]
     cos_T1E = rope.cos_LE.index_select(0, batch.position_T)[:, None]
     sin_T1E = rope.sin_LE.index_select(0, batch.position_T)[:, None]
     sign = -1 if inverse else 1
@@ -112,29 +115,65 @@ def rope(x_TC: Tensor, batch: DeviceBatch, rope: RopeTable, shape: AttentionShap
     second_THE.mul_(cos_T1E).addcmul_(original_THE, sin_T1E, value=sign)
 
 
-def swiglu(x_T2F: Tensor, out_TF: Tensor) -> None:
+def qk_norm(x_TC: Tensor, norms: QkNorm, shape: AttentionShape, out_TC: Tensor) -> None:
+    out_TC.copy_(x_TC)
+    for part_THE, weight in _normed_parts(out_TC, norms, shape):
+        f_THE = part_THE.float()
+        part_THE.copy_((f_THE * _inverse_rms(f_THE, norms.eps)).to(weight.dtype) * weight)
+
+
+def qk_norm_backward(dx_TC: Tensor, x_TC: Tensor, norms: QkNorm, shape: AttentionShape) -> None:
+    parts = zip(_normed_parts(dx_TC, norms, shape), _normed_parts(x_TC, norms, shape), strict=True)
+    for (d_THE, weight), (x_THE, _) in parts:
+        f_THE, g_THE = x_THE.float(), d_THE.float() * weight
+        inverse_TH1 = _inverse_rms(f_THE, norms.eps)
+        mean_TH1 = (g_THE * f_THE).mean(-1, keepdim=True)
+        d_THE.copy_((g_THE - f_THE * mean_TH1 * inverse_TH1.square()) * inverse_TH1)
+
+
+def _normed_parts(x_TC: Tensor, norms: QkNorm, shape: AttentionShape) -> list[tuple[Tensor, Tensor]]:
+    """Queries and keys of `x_TC` as (T, runs, elements normalised together), each with its weight."""
+    heads, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    parts = (x_TC[:, :heads], norms.q), (x_TC[:, heads : heads + keys], norms.k)
+    return [(part.unflatten(1, (-1, len(weight))), weight) for part, weight in parts]
+
+
+def glu(x_T2F: Tensor, out_TF: Tensor, activation: str) -> None:
     gate_TF, up_TF = x_T2F.chunk(2, dim=1)
-    torch.mul(functional.silu(gate_TF), up_TF, out=out_TF)
+    torch.mul(_activate(gate_TF, activation), up_TF, out=out_TF)
 
 
-def swiglu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor) -> None:
+def glu_backward(dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor, activation: str) -> None:
     gate_TF, up_TF = x_T2F.chunk(2, dim=1)
     dgate_TF, dup_TF = dx_T2F.chunk(2, dim=1)
     # Before the gradients are written, since `dx_T2F` may be the memory of `x_T2F`.
-    silu_TF = functional.silu(gate_TF)
-    silu_backward_into(dout_TF * up_TF, gate_TF, dgate_TF)
-    torch.mul(dout_TF, silu_TF, out=dup_TF)
+    activated_TF = _activate(gate_TF, activation)
+    backward_into = silu_backward_into if activation == "silu" else gelu_tanh_backward_into
+    backward_into(dout_TF * up_TF, gate_TF, dgate_TF)
+    torch.mul(dout_TF, activated_TF, out=dup_TF)
 
 
-def cross_entropy(logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor) -> None:
+def _activate(x_TF: Tensor, activation: str) -> Tensor:
+    return functional.silu(x_TF) if activation == "silu" else functional.gelu(x_TF, approximate="tanh")
+
+
+def cross_entropy(
+    logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor, transform: LogitTransform
+) -> None:
+    z_SV = logits_SV.float() * transform.scale
+    if transform.softcap is not None:
+        z_SV = torch.tanh(z_SV / transform.softcap) * transform.softcap
     supervised_S1 = (target_S != IGNORE_INDEX)[:, None]
     # gather needs a valid index; ignored rows are masked in every sum below.
     index_S1 = target_S.clamp(min=0).long()[:, None]
-    log_p_SV = functional.log_softmax(logits_SV.float(), dim=-1)
+    log_p_SV = functional.log_softmax(z_SV, dim=-1)
     p_SV = log_p_SV.exp()
     correct_S1 = log_p_SV.argmax(-1, keepdim=True) == index_S1
     metrics_3[0] -= (log_p_SV.gather(1, index_S1) * supervised_S1).sum()
     metrics_3[1] += (correct_S1 & supervised_S1).sum()
     metrics_3[2] -= (p_SV * log_p_SV * supervised_S1).sum()
     p_SV.scatter_add_(1, index_S1, p_SV.new_full(index_S1.shape, -1.0))
-    logits_SV.copy_(p_SV * supervised_S1 * scale)
+    p_SV *= supervised_S1 * scale * transform.scale
+    if transform.softcap is not None:
+        p_SV *= 1 - (z_SV / transform.softcap).square()  # the derivative of c tanh(z / c)
+    logits_SV.copy_(p_SV)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from parley.train_step.bind import BoundModel
     from parley.train_step.memory_plan import MemoryPlan
 
-ATTENTION = frozenset({"x", "qkv_unnormed", "qkv", "attention_out", "mid"})
+ATTENTION = frozenset({"x", "qkv_unnormed", "qkv", "attention_out", "attention_branch", "mid"})
 # Buffers saved between forward and backward under each policy of activation recomputation, from the most memory to the
 # least. What is not saved is recomputed.
 SAVED_BUFFERS = {
-    "all": ATTENTION | {"normed", "mid_normed", "gate_up", "act"},
-    "linear": ATTENTION | {"gate_up"},
+    "all": ATTENTION | {"normed", "mid_normed", "gate_up", "act", "mlp_branch"},
+    "linear": ATTENTION | {"gate_up", "mlp_branch"},
     "attention": ATTENTION,
     "attention_offloaded": ATTENTION,
     "layer_inputs": frozenset({"x"}),
@@ -37,7 +37,7 @@ MMAP_BYTES = 31 * 2**20  # glibc's M_MMAP_THRESHOLD grows to at most 32 MiB
 
 def buffer_columns(bound: BoundModel) -> dict[str, int]:
     """Columns of each buffer: those of the layer that needs the most."""
-    hidden = bound.norm_D.shape[0]
+    hidden = bound.hidden_size
 
     def widest(linear: str, side: str, *, lora_columns: bool = True) -> int:
         linears = [vars(layer)[linear] for layer in bound.layers]
@@ -59,6 +59,12 @@ def buffer_columns(bound: BoundModel) -> dict[str, int]:
     }
     if any(layer.qk_norm is not None for layer in bound.layers):
         columns["qkv_unnormed"] = columns["qkv"]
+    if any(layer.attention_out_norm is not None for layer in bound.layers):
+        columns["attention_branch"] = hidden
+    if any(layer.mlp_out_norm is not None for layer in bound.layers):
+        columns["mlp_branch"] = hidden
+    if any(layer.transforms_branches for layer in bound.layers):
+        columns["dbranch"] = columns["dh"]
     return columns
 
 

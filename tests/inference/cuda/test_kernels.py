@@ -83,7 +83,7 @@ def adapting(rows: int, ranks: int) -> Any:
 def test_product(rows: int, sizes: tuple[int, ...], columns: int, rank: int, packed: bool) -> None:
     of = projections(sizes, columns, rank, packed=packed, bias=len(sizes) == 3)
     of_rows = kernels.GemvLinear(of)
-    x, norm = draw(rows, columns, seed=40), kernels.Norm(1 + draw(columns, seed=41) / 10, 1e-5)
+    x, norm = draw(rows, columns, seed=40), kernels.RmsNorm(1 + draw(columns, seed=41) / 10, 1e-5)
     given = adapting(rows, of_rows.ranks)
     of.fuse()
     normed = functional.rms_norm(x, (columns,), norm.weight_D, norm.eps)
@@ -105,12 +105,12 @@ def test_product(rows: int, sizes: tuple[int, ...], columns: int, rank: int, pac
 def test_gated(rows: int, size: int, columns: int, rank: int, packed: bool) -> None:
     of = projections((size, size), columns, rank, packed=packed)
     of_rows = kernels.GemvLinear(of)
-    x, norm = draw(rows, columns, seed=40), kernels.Norm(1 + draw(columns, seed=41) / 10, 1e-5)
+    x, norm = draw(rows, columns, seed=40), kernels.RmsNorm(1 + draw(columns, seed=41) / 10, 1e-5)
     given = adapting(rows, of_rows.ranks)
     of.fuse()
     both = of(functional.rms_norm(x, (columns,), norm.weight_D, norm.eps), given.adapter_B[:, None])
     wanted = torch.empty(rows, size, device=DEVICE)
-    reference.swiglu(both, wanted)
+    reference.glu(both, wanted, "silu")
     out = torch.full_like(wanted, torch.nan)
     kernels.gemv_swiglu(of_rows, x, out, given, norm)
     assert off(out, wanted) < 1e-5
@@ -164,9 +164,7 @@ def plain_attention(
     for row, position in enumerate(positions):
         q, k, v = (part[0] for part in shape.split_qkv(qkv[row : row + 1]))
         if norms is not None:
-            q, k = (
-                functional.rms_norm(x, (shape.head_dim,), w, norms.eps) for x, w in ((q, norms.q_E), (k, norms.k_E))
-            )
+            q, k = (functional.rms_norm(x, (shape.head_dim,), w, norms.eps) for x, w in ((q, norms.q), (k, norms.k)))
         c, s = (table[position].repeat(2) for table in (rope.cos_LE, rope.sin_LE))
         q, k = (x * c + torch.cat([-x[:, shape.head_dim // 2 :], x[:, : shape.head_dim // 2]], 1) * s for x in (q, k))
         cache[row, 0, :, position], cache[row, 1, :, position] = k, v

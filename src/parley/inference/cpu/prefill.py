@@ -13,9 +13,9 @@ from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from parley.data.packing import split_by_tokens
+from parley.inference.cpu.attention import attend
 from parley.inference.cpu.prefix_cache import PrefixCache
 from parley.inference.cpu.step import adapter_rows
 from parley.inference.interface import DecodeRequest
@@ -24,7 +24,6 @@ from parley.inference.model import DecoderModel
 from parley.inference.rotary import QkvRotary
 from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
 from parley.train_step.ops import AttentionShape
-from parley.train_step.qk_norm import apply_qk_norm
 
 PREFILL_TOKENS = 8192  # of one pass: bounds the memory of its activations
 
@@ -73,7 +72,7 @@ class Prefill:
         def attention(index: int, qkv_TC: Tensor) -> Tensor:
             layer, shape = weights.layers[index], weights.layers[index].shape
             if layer.qk_norm is not None:
-                qkv_TC = apply_qk_norm(qkv_TC, shape, layer.qk_norm)
+                self.model.ops.qk_norm(qkv_TC, layer.qk_norm, shape, qkv_TC)
             x_THE = self.rotary.rotate(index, qkv_TC, rotary_at_positions)
             out_TD = qkv_TC.new_zeros(len(ids) if index == last else len(qkv_TC), shape.heads * shape.head_dim)
             for j, (row, (first, end)) in enumerate(zip(rows, pairwise([0, *ends]), strict=True)):
@@ -86,7 +85,7 @@ class Prefill:
                 out_LHE.copy_(_attention(q_HLE, cached_2GLE, shape).transpose(0, 1))
             return out_TD
 
-        h_TD = weights.embedding_VD.index_select(0, ids_T)
+        h_TD = self.model.embed(ids_T)
         self.model.forward(h_TD, adapter_rows(adapter_T1), attention, until=last)
         out_JD = attention(last, self.model.qkv(last, h_TD, adapter_rows(adapter_T1)))
         h_JD = h_TD[[end - 1 for end in ends]]
@@ -98,15 +97,15 @@ def _attention(q_HLE: Tensor, cached_2GLE: Tensor, shape: AttentionShape) -> Ten
     """Causal attention of the queries of a prompt's last positions over its keys and values, (H, L, E)."""
     queries, length = q_HLE.shape[1], cached_2GLE.shape[2]
     windowed = shape.window is not None and shape.window < length
-    mask_LL = None
-    if windowed or 1 < queries < length:  # is_causal aligns the first query with the first key, not the last ones
+    mask = None
+    if windowed or 1 < queries < length:  # `causal` aligns the first query with the first key, not the last ones
         query_L1 = torch.arange(length - queries, length, device=q_HLE.device)[:, None]
         key_L = torch.arange(length, device=q_HLE.device)
-        mask_LL = key_L <= query_L1
+        visible_LL = key_L <= query_L1
         if shape.window is not None:
-            mask_LL &= key_L > query_L1 - shape.window
-    k_GLE, v_GLE = cached_2GLE.unbind()
-    return functional.scaled_dot_product_attention(
-        q_HLE[None], k_GLE[None], v_GLE[None], mask_LL, is_causal=mask_LL is None and queries > 1,
-        scale=shape.scale, enable_gqa=True,
-    )[0]  # fmt: skip
+            visible_LL &= key_L > query_L1 - shape.window
+        mask = torch.zeros_like(visible_LL, dtype=q_HLE.dtype).masked_fill_(~visible_LL, -torch.inf)
+    # Query heads that share a key head are a batch of their own, with that head's keys expanded.
+    q_GJLE = q_HLE.unflatten(0, (shape.kv_heads, -1))
+    k_GJLE, v_GJLE = (x_GLE[:, None].expand(-1, q_GJLE.shape[1], -1, -1) for x_GLE in cached_2GLE.unbind())
+    return attend(q_GJLE, k_GJLE, v_GJLE, shape, mask, causal=mask is None and queries > 1).flatten(0, 1)

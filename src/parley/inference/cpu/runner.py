@@ -24,7 +24,7 @@ class EagerRunner:
 
     def __init__(self, model: DecoderModel, cache: KVCache, state: SlotState) -> None:
         self.model, self.cache, self.state = model, cache, state
-        self.rotary = QkvRotary(model.rope, model.shapes)
+        self.rotary = QkvRotary(model.rope, model.weights.layers)
         self.prefixes = PrefixCache(cache.rows)
         self._prefill = Prefill(model, cache, self.rotary, self.prefixes)
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from parley.inference.cpu.attention import attend
 from parley.inference.kv_cache import KVCache
 from parley.inference.model import DecoderModel
 from parley.inference.rotary import QkvRotary
 from parley.inference.slot_state import ADAPTER, POSITION, TOKEN, SlotState
 from parley.train_step.ops import AttentionShape
-from parley.train_step.qk_norm import apply_qk_norm
 
 
 def decode_step(model: DecoderModel, cache: KVCache, rotary: QkvRotary, state: SlotState) -> Tensor:
@@ -25,12 +24,12 @@ def decode_step(model: DecoderModel, cache: KVCache, rotary: QkvRotary, state: S
     # Attention reads the cache up to the longest row; a mask hides the rest from shorter ones.
     length = int(state.ints(POSITION).max()) + 1
     rotary_at_positions = rotary.gather(position_B)
-    masks = [_mask(position_B, length, shape, weights.dtype) for shape in rotary.shapes]
+    masks = [_mask(position_B, length, shape, weights.dtype) for shape, _ in rotary.kinds]
 
     def attention(index: int, qkv_BC: Tensor) -> Tensor:
         layer, shape, cached_B2GLE = weights.layers[index], weights.layers[index].shape, cache.layers[index]
         if layer.qk_norm is not None:
-            qkv_BC = apply_qk_norm(qkv_BC, shape, layer.qk_norm)
+            model.ops.qk_norm(qkv_BC, layer.qk_norm, shape, qkv_BC)
         x_BHE = rotary.rotate(index, qkv_BC, rotary_at_positions)
         kv_B2GE = x_BHE[:, shape.heads :].unflatten(1, (2, shape.kv_heads))
         if len(row_B) == 1:  # a copy costs less than a scatter
@@ -40,11 +39,10 @@ def decode_step(model: DecoderModel, cache: KVCache, rotary: QkvRotary, state: S
         # Query heads that share a key head are queries of one head (B, G, H / G, E), so that no key is repeated.
         q_BGHE = x_BHE[:, : shape.heads].unflatten(1, (shape.kv_heads, -1))
         k_BGLE, v_BGLE = cached_B2GLE[: len(row_B), :, :, :length].unbind(1)
-        mask = masks[rotary.shape_of_layer[index]]
-        out_BGHE = functional.scaled_dot_product_attention(q_BGHE, k_BGLE, v_BGLE, mask, scale=shape.scale)
+        out_BGHE = attend(q_BGHE, k_BGLE, v_BGLE, shape, masks[rotary.kind_of_layer[index]])
         return out_BGHE.reshape(len(row_B), -1)
 
-    h_BD = weights.embedding_VD.index_select(0, state.ints(TOKEN).to(device))
+    h_BD = model.embed(state.ints(TOKEN).to(device))
     model.forward(h_BD, adapter_rows(state.floats(ADAPTER)[:, None].to(device, h_BD.dtype)), attention)
     return model.logits(h_BD)
 

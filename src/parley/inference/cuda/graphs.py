@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parley.config import GenerationSection
 from parley.inference.cuda.kernels.decode_attention import PROGRAMS, SplitBuffers, decode_attention
-from parley.inference.cuda.kernels.gemv import MAX_GEMV_ROWS, GemvLinear, LoraScratch, Norm, gemv, gemv_swiglu
+from parley.inference.cuda.kernels.gemv import MAX_GEMV_ROWS, GemvLinear, LoraScratch, gemv, gemv_swiglu
 from parley.inference.cuda.kernels.sampling import sample_and_advance
 from parley.inference.cuda.prefill import prefill
 from parley.inference.interface import DecodeRequest
@@ -30,7 +30,9 @@ from parley.inference.sampling import (
 )
 from parley.inference.slot_state import ADAPTER, POSITION, TOKEN, RunningRequest, SlotState
 from parley.inference.step_runner import MAX_STEPS, InFlightSteps, StepOutputs
+from parley.train_step.bind import ModelWeights
 from parley.train_step.kernels.precompile import compiling
+from parley.train_step.ops import LogitTransform
 from parley.train_step.packed_batch import StagingBuffer
 
 WARM_UP_PROMPT = 64  # tokens
@@ -44,7 +46,9 @@ class DecodeStep:
         device, slots = model.weights.device, len(state.fields_BX)
         self.splits = {shape: SplitBuffers.allocate(slots, shape, device, programs) for shape in set(model.shapes)}
         linears = [layer.all for layer in model.linears]
-        self.has_gemv = all(GemvLinear.supports(linear) for layer in linears for linear in layer)
+        self.has_gemv = _is_plain(model.weights) and all(
+            GemvLinear.supports(linear) for layer in linears for linear in layer
+        )
         if not self.has_gemv:
             return
         self.layers = [[GemvLinear(linear) for linear in layer] for layer in linears]
@@ -71,7 +75,7 @@ class DecodeStep:
         def attention(index: int, qkv_BC: Tensor) -> Tensor:
             return self._attention(index, qkv_BC, state)
 
-        h_BD = self.model.weights.embedding_VD.index_select(0, state.ints(TOKEN))
+        h_BD = self.model.embed(state.ints(TOKEN))
         self.model.forward(h_BD, state.floats(ADAPTER)[:, None].to(h_BD.dtype), attention)
         return self.model.logits(h_BD)
 
@@ -81,27 +85,43 @@ class DecodeStep:
         if len(self.u):
             self.ready.zero_()
         # An ordinary launch before the dependent ones: see kernels/dependent_launch.
-        h_BD = weights.embedding_VD.index_select(0, state.ints(TOKEN))
+        h_BD = self.model.embed(state.ints(TOKEN))
         rows, adapter_B = len(h_BD), state.floats(ADAPTER)
         for index, (layer, (qkv, o, gate_up, down)) in enumerate(zip(weights.layers, self.layers, strict=True)):
             lora = [LoraScratch(self.u, self.ready[index, i : i + 1], adapter_B) for i in range(4)]
-            norm_in, norm_mid = Norm(layer.input_norm_D, layer.eps), Norm(layer.post_attention_norm_D, layer.eps)
+            assert layer.input_norm is not None
+            assert layer.mlp_norm is not None
             qkv_BC = h_BD.new_empty(rows, layer.shape.columns)
-            gemv(qkv, h_BD, qkv_BC, lora[0], norm_in, add=False)
+            gemv(qkv, h_BD, qkv_BC, lora[0], layer.input_norm, add=False)
             gemv(o, self._attention(index, qkv_BC, state), h_BD, lora[1], add=True)
             act_BF = h_BD.new_empty(rows, down.in_features)
-            gemv_swiglu(gate_up, h_BD, act_BF, lora[2], norm_mid)
+            gemv_swiglu(gate_up, h_BD, act_BF, lora[2], layer.mlp_norm)
             gemv(down, act_BF, h_BD, lora[3], add=True)
         logits_BV = h_BD.new_empty(rows, weights.head_VD.shape[0], dtype=torch.float32)
-        gemv(self.head, h_BD, logits_BV, None, Norm(weights.norm_D, weights.eps), add=False)
+        gemv(self.head, h_BD, logits_BV, None, weights.norm, add=False)
         return logits_BV
 
     def _attention(self, index: int, qkv_BC: Tensor, state: SlotState) -> Tensor:
         layer = self.model.weights.layers[index]
         out_BD = qkv_BC.new_empty(len(qkv_BC), layer.shape.heads * layer.shape.head_dim)
-        cached_B2GLE, rope, splits = self.cache.layers[index], self.model.rope, self.splits[layer.shape]
-        decode_attention(qkv_BC, cached_B2GLE, out_BD, state.ints(POSITION), rope, layer.shape, layer.qk_norm, splits)
+        cached_B2GLE, splits, norms = self.cache.layers[index], self.splits[layer.shape], layer.qk_norm
+        rope = None if layer.rope is None else self.model.rope[layer.rope]
+        if norms is not None and not norms.per_head(layer.shape):  # a program of the kernel reads one head alone
+            self.model.ops.qk_norm(qkv_BC, norms, layer.shape, qkv_BC)
+            norms = None
+        decode_attention(qkv_BC, cached_B2GLE, out_BD, state.ints(POSITION), rope, layer.shape, norms, splits)
         return out_BD
+
+
+def _is_plain(weights: ModelWeights) -> bool:
+    """Whether the GEMV kernels compute these layers: a norm before each branch, nothing behind it, and SiLU."""
+    return weights.logits == LogitTransform() and all(
+        layer.input_norm is not None
+        and layer.mlp_norm is not None
+        and not layer.transforms_branches
+        and layer.activation == "silu"
+        for layer in weights.layers
+    )
 
 
 GraphKey = tuple[int, bool, bool]  # rows, truncation, logprobs

@@ -14,7 +14,6 @@ from parley.inference.interface import DecodeRequest
 from parley.inference.kv_cache import KVCache
 from parley.inference.model import Attention, DecoderModel
 from parley.train_step.packed_batch import DeviceBatch, StagingBuffer, pack
-from parley.train_step.qk_norm import apply_qk_norm
 
 PREFILL_TOKENS = 8192  # of one pass: bounds the memory of its activations
 
@@ -38,7 +37,7 @@ def prefill(
         packed = pack(documents[run])
         staging.reserve(len(packed.ids_T))
         batch = staging.upload(packed, 1.0, packed.lengths)
-        h_TD = model.weights.embedding_VD.index_select(0, batch.ids_T)
+        h_TD = model.embed(batch.ids_T)
         attention = _attention(model, cache, batch, row_T)
         model.forward(h_TD, adapter_T.to(device, h_TD.dtype)[:, None], attention)
 
@@ -49,8 +48,9 @@ def _attention(model: DecoderModel, cache: KVCache, batch: DeviceBatch, row_T: T
     def attention(index: int, qkv_TC: Tensor) -> Tensor | None:
         layer = model.weights.layers[index]
         if layer.qk_norm is not None:
-            qkv_TC = apply_qk_norm(qkv_TC, layer.shape, layer.qk_norm)
-        model.ops.rope(qkv_TC, batch, model.rope, layer.shape)
+            model.ops.qk_norm(qkv_TC, layer.qk_norm, layer.shape, qkv_TC)
+        if layer.rope is not None:
+            model.ops.rope(qkv_TC, batch, model.rope[layer.rope], layer.shape)
         kv_TC = qkv_TC[:, layer.shape.heads * layer.shape.head_dim :]
         cache.layers[index][row_T, :, :, position_T] = kv_TC.unflatten(1, (2, layer.shape.kv_heads, -1))
         if index == len(model.weights.layers) - 1:  # nothing reads the last layer's output of these tokens

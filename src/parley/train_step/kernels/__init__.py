@@ -4,7 +4,7 @@ from parley.train_step.kernels.attention import attention, attention_backward
 from parley.train_step.kernels.cross_entropy import cross_entropy
 from parley.train_step.kernels.lora import add_adapter_gradients, copy_scaled, prepare_copies, run_copies
 from parley.train_step.kernels.nf4 import dequantize_nf4
-from parley.train_step.kernels.pointwise import rope, swiglu, swiglu_backward
+from parley.train_step.kernels.pointwise import glu, glu_backward, qk_norm, qk_norm_backward, rope
 from parley.train_step.kernels.rms_norm import rms_norm, rms_norm_backward
 
 __all__ = [
@@ -14,11 +14,13 @@ __all__ = [
     "copy_scaled",
     "cross_entropy",
     "dequantize_nf4",
+    "glu",
+    "glu_backward",
     "prepare_copies",
+    "qk_norm",
+    "qk_norm_backward",
     "rms_norm",
     "rms_norm_backward",
     "rope",
     "run_copies",
-    "swiglu",
-    "swiglu_backward",
 ]

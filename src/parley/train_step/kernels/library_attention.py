@@ -26,10 +26,10 @@ from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import LONG_DOCUMENT, DeviceBatch
 
 
-def applies(x_TC: Tensor, batch: DeviceBatch) -> bool:
-    """Whether the host knows the documents and the longest is long. The libraries take 16-bit types alone."""
+def applies(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape) -> bool:
+    """Whether the host knows the documents and the longest is long. The libraries take 16-bit types and no soft cap."""
     long = batch.lengths is not None and max(batch.lengths) >= LONG_DOCUMENT
-    return long and x_TC.dtype in (torch.bfloat16, torch.float16)
+    return long and shape.softcap is None and x_TC.dtype in (torch.bfloat16, torch.float16)
 
 
 def _runs(batch: DeviceBatch, shape: AttentionShape) -> Iterator[tuple[slice, Tensor | None, int]]:

@@ -28,7 +28,8 @@ def _forward(x, delta, total, out, weight, out_stride, eps, D, SUM: tl.constexpr
         tl.store(total + row * D + d, value, mask=inside)
     f = value.to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / D + eps)
-    normed = (f * inverse).to(x.dtype.element_ty).to(tl.float32)  # rounded before the weight, as transformers does
+    # Rounded to the weight's type before the product, as transformers does: not at all for a weight in fp32.
+    normed = (f * inverse).to(weight.dtype.element_ty).to(tl.float32)
     normed *= tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * out_stride + d, normed.to(out.dtype.element_ty), mask=inside)
 

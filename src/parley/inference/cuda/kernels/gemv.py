@@ -27,6 +27,7 @@ from parley.inference.linear import DecodeLinear
 from parley.train_step.fused_linear import BaseWeight, DenseWeight
 from parley.train_step.kernels.precompile import kernel
 from parley.train_step.nf4 import Nf4Weight
+from parley.train_step.ops import RmsNorm
 
 WARPS = 4
 MAX_GEMV_ROWS = 2  # cuBLAS is faster from three on
@@ -277,12 +278,6 @@ class LoraScratch:
     adapter_B: Tensor
 
 
-@dataclass(frozen=True)
-class Norm:
-    weight_D: Tensor
-    eps: float
-
-
 def _tile(weight: GemvWeight, x_BK: Tensor) -> dict[str, int]:
     """The tile of a program: a lane loads 16 bytes of each of its rows at once, or 4 bytes of 4-bit weights."""
     rows = x_BK.shape[0]
@@ -305,7 +300,13 @@ def _rank_block(ranks: int) -> int:
 
 
 def gemv(
-    linear: GemvLinear, x_BK: Tensor, out_BN: Tensor, lora: LoraScratch | None, norm: Norm | None = None, *, add: bool
+    linear: GemvLinear,
+    x_BK: Tensor,
+    out_BN: Tensor,
+    lora: LoraScratch | None,
+    norm: RmsNorm | None = None,
+    *,
+    add: bool,
 ) -> None:
     """Write y into `out_BN`, or `add` it there. `norm`: applied to x first."""
     assert len(linear.weights) in (1, 3)
@@ -326,7 +327,7 @@ def gemv(
     )  # fmt: skip
 
 
-def gemv_swiglu(linear: GemvLinear, x_BK: Tensor, out_BN: Tensor, lora: LoraScratch | None, norm: Norm) -> None:
+def gemv_swiglu(linear: GemvLinear, x_BK: Tensor, out_BN: Tensor, lora: LoraScratch | None, norm: RmsNorm) -> None:
     """Write silu(g) u into `out_BN`, with g and u the two products of norm(x)."""
     gate, up = linear.weights
     assert linear.bias_N is None
