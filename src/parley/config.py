@@ -56,6 +56,25 @@ Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
+# The checks of parley.data.doctor that single out rows.
+Droppable = Literal[
+    "heldout-duplicate",
+    "heldout-near-duplicate",
+    "empty-answer",
+    "duplicate",
+    "near-duplicate",
+    "control-token",
+    "template-text",
+    "mojibake",
+    "replacement-character",
+    "nul",
+    "one-word-answer",
+    "system-later",
+    "repeated-role",
+    "orphan-result",
+    "assistant-first",
+    "unanswered",
+]
 Overlong = Literal["drop", "error", "keep-whole-turns", "truncate", "truncate-start", "split"]
 
 
@@ -115,6 +134,10 @@ class DataSection(Section):
         description="Rows that cannot be read or rendered: end the run, or are left out and counted.",
     )
     bad_rows_limit: int = Field(1000, ge=0, description="With bad_rows: skip, more bad rows than these end the run.")
+    drop: list[Droppable] = Field(
+        default_factory=list,
+        description="Rows left out by what `parley inspect` finds in them, for example [duplicate, mojibake].",
+    )
     system: str | None = Field(None, description="System turn given to conversations that have none.")
     train_on: Literal["all", "last", "inputs", "nothing"] | list[str] = Field(
         "all",
@@ -228,6 +251,15 @@ class RunConfig(Section):
     def _streaming_needs_max_steps(self) -> RunConfig:
         if self.data.streaming and self.training.max_steps < 1:
             raise ValueError("data.streaming has no known length: set training.max_steps")
+        return self
+
+    @model_validator(mode="after")
+    def _dropping_needs_all_rows(self) -> RunConfig:
+        if self.data.drop and self.data.streaming:
+            raise ValueError("data.drop reads every row before training, which data.streaming does not: leave one out")
+        shared = [name for name in self.data.drop if name.startswith("heldout-")]
+        if shared and not self.data.heldout:
+            raise ValueError(f"data.drop has {shared[0]}, which compares with data.heldout: name its source there")
         return self
 
     @classmethod

@@ -21,6 +21,14 @@ class BadRow:
     row: Any = None
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A row that `data.drop` leaves out, and the check that found it."""
+
+    origin: str
+    check: str
+
+
 @dataclass
 class BadRows:
     """The policy of `data.bad_rows`. `skipped`: in the order they were read. `advise`: errors name the setting."""

@@ -7,16 +7,18 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 from parley.config import DataSection
-from parley.data.bad_rows import BadRow, BadRows, of_example
+from parley.data.bad_rows import BadRow, BadRows, LeftOut, of_example
 from parley.data.example import WEIGHT, WEIGHT_SPANS, Example
 from parley.data.pretokenized import as_rendered
 from parley.data.render import Rendered, RenderOptions, encode, render_many, write_texts
 from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
 from parley.errors import DataError
+
+Candidate: TypeAlias = "Example | BadRow | LeftOut"
 
 BATCH = 256
 """Rows tokenised at once."""
@@ -35,7 +37,7 @@ NOTHING_SUPERVISED = "with nothing to learn"
 
 
 def render_examples(
-    examples: Iterable[Example | BadRow],
+    examples: Iterable[Candidate],
     tokenizer: Any,
     data: DataSection,
     max_length: int,
@@ -59,6 +61,7 @@ def render_examples(
             try:
                 yield _outcome(example, outcome, tokenizer, data, max_length, summary)
             except DataError as error:
+                assert not isinstance(example, LeftOut)
                 bad = example if isinstance(example, BadRow) else of_example(example, error)
                 bad_rows.handle(bad)
                 summary.skip(bad.origin, str(bad.error))
@@ -66,7 +69,7 @@ def render_examples(
 
 
 def _outcome(
-    example: Example | BadRow,
+    example: Candidate,
     rendered: Rendered | DataError | None,
     tokenizer: Any,
     data: DataSection,
@@ -76,6 +79,9 @@ def _outcome(
     """What becomes of an example; `rendered`: its rendering, where it needs one. Raises DataError for a bad row."""
     if isinstance(example, BadRow):
         raise example.error
+    if isinstance(example, LeftOut):
+        summary.drop(f"by data.drop={example.check}", example.origin)
+        return None
     if example.input_ids is not None and example.labels is not None:
         rendered = as_rendered(example, len(tokenizer))
     if rendered is None:
@@ -84,18 +90,18 @@ def _outcome(
     return _fitting(example, _checked(rendered, example), tokenizer, data, max_length, summary)
 
 
-def _is_rendered(example: Example | BadRow, data: DataSection) -> TypeGuard[Example]:
+def _is_rendered(example: Candidate, data: DataSection) -> TypeGuard[Example]:
     """Whether the tokenizer renders the example: not a bad row, not token ids already, and with an answer."""
-    return isinstance(example, Example) and example.input_ids is None and _has_answer(example, data.train_on)
+    return isinstance(example, Example) and example.input_ids is None and has_answer(example, data.train_on)
 
 
 def _batches(
-    examples: Iterable[Example | BadRow], tokenizer: Any, data: DataSection, batch: int, ahead: int
-) -> Iterator[tuple[list[Example | BadRow], list[Rendered | DataError]]]:
+    examples: Iterable[Candidate], tokenizer: Any, data: DataSection, batch: int, ahead: int
+) -> Iterator[tuple[list[Candidate], list[Rendered | DataError]]]:
     """Examples by the batch, with the renderings of those that need one. What is wrong is raised in its turn."""
     examples = iter(examples)
     broken: DataError | None = None
-    waiting: deque[tuple[list[Example | BadRow], Future[list[Rendered | DataError]]]] = deque()
+    waiting: deque[tuple[list[Candidate], Future[list[Rendered | DataError]]]] = deque()
     tokenizer([""], add_special_tokens=False)  # sets its padding aside, which no thread can while others use it
     # Threads rather than processes: the fast tokenizer releases the GIL while it encodes.
     with ThreadPoolExecutor(ahead or 1) as threads:
@@ -196,7 +202,7 @@ def _checked(outcome: Rendered | DataError, example: Example) -> Rendered:
     return outcome
 
 
-def _has_answer(example: Example, train_on: TrainOn) -> bool:
+def has_answer(example: Example, train_on: TrainOn) -> bool:
     """Whether a turn may be supervised: an assistant's, one of the given roles, or one with a weight of its own."""
     turns = example.completion if isinstance(example.completion, list) else example.messages
     if turns is None or train_on == "inputs":

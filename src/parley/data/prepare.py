@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -19,11 +19,12 @@ from rich.console import Console
 from rich.progress import track
 
 from parley.config import DataSection
-from parley.data.bad_rows import BadRow, BadRows
+from parley.data.bad_rows import BadRow, BadRows, LeftOut
 from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.doctor.diagnose import rows_to_drop
 from parley.data.example import Example
 from parley.data.files import ERROR, Row
-from parley.data.filtering import AHEAD, BATCH, render_examples, split_row
+from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.render import Rendered, pin_date, pin_settings
 from parley.data.sources import Rows, is_local, located, read_rows
@@ -73,7 +74,9 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     pin_date(tokenizer, data.date)
     pin_settings(tokenizer, data.template)
     heldout_rows = 0 if data.heldout else data.heldout_rows
-    rows = RowRenderer(read_rows(data.source, data, keep_bad=True), tokenizer, data, max_length, data.source)
+    left_out = rows_to_drop(data) if data.drop else {}
+    source_rows = read_rows(data.source, data, keep_bad=True)
+    rows = RowRenderer(source_rows, tokenizer, data, max_length, data.source, left_out=left_out)
     prepared, trained = rows.stream(heldout_rows) if rows.summary.streaming else rows.split(heldout_rows)
     if data.heldout:
         _hold_out(prepared, trained, data, tokenizer, max_length)
@@ -155,13 +158,23 @@ class _TokenColumns:
 
 
 class RowRenderer:
-    """Recognises, renders and filters rows, and counts them in `summary`. `prefix` names rows without a file."""
+    """Recognises, renders and filters rows, and counts them in `summary`. `prefix` names rows without a file.
+
+    left_out: the checks of `data.drop` by the numbers, from 0, of the rows they found.
+    """
 
     def __init__(
-        self, rows: Rows, tokenizer: Any, data: DataSection, max_length: int, where: str, prefix: str = ""
+        self,
+        rows: Rows,
+        tokenizer: Any,
+        data: DataSection,
+        max_length: int,
+        where: str,
+        prefix: str = "",
+        left_out: Mapping[int, str] | None = None,
     ) -> None:
         self.rows, self.tokenizer, self.data, self.max_length = rows, tokenizer, data, max_length
-        self.where, self.prefix = where, prefix
+        self.where, self.prefix, self.left_out = where, prefix, left_out or {}
         self.format = recognise(_readable(rows, prefix), data, where)
         self.bad_rows = BadRows(data, advise=not prefix)  # else there are no settings to change
         streaming = isinstance(rows, IterableDataset)
@@ -172,7 +185,7 @@ class RowRenderer:
     def outcomes(self, batch: int = BATCH, ahead: int = AHEAD) -> Iterator[tuple[Example, Rendered] | None]:
         """For each row in turn its example and rendering, or None where it is dropped or skipped."""
         outcomes = render_examples(
-            _examples(self.rows, self.format, self.prefix),
+            self._examples(),
             self.tokenizer,
             self.data,
             self.max_length,
@@ -185,6 +198,10 @@ class RowRenderer:
             self.summary.rows += 1
             yield outcome
         self.summary.unread = list(self.format.unread)
+
+    def _examples(self) -> Iterator[Candidate]:
+        for number, example in enumerate(_examples(self.rows, self.format, self.prefix)):
+            yield LeftOut(example.origin, self.left_out[number]) if number in self.left_out else example
 
     def split(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
         """All rows, some of them held out, with the digests of the training rows."""

@@ -1,0 +1,122 @@
+"""What the doctor found: plain data, for the terminal, for JSON and for the report."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, Field
+
+from parley.data.doctor.checks import SEVERITIES, Check, Severity
+from parley.data.doctor.histogram import LogHistogram
+from parley.data.summary import RowGroup
+
+PERCENTILES = (5, 50, 95, 99)
+
+
+class Lengths(BaseModel):
+    """Lengths of rows: exact count, total, smallest and largest; percentiles within 1%."""
+
+    count: int = 0
+    total: int = 0
+    smallest: int = 0
+    largest: int = 0
+    percentiles: dict[str, int] = Field(default_factory=dict, description="By p5, p50, p95 and p99.")
+
+    @classmethod
+    def of(cls, values: LogHistogram) -> Lengths:
+        percentiles = {f"p{percent}": values.percentile(percent) for percent in PERCENTILES}
+        return cls(
+            count=values.count,
+            total=values.total,
+            smallest=values.smallest or 0,
+            largest=values.largest,
+            percentiles=percentiles,
+        )
+
+    def line(self) -> str:
+        parts = [f"{percent[1:]}% up to {value:,}" for percent, value in self.percentiles.items()]
+        parts[1:2] = [f"median {self.percentiles['p50']:,}"]
+        return f"{self.smallest:,} to {self.largest:,}, mean {self.total / self.count:,.0f}; {', '.join(parts)}"
+
+
+class Finding(BaseModel):
+    """One kind of fault. what: follows the number of rows. example: an excerpt of the first, or what it repeats."""
+
+    check: str
+    severity: Severity
+    what: str
+    rows: RowGroup = Field(default_factory=RowGroup)
+    share: float = Field(0.0, description="Of the rows that were read, from 0 to 1.")
+    example: str = ""
+    cure: str = ""
+
+    @classmethod
+    def of(cls, check: Check) -> Finding:
+        return cls(check=check.name, severity=check.severity, what=check.what, cure=check.cure)
+
+    def add(self, origin: str, example: str) -> None:
+        self.rows.add(origin)
+        self.example = self.example or example
+
+    def count(self) -> str:
+        return f"{self.rows.count:,} row{'s' * (self.rows.count != 1)}"
+
+    def line(self) -> str:
+        """The finding in one line, with its cure."""
+        return f"{self.severity}: {self.count()} {self.what} {self.rows}; {self.cure}"
+
+
+class Diagnosis(BaseModel):
+    """What a data set holds, and its findings, worst first. Token figures are None without a tokenizer.
+
+    `complete`: all rows were read; else `rows` were, of a longer stream.
+    """
+
+    source: str
+    format: str = ""
+    rows: int = 0
+    complete: bool = True
+    heldout_source: str | None = None
+    heldout_rows: int = 0
+    turns: Lengths = Field(default_factory=Lengths, description="Turns a row.")
+    roles: dict[str, int] = Field(default_factory=dict, description="Turns by role.")
+    characters: Lengths = Field(default_factory=Lengths, description="Characters a row.")
+    tokens: Lengths | None = Field(None, description="Tokens a row, before model.max_seq_length.")
+    supervised_tokens: int | None = None
+    max_length: int | None = None
+    tokens_over: int | None = Field(None, description="Tokens past model.max_seq_length, of rows that are longer.")
+    findings: list[Finding] = Field(default_factory=list)
+
+    @property
+    def supervised_share(self) -> float | None:
+        if self.supervised_tokens is None or self.tokens is None or not self.tokens.total:
+            return None
+        return self.supervised_tokens / self.tokens.total
+
+    def sort(self) -> None:
+        """Worst first: by severity, then by number of rows."""
+        self.findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), -finding.rows.count))
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What the data set holds: name and value."""
+        read = f"{self.rows:,}" if self.complete else f"the first {self.rows:,} of a stream"
+        facts = [("rows", read), ("format", self.format)]
+        if self.heldout_source:
+            facts.append(("held out", f"{self.heldout_rows:,} rows of {self.heldout_source}"))
+        if self.turns.count:
+            facts.append(("turns a row", self.turns.line()))
+            facts.append(("turns by role", ", ".join(f"{role} {count:,}" for role, count in self.roles.items())))
+        if self.characters.count:
+            facts.append(("characters a row", self.characters.line()))
+        return facts + self._token_facts()
+
+    def _token_facts(self) -> list[tuple[str, str]]:
+        if self.tokens is None or not self.tokens.count:
+            return []
+        facts = [("tokens a row", self.tokens.line())]
+        if self.supervised_share is not None:
+            facts.append(
+                (
+                    "supervised",
+                    f"{self.supervised_tokens:,} tokens of {self.tokens.total:,} ({self.supervised_share:.0%})",
+                )
+            )
+        return facts
