@@ -22,6 +22,7 @@ from parley.config import DataSection
 from parley.data.bad_rows import BadRow, BadRows, LeftOut
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.doctor.diagnose import rows_to_drop
+from parley.data.doctor.findings import Diagnosis
 from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
@@ -48,7 +49,8 @@ HELDOUT_SHARE = 10
 class Prepared:
     """Data ready to train on. `train` and `heldout` have columns input_ids and labels, each (T,), with labels
     IGNORE_INDEX where not supervised. `heldout_examples` are in the order of `heldout`'s rows; `preview` and
-    `preview_origins` are the first training rows; `bad_rows` are those skipped.
+    `preview_origins` are the first training rows; `bad_rows` are those skipped; `diagnosis` is what the data doctor
+    found, where it was asked.
     """
 
     train: Dataset | IterableDataset
@@ -58,6 +60,7 @@ class Prepared:
     bad_rows: BadRows
     preview: list[Rendered] = field(default_factory=list)
     preview_origins: list[str] = field(default_factory=list)
+    diagnosis: Diagnosis | None = None
 
 
 def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:

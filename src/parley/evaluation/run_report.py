@@ -27,6 +27,7 @@ def begin_report(setup: TrainingSetup, notes: list[str]) -> Report:
         **_headline(setup.config),
         data_summary=setup.data.summary.model_dump(mode="json"),
         data_lines=setup.data.summary.lines(),
+        diagnosis=setup.data.diagnosis,
         examples=_mask_examples(setup),
         settings_yaml=setup.config.to_yaml(),
         versions=library_versions(),

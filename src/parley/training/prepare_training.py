@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from parley.config import RunConfig, TrainingSection
+from parley.data.doctor.diagnose import diagnose
 from parley.data.prepare import Prepared, prepare
 from parley.data.preview import pieces, to_terminal
 from parley.errors import DataError, UsageError
@@ -86,9 +87,14 @@ def resolve_adapter(config: RunConfig, console: Console) -> None:
 
 
 def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepared:
-    """Read and render the run's data, print its summary, and see that it has rows for a step. Raises DataError."""
+    """Read, render and check the run's data, print what was found, and see that it has rows for a step.
+
+    Raises DataError.
+    """
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
-    for line in data.summary.lines():
+    with console.status("checking the data"):
+        data.diagnosis = diagnose(config.data)
+    for line in (*data.summary.lines(), *data.diagnosis.short_lines()):
         print_text(console, line)
     if not data.summary.streaming and planned_steps(config.training, len(data.train)) == 0:
         raise DataError(

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NamedTuple
 from jinja2 import Environment, StrictUndefined, Template
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from parley.data.doctor.findings import Diagnosis
 from parley.errors import RunError
 from parley.training.charts import Chart, line_chart
 from parley.training.formatting import Row, duration, figure, flat_rows, gib, percent, share
@@ -111,6 +112,7 @@ class Report(Figures):
     resources: Resources = Field(default_factory=Resources)
     data_summary: dict[str, Any] = Field(default_factory=dict)
     data_lines: list[Text] = Field(default_factory=list)
+    diagnosis: Diagnosis | None = None
     examples: list[MaskExample] = Field(default_factory=list)
     settings_yaml: Text = ""
     versions: dict[str, Text] = Field(default_factory=dict)
@@ -142,6 +144,7 @@ def render_html(report: Report) -> str:
         charts=charts(report),
         resources=resource_rows(report.resources),
         data_rows=flat_rows(report.data_summary, TOTALS),
+        data_facts=[Row(*fact) for fact in report.diagnosis.facts()] if report.diagnosis else [],
         versions=[Row(*item) for item in report.versions.items()],
     )
 

@@ -23,7 +23,7 @@ Find: TypeAlias = Callable[[Conversation], "str | None"]
 
 @dataclass(frozen=True)
 class Check:
-    """A kind of fault. what: follows the number of rows in the report. cure: the setting or command against it."""
+    """A kind of fault. what: which rows these are. cure: the setting or command against it."""
 
     name: str
     severity: Severity
@@ -38,44 +38,51 @@ class RowCheck(Check):
     find: Find
 
 
-def drops(name: str, otherwise: str = "") -> str:
+def drops(name: str, otherwise: str = "", which: str = "them") -> str:
     """The cure by `data.drop`, after the better one where there is one."""
-    return f"{otherwise}{'; ' if otherwise else ''}data.drop=[{name}] leaves them out"
+    return f"{otherwise}{'; ' if otherwise else ''}data.drop=[{name}] leaves {which} out"
 
 
-BAD_ROW = Check("bad-row", "error", "cannot be read or understood", "correct them; data.bad_rows=skip leaves them out")
+BAD_ROW = Check(
+    "bad-row", "error", "rows that cannot be read or understood", "correct them; data.bad_rows=skip leaves them out"
+)
 SURROGATE = Check(
     "lone-surrogate",
     "error",
-    "hold half a character (a lone surrogate), which no tokenizer reads",
+    "rows that hold half a character (a lone surrogate), which no tokenizer reads",
     "repair the text where it was cut; data.bad_rows=skip leaves them out",
 )
-HELDOUT = Check("heldout-duplicate", "error", "held out repeat a training row", drops("heldout-duplicate"))
+HELDOUT = Check(
+    "heldout-duplicate",
+    "error",
+    "held-out rows that repeat a training row",
+    drops("heldout-duplicate", which="the training rows"),
+)
 NEAR_HELDOUT = Check(
     "heldout-near-duplicate",
     "warning",
-    "held out nearly repeat a training row",
-    drops("heldout-near-duplicate"),
+    "held-out rows that nearly repeat a training row",
+    drops("heldout-near-duplicate", which="the training rows"),
 )
 NO_ANSWER = Check(
     "no-answer",
     "warning",
-    "have no assistant turn, so training leaves them out",
+    "rows that have no assistant turn, so training leaves them out",
     "give them an answer, or name the speaker with data.roles",
 )
 EMPTY_ANSWER = Check(
     "empty-answer",
     "warning",
-    "have an empty answer, which training leaves out",
+    "rows that have an empty answer, which training leaves out",
     drops("empty-answer", "write the answer"),
 )
-DUPLICATE = Check("duplicate", "warning", "repeat an earlier row", drops("duplicate"))
-NEAR_DUPLICATE = Check("near-duplicate", "note", "nearly repeat an earlier row", drops("near-duplicate"))
-OVERLONG = Check("overlong", "warning", "are longer than model.max_seq_length", "")
+DUPLICATE = Check("duplicate", "warning", "rows that repeat an earlier one", drops("duplicate"))
+NEAR_DUPLICATE = Check("near-duplicate", "note", "rows that nearly repeat an earlier one", drops("near-duplicate"))
+OVERLONG = Check("overlong", "warning", "rows that are longer than model.max_seq_length", "")
 UNSUPERVISED = Check(
     "unsupervised",
     "warning",
-    "have no supervised token, so training leaves them out",
+    "rows that have no supervised token, so training leaves them out",
     "data.train_on and the messages' weights say which turns are supervised",
 )
 RENDERING = Check("rendering", "warning", "", "")
@@ -144,36 +151,38 @@ TEXT_CHECKS: tuple[RowCheck, ...] = (
     RowCheck(
         "control-token",
         "warning",
-        "hold control tokens of a model family in their text",
+        "rows that hold control tokens of a model family in their text",
         drops("control-token", "remove them: Parley writes the model's own around each turn"),
         _turn_marks,
     ),
     RowCheck(
         "template-text",
         "warning",
-        "hold another template's headings in their text",
+        "rows that hold another template's headings in their text",
         drops("template-text", "split them into turns with columns or roles of their own"),
         _template_text,
     ),
     RowCheck(
         "mojibake",
         "warning",
-        "hold text read with the wrong encoding",
+        "rows that hold text read with the wrong encoding",
         drops("mojibake", "read the source as UTF-8 again, or repair it with ftfy"),
         lambda row: mojibake(row.text),
     ),
     RowCheck(
         "replacement-character",
         "warning",
-        "hold U+FFFD in place of characters that were lost",
+        "rows that hold U+FFFD in place of characters that were lost",
         drops("replacement-character", "read the source as UTF-8 again"),
         lambda row: replacement_character(row.text),
     ),
-    RowCheck("nul", "warning", "hold the character NUL", drops("nul", "remove it"), lambda row: nul(row.text)),
+    RowCheck(
+        "nul", "warning", "rows that hold the character NUL", drops("nul", "remove it"), lambda row: nul(row.text)
+    ),
     RowCheck(
         "one-word-answer",
         "note",
-        "have an answer of one word",
+        "rows that have an answer of one word",
         drops("one-word-answer", "fine where that is the task"),
         _one_word,
     ),
@@ -181,17 +190,33 @@ TEXT_CHECKS: tuple[RowCheck, ...] = (
 # An empty turn is left out, and then two of one speaker meet: these are asked only of rows without one.
 ORDER_CHECKS: tuple[RowCheck, ...] = (
     RowCheck(
-        "system-later", "warning", "have a system turn that is not the first", drops("system-later"), _system_later
+        "system-later",
+        "warning",
+        "rows that have a system turn that is not the first",
+        drops("system-later"),
+        _system_later,
     ),
     RowCheck(
-        "repeated-role", "warning", "have two turns of one speaker in a row", drops("repeated-role"), _repeated_role
+        "repeated-role",
+        "warning",
+        "rows that have two turns of one speaker in a row",
+        drops("repeated-role"),
+        _repeated_role,
     ),
-    RowCheck("orphan-result", "warning", "have a tool's result without a call", drops("orphan-result"), _orphan_result),
-    RowCheck("assistant-first", "note", "begin with the assistant", drops("assistant-first"), _assistant_first),
+    RowCheck(
+        "orphan-result",
+        "warning",
+        "rows that have a tool's result without a call",
+        drops("orphan-result"),
+        _orphan_result,
+    ),
+    RowCheck(
+        "assistant-first", "note", "rows that begin with the assistant", drops("assistant-first"), _assistant_first
+    ),
     RowCheck(
         "unanswered",
         "note",
-        "end without an answer: what follows the last one is not supervised",
+        "rows that end without an answer, so that what follows the last one is not supervised",
         drops("unanswered"),
         _unanswered,
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,7 @@ from parley.data.filtering import has_answer
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.sources import Rows, is_local, located, read_rows
 from parley.errors import DataError
+from parley.text import visible
 
 STREAM_ROWS = 1000
 """Rows of a stream that are read: all of one may be too many to read before training."""
@@ -50,14 +51,19 @@ class Origins:
         self._prefixes.append(self._ids.setdefault(prefix, len(self._ids)))
 
     def __getitem__(self, index: int) -> str:
-        return f"{list(self._ids)[self._prefixes[index]]} {self._numbers[index]}".strip()
+        return f"{visible(list(self._ids)[self._prefixes[index]])} {self._numbers[index]}".strip()
 
 
 class Doctor:
-    """The checks of one source's rows, as they come. `keep`: the checks of which every row is remembered."""
+    """The checks of one source's rows, as they come.
 
-    def __init__(self, data: DataSection, keep: frozenset[str] = frozenset()) -> None:
-        self.data, self.keep = data, keep
+    keep: the checks of which every row is remembered. left_out: rows, by number, that are not checked.
+    """
+
+    def __init__(
+        self, data: DataSection, keep: frozenset[str] = frozenset(), left_out: Mapping[int, str] | None = None
+    ) -> None:
+        self.data, self.keep, self.left_out = data, keep, left_out or {}
         self.rows = 0
         self.origins = Origins()
         self.fingerprints = Fingerprints()
@@ -71,6 +77,9 @@ class Doctor:
         """Check each row, and yield those that can be understood with their numbers, from 0."""
         for origin, row in rows:
             self.origins.add(origin)
+            if self.rows in self.left_out:
+                self.rows += 1
+                continue
             try:
                 if ERROR in row:
                     raise DataError(row[ERROR])
@@ -111,7 +120,7 @@ class Doctor:
     def find(self, check: Check, index: int, example: str) -> None:
         """Count row `index` as one of `check`'s."""
         self.findings.setdefault(check.name, Finding.of(check)).add(
-            self.origins[index], " ".join(example.split())[:SHOWN]
+            self.origins[index], visible(" ".join(example.split())[:SHOWN])
         )
         if check.name in self.keep:
             self.flagged[check.name].add(index)
@@ -123,7 +132,8 @@ def diagnose(data: DataSection, tokenizer: Any = None, max_length: int = 0) -> D
     Of a stream, STREAM_ROWS are read. Raises DataError where nothing can be read or recognised; a single row that
     cannot is a finding.
     """
-    doctor = Doctor(data)
+    left_out = rows_to_drop(data) if data.drop else {}
+    doctor = Doctor(data, left_out=left_out)
     counts = TokenCounts(tokenizer, data, max_length, doctor.find) if tokenizer is not None else None
     format = _examine(doctor, data, counts)
     heldout = _heldout(data)
@@ -131,8 +141,9 @@ def diagnose(data: DataSection, tokenizer: Any = None, max_length: int = 0) -> D
     findings = {**doctor.findings, **(_find_shared(doctor, heldout) if heldout else {})}
     diagnosis = Diagnosis(
         source=data.source,
-        format=format.reason,
+        format=visible(format.reason),
         rows=doctor.rows,
+        left_out=dict(Counter(left_out.values())),
         complete=not data.streaming or doctor.rows < STREAM_ROWS,
         heldout_source=data.heldout if heldout else None,
         heldout_rows=heldout.rows if heldout else 0,

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel, Field
 
-from parley.data.doctor.checks import SEVERITIES, Check, Severity
+from parley.data.doctor.checks import BAD_ROW, NO_ANSWER, SEVERITIES, SURROGATE, Check, Severity
 from parley.data.doctor.histogram import LogHistogram
 from parley.data.summary import RowGroup
 
 PERCENTILES = (5, 50, 95, 99)
+WORST = 5
+"""Findings printed before training; the report has all of them."""
+IN_SUMMARY = frozenset({BAD_ROW.name, SURROGATE.name, NO_ANSWER.name})
 
 
 class Lengths(BaseModel):
@@ -38,7 +41,7 @@ class Lengths(BaseModel):
 
 
 class Finding(BaseModel):
-    """One kind of fault. what: follows the number of rows. example: an excerpt of the first, or what it repeats."""
+    """One kind of fault. what: which rows these are. example: an excerpt of the first, or what it repeats."""
 
     check: str
     severity: Severity
@@ -56,12 +59,13 @@ class Finding(BaseModel):
         self.rows.add(origin)
         self.example = self.example or example
 
-    def count(self) -> str:
-        return f"{self.rows.count:,} row{'s' * (self.rows.count != 1)}"
+    def share_text(self) -> str:
+        percent = 100 * self.share
+        return f"{percent:.1f}%" if percent >= 0.05 else "<0.1%"
 
     def line(self) -> str:
         """The finding in one line, with its cure."""
-        return f"{self.severity}: {self.count()} {self.what} {self.rows}; {self.cure}"
+        return f"{self.severity}: {self.what}: {self.rows.count:,} {self.rows}; {self.cure}"
 
 
 class Diagnosis(BaseModel):
@@ -73,6 +77,7 @@ class Diagnosis(BaseModel):
     source: str
     format: str = ""
     rows: int = 0
+    left_out: dict[str, int] = Field(default_factory=dict, description="Rows of them that data.drop leaves out.")
     complete: bool = True
     heldout_source: str | None = None
     heldout_rows: int = 0
@@ -95,10 +100,25 @@ class Diagnosis(BaseModel):
         """Worst first: by severity, then by number of rows."""
         self.findings.sort(key=lambda finding: (SEVERITIES.index(finding.severity), -finding.rows.count))
 
+    def short_lines(self) -> list[str]:
+        """The worst findings, a line each, without those that the summary of the data has already."""
+        unsaid = [finding for finding in self.findings if finding.check not in IN_SUMMARY]
+        worst = [finding for finding in unsaid if finding.severity != "note"][:WORST]
+        rest = [finding for finding in unsaid if finding not in worst]
+        lines = [finding.line() for finding in worst]
+        if rest:
+            names = ", ".join(f"{finding.check} {finding.rows.count:,}" for finding in rest)
+            lines.append(f"also found: {names}; parley inspect {self.source} says more")
+        return lines
+
     def facts(self) -> list[tuple[str, str]]:
         """What the data set holds: name and value."""
         read = f"{self.rows:,}" if self.complete else f"the first {self.rows:,} of a stream"
         facts = [("rows", read), ("format", self.format)]
+        if self.left_out:
+            facts.append(
+                ("left out", ", ".join(f"{count:,} by data.drop={name}" for name, count in self.left_out.items()))
+            )
         if self.heldout_source:
             facts.append(("held out", f"{self.heldout_rows:,} rows of {self.heldout_source}"))
         if self.turns.count:

@@ -22,19 +22,19 @@ def to_terminal(diagnosis: Diagnosis) -> Group:
         facts.add_row(name, Text(visible(value)))
     if not diagnosis.findings:
         return Group(facts, Text(f"\n{NOTHING}", "green"))
-    findings = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 1, 0))
-    findings.add_column("rows", justify="right", no_wrap=True)
-    findings.add_column("found", overflow="fold", ratio=3)
-    findings.add_column("cure", overflow="fold", ratio=2)
+    findings = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 1, 0))
+    findings.add_column(justify="right", no_wrap=True)
+    findings.add_column(overflow="fold")
     for finding in diagnosis.findings:
         findings.add_row(*_cells(finding))
     return Group(facts, Text(), findings)
 
 
-def _cells(finding: Finding) -> tuple[Text, Text, Text]:
+def _cells(finding: Finding) -> tuple[Text, Text]:
     style = STYLES[finding.severity]
-    count = Text.assemble((f"{finding.rows.count:,}", style), "\n", (f"{finding.share:.1%}", "dim"))
+    count = Text.assemble((f"{finding.rows.count:,}", style), "\n", (finding.share_text(), "dim"))
     found = Text.assemble((finding.severity, style), f": {finding.what} ", (visible(str(finding.rows)), "dim"))
     if finding.example:
-        found.append(f"\n{visible(finding.example)}", "dim")
-    return count, found, Text(finding.cure)
+        found.append(f"\n{visible(finding.example)}", "dim italic")
+    found.append(f"\ncure: {finding.cure}")
+    return count, found

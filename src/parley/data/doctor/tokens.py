@@ -88,4 +88,4 @@ def _rendering(note: str) -> Check:
     cure = "model.chat_template=FILE names a template that does"
     if note in (AS_TEXT, AS_TOKENS):
         cure = "data.control_tokens=text encodes them as plain text, tokens as control tokens"
-    return replace(RENDERING, name=note, what=note.removeprefix("rows ").removeprefix("with "), cure=cure)
+    return replace(RENDERING, name=note, what=note, cure=cure)

@@ -1,0 +1,113 @@
+"""`parley inspect DATA` without a row: the data doctor on the terminal, as JSON and before training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FAULTY = [
+    ("What is the capital of France?", "It is Paris, of course."),
+    ("What is the capital of Spain?", "Madrid"),
+    ("What is the capital of France?", "It is Paris, of course."),
+    ("Where is the café?", "The cafÃ© is around the corner."),
+]
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"instruction": q, "response": a}) + "\n" for q, a in FAULTY))
+    return path
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_without_a_model_it_says_what_is_wrong_worst_first(parley: Callable[..., Any], faulty: Path) -> None:
+    ended = parley("inspect", faulty)
+    assert (ended.code, ended.err) == (0, "")
+    assert "Dolly (columns instruction, response)" in ended.out
+    mojibake, duplicate = ended.out.index("wrong encoding"), ended.out.index("repeat an earlier")
+    one_word = ended.out.index("answer of one word")
+    assert max(mojibake, duplicate) < one_word
+    for cure in ("data.drop=[mojibake]", "data.drop=[duplicate]", "data.drop=[one-word-answer]"):
+        assert cure in ended.out
+    assert "tokens" not in ended.out
+
+
+def test_json_has_the_same_and_nothing_else(parley: Callable[..., Any], faulty: Path, tiny_llama_folder: Path) -> None:
+    ended = parley("inspect", faulty, "--json")
+    diagnosis = json.loads(ended.out)
+    assert diagnosis["rows"] == 4
+    assert diagnosis["tokens"] is None
+    assert {finding["check"]: finding["rows"] for finding in diagnosis["findings"]} == {
+        "duplicate": {"count": 1, "first": ["rows.jsonl line 3"]},
+        "mojibake": {"count": 1, "first": ["rows.jsonl line 4"]},
+        "one-word-answer": {"count": 1, "first": ["rows.jsonl line 2"]},
+    }
+    with_tokens = json.loads(parley("inspect", faulty, "--json", "--model", tiny_llama_folder).out)
+    assert with_tokens["tokens"]["count"] == 4
+    assert 0 < with_tokens["supervised_tokens"] < with_tokens["tokens"]["total"]
+
+
+def test_with_a_model_the_first_row_is_shown_above_the_checks(
+    parley: Callable[..., Any], faulty: Path, tiny_llama_folder: Path
+) -> None:
+    out = words(parley("inspect", faulty, "--model", tiny_llama_folder, "--set", "model.max_seq_length=40").out)
+    assert out.index("It is Paris, of course.<|eot_id|>") < out.index("tokens a row") < out.index("wrong encoding")
+    assert "longer than model.max_seq_length" in out
+    alone = parley("inspect", faulty, "--model", tiny_llama_folder, "--row", 1).out
+    assert "wrong encoding" not in alone
+
+
+def test_a_first_row_that_is_bad_is_a_finding(
+    parley: Callable[..., Any], tmp_path: Path, tiny_llama_folder: Path
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('broken\n{"instruction": "What is it?", "response": "It is a rope."}\n')
+    ended = parley("inspect", path, "--model", tiny_llama_folder)
+    assert (ended.code, ended.err) == (0, "")
+    assert "data.bad_rows=skip" in ended.out
+
+
+def test_rows_shared_with_a_second_source(parley: Callable[..., Any], faulty: Path, tmp_path: Path) -> None:
+    heldout = tmp_path / "heldout.jsonl"
+    heldout.write_text(json.dumps({"instruction": FAULTY[1][0], "response": FAULTY[1][1]}) + "\n")
+    out = words(parley("inspect", faulty, "--heldout", heldout).out)
+    assert "error: held-out rows that repeat a training row (heldout.jsonl line 1)" in out
+    assert "data.drop=[heldout-duplicate]" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--row", "1"], "--model"),
+        (["--ids"], "--model"),
+        (["--html", "row.html"], "--model"),
+        (["--model", "parley-demo", "--json", "--row", "1"], "leave --row out"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    parley: Callable[..., Any], faulty: Path, options: list[str], said: str
+) -> None:
+    ended = parley("inspect", faulty, *options)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert said in ended.err
+
+
+def test_the_worst_findings_are_printed_before_training(
+    parley: Callable[..., Any], faulty: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    options = ["--model", tiny_llama_folder, "--data", faulty, "--output", tmp_path / "run", "--dry-run"]
+    out = words(parley("train", *options).out)
+    assert "warning: rows that repeat an earlier one: 1 (rows.jsonl line 3); data.drop=[duplicate]" in out
+    assert "warning: rows that hold text read with the wrong encoding: 1 (rows.jsonl line 4)" in out
+    assert f"also found: one-word-answer 1; parley inspect {faulty} says more" in out
+    dropped = words(parley("train", *options, "--set", "data.drop=[duplicate, mojibake]").out)
+    assert "2 dropped: 1 by data.drop=duplicate (rows.jsonl line 3), 1 by data.drop=mojibake" in dropped
+    assert "warning:" not in dropped
