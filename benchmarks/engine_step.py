@@ -22,9 +22,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from parley.config import LLAMA_PROJECTIONS
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
 from parley.train_step.bind import bind
@@ -32,73 +31,83 @@ from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.units import GIB
 
+LLAMA3_ROPE = dict(
+    rope_type="llama3", rope_theta=500000.0, factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
+    original_max_position_embeddings=8192,
+)  # fmt: skip
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": dict(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        tie_word_embeddings=True,
+        model_type="llama", hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=64, tie_word_embeddings=True, rope_parameters=LLAMA3_ROPE,
     ),
     "8b": dict(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        tie_word_embeddings=False,
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE,
     ),
-}
-ROPE = dict(
-    rope_type="llama3",
-    rope_theta=500000.0,
-    factor=32.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=8192,
-)
+    "qwen3-1.7b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    ),
+    "gemma3-1b": dict(
+        model_type="gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512, query_pre_attn_scalar=256,
+    ),
+    "gemma2-2b": dict(
+        model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, sliding_window=4096, query_pre_attn_scalar=256,
+    ),
+    "phi3-mini": dict(
+        model_type="phi3", vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=32, sliding_window=2047,
+    ),
+    "phi4-mini": dict(
+        model_type="phi3", vocab_size=200064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+        num_attention_heads=24, num_key_value_heads=8, tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.75),
+    ),
+    "granite3-2b": dict(
+        model_type="granite", vocab_size=49155, hidden_size=2048, intermediate_size=8192, num_hidden_layers=40,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True, embedding_multiplier=12.0,
+        residual_multiplier=0.22, logits_scaling=8.0, attention_multiplier=0.015625,
+    ),
+    "smollm3-3b": dict(
+        model_type="smollm3", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=4, tie_word_embeddings=True, no_rope_layer_interval=4,
+    ),
+    "olmo2-1b": dict(
+        model_type="olmo2", vocab_size=100352, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=16, num_key_value_heads=16,
+    ),
+}  # fmt: skip
 
 
 def build(shape: str, quantization: str, layers: int | None = None) -> PeftModel:
-    """A Llama of this shape with LoRA r = 16 on all projections, quantised on the GPU, never on disk."""
-    sizes = SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers})
-    config = LlamaConfig(**sizes, vocab_size=128256, max_position_embeddings=131072, rope_parameters=ROPE)
+    """A model of this shape with LoRA r = 16 on all projections, quantised on the GPU, never on disk."""
+    sizes = dict(vocab_size=128256, max_position_embeddings=32768, pad_token_id=0) | SHAPES[shape]
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    model.to_empty(device="cpu")
-    torch.set_default_dtype(torch.float32)
+    config = AutoConfig.for_model(**sizes)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and name != "lm_head":
-                module.add_module(name, _linear(child, quantization))
-            elif isinstance(child, nn.Linear | nn.Embedding):
-                child.weight = nn.Parameter(0.02 * torch.randn_like(child.weight, device="cuda"), requires_grad=False)
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            parameter.data = torch.ones_like(parameter, device="cuda")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to("cuda")
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=list(LLAMA_PROJECTIONS), task_type="CAUSAL_LM")
-    return get_peft_model(model, lora)
+            if isinstance(child, nn.Linear) and name != "lm_head" and quantization == "nf4":
+                module.add_module(name, _quantised(child))
+    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def _linear(linear: nn.Linear, quantization: str) -> nn.Linear:
-    weight = 0.02 * torch.randn(linear.weight.shape, dtype=torch.bfloat16, device="cuda")
-    if quantization == "none":
-        new = nn.Linear(1, 1, bias=False)
-        new.in_features, new.out_features = linear.in_features, linear.out_features
-        new.weight = nn.Parameter(weight, requires_grad=False)
-        return new
+def _quantised(linear: nn.Linear) -> nn.Linear:
+    bias = linear.bias is not None
     new = bitsandbytes.nn.Linear4bit(
-        linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        linear.in_features, linear.out_features, bias=bias, compute_dtype=torch.bfloat16, quant_type="nf4"
     )
+    weight = linear.weight.data
     params = bitsandbytes.nn.Params4bit(weight, requires_grad=False, compress_statistics=True, quant_type="nf4")
     new.weight = params.to("cuda")
+    if bias:
+        new.bias = linear.bias
     return new
 
 
@@ -110,7 +119,7 @@ def random_documents(tokens: int, count: int, supervised: float, seed: int, *, e
     lengths[-1] = max(tokens - lengths[:-1].sum(), 8)
     documents = []
     for length in lengths:
-        ids = rng.integers(0, 128000, length)
+        ids = rng.integers(0, 32000, length)
         labels = np.where(np.arange(length) >= length * (1 - supervised), ids, IGNORE_INDEX)
         documents.append(Document.from_lists(ids, labels))
     return documents
@@ -147,7 +156,7 @@ def fused_gradient(
 
 
 def check(shape: str, quantization: str) -> None:
-    model = build(shape, quantization, layers=4)
+    model = build(shape, quantization, layers=6)
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

@@ -1,0 +1,83 @@
+"""Every declared family on a GPU: gradients against autograd, replayed decode steps against plain ones.
+
+Head sizes are those of the published models: 256 (Gemma), 96 and 128 of which 96 rotate (Phi), 64 and 128.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tests.gpu.test_decoder import GREEDY, answers, questions
+from tests.gpu.test_fused_step import documents, exact_gradient, fused_gradient
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from parley.inference.decoder import StaticCacheDecoder
+from parley.train_step.bind import bind
+from parley.train_step.fused_step import FusedStep
+from parley.train_step.memory_plan import MemoryPlan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+VOCABULARY = 1000
+PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100,
+    "short_factor": [1.0] * 48, "long_factor": [1.0 + i / 8 for i in range(48)],
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"head_dim": 64},
+    "mistral": {"sliding_window": 50},
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "gemma2": {"head_dim": 256, "sliding_window": 50, "query_pre_attn_scalar": 224, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"head_dim": 256, "sliding_window": 50, "sliding_window_pattern": 2, "num_key_value_heads": 1},
+    "phi3": {"hidden_size": 384},
+    "phi3 longrope": {"hidden_size": 384, "rope_parameters": LONGROPE, "original_max_position_embeddings": 100},
+    "phi3 partial": {"hidden_size": 512, "rope_parameters": PARTIAL},
+    "granite": {"embedding_multiplier": 3, "residual_multiplier": 0.4, "logits_scaling": 2},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "olmo2": {},
+}
+
+
+def family(name: str, dtype: torch.dtype) -> PeftModel:
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0,
+        "eos_token_id": None,
+    }  # fmt: skip
+    config = CONFIG_MAPPING[name.split()[0]](**sizes | FAMILIES[name])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to("cuda")
+    for parameter in model.parameters():
+        parameter.data.mul_(2).add_(torch.randn_like(parameter), alpha=0.02)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=8, task_type="CAUSAL_LM"))
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_B" in parameter_name:
+            parameter.data.normal_(0, 0.02)
+    return model
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.04)])
+def test_loss_and_gradients_are_those_of_transformers(name: str, dtype: torch.dtype, tolerance: float) -> None:
+    examples, model = documents((3, 70, 1, 129, 64)), family(name, dtype)
+    loss, gradient = fused_gradient(FusedStep(bind(model), MemoryPlan(positions=256)), model, examples)
+    model.zero_grad()
+    wanted_loss, wanted = exact_gradient(model, examples)
+    assert loss == pytest.approx(wanted_loss, rel=1e-5 if dtype == torch.float32 else 5e-3)
+    assert float((gradient - wanted).norm() / wanted.norm()) < tolerance
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_replayed_decode_steps_say_what_plain_ones_say(name: str) -> None:
+    model = family(name, torch.float32).eval()
+    requests = questions(GREEDY, lengths=(1, 40, 7, 60, 33))
+    for request in requests:
+        request.prompt_ids[:] = [token % VOCABULARY for token in request.prompt_ids]
+    for slots in (1, 5):
+        got = answers(StaticCacheDecoder.of(model, slots=slots, length=100), requests)
+        assert got == answers(StaticCacheDecoder.of(model, slots=slots, length=100, eager=True), requests)
