@@ -168,3 +168,102 @@ def test_each_setting_has_its_processor(settings: Any, processors: list[str]) ->
     assert [type(each).__name__ for each in made] == [
         f"{name}{'LogitsProcessor' if name == 'RepetitionPenalty' else 'LogitsWarper'}" for name in processors
     ]
+
+
+def attention_model(kind: str, **more: Any) -> Any:
+    """Random weights, far enough apart that rounding changes no greedy token; windows shorter than the prompts."""
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 60, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0,
+        "initializer_range": 0.4,
+    }  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | more)).eval()
+
+
+def count_rows(model: Any) -> list[int]:
+    """Rows of each forward pass from now on."""
+    rows: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True)
+    return rows
+
+
+WINDOW = {"sliding_window": 6}
+BATCHED: dict[str, dict[str, Any]] = {
+    "llama": {}, "gpt2": {}, "gemma2": WINDOW, "gemma3_text": WINDOW, "mistral": WINDOW, "phi3": WINDOW, "gpt_neox": {},
+    "mixtral": {"num_local_experts": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BATCHED)
+def test_answers_that_come_and_go_are_decoded_in_one_batch(kind: str) -> None:
+    """Each is the one that the model gives alone, whoever is beside it, and running answers share a forward pass."""
+    model = attention_model(kind, **BATCHED[kind])
+    prompts = [[5, 6, 7], list(range(9, 29)), [40, 8], [33, 21, 12, 50, 2, 9, 10, 11]]
+    lengths = [4, 12, 9, 6]
+    requests = [
+        DecodeRequest(prompt, GREEDY.model_copy(update={"max_new_tokens": length}), frozenset(), 0)
+        for prompt, length in zip(prompts, lengths, strict=True)
+    ]
+    expected = [answer(TransformersDecoder(model, slots=1, length=64), request)[0] for request in requests]
+    decoder = TransformersDecoder(model, slots=3, length=64)
+    answers: dict[int, list[Token]] = {index: [] for index in range(4)}
+    running, waiting = dict[int, int](), [0, 1, 2, 3]  # slot to request
+    rows = count_rows(model)
+    for step in range(40):
+        free = [slot for slot in range(3) if slot not in running]
+        if waiting and free and step % 2 == 0:  # one at a time, so that each joins those that run
+            running[free[0]] = waiting.pop(0)
+            decoder.admit({free[0]: requests[running[free[0]]]})
+        sampled = decoder.decode()
+        for slot, index in list(running.items()):
+            answers[index] += sampled[slot]
+            if len(answers[index]) == lengths[index]:
+                decoder.release(slot)
+                del running[slot]
+        if not running and not waiting:
+            break
+    assert [answers[index] for index in range(4)] == expected
+    assert len({tuple(token.id for token in tokens) for tokens in expected}) == 4
+    assert max(rows) == 3
+    assert len(rows) < sum(lengths) - 8  # 4 prefills, and decode steps for two and three at once
+
+
+def test_a_batch_has_the_adapter_or_has_it_not() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = attention_model("llama")
+    tuned = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "down_proj"]))
+    settings = GREEDY.model_copy(update={"max_new_tokens": 6})
+    requests = [
+        DecodeRequest(prompt, settings, frozenset(), 0, base=base)
+        for prompt in ([5, 6, 7], [9, 8, 7, 6, 5])
+        for base in (True, False)
+    ]
+    expected = [answer(TransformersDecoder(tuned.eval(), slots=1, length=64), request)[0] for request in requests]
+    rows = count_rows(model)
+    assert answer(TransformersDecoder(tuned, slots=4, length=64), *requests) == expected
+    assert rows == [1] * 4 + [2, 2] * 5
+    assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("mamba", {"state_size": 4}),
+        ("bloom", {"n_head": 2}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4}, "max_position_embeddings": 8},
+        ),
+    ],
+)
+def test_what_padding_could_change_is_decoded_one_by_one(kind: str, more: dict[str, Any]) -> None:
+    model = attention_model(kind, **more)
+    settings = GREEDY.model_copy(update={"max_new_tokens": 5})
+    requests = [DecodeRequest(prompt, settings, frozenset(), 0) for prompt in ([5, 6, 7], [9, 8, 7, 6, 5, 4])]
+    expected = [answer(TransformersDecoder(model, slots=1, length=64), request)[0] for request in requests]
+    rows = count_rows(model)
+    assert answer(TransformersDecoder(model, slots=2, length=64), *requests) == expected
+    assert set(rows) == {1}
