@@ -25,6 +25,7 @@ DEMO_MODEL = "parley-demo"
 DEMO_DATA = "parley-demo-pirate"
 _SECRET_KEY = re.compile(r"(^|_)(token|api_key|password|secret|credentials?)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
+_PERCENTAGE = re.compile(r"\s*([+-]?\d*\.?\d+)\s*%\s*")
 LEAST_LIKENESS = 0.5  # of a misspelled key; below it a suggestion is a guess
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -164,8 +165,32 @@ class DataSection(Section):
     date: Date = Field(Date(2024, 7, 26), description="The date that templates write in place of today's.")
     limit: Positive | None = Field(None, description="Use only the first rows.")
     streaming: bool = Field(False, description="Read rows while training; needs training.max_steps.")
-    heldout: PathText | None = Field(None, description="A second source to evaluate on.")
+    heldout: PathText | None = Field(
+        None,
+        description="Rows to evaluate on: a second source, or a share of `source` such as 5%, split by a hash of each "
+        "conversation.",
+    )
     heldout_rows: Count = Field(64, description="Rows set aside from `source` when `heldout` is not given.")
+
+    @field_validator("heldout", mode="before")
+    @classmethod
+    def _heldout_is_text(cls, value: Any) -> Any:
+        if isinstance(value, int | float):
+            raise ValueError("wanted a file, a hub id, or a share of the data with its percent sign, such as 5%")
+        return value
+
+    @property
+    def heldout_share(self) -> float | None:
+        """The share of `source` to hold out (5% is 0.05); None where `heldout` is a source, or not given."""
+        return _share(self.heldout)
+
+    @field_validator("heldout")
+    @classmethod
+    def _heldout_share_is_between(cls, value: str | None) -> str | None:
+        share = _share(value)
+        if share is not None and not 0 < share < 1:
+            raise ValueError("a share to hold out is more than 0% and less than 100%, such as 5%")
+        return value
 
 
 class LoraSection(OpenSection):
@@ -282,6 +307,12 @@ class RunConfig(Section):
     def to_yaml(self) -> str:
         """Every setting but secrets, which are written nowhere."""
         return yaml.safe_dump(without_secrets(self.model_dump(mode="json")), sort_keys=False, allow_unicode=True)
+
+
+def _share(text: str | None) -> float | None:
+    """ "5%" as 0.05; None for what is no percentage."""
+    match = _PERCENTAGE.fullmatch(text or "")
+    return float(match[1]) / 100 if match else None
 
 
 def is_secret(key: str) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import random
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from parley.data.doctor.findings import Diagnosis
 from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
+from parley.data.heldout_split import is_heldout
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.render import Rendered, pin_date, pin_settings
 from parley.data.sources import Rows, is_local, located, read_rows
@@ -43,6 +44,8 @@ PROGRESS_FROM = 5000
 HELDOUT_SEED = 0
 HELDOUT_SHARE = 10
 """At most one row in ten is held out."""
+STREAM_HELDOUT = 64
+"""Rows of a stream to evaluate on, where a share of it is held out: all of them are only known at its end."""
 
 
 @dataclass
@@ -68,8 +71,9 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
 
     Rows longer than `max_length` tokens follow `data.overlong`, rows that cannot be read or rendered follow
     `data.bad_rows`; rows without an answer, or without a supervised token, are dropped. Held out are the rows of
-    `data.heldout` (its split may follow after a `#`), or else `data.heldout_rows` of the source: at most a tenth,
-    sampled with a fixed seed; of a stream the first ones. The summary reports all of it.
+    `data.heldout` (its split may follow after a `#`), or the share of the source that it names, by a hash of each
+    conversation; or else `data.heldout_rows` of the source: at most a tenth, sampled with a fixed seed; of a stream the
+    first ones. The summary reports all of it.
 
     Raises DataError in one line: a source that cannot be read or recognised, a bad row, or nothing left to train on.
     """
@@ -81,7 +85,9 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     source_rows = read_rows(data.source, data, keep_bad=True)
     rows = RowRenderer(source_rows, tokenizer, data, max_length, data.source, left_out=left_out)
     prepared, trained = rows.stream(heldout_rows) if rows.summary.streaming else rows.split(heldout_rows)
-    if data.heldout:
+    if data.heldout_share is not None:
+        _check_share(prepared, data)
+    elif data.heldout:
         _hold_out(prepared, trained, data, tokenizer, max_length)
     return prepared
 
@@ -209,7 +215,7 @@ class RowRenderer:
     def split(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
         """All rows, some of them held out, with the digests of the training rows."""
         count = len(self.rows)
-        chosen = set(random.Random(HELDOUT_SEED).sample(range(count), min(heldout_rows, count // HELDOUT_SHARE)))
+        is_chosen = self._chosen(heldout_rows)
         train, heldout, seen = _TokenColumns(), _TokenColumns(), set[bytes]()
         examples: list[Example] = []
         preview: list[Rendered] = []
@@ -218,7 +224,7 @@ class RowRenderer:
             if outcome is None:
                 continue
             example, rendered = outcome
-            if index in chosen:
+            if is_chosen(index, example):
                 self.add(heldout, rendered)
                 examples.append(example)
                 continue
@@ -238,21 +244,37 @@ class RowRenderer:
         prepared = Prepared(train.dataset(), heldout_rows_T, examples, self.summary, self.bad_rows, preview, origins)
         return prepared, seen
 
+    def _chosen(self, heldout_rows: int) -> Callable[[int, Example], bool]:
+        """Whether a row, by its index and its words, is held out: the share of `data.heldout`, or `heldout_rows`."""
+        share = self.data.heldout_share
+        if share is not None:
+            return lambda index, example: is_heldout(example, share)
+        count = len(self.rows)
+        sampled = set(random.Random(HELDOUT_SEED).sample(range(count), min(heldout_rows, count // HELDOUT_SHARE)))
+        return lambda index, example: index in sampled
+
     def stream(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
-        """A stream that renders as it is read, after its first rows are held out. The summary counts its last pass."""
+        """A stream that renders as it is read, after its first rows are held out. The summary counts its last pass.
+
+        With a share held out, its first rows are those to evaluate on, and none of it is trained on.
+        """
         heldout, examples = _TokenColumns(), []
+        share = self.data.heldout_share
         kept = (outcome for outcome in self.outcomes(STREAM_BATCH, ahead=0) if outcome is not None)
+        if share is not None:
+            heldout_rows = STREAM_HELDOUT
+            kept = (outcome for outcome in kept if is_heldout(outcome[0], share))
         for example, rendered in islice(kept, heldout_rows):
             self.add(heldout, rendered)
             examples.append(example)
         # Rows read rather than rows held out: rows dropped in between have to be skipped as well.
-        used = self.summary.rows
+        used = self.summary.rows if share is None else 0
 
         def training_rows() -> Iterator[tuple[Example, Rendered]]:
             # The generator starts again at every epoch; without a reset the counts would add up over epochs.
             self.summary.restart()
             for outcome in islice(self.outcomes(STREAM_BATCH, ahead=0), used, None):
-                if outcome is not None:
+                if outcome is not None and (share is None or not is_heldout(outcome[0], share)):
                     self._count(outcome[1])
                     yield outcome
 
@@ -283,6 +305,18 @@ class RowRenderer:
         self.summary.unread = list(self.format.unread)
         if not self.summary.kept:
             raise DataError(f"{self.where}: nothing left to train on; {self.summary.nothing_left()}")
+
+
+def _check_share(prepared: Prepared, data: DataSection) -> None:
+    """Say in the summary what the held-out share means. Raises DataError where no row falls into it."""
+    summary = prepared.summary
+    if prepared.heldout is None:
+        raise DataError(
+            f"data.heldout {data.heldout}: none of the {summary.kept:,} rows of {data.source} falls into that share; "
+            "raise it, or set data.heldout_rows or a file"
+        )
+    rest = ", the first of them to evaluate on and none trained on" if summary.streaming else ""
+    summary.heldout_source = f"{data.heldout} of the conversations, split by their hash{rest}"
 
 
 def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokenizer: Any, max_length: int) -> None:

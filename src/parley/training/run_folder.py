@@ -222,7 +222,7 @@ def _with_places(config: RunConfig) -> RunConfig:
     if Path(config.data.source).exists():
         config.data.source = str(Path(config.data.source).resolve())
     heldout, hash_sign, split = (config.data.heldout or "").partition("#")
-    if heldout and Path(heldout).exists():
+    if heldout and config.data.heldout_share is None and Path(heldout).exists():
         config.data.heldout = f"{Path(heldout).resolve()}{hash_sign}{split}"
     return config
 
