@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from datetime import date as Date
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -203,6 +203,11 @@ class LoraSection(OpenSection):
     loftq: bool = Field(False, description="Initialise the adapter to compensate NF4 rounding (LoftQ).")
 
 
+class EarlyStoppingSection(Section):
+    patience: Positive = Field(3, description="Evaluations in a row without a lower held-out loss that end training.")
+    min_delta: float = Field(0.0, ge=0, description="A loss is lower from this difference on, in nats per token.")
+
+
 class TrainingSection(OpenSection):
     engine: Literal["auto", "plain"] = Field(
         "auto",
@@ -223,7 +228,22 @@ class TrainingSection(OpenSection):
     gradient_checkpointing: bool = True
     logging_steps: float = Field(1, gt=0)
     save_steps: float = Field(500, gt=0)
+    eval_steps: float | None = Field(
+        None, gt=0, description="Held-out loss every so many steps, or this share of all steps below 1; null: never."
+    )
+    early_stopping: EarlyStoppingSection | None = Field(
+        None, description="{patience: 3, min_delta: 0.0}: end training once held-out loss no longer falls."
+    )
+    keep: Literal["auto", "best", "last"] = Field(
+        "auto",
+        description="Weights to save at the end: of the evaluation with the lowest held-out loss, or of the last step. "
+        "auto: best with early_stopping, else last.",
+    )
     seed: Seed = 3407
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep == "best" or (self.keep == "auto" and self.early_stopping is not None)
 
 
 class GenerationSection(Section):
@@ -242,6 +262,7 @@ class GenerationSection(Section):
 class ReportSection(Section):
     questions: list[str] = Field(default_factory=list, description="Questions answered before and after training.")
     from_heldout: Count = Field(4, description="Further questions taken from held-out rows.")
+    during_training: Count = Field(3, description="Of these questions, how many are answered at each evaluation, too.")
     max_new_tokens: Positive = 128
     examples: Count = Field(4, description="Training rows shown with their supervised tokens marked.")
 
@@ -434,4 +455,5 @@ def _first_error(error: ValidationError) -> str:
 
 def _section_type(section: Any, name: str) -> Any:
     annotation = section.model_fields[name].annotation
-    return LoraSection if name == "lora" else annotation
+    sections = [part for part in get_args(annotation) if isinstance(part, type) and issubclass(part, BaseModel)]
+    return sections[0] if sections else annotation  # a section that may be null

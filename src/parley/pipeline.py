@@ -15,9 +15,17 @@ from trl import SFTConfig
 
 from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
 from parley.errors import ModelError, RunError, TrainingError
+from parley.evaluation.answers_during_training import AnswersDuringTraining
 from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
 from parley.evaluation.questions import Question, report_questions
-from parley.evaluation.run_report import add_evaluations, add_event_notes, begin_report, next_commands, steps_of_events
+from parley.evaluation.run_report import (
+    add_answers_of_events,
+    add_evaluations,
+    add_event_notes,
+    begin_report,
+    next_commands,
+    steps_of_events,
+)
 from parley.models.adapters import base_obstacle, is_identity_adapter
 from parley.models.device import pick_device
 from parley.models.load import load_config, load_tokenizer, max_positions
@@ -39,6 +47,7 @@ from parley.training.resource_usage import ResourceMeter, StageTimer, device_nam
 from parley.training.run_folder import RunFolder, is_disk_full
 from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
 from parley.training.terminal_summary import print_summary
+from parley.training.validation import Validation
 
 DEMO_SETTINGS: dict[str, Any] = {
     "model": DEMO_MODEL,
@@ -115,7 +124,9 @@ def _run(
         print_text(console, note)
     setup.data.bad_rows.write_to(folder.bad_rows)
     progress = ProgressLine(console, log)
-    trainer = build_trainer(setup, args, [log, progress])
+    validation = Validation(config.training, folder.best, console)
+    answering = AnswersDuringTraining(setup, questions, log, progress.console)
+    trainer = build_trainer(setup, args, [log, progress, answering, *validation.callbacks])
     setup.model = trainer.model  # TRL may have wrapped it
     timer.end("trainer")
 
@@ -127,7 +138,7 @@ def _run(
     base_answers_later = is_identity_adapter(trainer.model) and base_obstacle(trainer.model) is None
     if not base_answers_later:
         answer_questions(before, setup, questions, console)
-    report = begin_report(setup, notes)
+    report = begin_report(setup, questions, notes)
     report.before = before.scores
     write_figures(folder.path, report)  # from here on `parley report` has something to show
     release_cached_memory(device)
@@ -136,12 +147,17 @@ def _run(
     # 2. Train, and save the weights unless they are broken.
     meter = ResourceMeter(device)  # resets the peak: that of training is reported
     interrupted = run_training(trainer, setup, folder, log, progress)
+    log.kept_step, kept_notes = validation.finish(trainer)
+    trainer.remove_callback(answering)
+    report.kept_step = log.kept_step if log.kept_step != log.steps_done else None
     timer.end("training")
     report.steps = steps_of_events(log.events)
     add_event_notes(report, log.events)
+    add_answers_of_events(report, log.events)
     report.resources = training_resources(trainer, log, memory_before, meter.seconds())
     if interrupted:
         report.notes.append(f"stopped by hand at step {log.steps_done}")
+    report.notes += kept_notes
     fault = broken_weights(setup)
     if fault is not None:
         raise _diverged(report, log, folder, fault, config.training.learning_rate)
@@ -154,7 +170,7 @@ def _run(
         answer_questions(before, setup, questions, console, base=True)
     after = evaluate_model(setup, trainer, questions, console)
     timer.end("evaluation after")
-    add_evaluations(report, questions, before, after)
+    add_evaluations(report, before, after)
     add_event_notes(report, log.events)
     report.resources.stages, report.resources.total_seconds = timer.seconds, timer.total_seconds
     if after.scores.heldout_loss is not None and not isfinite(after.scores.heldout_loss):

@@ -51,14 +51,21 @@ def answer_questions(
 
     The demo's answers are rated as well: its world knows which are right and which talk like a pirate.
     """
-    # Greedy, so that only training can change an answer.
-    greedy = GenerationSection(temperature=0, min_p=0, max_new_tokens=setup.config.report.max_new_tokens)
-    # Greedy, so that only training can change the answers.
-    model, tokenizer = setup.model, setup.tokenizer
+    model, tokenizer, greedy = setup.model, setup.tokenizer, _greedy(setup)
     with console.status("answering held-out questions"):
-        prompts = [question.messages for question in questions]
-        evaluation.answers = generate(model, tokenizer, prompts, greedy, base=base)
+        evaluation.answers = greedy_answers(setup, questions, base=base)
         if setup.config.data.source == DEMO_DATA and tokenizer.chat_template:
             rated = heldout_questions()
             answers = generate(model, tokenizer, [question.messages for question in rated], greedy, base=base)
             evaluation.scores.style_rate, evaluation.scores.accuracy = rate(rated, answers)
+
+
+def greedy_answers(setup: TrainingSetup, questions: list[Question], *, base: bool = False) -> list[str]:
+    """Answers of the `base` model or of the adapter as it is now."""
+    prompts = [question.messages for question in questions]
+    return generate(setup.model, setup.tokenizer, prompts, _greedy(setup), base=base)
+
+
+def _greedy(setup: TrainingSetup) -> GenerationSection:
+    """Settings with which only training can change an answer."""
+    return GenerationSection(temperature=0, min_p=0, max_new_tokens=setup.config.report.max_new_tokens)

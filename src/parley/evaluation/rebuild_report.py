@@ -10,7 +10,12 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from parley.errors import RunError
-from parley.evaluation.run_report import add_event_notes, report_of_settings, steps_of_events
+from parley.evaluation.run_report import (
+    add_answers_of_events,
+    add_event_notes,
+    report_of_settings,
+    steps_of_events,
+)
 from parley.text import print_text
 from parley.training.report import Report, Scores, write_report
 from parley.training.run_folder import RunFolder
@@ -37,7 +42,9 @@ def rebuild_report(run: Path, console: Console | None = None) -> Path:
         report.steps = steps
     _add_heldout_losses(report, events)
     add_event_notes(report, events)
-    if not report.steps and not report.answers and report.before is None:
+    add_answers_of_events(report, events)
+    answered = any(answer.before or answer.during or answer.after for answer in report.answers)
+    if not report.steps and not answered and report.before is None:
         raise RunError(f"{run}: neither report.json nor events.jsonl has anything to report; train again")
     return write_report(folder.path, report)
 

@@ -14,20 +14,21 @@ from parley.data.preview import pieces
 from parley.evaluation.evaluate_model import Evaluation
 from parley.evaluation.questions import Question
 from parley.training.prepare_training import TrainingSetup
-from parley.training.report import Answer, MaskExample, Report, StepFigures
+from parley.training.report import Answer, MaskExample, Report, StepAnswer, StepFigures
 from parley.versions import library_versions
 
 # Keys of a `step` event, as the trainer logs them, by the report's own.
 EVENT_KEYS = {"token_accuracy": "mean_token_accuracy"}
 
 
-def begin_report(setup: TrainingSetup, notes: list[str]) -> Report:
-    """What is known before the first step: settings, data and versions."""
+def begin_report(setup: TrainingSetup, questions: list[Question], notes: list[str]) -> Report:
+    """What is known before the first step: settings, data, questions and versions."""
     return Report(
         **_headline(setup.config),
         data_summary=setup.data.summary.model_dump(mode="json"),
         data_lines=setup.data.summary.lines(),
         diagnosis=setup.data.diagnosis,
+        answers=[Answer(question=question.messages, reference=question.reference) for question in questions],
         examples=_mask_examples(setup),
         settings_yaml=setup.config.to_yaml(),
         versions=library_versions(),
@@ -40,18 +41,21 @@ def report_of_settings(config: RunConfig) -> Report:
     return Report(**_headline(config), settings_yaml=config.to_yaml())
 
 
-def add_evaluations(report: Report, questions: list[Question], before: Evaluation, after: Evaluation) -> None:
-    """Scores and answers; answers that were not generated stay None."""
+def add_evaluations(report: Report, before: Evaluation, after: Evaluation) -> None:
+    """Scores, and the answers to the report's questions; answers that were not generated stay None."""
     report.before, report.after = before.scores, after.scores
-    report.answers = [
-        Answer(
-            question=question.messages,
-            before=before.answers[index] if before.answers else None,
-            after=after.answers[index] if after.answers else None,
-            reference=question.reference,
-        )
-        for index, question in enumerate(questions)
-    ]
+    for index, answer in enumerate(report.answers):
+        answer.before = before.answers[index] if before.answers else None
+        answer.after = after.answers[index] if after.answers else None
+
+
+def add_answers_of_events(report: Report, events: Iterable[dict[str, Any]]) -> None:
+    """The `answers` events of events.jsonl, in the order of the report's questions."""
+    for event in events:
+        answers = event.get("answers") if event.get("event") == "answers" else None
+        for answer, text in zip(report.answers, answers if isinstance(answers, list) else [], strict=False):
+            if isinstance(text, str) and event["step"] not in [each.step for each in answer.during]:
+                answer.during.append(StepAnswer(step=event["step"], text=text))
 
 
 def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
@@ -68,9 +72,14 @@ def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
             except ValidationError:
                 continue
             steps[figures.step] = figures
-        elif event.get("event") == "eval" and event.get("step") in steps:
-            steps[event["step"]].heldout_loss = event.get("eval_loss")
-    return list(steps.values())
+        elif event.get("event") == "eval" and event.get("step"):
+            # Evaluated steps need not be logged ones.
+            try:
+                figures = StepFigures(step=event["step"], heldout_loss=event.get("eval_loss"))
+            except ValidationError:
+                continue
+            steps.setdefault(figures.step, figures).heldout_loss = figures.heldout_loss
+    return sorted(steps.values(), key=lambda row: row.step)
 
 
 def add_event_notes(report: Report, events: Iterable[dict[str, Any]]) -> None:

@@ -24,6 +24,8 @@ ELSEWHERE = {
     "dataset_text_field": "data.columns",
     "data_seed": "training.seed",
 }
+# Settings of the training section that are Parley's own.
+OWN = {"engine", "memory", "early_stopping", "keep"}
 PREPARING = ("packing", "eval_packing", "shuffle_dataset")
 
 
@@ -33,7 +35,7 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
     Raises UsageError for a field that SFTConfig lacks (with the nearest it has), one that is said elsewhere in the
     run's settings, or a value SFTConfig refuses.
     """
-    values = config.training.model_dump(exclude={"engine", "memory"})
+    values = config.training.model_dump(exclude=OWN)
     known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
     for name in set(values) - set(TrainingSection.model_fields):
         if name in ELSEWHERE:
@@ -55,6 +57,8 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
         "dataset_kwargs": {"skip_prepare_dataset": not any(map(values.get, PREPARING))},
         "use_cpu": device.type == "cpu",
         "output_dir": str(output_dir),
+        # One switch: transformers wants to be told twice.
+        "eval_strategy": "no" if values["eval_steps"] is None else "steps",
     }
     values = check_types(values)
     if values.get("hub_token"):

@@ -13,11 +13,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from parley.text import print_text
+from parley.training.early_stopping import evaluations, lowest
 from parley.training.resource_usage import memory_peak
 
 
 class EventLog(TrainerCallback):
-    """One JSON object a line: `start`, `step` (a logged step), `eval` (held-out loss), `save` (a checkpoint), `end`.
+    """One JSON object a line: `start`, `step` (a logged step), `eval` (held-out loss), `answers` (to the report's first
+    questions, at an evaluation), `save` (a checkpoint), `end`.
 
     Each line is flushed, so that a run that is killed keeps its log. `seconds` counts from the start of training;
     `tokens_per_s` is the rate since the previous logged step; memory is the peak in GiB.
@@ -32,6 +34,8 @@ class EventLog(TrainerCallback):
         self.steps_done = 0
         self._started = self._last_time = perf_counter()
         self._last_tokens = 0.0
+        self.paused = 0.0
+        self.kept_step: int | None = None  # whose weights are evaluated once training has ended
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -59,6 +63,8 @@ class EventLog(TrainerCallback):
         # transformers logs three kinds of figures through one hook and does not say which.
         if "eval_loss" in logs:
             event["event"] = "eval"
+            event["step"] = state.global_step if self.kept_step is None else self.kept_step
+            self.pause(logs.get("eval_runtime", 0.0))
         elif "loss" in logs:
             event["event"] = "step"
             event["tokens_per_s"] = (logs["num_tokens"] - self._last_tokens) / (now - self._last_time)
@@ -72,6 +78,12 @@ class EventLog(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.write({"event": "save", "step": state.global_step, "seconds": perf_counter() - self._started})
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds`, in which nothing was trained, out of the rates of the steps."""
+        if self.begun:
+            self.paused += seconds
+            self._last_time += seconds
 
     def write(self, event: dict[str, Any]) -> None:
         self.events.append(event)
@@ -97,23 +109,46 @@ class ProgressLine(TrainerCallback):
         )
         self.task = self.progress.add_task("training", total=None, figures="")
         self._next_line = 0
+        self._heldout = ""
+        self._training = False  # evaluations before and after training have no line here
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._training = True
         self.progress.update(self.task, total=state.max_steps)
         self.progress.start()
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._training and "eval_loss" in (logs or {}) and state.global_step > 0:
+            self._show_heldout(state)
         if not self.log.steps:
             return
         last = self.log.steps[-1]
-        figures = f"loss {last['loss']:.3f} · {last['tokens_per_s']:,.0f} tokens/s · {last['memory_gib']:.2f} GiB"
+        figures = f"loss {last['loss']:.3f}{self._heldout} · {last['tokens_per_s']:,.0f} tokens/s"
+        figures += f" · {last['memory_gib']:.2f} GiB"
         self.progress.update(self.task, completed=state.global_step, figures=figures)
         # A log file gets ten lines, not a bar drawn over itself.
         if not self.console.is_terminal and state.global_step >= self._next_line:
             self._next_line = state.global_step + max(1, state.max_steps // 10)
             print_text(self.console, f"step {state.global_step}/{state.max_steps} · {figures}")
+
+    def _show_heldout(self, state: TrainerState) -> None:
+        """A line for each evaluation, above the bar, and the latest loss in the bar itself."""
+        evaluated = evaluations(state)
+        best, last = lowest(evaluated), evaluated[-1]
+        place = "the lowest so far" if best == last else f"lowest {best.loss:.3f} at step {best.step}" if best else ""
+        print_text(
+            self.progress.console, f"step {last.step}/{state.max_steps} · held-out loss {last.loss:.3f} · {place}"
+        )
+        self._heldout = f" · held-out {last.loss:.3f}"
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -122,4 +157,5 @@ class ProgressLine(TrainerCallback):
 
     def close(self) -> None:
         """Restore the terminal; called after an interrupted run too."""
+        self._training = False
         self.progress.stop()

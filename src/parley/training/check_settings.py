@@ -112,7 +112,18 @@ def _converted(name: str, value: Any, declared: Any) -> Any:
 def _check_heldout(config: RunConfig, args: SFTConfig) -> None:
     evaluates = args.eval_strategy != "no" or args.eval_on_start
     if evaluates and config.data.heldout is None and config.data.heldout_rows == 0:
-        raise setting_error("eval_strategy", "evaluates on held-out rows; set data.heldout_rows or data.heldout")
+        name = "eval_strategy" if config.training.eval_steps is None else "eval_steps"
+        raise setting_error(name, "evaluates on held-out rows; set data.heldout_rows or data.heldout")
+    for name, is_set in (
+        ("early_stopping", config.training.early_stopping is not None),
+        ("keep", config.training.keep == "best"),
+    ):
+        if is_set and args.eval_strategy == "no":
+            raise setting_error(name, "needs held-out loss during training; set training.eval_steps, for example to 50")
+        if is_set and args.load_best_model_at_end:
+            raise setting_error(
+                "load_best_model_at_end", f"chooses the weights, as training.{name} does; set one of them"
+            )
     if args.eval_strategy == "steps" and not (args.eval_steps or 0) > 0:
         raise setting_error("eval_steps", f"got {args.eval_steps}; wanted 1 or more with eval_strategy: steps")
     if (args.load_best_model_at_end or args.save_strategy == "best") and args.metric_for_best_model is None:

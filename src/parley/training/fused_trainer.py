@@ -261,7 +261,8 @@ class FusedTrainer(PackedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Fetch the figures that stayed on the device, in one transfer."""
-        for values in metrics(self, "train").values():
+        # An evaluation between two logged steps leaves those of the steps for the next log.
+        for values in metrics(self, "train").values() if self.model.training else ():
             if values and isinstance(values[0], torch.Tensor):
                 values[:] = torch.stack(values).tolist()
         super().log(logs, start_time)

@@ -257,11 +257,14 @@ class PackedTrainer(RetryingTrainer):
     # ---- Evaluation ----
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in TRL, and the model is left in the mode it was in."""
-        training = self.model.training
+        """As in TRL, and training goes on as if there had been no evaluation: mode and random states are restored."""
+        # A data loader takes its base seed from torch's generator, also where it does not shuffle: without this, an
+        # evaluation changes every later dropout mask and epoch order.
+        training, random_state = self.model.training, RandomState(self.args.device)
         try:
             return super().evaluate(*args, **kwargs)
         finally:
+            random_state.restore()
             self.model.train(training)
 
     def evaluation_loop(

@@ -55,17 +55,25 @@ class Turn(BaseModel):
     content: Text | None = None
 
 
+class StepAnswer(Figures):
+    """An answer during training, after `step`."""
+
+    step: int
+    text: Text
+
+
 class Answer(Figures):
-    """A question, the model's answers before and after training, and the data set's own answer where it has one."""
+    """A question, the model's answers before, during and after training, and the data set's own where it has one."""
 
     question: list[Turn] | Text
     before: Text | None = None
+    during: list[StepAnswer] = Field(default_factory=list)
     after: Text | None = None
     reference: Text | None = None
 
 
 class StepFigures(Figures):
-    """One logged optimizer step. Memory in GiB, seconds since training began."""
+    """One optimizer step that was logged or evaluated. Memory in GiB, seconds since training began."""
 
     step: int
     loss: float | None = None
@@ -109,6 +117,7 @@ class Report(Figures):
     after: Scores | None = None
     answers: list[Answer] = Field(default_factory=list)
     steps: list[StepFigures] = Field(default_factory=list)
+    kept_step: int | None = None  # whose weights were saved, where they are not those of the last step
     resources: Resources = Field(default_factory=Resources)
     data_summary: dict[str, Any] = Field(default_factory=dict)
     data_lines: list[Text] = Field(default_factory=list)
@@ -210,7 +219,7 @@ def charts(report: Report) -> list[Chart]:
     heldout = [(row.step, row.heldout_loss) for row in steps]
     measured = {step for step, value in heldout if value is not None}
     # The evaluations before and after training are dots at both ends, unless the trainer evaluated at that step.
-    ends = ((report.before, 0), (report.after, steps[-1].step if steps else 1))
+    ends = ((report.before, 0), (report.after, report.kept_step or (steps[-1].step if steps else 1)))
     heldout += [(step, scores.heldout_loss) for scores, step in ends if scores and step not in measured]
     smaller = (
         ("Learning rate", "", "learning_rate", False),

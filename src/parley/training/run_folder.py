@@ -5,6 +5,7 @@ adapter/        the PEFT adapter (or, after full fine-tuning, model/ with all we
 golden.json     conversations with the token ids they rendered to: a server compares its own against them
 events.jsonl    one JSON object a line for each logged step, evaluation and checkpoint
 checkpoints/    the trainer's checkpoints
+best/           with training.keep: best, the weights of the evaluation with the lowest held-out loss
 report.html, report.json
 
 A folder from elsewhere is data: opening it runs no code of it, and writing into it follows no link out of it.
@@ -47,6 +48,7 @@ class RunFolder:
         self.events = path / "events.jsonl"
         self.bad_rows = path / "bad_rows.jsonl"
         self.checkpoints = path / "checkpoints"
+        self.best = path / "best"
         self.trust_remote_code = False
         self._made: list[Path] = []
 

@@ -83,7 +83,7 @@ def training_resources(trainer: SFTTrainer, log: EventLog, memory_before: float,
         train_seconds=seconds,
         tokens=tokens,
         supervised_tokens=int(trainer.supervised_tokens),
-        tokens_per_s=tokens / seconds,
+        tokens_per_s=tokens / (seconds - log.paused),
     )
 
 

@@ -176,8 +176,11 @@ def rows_to_drop(data: DataSection) -> dict[int, str]:
 
 
 def _heldout(data: DataSection) -> Doctor | None:
-    """The rows of `data.heldout`, read for their fingerprints; None without that setting."""
-    if not data.heldout:
+    """The rows of the source `data.heldout`, read for their fingerprints; None without one.
+
+    A share of the data (5%) is split by a hash of each conversation, so that both sides share none.
+    """
+    if not data.heldout or data.heldout_share is not None:
         return None
     section = heldout_section(data)
     doctor = Doctor(section)

@@ -1,0 +1,85 @@
+"""The trained weights of the evaluation with the lowest held-out loss: `best/step-40.safetensors` in the run folder.
+
+A checkpoint resumes exactly only together with the best weights up to its own step, so those are kept as long as the
+checkpoint is; the others go as soon as a better evaluation comes.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from parley.training.early_stopping import Evaluated, evaluations, lowest
+
+
+class BestWeights(TrainerCallback):
+    """Writes the weights of each evaluation that is the best so far."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        best = lowest(evaluations(state))
+        if best is None or best.step != state.global_step or not args.should_save:
+            return
+        assert model is not None
+        self._write(best.step, {name: p.detach().cpu().contiguous() for name, p in _trained(model).items()})
+        self._prune(args, state)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._prune(args, state)
+
+    def restore(self, model: nn.Module, state: TrainerState) -> Evaluated | None:
+        """Load the best weights there are into `model`, in place. Returns their evaluation; None where there is none.
+
+        Weights that are gone, as those from before a resumed checkpoint of another run, do not count.
+        """
+        best = lowest([each for each in evaluations(state) if each.step == state.global_step or self._has(each.step)])
+        if best is not None and best.step != state.global_step:
+            saved = load_file(self._path(best.step))
+            with torch.no_grad():
+                for name, parameter in _trained(model).items():
+                    parameter.copy_(saved[name])
+        return best
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step}.safetensors"
+
+    def _has(self, step: int) -> bool:
+        return self._path(step).is_file()
+
+    def _write(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        unfinished = self.folder / ".unfinished"
+        # Clones: the fused step's parameters are views of one buffer, which safetensors would refuse.
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, unfinished)
+        os.replace(unfinished, self._path(step))
+
+    def _prune(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Remove all but the best up to now and up to each checkpoint."""
+        assert args.output_dir is not None
+        numbers = [path.name.rpartition("-")[2] for path in Path(args.output_dir).glob("checkpoint-*")]
+        ends = [state.global_step, *(int(number) for number in numbers if number.isdigit())]
+        evaluated = evaluations(state)
+        kept = [lowest([each for each in evaluated if each.step <= end]) for end in ends]
+        names = {self._path(best.step) for best in kept if best is not None}
+        for path in self.folder.glob("step-*.safetensors"):
+            if path not in names:
+                path.unlink()
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
