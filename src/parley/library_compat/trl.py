@@ -37,3 +37,8 @@ def restore_figures(trainer: trl.SFTTrainer, mode: str, copied: tuple[dict[str, 
 def tokens_seen(trainer: trl.SFTTrainer) -> int:
     """Tokens trained on so far."""
     return trainer._total_train_tokens
+
+
+def set_tokens_seen(trainer: trl.SFTTrainer, tokens: int) -> None:
+    """Continue the count of a checkpoint."""
+    trainer._total_train_tokens = tokens

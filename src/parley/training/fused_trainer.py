@@ -5,6 +5,7 @@ Shape suffixes: see docs/design.md.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_o
 from parley.training.packed_trainer import METRICS, PackedTrainer
 from parley.training.regional_compile import MIN_STEPS, compile_layers
 from parley.training.rehearsal import rehearse_saving
+from parley.training.resume_state import this_device
 
 logger = logging.getLogger(__name__)
 
@@ -178,8 +180,20 @@ class FusedTrainer(PackedTrainer):
                 raise Unsupported(reason)
 
     def _plan(self, bound: BoundModel, memory: Literal["auto", "low"] | float) -> MemoryPlan:
+        # Free memory may differ when a run is resumed, and another split of a step rounds differently. With another
+        # `memory` than the run's own, the checkpoint's plan was tried and did not fit.
+        resumed = self.resumed
+        same_device = resumed is not None and resumed.device == this_device(self.args.device)
+        if resumed is not None and resumed.plan and same_device and memory == self.memory:
+            return MemoryPlan(**resumed.plan)
         state_bytes = 2 if self.args.optim in BITSANDBYTES else 8
         return make_plan(bound, memory, self.row_lengths(), self._rows_per_step, state_bytes)
+
+    def recorded_plan(self) -> dict[str, Any] | None:
+        return None if self.fused_step is None else dataclasses.asdict(self.fused_step.plan)
+
+    def recorded_settings(self) -> dict[str, Any]:
+        return {"engine": self.engine, "memory": self.memory}
 
     @property
     def _rows_per_step(self) -> int:

@@ -330,6 +330,15 @@ class PackedTrainer(RetryingTrainer):
         sums_4 = torch.stack([torch.as_tensor(mean).to(self.sums_4) for mean in means]) * count
         return EvaluatedRows(sums_4, logits, labels)
 
+    # ---- Checkpoints ----
+
+    def _counters(self) -> dict[str, Any]:
+        return super()._counters() | {"supervised_tokens": self.supervised_tokens}
+
+    def _restore_counters(self, counters: dict[str, Any]) -> None:
+        super()._restore_counters(counters)
+        self.supervised_tokens = counters["supervised_tokens"]
+
     # ---- Figures ----
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:

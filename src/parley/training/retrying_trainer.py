@@ -9,12 +9,13 @@ import trl
 from accelerate import DistributedType
 
 from parley.training.callbacks import EventLog
+from parley.training.checkpointing_trainer import CheckpointingTrainer
 from parley.training.out_of_memory import Result, Stage, describe_reduction, retry_smaller
 
 logger = logging.getLogger(__name__)
 
 
-class RetryingTrainer(trl.SFTTrainer):
+class RetryingTrainer(CheckpointingTrainer, trl.SFTTrainer):
     @property
     def runs_alone(self) -> bool:
         """Whether this is the only process: others would wait for the collective operations of a repeated pass."""

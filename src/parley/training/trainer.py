@@ -233,6 +233,8 @@ def _own_config(args: TrainingArguments | None, model: Any, old: dict[str, Any])
         args = _copied(args)
     else:
         args = SFTConfig(**(args.to_dict() | {"hub_token": args.hub_token}))
+    if args.data_seed is None:  # else the order of rows follows torch's seed at the time, which a resumed run has not
+        args.data_seed = args.seed
     for name in unavailable_formats(args):
         logger.warning("%s=True: this device has no %s; training in float32", name, name)
         setattr(args, name, False)
