@@ -165,7 +165,7 @@ def test_a_base_model_of_nan_is_refused_before_training(
 def test_nothing_that_a_run_writes_holds_a_secret(configured: Callable[..., RunConfig]) -> None:
     result = train(configured(f"training.hub_token={TOKEN}", "training.save_steps=1"), QUIET)
     files = [path for path in result.folder.path.rglob("*") if path.is_file()]
-    assert {"run.yaml", "report.json", "report.html", "training_args.bin", "events.jsonl"} <= {f.name for f in files}
+    assert {"run.yaml", "report.json", "report.html", "resume_state.json", "events.jsonl"} <= {f.name for f in files}
     for path in files:
         assert TOKEN.encode() not in path.read_bytes(), path
     report = json.loads((result.folder.path / "report.json").read_text())

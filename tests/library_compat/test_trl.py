@@ -32,7 +32,12 @@ HOOKS = [
     "training_step",
     "_clip_grad_norm",
     "_get_grad_norm",
+    "_init_training_state",
     "_prepare_dataset",
+    "_run_epoch",
+    "_save",
+    "_save_checkpoint",
+    "_save_rng_state",
     "_track_num_input_tokens",
 ]
 # Called when training goes on from a checkpoint, which tests/training does.
@@ -61,7 +66,7 @@ def recorded(tiny_llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
         logging_steps=1,
         eval_strategy="steps",
         eval_steps=2,
-        save_strategy="no",
+        save_steps=2,
         report_to="none",
         use_cpu=True,
         bf16=False,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from trl import SFTConfig
 
 from parley.config import LLAMA_PROJECTIONS
 from parley.errors import DataError, RunError, UsageError
+from parley.training.checkpoint import newest_whole
 from parley.training.trainer import SFTTrainer
 
 STEPS = 8  # six of an epoch of 24 rows, then two of the next
@@ -121,17 +125,20 @@ def assert_same_end(resumed: Any, whole: Any) -> None:
     assert resumed.supervised_tokens == whole.supervised_tokens
     states = [made.optimizer.state_dict() for made in (resumed, whole)]
     assert json.dumps(states[0]["param_groups"]) == json.dumps(states[1]["param_groups"])
-    for index, state in states[1]["state"].items():
-        for name, value in state.items():
-            other = states[0]["state"][index][name]
-            assert torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other or name[0] == "_"
+    assert same(states[0]["state"], states[1]["state"])
+
+
+def same(ours: Any, theirs: Any) -> bool:
+    if isinstance(theirs, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in theirs)
+    return torch.equal(ours, theirs) if isinstance(theirs, torch.Tensor) else ours == theirs
 
 
 CASES: dict[str, tuple[int, dict[str, Any]]] = {
     "fused": (3, {}),
     "fused, second epoch": (7, {}),
     "fused, at the end of an epoch": (6, {}),
-    "fused, 8-bit optimizer": (3, {"optim": "adamw_8bit"}),
+    "fused, 8-bit optimizer": (3, {"optim": "adamw_8bit", "rank": 16}),
     "fused, clipped, cosine, weight decay": (
         5,
         {"max_grad_norm": 0.01, "lr_scheduler_type": "cosine", "warmup_steps": 4, "weight_decay": 0.1},
@@ -167,3 +174,175 @@ def test_an_interrupted_run_ends_where_the_undisturbed_one_does(tiny_tokenizer: 
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == STEPS
     assert_same_end(resumed, whole)
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tiny_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoint-2 and checkpoint-4; copy it before changing it."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    make(tiny_tokenizer, folder, max_steps=4, save_strategy="steps", save_steps=2, save_total_limit=2).train()
+    return folder
+
+
+FILES = [
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "trainer_state.json",
+    "resume_state.json",
+    "tokenizer.json",
+    "manifest.json",
+]
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "emptied": lambda path: path.write_bytes(b""),
+    "a bit flipped": flip_bit,
+    "swapped": lambda path: path.write_bytes((path.parent / "README.md").read_bytes()),
+    "of the checkpoint before": lambda path: path.write_bytes(
+        (path.parent.with_name("checkpoint-2") / path.name).read_bytes()
+    ),
+    "removed": lambda path: path.unlink(),
+}
+UNCHANGED = {"adapter_config.json", "rng_state.pth", "tokenizer.json"}  # the same in each checkpoint
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_recognised(two_checkpoints: Path, tmp_path: Path, name: str, damage: str) -> None:
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    whole, damaged = newest_whole(folder)
+    assert (whole, damaged) == (folder / "checkpoint-4", [])
+    DAMAGES[damage](folder / "checkpoint-4" / name)
+    whole, damaged = newest_whole(folder)
+    if damage == "of the checkpoint before" and name in UNCHANGED:
+        assert whole == folder / "checkpoint-4"
+        return
+    assert whole == folder / "checkpoint-2"
+    assert [found.path.name for found in damaged] == ["checkpoint-4"]
+    assert name in damaged[0].reason or name == "manifest.json"
+
+
+@pytest.mark.parametrize("added", ["surprise.json", "checkpoint-9/x"])
+def test_a_checkpoint_with_a_file_more_is_not_whole(two_checkpoints: Path, tmp_path: Path, added: str) -> None:
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    (folder / "checkpoint-4" / added).parent.mkdir(exist_ok=True)
+    (folder / "checkpoint-4" / added).write_text("")
+    assert newest_whole(folder)[0] == folder / "checkpoint-2"
+
+
+def test_the_checkpoint_of_another_step_is_not_whole_under_this_name(two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(two_checkpoints / "checkpoint-2", folder / "checkpoint-4")
+    shutil.copytree(two_checkpoints / "checkpoint-2", folder / "checkpoint-2")
+    assert newest_whole(folder)[0] == folder / "checkpoint-2"
+
+
+def test_the_checkpoint_before_a_damaged_one_is_used_and_it_is_said(
+    tiny_tokenizer: Any, two_checkpoints: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    flip_bit(folder / "checkpoint-4" / "optimizer.pt")
+    settings = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    resumed = make(tiny_tokenizer, folder, **settings)
+    with pytest.raises(RunError, match=r"checkpoint-4 is damaged .*optimizer.pt.*checkpoint-2 is whole"):
+        resumed.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    resumed.train(resume_from_checkpoint=True)
+    assert "checkpoint-4 is damaged (the checksum of optimizer.pt is wrong): checkpoint-2 is used" in caplog.text
+    assert [entry["step"] for entry in resumed.state.log_history if "loss" in entry] == [1, 2, 3, 4]
+    assert newest_whole(folder) == (folder / "checkpoint-4", [])  # written anew
+    flip_bit(folder / "checkpoint-4" / "optimizer.pt")
+    flip_bit(folder / "checkpoint-2" / "optimizer.pt")
+    with pytest.raises(RunError, match="no checkpoint is whole: checkpoint-4 is damaged .*checkpoint-2 is damaged"):
+        make(tiny_tokenizer, folder, max_steps=4).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate": 2e-2}, "learning_rate was 0.01 and is 0.02"),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, "gradient_accumulation_steps was 2"),
+        ({"seed": 1}, "data_seed was 0 and is 1; seed was 0 and is 1"),
+        ({"lr_scheduler_type": "cosine"}, 'lr_scheduler_type was "linear" and is "cosine"'),
+        ({"optim": "adamw_torch"}, 'optim was "adamw_torch_fused" and is "adamw_torch"'),
+        ({"engine": "plain"}, 'engine was "auto" and is "plain"'),
+        ({"rank": 2}, "lora.r was 4 and is 2"),
+        ({"dropout": 0.1}, "lora.lora_dropout was 0.0 and is 0.1"),
+        ({"max_grad_norm": 0.5}, "max_grad_norm was 1.0 and is 0.5"),
+        ({"ignore_data_skip": True}, "ignore_data_skip"),
+    ],
+)
+def test_a_setting_that_would_break_exactness_is_refused_by_its_name(
+    tiny_tokenizer: Any, two_checkpoints: Path, changes: dict[str, Any], said: str
+) -> None:
+    resumed = make(tiny_tokenizer, two_checkpoints, **({"max_steps": 6} | changes))
+    with pytest.raises(UsageError, match=re.escape(said)):
+        resumed.train(resume_from_checkpoint=True)
+
+
+def test_other_rows_are_refused(tiny_tokenizer: Any, two_checkpoints: Path) -> None:
+    with pytest.raises(DataError, match="24 rows then, 23 now"):
+        make(tiny_tokenizer, two_checkpoints, data=rows(23)).train(resume_from_checkpoint=True)
+    with pytest.raises(DataError, match="other content"):
+        make(tiny_tokenizer, two_checkpoints, data=rows(seed=5)).train(resume_from_checkpoint=True)
+
+
+def test_steps_logging_saving_and_evaluation_may_change(
+    tiny_tokenizer: Any, two_checkpoints: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    changes = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+    resumed = make(tiny_tokenizer, folder, max_steps=6, **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 6
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_run_that_is_complete_takes_no_step_more(tiny_tokenizer: Any, two_checkpoints: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(two_checkpoints, tmp_path / "run")
+    before = make(tiny_tokenizer, tmp_path / "whole", max_steps=4)
+    before.train()
+    again = make(tiny_tokenizer, folder, max_steps=4)
+    assert again.train(resume_from_checkpoint=True).global_step == 4
+    assert all(torch.equal(value, trained(before)[name]) for name, value in trained(again).items())
+
+
+def test_without_a_checkpoint_the_error_says_what_to_do(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    made = make(tiny_tokenizer, tmp_path)
+    with pytest.raises(UsageError, match="no checkpoint in .*without resume_from_checkpoint"):
+        made.train(resume_from_checkpoint=True)
+    with pytest.raises(UsageError, match="no checkpoint there"):
+        made.train(resume_from_checkpoint=str(tmp_path / "absent"))
+
+
+def test_a_checkpoint_of_the_stock_trainer_is_used_and_said(
+    tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stock = make(
+        tiny_tokenizer, tmp_path, max_steps=2, save_strategy="steps", save_steps=2, trainer_class=trl.SFTTrainer
+    )
+    stock.train()
+    assert (tmp_path / "checkpoint-2" / "training_args.bin").is_file()
+    resumed = make(tiny_tokenizer, tmp_path, max_steps=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert "written by transformers' own Trainer" in caplog.text
+    assert resumed.state.global_step == 3
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(UsageError, match=r"holds no optimizer.pt \(save_only_model\?\)"):
+        make(tiny_tokenizer, tmp_path, max_steps=3).train(resume_from_checkpoint=True)
+
+
+def test_nothing_in_a_checkpoint_is_unpickled(two_checkpoints: Path) -> None:
+    for path in (two_checkpoints / "checkpoint-4").iterdir():
+        assert path.suffix in {".json", ".safetensors", ".pt", ".pth", ".md", ".jinja"}, path
+        if path.suffix in {".pt", ".pth"}:
+            torch.load(path, weights_only=True)  # without any safe globals

@@ -63,7 +63,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 def newest_whole(folder: Path) -> tuple[Path | None, list[Damaged]]:
     """The newest checkpoint in `folder` that is whole, and the newer ones that are not."""
-    damaged = []
+    damaged: list[Damaged] = []
     for path in checkpoints_in(folder):
         reason = None if is_foreign(path) else find_damage(path)
         if reason is None:

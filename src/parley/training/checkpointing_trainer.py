@@ -213,7 +213,7 @@ class CheckpointingTrainer(Trainer):
         name, key, *rest = np.random.get_state(legacy=True)
         states = {
             "python": random.getstate(),
-            "numpy": (name, key.tolist(), *rest),
+            "numpy": (name, np.asarray(key).tolist(), *rest),
             "cpu": torch.random.get_rng_state(),
         }
         several = self.args.world_size > 1
