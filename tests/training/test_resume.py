@@ -262,7 +262,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_it_is_said(
     assert newest_whole(folder) == (folder / "checkpoint-4", [])  # written anew
     flip_bit(folder / "checkpoint-4" / "optimizer.pt")
     flip_bit(folder / "checkpoint-2" / "optimizer.pt")
-    with pytest.raises(RunError, match="no checkpoint is whole: checkpoint-4 is damaged .*checkpoint-2 is damaged"):
+    with pytest.raises(RunError, match=r"no checkpoint is whole: checkpoint-4 is damaged .*checkpoint-2 is damaged"):
         make(tiny_tokenizer, folder, max_steps=4).train(resume_from_checkpoint=True)
 
 
@@ -318,7 +318,7 @@ def test_a_run_that_is_complete_takes_no_step_more(tiny_tokenizer: Any, two_chec
 
 def test_without_a_checkpoint_the_error_says_what_to_do(tiny_tokenizer: Any, tmp_path: Path) -> None:
     made = make(tiny_tokenizer, tmp_path)
-    with pytest.raises(UsageError, match="no checkpoint in .*without resume_from_checkpoint"):
+    with pytest.raises(UsageError, match=r"no checkpoint in .*without resume_from_checkpoint"):
         made.train(resume_from_checkpoint=True)
     with pytest.raises(UsageError, match="no checkpoint there"):
         made.train(resume_from_checkpoint=str(tmp_path / "absent"))
