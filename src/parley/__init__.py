@@ -12,6 +12,7 @@ _HOME = {
     "SFTConfig": "parley.training.sft_config",
     "SFTTrainer": "parley.training.trainer",
     "train": "parley.pipeline",
+    "export": "parley.exporting.export",
     "load_model": "parley.models.load",
     "attach_lora": "parley.models.adapters",
     "render": "parley.data.render",

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import parley
-from parley.cli import bench, chat, demo, doctor, evaluate, generate, inspect, report, serve, train
+from parley.cli import bench, chat, demo, doctor, evaluate, export, generate, inspect, report, serve, train
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError, UsageError
 from parley.text import print_text
@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve.serve,
     "inspect": inspect.inspect,
     "eval": evaluate.evaluate,
+    "export": export.export,
     "report": report.report,
     "bench": bench.bench,
     "doctor": doctor.doctor,

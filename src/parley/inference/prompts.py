@@ -37,11 +37,11 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     declared = model.generation_config.eos_token_id
     # The three differ in many checkpoints: base models that were tuned to chat keep the base's end of text.
     ends = set(declared if isinstance(declared, list) else [declared])
-    ends |= {tokenizer.eos_token_id, _end_of_turn_in_template(tokenizer)}
+    ends |= {tokenizer.eos_token_id, template_end_of_turn(tokenizer)}
     return sorted(end for end in ends if end is not None)
 
 
-def _end_of_turn_in_template(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def template_end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that training teaches to end a turn with: the last supervised one of a rendered turn."""
     if not tokenizer.chat_template:
         return None

@@ -1,0 +1,69 @@
+"""The adapter as PEFT reads it, with the tokenizer and template it was trained with."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from parley.errors import ModelError
+from parley.exporting.comparison import Marks
+from parley.exporting.reader import Reader
+from parley.exporting.readers import TransformersReader
+from parley.exporting.reference import Reference
+from parley.exporting.trained_model import TrainedModel
+
+UNROUNDED = Marks(top1=0.999, mean_kl=1e-6, worst_kl=1e-4, loss=1e-4, answers=0.95, logit=1e-3)
+"""Between two programs that compute the same weights in float32."""
+
+
+class AdapterReader(TransformersReader):
+    """An adapter's folder that PEFT puts on its base."""
+
+    def __init__(self, folder: Path, base: str, dtype: torch.dtype) -> None:
+        self._base = base
+        super().__init__(folder, dtype)
+
+    @property
+    def program(self) -> str:
+        return f"PEFT {peft.__version__}"
+
+    def _load(self, folder: Path, dtype: torch.dtype) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype, local_files_only=True)
+        return PeftModel.from_pretrained(base, folder).eval()
+
+    def ends_answers(self, token: int) -> bool:
+        # An adapter has no generation config of its own: programs end at the base's tokens and the tokenizer's.
+        return token == self.tokenizer.eos_token_id or super().ends_answers(token)
+
+
+class AdapterExporter:
+    target = "adapter"
+    description = "The adapter in PEFT's format, with tokenizer and chat template."
+    quants: tuple[str, ...] = ()
+    default_quant = None
+
+    def check(self, trained: TrainedModel, quant: str | None) -> None:
+        if not trained.adapters:
+            raise ModelError(f"{trained.name}: every weight was trained, so there is no adapter; use --to merged")
+        if len(trained.adapters) > 1:
+            raise ModelError(
+                f"{trained.name}: its base is an adapter merged in memory, which the adapter alone would lack; "
+                "use --to merged"
+            )
+
+    def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
+        for file in sorted(trained.adapters[-1].iterdir()):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+    def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:
+        return AdapterReader(folder, str(trained.base_folder), reference.dtype)
+
+    def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
+        return UNROUNDED

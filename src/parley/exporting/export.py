@@ -1,0 +1,193 @@
+"""`export`: a finished run in the forms that other programs read, each proven or marked as not."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rich.console import Console
+from safetensors import SafetensorError
+
+from parley.errors import RunError, UsageError
+from parley.exporting.card import write_card
+from parley.exporting.comparison import compare
+from parley.exporting.exporter import Exporter
+from parley.exporting.record import ExportRecord
+from parley.exporting.reference import Reference, measure_reference
+from parley.exporting.registry import exporter_of
+from parley.exporting.trained_model import TrainedModel, open_run
+from parley.training.run_folder import is_disk_full
+
+EXPORTS = "exports"
+"""Folder of a run that exports are written to by default, each in its own."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """A finished export: its folder, and the content of its export.json."""
+
+    folder: Path
+    record: ExportRecord
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was found wrong; True also where nothing was compared."""
+        return self.record.status != "failed"
+
+
+def export(
+    run: str | Path,
+    to: str | Sequence[str] = "merged",
+    quant: str | Sequence[str] = (),
+    *,
+    verify: bool = True,
+    output: str | Path | None = None,
+    base: str | None = None,
+    console: Console | None = None,
+    trust_remote_code: bool = False,
+) -> list[Export]:
+    """Export a finished run, in one or several forms; nothing half-written is left behind.
+
+    Args:
+        run: the run's folder.
+        to: targets: "adapter", "merged", "gguf" ...
+        quant: types of GGUF or merged weights; without one, each target's default. Each makes an export of its own.
+        verify: read every export with a program that is not Parley and compare it with the trained model.
+        output: folder of the export, or of several; by default `exports` in the run.
+        base: a 16-bit model to merge into, where the run was trained on a quantised one.
+
+    Returns the exports in order; one that failed the comparison is kept, its card marked UNVERIFIED.
+
+    Raises UsageError for unknown targets and types and for folders that exist, RunError or ModelError for a run that
+    cannot be exported, DeviceError where the trained model does not fit into memory for the comparison.
+    """
+    console = console or Console()
+    jobs = plan_exports(_listed(to), _listed(quant))
+    trained = open_run(run, base, trust_remote_code=trust_remote_code)
+    places = _places(trained, jobs, output)
+    for exporter, kind in jobs:
+        exporter.check(trained, kind)
+    return [
+        exported
+        for exported in _Exports(trained, verify, console).all(
+            (exporter, kind, place) for (exporter, kind), place in zip(jobs, places, strict=True)
+        )
+    ]
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def plan_exports(targets: Sequence[str], quants: Sequence[str]) -> list[tuple[Exporter, str | None]]:
+    """Each target with each of `quants` that it takes, or with its default.
+
+    Raises UsageError for a target or type that is unknown, or a type that none of the targets takes.
+    """
+    if not targets:
+        raise UsageError("--to: name at least one form to export to")
+    exporters = [exporter_of(target) for target in dict.fromkeys(targets)]
+    known = {name for exporter in exporters for name in exporter.quants}
+    for quant in quants:
+        if quant not in known:
+            takes = "; ".join(f"{each.target} takes {', '.join(each.quants)}" for each in exporters if each.quants)
+            raise UsageError(f"--quant {quant}: {takes or 'none of these targets takes a type'}")
+    jobs: list[tuple[Exporter, str | None]] = []
+    for exporter in exporters:
+        taken = [quant for quant in dict.fromkeys(quants) if quant in exporter.quants]
+        jobs += [(exporter, quant) for quant in taken] or [(exporter, exporter.default_quant)]
+    return jobs
+
+
+def _places(
+    trained: TrainedModel, jobs: Sequence[tuple[Exporter, str | None]], output: str | Path | None
+) -> list[Path]:
+    names = [exporter.target if quant is None else f"{exporter.target}-{quant}" for exporter, quant in jobs]
+    if output is not None and len(jobs) == 1:
+        places = [Path(output).expanduser()]
+    else:
+        parent = trained.folder.path / EXPORTS if output is None else Path(output).expanduser()
+        places = [parent / name for name in names]
+    for place in places:
+        if place.exists() or place.is_symlink():
+            raise UsageError(f"{place}: exists; remove it, or choose another --output")
+    return places
+
+
+class _Exports:
+    """The exports of one run: its trained model is measured once, when the first is compared."""
+
+    def __init__(self, trained: TrainedModel, verify: bool, console: Console) -> None:
+        self.trained, self.verify, self.console = trained, verify, console
+
+    @cached_property
+    def reference(self) -> Reference:
+        with self.console.status("measuring the trained model"):
+            return measure_reference(self.trained)
+
+    def all(self, jobs: Iterable[tuple[Exporter, str | None, Path]]) -> Iterable[Export]:
+        for exporter, quant, place in jobs:
+            yield self.one(exporter, quant, place)
+
+    def one(self, exporter: Exporter, quant: str | None, place: Path) -> Export:
+        trained = self.trained
+        if self.verify:
+            self.reference  # noqa: B018  (before writing: a model that does not fit into memory is refused)
+        shared = list(trained.notes)
+        record = ExportRecord(
+            target=exporter.target,
+            quant=quant,
+            run=trained.name,
+            base=trained.base_name if trained.adapters else None,
+            base_fingerprint=trained.base_fingerprint,
+        )
+
+        def write(folder: Path) -> None:
+            with self.console.status(f"writing {record.name}"):
+                exporter.write(trained, folder, quant)
+            if self.verify:
+                with self.console.status(f"comparing {record.name}"):
+                    record.marks = exporter.marks(trained, quant)
+                    with exporter.open(trained, folder, self.reference) as reader:
+                        record.figures = compare(self.reference, reader, record.marks)
+                record.status = "verified" if record.figures.passed else "failed"
+            record.notes = list(trained.notes)
+            write_card(folder, record)
+            record.write(folder)
+
+        try:
+            write_folder(place, write)
+        finally:
+            trained.notes = shared
+        return Export(place, record)
+
+
+def write_folder(place: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `place`, then rename it: nothing half-written is ever at `place`.
+
+    Raises RunError where it cannot be written, and leaves nothing behind then.
+    """
+    made = [parent for parent in (place.parent, *place.parent.parents) if not parent.exists()]
+    unfinished = place.with_name(f".{place.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
+        unfinished.mkdir(parents=True)
+        write(unfinished)
+        unfinished.rename(place)
+        made = []
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, RunError):
+            raise
+        if is_disk_full(error):
+            raise RunError(f"disk full while writing {place}; free space, or choose another --output") from None
+        if isinstance(error, OSError) and error.filename is not None:
+            raise RunError(f"{place}: cannot be written ({error.strerror}); choose another --output") from None
+        raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in made:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()

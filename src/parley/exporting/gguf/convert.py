@@ -1,0 +1,113 @@
+"""A model's tensors into a GGUF file, one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
+from torch import Tensor
+
+from parley.errors import ModelError
+from parley.exporting.gguf.architectures import Architecture, context_length, converted, head_size
+from parley.exporting.gguf.quantization import QuantScheme, byte_shape, quantized
+from parley.exporting.gguf.rope import add_rope
+from parley.exporting.gguf.vocabulary import Vocabulary
+from parley.exporting.merge import HEAD as MODEL_HEAD
+from parley.exporting.merge import BaseWeights, MergedWeights
+
+SUFFIXES = (".weight", ".bias")
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor to write: its name and type there, and how to get it."""
+
+    name: str
+    shape: tuple[int, ...]
+    quant: GGMLQuantizationType
+    read: Callable[[], Tensor]
+
+
+def write_gguf(
+    path: Path,
+    architecture: Architecture,
+    config: Any,
+    weights: BaseWeights | MergedWeights,
+    vocabulary: Vocabulary,
+    scheme: QuantScheme,
+    names: dict[str, str],
+    threads: int,
+) -> None:
+    """Write a model to `path`. `names` are the metadata's general.* texts.
+
+    Peak memory is the largest tensor and its conversion. Raises ModelError for a tensor that has no place in GGUF.
+    """
+    writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.arch])
+    try:
+        for key, text in names.items():
+            writer.add_string(f"general.{key}", text)
+        writer.add_file_type(scheme.file_type)
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        _add_shape(writer, architecture, config)
+        factors = add_rope(writer, config)
+        architecture.add_metadata(writer, config)
+        vocabulary.write(writer)
+        tensors = [
+            *(_vector(name, value) for name, value in factors.items()),
+            *_tensors(architecture, config, weights, scheme),
+        ]
+        for tensor in tensors:
+            # A shape in bytes, as the writer expects it with numpy's type of a byte.
+            shape = byte_shape(tensor.shape, tensor.quant)
+            writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), prod(shape), raw_dtype=tensor.quant)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(quantized(tensor.read(), tensor.quant, threads))
+    finally:
+        writer.close()
+
+
+def _add_shape(writer: GGUFWriter, architecture: Architecture, config: Any) -> None:
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(context_length(config, architecture))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(head_size(config))
+    writer.add_value_length(head_size(config))
+
+
+def _tensors(
+    architecture: Architecture, config: Any, weights: BaseWeights | MergedWeights, scheme: QuantScheme
+) -> Iterator[GgufTensor]:
+    table = architecture.names(config)
+    for name, shape in weights.shapes().items():
+        if name == MODEL_HEAD and weights.tied:  # llama.cpp takes the embedding where there is no head
+            continue
+        written = table.get_name(name, try_suffixes=SUFFIXES)
+        if written is None:
+            raise ModelError(
+                f"{name} has no place in a GGUF file of {MODEL_ARCH_NAMES[architecture.arch]}; use --to merged"
+            )
+        quant = scheme.type_of(written, shape, config.num_hidden_layers, weights.tied)
+        yield GgufTensor(written, shape, quant, _reader(architecture, config, weights, name))
+
+
+def _reader(
+    architecture: Architecture, config: Any, weights: BaseWeights | MergedWeights, name: str
+) -> Callable[[], Tensor]:
+    return lambda: converted(architecture, config, name, weights.get(name))
+
+
+def _vector(name: str, value: Tensor) -> GgufTensor:
+    return GgufTensor(name, tuple(value.shape), GGMLQuantizationType.F32, lambda: value)

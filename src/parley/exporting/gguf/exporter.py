@@ -1,0 +1,91 @@
+"""The merged model as one GGUF file, for llama.cpp, Ollama, LM Studio and others."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from parley.exporting.comparison import Marks
+from parley.exporting.gguf.architectures import architecture_of, context_length
+from parley.exporting.gguf.convert import write_gguf
+from parley.exporting.gguf.quantization import SCHEMES
+from parley.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from parley.exporting.llama_cpp import LlamaCppReader
+from parley.exporting.reader import Reader
+from parley.exporting.reference import Reference
+from parley.exporting.trained_model import TrainedModel
+from parley.inference.prompts import template_end_of_turn
+
+_16_BIT = Marks(top1=0.97, mean_kl=0.005, worst_kl=0.2, loss=0.01, answers=0.9)
+MARKS = {
+    "f32": _16_BIT.model_copy(update={"mean_kl": 0.001}),  # llama.cpp keeps keys and values in 16 bits
+    "f16": _16_BIT,
+    "bf16": _16_BIT,
+    "q8_0": Marks(top1=0.95, mean_kl=0.01, worst_kl=0.5, loss=0.02, answers=0.9),
+    "q6_k": Marks(top1=0.93, mean_kl=0.02, worst_kl=1.0, loss=0.03),
+    "q5_k_m": Marks(top1=0.9, mean_kl=0.05, worst_kl=2.0, loss=0.06),
+    "q5_0": Marks(top1=0.88, mean_kl=0.08, worst_kl=3.0, loss=0.1),
+    "q4_k_m": Marks(top1=0.85, mean_kl=0.12, worst_kl=4.0, loss=0.15),
+    "q4_0": Marks(top1=0.8, mean_kl=0.25, worst_kl=6.0, loss=0.25),
+}
+
+
+def threads() -> int:
+    return os.cpu_count() or 1
+
+
+class GgufExporter:
+    target = "gguf"
+    description = "The merged model as one GGUF file, quantised or not, for llama.cpp and what is built on it."
+    quants = tuple(SCHEMES)
+    default_quant = "q8_0"
+
+    def check(self, trained: TrainedModel, quant: str | None) -> None:
+        architecture_of(trained.config, trained.base_name)
+        self._vocabulary(trained)
+        trained.weights  # noqa: B018  (damaged weights are refused here)
+
+    def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
+        assert quant is not None
+        config = trained.config
+        architecture = architecture_of(config, trained.base_name)
+        if (length := context_length(config, architecture)) < config.max_position_embeddings:
+            trained.notes.append(
+                f"GGUF: llama.cpp has no sliding window for {config.model_type}; the context is {length:,} tokens, for "
+                "which it makes no difference"
+            )
+        names = {"type": "model", "name": trained.name, "basename": trained.base_name.rsplit("/")[-1]}
+        write_gguf(
+            folder / f"{trained.name}-{quant}.gguf",
+            architecture,
+            config,
+            trained.weights,
+            self._vocabulary(trained),
+            SCHEMES[quant],
+            names,
+            threads(),
+        )
+
+    def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:
+        return LlamaCppReader(next(folder.glob("*.gguf")), longest(trained, reference), threads())
+
+    def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
+        assert quant is not None
+        return MARKS[quant]
+
+    def _vocabulary(self, trained: TrainedModel) -> Vocabulary:
+        return read_vocabulary(trained.tokenizer, trained.config.vocab_size, end_of_turn(trained), trained.base_name)
+
+
+def end_of_turn(trained: TrainedModel) -> int | None:
+    """The token that ends answers beside the tokenizer's end token: the template's, or the checkpoint's."""
+    end = template_end_of_turn(trained.tokenizer)
+    return end if end != trained.tokenizer.eos_token_id else None
+
+
+def longest(trained: TrainedModel, reference: Reference) -> int:
+    """Tokens of the context that the samples need."""
+    samples = reference.samples
+    prompts = max((len(ids) for ids in reference.prompt_ids), default=0) + samples.answer_tokens
+    rows = max((len(row.input_ids) for row in samples.rows), default=0)
+    return min(max(prompts, rows) + 8, trained.config.max_position_embeddings)

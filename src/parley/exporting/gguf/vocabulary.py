@@ -1,0 +1,147 @@
+"""A tokenizer in GGUF: tokens with their types, merges or scores, special tokens and the chat template."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gguf import GGUFWriter, TokenType
+from transformers import PreTrainedTokenizerBase
+
+from parley.errors import ModelError
+from parley.exporting.gguf.pretokenizers import pretokenizer_name
+
+BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+UNUSED_SCORE = -10_000.0
+"""Of tokens that are never made by a merge. llama.cpp's merges take the pair with the highest score."""
+SPACE = "▁"  # SentencePiece's
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says about a tokenizer. `tokens` and `types` have one entry a row of the embedding."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    types: list[TokenType]
+    merges: list[str] | None
+    scores: list[float] | None
+    add_space_prefix: bool | None
+    special_ids: dict[str, int]
+    add_bos: bool
+    chat_template: str | None
+
+    def write(self, writer: GGUFWriter) -> None:
+        writer.add_tokenizer_model(self.model)
+        writer.add_tokenizer_pre(self.pre)
+        writer.add_token_list(self.tokens)
+        writer.add_token_types(self.types)
+        if self.merges is not None:
+            writer.add_token_merges(self.merges)
+        if self.scores is not None:
+            writer.add_token_scores(self.scores)
+        if self.add_space_prefix is not None:
+            writer.add_add_space_prefix(self.add_space_prefix)
+        for kind, token in self.special_ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{kind}_token_id", token)
+        writer.add_add_bos_token(self.add_bos)
+        writer.add_add_eos_token(False)
+        if self.chat_template is not None:
+            writer.add_chat_template(self.chat_template)
+
+
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: int | None, name: str) -> Vocabulary:
+    """The vocabulary of `tokenizer` for an embedding of `rows` rows.
+
+    `end_of_turn` is the token that ends an answer where it is not the tokenizer's end token. Raises ModelError for a
+    tokenizer that llama.cpp has no counterpart of; `name` is its model's.
+    """
+    if not tokenizer.is_fast:
+        raise ModelError(f"{name}: its tokenizer has no tokenizer.json form; save it with transformers' fast tokenizer")
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = backend["model"]
+    if model["type"] != "BPE":
+        raise ModelError(f"{name}: a {model['type']} tokenizer is not exported to GGUF, only BPE and SentencePiece BPE")
+    tokens, types = _tokens(backend, rows, name)
+    byte_level = "ByteLevel" in json.dumps([backend.get("pre_tokenizer"), backend.get("decoder")])
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    if byte_level:
+        pre, merges, scores, prefix = pretokenizer_name(tokenizer, backend, name), pairs, None, None
+    elif model.get("byte_fallback"):
+        pre, merges, scores, prefix = "default", None, _scores(tokens, types, pairs), _has_space_prefix(backend)
+    else:
+        raise ModelError(
+            f"{name}: its BPE is neither on bytes nor falls back to them, which llama.cpp wants; use --to merged"
+        )
+    return Vocabulary(
+        "gpt2" if byte_level else "llama",
+        pre,
+        tokens,
+        types,
+        None if merges is None else [" ".join(pair) for pair in merges],
+        scores,
+        prefix,
+        _special_ids(tokenizer, end_of_turn),
+        _adds_bos(tokenizer),
+        tokenizer.chat_template or None,
+    )
+
+
+def _tokens(backend: dict[str, Any], rows: int, name: str) -> tuple[list[str], list[TokenType]]:
+    vocabulary = {token: TokenType.NORMAL for token in backend["model"]["vocab"]}
+    ids = dict(backend["model"]["vocab"])
+    for token in vocabulary:
+        if BYTE_TOKEN.fullmatch(token) and backend["model"].get("byte_fallback"):
+            vocabulary[token] = TokenType.BYTE
+    unknown = backend["model"].get("unk_token")
+    if unknown is not None:
+        vocabulary[unknown] = TokenType.UNKNOWN
+    for added in backend["added_tokens"]:
+        ids[added["content"]] = added["id"]
+        if vocabulary.get(added["content"]) is not TokenType.UNKNOWN:
+            vocabulary[added["content"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+    if max(ids.values()) >= rows:
+        raise ModelError(f"{name}: the tokenizer has the id {max(ids.values()):,} and the embedding {rows:,} rows")
+    # Embeddings are often padded to a round size; their further rows are never generated.
+    tokens, types = [f"[PAD{i}]" for i in range(rows)], [TokenType.UNUSED] * rows
+    for token, index in ids.items():
+        tokens[index], types[index] = token, vocabulary[token]
+    return tokens, types
+
+
+def _scores(tokens: list[str], types: list[TokenType], pairs: list[list[str]]) -> list[float]:
+    """Scores by which llama.cpp merges in the order of `pairs`: minus the rank of the first merge to make a token."""
+    ranks: dict[str, int] = {}
+    for left, right in pairs:
+        ranks.setdefault(left + right, len(ranks))
+    return [
+        -float(ranks[token]) if kind is TokenType.NORMAL and token in ranks else UNUSED_SCORE
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _has_space_prefix(backend: dict[str, Any]) -> bool:
+    """Whether text is encoded as if a space stood before it, as Llama 2 does and Gemma does not."""
+    written = json.dumps([backend.get("normalizer"), backend.get("pre_tokenizer")])
+    if '"Prepend"' in written:
+        return True
+    return '"Metaspace"' in written and '"prepend_scheme": "never"' not in written
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) -> dict[str, int]:
+    found = {
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
+        "eot": end_of_turn,
+    }
+    return {kind: token for kind, token in found.items() if token is not None}
+
+
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]

@@ -1,0 +1,75 @@
+"""transformers as a reader of exports: a merged model's folder, or an adapter's through PEFT."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from parley.data.example import Message
+from parley.exporting.reference import transformers_logits
+from parley.exporting.samples import ScoredRow
+
+BATCH = 16
+
+
+class TransformersReader:
+    """A folder that transformers alone loads, in float32."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model: Any = self._load(folder, dtype)
+
+    @property
+    def program(self) -> str:
+        return f"transformers {transformers.__version__}"
+
+    def _load(self, folder: Path, dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+
+    def prompt_ids(self, messages: list[Message]) -> list[int]:
+        return list(
+            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, tokenize=True)
+        )
+
+    def logits(self, rows: Sequence[ScoredRow]) -> Iterator[Tensor]:
+        return transformers_logits(self.model, rows)
+
+    def answers(self, prompts: Sequence[list[Message]], max_new_tokens: int) -> list[str]:
+        return [
+            answer
+            for start in range(0, len(prompts), BATCH)
+            for answer in self._batch(prompts[start : start + BATCH], max_new_tokens)
+        ]
+
+    @torch.inference_mode()
+    def _batch(self, prompts: Sequence[list[Message]], max_new_tokens: int) -> list[str]:
+        self.tokenizer.padding_side = "left"
+        batch = self.tokenizer.apply_chat_template(
+            list(prompts), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
+        out = self.model.generate(
+            **batch.to(self.model.device), do_sample=False, max_new_tokens=max_new_tokens, temperature=None, top_p=None
+        )
+        new = out[:, batch["input_ids"].shape[1] :]
+        return self.tokenizer.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def ends_answers(self, token: int) -> bool:
+        ends = self.model.generation_config.eos_token_id
+        return token in (ends if isinstance(ends, list) else [ends])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.model = None
+        gc.collect()
