@@ -28,7 +28,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_run(
     build_family: Callable[[str], Path], rows: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`build_run("llama", use_dora=True)`: a finished run on a tiny model, its adapter at random; fields of LoraConfig."""
+    """`build_run("llama", use_dora=True)`: a finished run on a tiny model; its adapter has random values."""
 
     def build(family: str | Path, settings: dict[str, Any] | None = None, **lora: Any) -> Path:
         from peft import LoraConfig, get_peft_model

@@ -18,7 +18,7 @@ from parley.exporting.readers import TransformersReader
 from parley.exporting.reference import Reference
 from parley.exporting.trained_model import TrainedModel
 
-UNROUNDED = Marks(top1=0.999, mean_kl=1e-6, worst_kl=1e-4, loss=1e-4, answers=0.95, logit=1e-3)
+UNROUNDED = Marks(flips=0, mean_kl=1e-6, worst_kl=1e-4, loss=1e-4, answers=0.95, logit=1e-3)
 """Between two programs that compute the same weights in float32."""
 
 

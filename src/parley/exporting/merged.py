@@ -19,7 +19,7 @@ from parley.exporting.trained_model import TrainedModel
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SHARD_BYTES = 2 * 2**30
-ROUNDED = Marks(top1=0.97, mean_kl=0.005, worst_kl=0.2, loss=0.01, answers=0.9)
+ROUNDED = Marks(flips=0.005, mean_kl=0.005, worst_kl=0.2, loss=0.01, answers=0.9)
 """Of weights rounded to 16 bits."""
 
 

@@ -16,17 +16,17 @@ from parley.exporting.reference import Reference
 from parley.exporting.trained_model import TrainedModel
 from parley.inference.prompts import template_end_of_turn
 
-_16_BIT = Marks(top1=0.97, mean_kl=0.005, worst_kl=0.2, loss=0.01, answers=0.9)
+_16_BIT = Marks(flips=0.005, mean_kl=0.005, worst_kl=0.2, loss=0.01, answers=0.9)
 MARKS = {
     "f32": _16_BIT.model_copy(update={"mean_kl": 0.001}),  # llama.cpp keeps keys and values in 16 bits
     "f16": _16_BIT,
     "bf16": _16_BIT,
-    "q8_0": Marks(top1=0.95, mean_kl=0.01, worst_kl=0.5, loss=0.02, answers=0.9),
-    "q6_k": Marks(top1=0.93, mean_kl=0.02, worst_kl=1.0, loss=0.03),
-    "q5_k_m": Marks(top1=0.9, mean_kl=0.05, worst_kl=2.0, loss=0.06),
-    "q5_0": Marks(top1=0.88, mean_kl=0.08, worst_kl=3.0, loss=0.1),
-    "q4_k_m": Marks(top1=0.85, mean_kl=0.12, worst_kl=4.0, loss=0.15),
-    "q4_0": Marks(top1=0.8, mean_kl=0.25, worst_kl=6.0, loss=0.25),
+    "q8_0": Marks(flips=0.01, mean_kl=0.01, worst_kl=0.5, loss=0.02),
+    "q6_k": Marks(flips=0.02, mean_kl=0.02, worst_kl=1.0, loss=0.03),
+    "q5_k_m": Marks(flips=0.04, mean_kl=0.05, worst_kl=2.0, loss=0.06),
+    "q5_0": Marks(flips=0.05, mean_kl=0.08, worst_kl=3.0, loss=0.1),
+    "q4_k_m": Marks(flips=0.06, mean_kl=0.12, worst_kl=4.0, loss=0.15),
+    "q4_0": Marks(flips=0.1, mean_kl=0.25, worst_kl=6.0, loss=0.25),
 }
 
 
