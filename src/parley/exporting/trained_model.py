@@ -18,9 +18,9 @@ from parley.errors import ModelError, RunError
 from parley.exporting.merge import BaseWeights, MergedWeights, merged_weights
 from parley.exporting.weights import CheckpointWeights
 from parley.models.adapters import load_adapter
-from parley.models.resolve import adapter_chain, model_folder
 from parley.models.load import load_config, load_model
 from parley.models.quantization import quantization_of
+from parley.models.resolve import adapter_chain, model_folder
 from parley.models.tokenizer import check_vocabulary, read_tokenizer
 from parley.training.run_folder import RunFolder
 
