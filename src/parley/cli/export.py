@@ -33,7 +33,7 @@ def export(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a run as a merged model, GGUF file or adapter, and compare it with the trained model.
+    """Write a run as merged model, GGUF file or adapter, and verify it.
 
     Each export is read back by transformers, PEFT or llama.cpp. One that differs ends with exit code 1 and has
     UNVERIFIED in its README.md.
