@@ -209,7 +209,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_stopped(template: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("parley.data.template.MAX_STEPS", 20_000)
+    monkeypatch.setattr("parley.data.template_trace.MAX_STEPS", 20_000)
     with pytest.raises(DataError, match=r"the chat template (was stopped|refuses)") as caught:
         render(template(HOSTILE[name]), [USER, ANSWER])
     assert "\n" not in str(caught.value)

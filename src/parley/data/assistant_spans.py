@@ -11,30 +11,18 @@ texts, control tokens inside content and tool results inside a turn change nothi
 
 from __future__ import annotations
 
-import json
 import re
-from bisect import bisect_left, bisect_right
-from collections import defaultdict
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby, takewhile
+from itertools import takewhile
 from typing import Any
 
-from jinja2.exceptions import TemplateError, TemplateSyntaxError
+from parley.data.conversation_text import for_template, render_text, template_of
+from parley.data.example import Message
+from parley.data.text_regions import Span, TextRegions
+from parley.errors import DataError
 
-from parley.data.example import LOSS_KEYS, REASONING_KEYS, Arguments, Message
-from parley.data.template import ChatTemplate, RenderedText, TemplateLimitError, compiled
-from parley.data.traced_text import TEMPLATE, Source
-from parley.errors import DataError, ModelError
-from parley.text import one_line
-
-Span = tuple[int, int]
-"""Characters [start, end) of the rendered text."""
-
-# A template is a program that runs on the user's data, and may do anything wrong that a program can.
-TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
-_NOT_GENERATED = {"role", "name", "id", "tool_call_id", "tool_responses"}
-"""Fields of a message that the model does not produce when it writes that message."""
 # A private-use character: templates and tokenizers give it no meaning, so it comes out where it was put in.
 _PROBE = "\ue000"
 
@@ -48,7 +36,7 @@ class Turn:
     closed: bool
 
 
-class RenderedConversation:
+class RenderedConversation(TextRegions):
     """A conversation as its chat template writes it.
 
     text: the whole of it, with a generation prompt where `prompt` says so.
@@ -63,11 +51,9 @@ class RenderedConversation:
         control: re.Pattern[str],
         prompt: bool = False,
     ) -> None:
-        self.tokenizer, self.tools, self.control = tokenizer, tools, control
-        self.messages = for_template(tokenizer, messages, tools)
-        rendered = render_text(tokenizer, self.messages, tools, prompt)
-        self.text = rendered.text
-        self._read_runs(rendered)
+        self.tokenizer = tokenizer
+        messages = for_template(tokenizer, messages, tools)
+        super().__init__(render_text(tokenizer, messages, tools, prompt), messages, tools, control)
         # Each entry costs a rendering of the conversation so far: one per kind of turn, since one per turn would make
         # the cost of a conversation quadratic in its turns.
         self._generation_prompts: dict[tuple[Any, ...], str] = {}
@@ -75,60 +61,6 @@ class RenderedConversation:
         self._headers: dict[tuple[Any, ...], str] = {}
         self._closings: dict[tuple[Any, ...], str] = {}
         self._turn_separator: str | None = None
-
-    def _read_runs(self, rendered: RenderedText) -> None:
-        """The regions of each message, and the spans of what it says."""
-        self.starts = list(accumulate((run[0] for run in rendered.runs), initial=0))[:-1]
-        self.sources = [run[1] for run in rendered.runs]
-        self.regions: dict[int, list[Span]] = defaultdict(list)
-        self.content_runs: dict[int, list[tuple[Span, Source, int]]] = defaultdict(list)
-        self.written: set[tuple[int, str]] = set()
-        current = self._messages_of_runs(rendered)
-        for start, at, (length, source, source_start, _) in zip(self.starts, current, rendered.runs, strict=True):
-            end = start + length
-            owner = self._owner(source, at)
-            regions = self.regions[owner]
-            if regions and regions[-1][1] == start:
-                regions[-1] = regions[-1][0], end
-            else:
-                regions.append((start, end))
-            if source is None:
-                continue
-            # White space does not show that a field was written: templates strip it and add their own.
-            if not self.text[start:end].strip():
-                continue
-            self.written.add((source.message, source.field))
-            if owner == source.message != TEMPLATE and source.field not in _NOT_GENERATED:
-                self.content_runs[owner].append(((start, end), source, source_start))
-
-    def _messages_of_runs(self, rendered: RenderedText) -> list[int]:
-        """For each run the message that the template was at.
-
-        Some templates write the last turn after their loop over the messages: text between the loops that has the
-        content of one assistant turn, and no other turn's, is that turn's.
-        """
-        current: list[int] = []
-        for outside, group in groupby(rendered.runs, key=lambda run: run[3] in (None, TEMPLATE)):
-            runs = list(group)
-            if not outside:
-                current += [run[3] or 0 for run in runs]
-                continue
-            authors = {run[1].message for run in runs if run[1] is not None}
-            only = authors.pop() if len(authors) == 1 else TEMPLATE
-            own = only != TEMPLATE and self.messages[only]["role"] == "assistant"
-            current += [only if own else TEMPLATE] * len(runs)
-        return current
-
-    def _owner(self, source: Source | None, at: int) -> int:
-        """The index of the message that characters belong to, written while the template was at message `at`."""
-        if source is None:
-            return at
-        if source.field == "tool_responses":  # results in the message of their call
-            return TEMPLATE
-        from_assistant = source.message != TEMPLATE and self.messages[source.message]["role"] == "assistant"
-        if from_assistant and at != TEMPLATE and self.messages[at]["role"] != "assistant":
-            return at  # a tool's result that repeats the name of its call
-        return source.message
 
     def turn(self, index: int) -> Turn:
         """What message `index` wrote of its own, without its header and with its end of turn.
@@ -220,7 +152,7 @@ class RenderedConversation:
 
     def _constant_generation_prompt(self) -> str:
         """The generation prompt where it depends on no message: rendered once per template, not for every row."""
-        template = _template(self.tokenizer, self.tools)
+        template = template_of(self.tokenizer, self.tools)
         if not template.has_constant_prompt or self.tools:
             return ""
         key = tuple(self.tokenizer.special_tokens_map.items())
@@ -336,45 +268,6 @@ class RenderedConversation:
         before = self.messages[index - 1]
         return before["role"], bool(before.get("tool_calls"))
 
-    def _run_at(self, character: int) -> int:
-        return bisect_right(self.starts, character) - 1
-
-    def _is_content(self, character: int) -> bool:
-        """Whether a character comes from a message's field; false at the end of the text."""
-        return character < len(self.text) and self.sources[self._run_at(character)] is not None
-
-    def control_tokens_in_content(self) -> list[Span]:
-        """Control tokens that lie, in part at least, in the content of a message: they are text, not control."""
-        found = []
-        for token in self.control.finditer(self.text):
-            runs = range(self._run_at(token.start()), self._run_at(token.end() - 1) + 1)
-            if any(self.sources[run] is not None for run in runs):
-                found.append(token.span())
-        return found
-
-    def unwritten(self) -> list[str]:
-        """What the conversation holds and the template never writes: content, tool calls, their results,
-        tools, the reasoning of the last turn."""
-        missing = []
-        if self.tools and (TEMPLATE, "tools") not in self.written:
-            missing.append("tools")
-        for index, message in enumerate(self.messages):
-            if message.get("tool_calls") and (index, "tool_calls") not in self.written:
-                missing.append("tool calls")
-            if self._lost(index, "content"):
-                missing.append("tool results" if message["role"] == "tool" else f"what the {message['role']} says")
-        last = len(self.messages) - 1
-        reasoning = [name for name in REASONING_KEYS if self.messages[last].get(name)]
-        if reasoning and all(self._lost(last, name) for name in reasoning):
-            missing.append("reasoning")
-        return list(dict.fromkeys(missing))
-
-    def _lost(self, index: int, field: str) -> bool:
-        value = self.messages[index].get(field)
-        if not isinstance(value, str) or not value.strip() or (index, field) in self.written:
-            return False
-        return value.strip() not in self.text
-
     def _text(self, messages: Sequence[Message], prompt: bool = False) -> str | None:
         try:
             return render_text(self.tokenizer, messages, self.tools, prompt).text
@@ -386,106 +279,6 @@ class RenderedConversation:
             return RenderedConversation(self.tokenizer, messages, self.tools, self.control)
         except DataError:
             return None
-
-
-def render_text(
-    tokenizer: Any, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None, prompt: bool = False
-) -> RenderedText:
-    """`tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)`, traced.
-
-    Raises DataError in one line where the template refuses the conversation; ModelError where it is not Jinja.
-    """
-    if not messages:
-        raise DataError("got a conversation without messages, wanted at least one")
-    template = _template(tokenizer, tools)
-    try:
-        rendered = template.render(_normalised(messages), tools, prompt, **tokenizer.special_tokens_map)
-        # All supported versions of transformers give plain messages to the template unchanged, so the comparison,
-        # which is a second rendering, is left out.
-        if _is_plain(tokenizer, messages, tools):
-            return rendered
-        expected = tokenizer.apply_chat_template(
-            list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False
-        )
-        if rendered.text != expected:  # before 5.24 transformers gave messages to the template as they are
-            rendered = template.render(messages, tools, prompt, **tokenizer.special_tokens_map)
-    except TemplateLimitError as error:
-        raise DataError(f"the chat template was stopped: {error}; set model.chat_template") from None
-    except TEMPLATE_ERRORS as error:
-        raise DataError(f"the chat template refuses this conversation: {one_line(error)}") from None
-    if rendered.text != expected:
-        raise DataError("the chat template writes this conversation differently each time; set model.chat_template")
-    return rendered
-
-
-def _template(tokenizer: Any, tools: Sequence[dict[str, Any]] | None) -> ChatTemplate:
-    try:
-        return compiled(tokenizer.get_chat_template(tools=tools))
-    except TemplateSyntaxError as error:
-        raise ModelError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from None
-    except RecursionError:
-        raise ModelError("the chat template is nested too deeply; set model.chat_template") from None
-
-
-def _is_plain(tokenizer: Any, messages: Sequence[Message], tools: Any) -> bool:
-    """Whether there is nothing that versions of transformers or tokenizers hand to the template in different ways."""
-    from transformers import PreTrainedTokenizerBase
-
-    # A tokenizer class with its own method, as for mistral-common, may write other text than its template.
-    stock = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
-    return (
-        stock
-        and tools is None
-        and all(
-            message.keys() <= {"role", "content"} and isinstance(message.get("content"), str) for message in messages
-        )
-    )
-
-
-def for_template(tokenizer: Any, messages: Sequence[Message], tools: Any) -> list[Message]:
-    """`messages` as the chat template takes them: without loss weights, arguments of calls as objects or as text."""
-    cleaned = [
-        {name: value for name, value in message.items() if name not in LOSS_KEYS}
-        if any(name in message for name in LOSS_KEYS)
-        else message
-        for message in messages
-    ]
-    if not any(message.get("tool_calls") for message in cleaned):
-        return cleaned
-    template = _template(tokenizer, tools)
-    return [_with_arguments(message, template) if message.get("tool_calls") else message for message in cleaned]
-
-
-def _with_arguments(message: Message, template: ChatTemplate) -> Message:
-    calls = message["tool_calls"]
-    if not isinstance(calls, list):
-        return message
-    return {**message, "tool_calls": [_call_with_arguments(call, template) for call in calls]}
-
-
-def _call_with_arguments(call: Any, template: ChatTemplate) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    arguments = function.get("arguments") if isinstance(function, dict) else None
-    if not isinstance(function, dict) or not isinstance(arguments, dict):
-        return call
-    if isinstance(arguments, Arguments) and template.takes_text_arguments:
-        return {**call, "function": {**function, "arguments": arguments.text}}
-    if template.takes_object_arguments or not template.takes_text_arguments:
-        return call
-    return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
-
-
-def _normalised(messages: Sequence[Message]) -> list[Message]:
-    """Messages as transformers 5.24 gives them to a template: no null fields, reasoning under its usual names."""
-    normal: list[Message] = []
-    for message in messages:
-        fields = {name: value for name, value in message.items() if value is not None}
-        names = ("reasoning_content", "thinking", "reasoning")
-        reasoning = next((fields[name] for name in names if name in fields), None)
-        if reasoning is not None:
-            fields = {"thinking": reasoning, **fields, "reasoning_content": reasoning}
-        normal.append(fields)
-    return normal
 
 
 def _common_prefix_length(first: str, second: str) -> int:

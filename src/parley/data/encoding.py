@@ -12,8 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from parley.data.assistant_spans import Span
 from parley.data.control_tokens import ControlTokens, control_tokens
+from parley.data.text_regions import Span
 from parley.errors import DataError
 
 

@@ -16,13 +16,15 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from parley.data.assistant_spans import RenderedConversation, Span
+from parley.data.assistant_spans import RenderedConversation
 from parley.data.control_tokens import ControlTokens, control_tokens, control_tokens_in, strings
 from parley.data.date import pin_date
 from parley.data.encoding import MaskedText, Rendered, encode_texts, plain_control_tokens
 from parley.data.example import Example, Message
 from parley.data.supervision import ControlText, EndTokens, RenderOptions, TrainOn, supervise
 from parley.data.template_settings import change_template, pin_settings, with_row_settings
+from parley.data.text_layouts import TextLayouts, text_layouts
+from parley.data.text_regions import Span
 from parley.errors import DataError, ModelError
 
 __all__ = [
@@ -100,10 +102,11 @@ def write_texts(
         )
     options = options if isinstance(options, RenderOptions) else RenderOptions(options)
     control = control_tokens(tokenizer)
+    layouts = text_layouts(tokenizer, control, options)
     outcomes: list[MaskedText | DataError] = []
     for example in examples:
         try:
-            outcomes.append(_text(tokenizer, control, example, options))
+            outcomes.append(_text(tokenizer, control, example, options, layouts))
         except DataError as error:
             outcomes.append(error)
     return outcomes
@@ -132,16 +135,20 @@ def render_prompt(
     return tokenizer(conversation.text, add_special_tokens=False)["input_ids"]
 
 
-def _text(tokenizer: Any, control: ControlTokens, example: Example, options: RenderOptions) -> MaskedText:
+def _text(
+    tokenizer: Any, control: ControlTokens, example: Example, options: RenderOptions, layouts: TextLayouts | None
+) -> MaskedText:
     prompt, completion = example.prompt, example.completion
     if example.template:
         tokenizer = copy.copy(tokenizer)  # the row's own settings, in a template of its own
         change_template(tokenizer, partial(with_row_settings, settings=example.template))
-    if example.messages is not None:
-        return _conversation(tokenizer, control, example.messages, example.tools, options)
-    if isinstance(prompt, list):
-        assert isinstance(completion, list)
-        return _conversation(tokenizer, control, prompt + completion, example.tools, options, first=len(prompt))
+        layouts = None
+    if example.messages is not None or isinstance(prompt, list):
+        first = len(prompt) if isinstance(prompt, list) else 0
+        messages = example.messages or [*(prompt or ()), *(completion or ())]
+        render = partial(_conversation, tokenizer, control, tools=example.tools, options=options, first=first)
+        laid_out = layouts.masked_text(messages, first, render) if layouts and example.tools is None else None
+        return laid_out or render(messages)
     if prompt is not None:
         assert isinstance(completion, str)
         supervised_from = 0 if options.train_on == "inputs" else len(prompt)

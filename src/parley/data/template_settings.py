@@ -14,7 +14,7 @@ from typing import Any
 import jinja2
 import jinja2.meta
 
-from parley.data.template import Generation
+from parley.data.template_environment import Generation
 from parley.errors import ModelError
 
 _SETTINGS = re.compile(r"\A(?:\{%- set (\w+) = \1 if \1 is defined else .*? -%\}\n)+")

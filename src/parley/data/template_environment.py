@@ -1,0 +1,194 @@
+"""transformers' sandbox for chat templates, with limits and origins."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
+
+from parley.data.template_limits import (
+    MAX_CHARACTERS,
+    RESIZING,
+    check_format,
+    check_operands,
+    check_sizes,
+    checked,
+    too_long,
+)
+from parley.data.template_trace import TRACE_FILTERS, first_source, state_of
+from parley.data.traced_text import UNKNOWN, SafeText, TracedText, concat, join, runs_of
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' tojson (json.dumps with no HTML escapes), with origins."""
+    options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
+    text = json.dumps(value, **options)  # type: ignore[arg-type]
+    source = first_source(value)
+    if source is None:
+        return text
+    if isinstance(value, TracedText):
+        inside = text[1:-1]
+        middle = value if inside == value else TracedText.of(inside, source, UNKNOWN)
+        return concat(['"', middle, '"'])
+    return _json_runs(value, text) or TracedText.of(text, source, UNKNOWN)
+
+
+def _json_runs(value: Any, text: str) -> str | None:
+    """`text`, the JSON of `value`, with the origin of every string in it, found in their order."""
+    parts: list[str] = []
+    at = 0
+    # Each search starts where the previous string ended, since the same text may occur several times.
+    for item in _json_strings(value):
+        for ascii_only in (False, True):
+            written = json.dumps(item, ensure_ascii=ascii_only)
+            start = text.find(written, at)
+            if start >= 0:
+                break
+        else:
+            return None
+        parts += [text[at:start], _tojson(item, ensure_ascii=ascii_only)]
+        at = start + len(written)
+    return concat([*parts, text[at:]])
+
+
+def _json_strings(value: Any) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _json_strings(key)
+            yield from _json_strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _json_strings(item)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.now().strftime(format)
+
+
+class _Dict:
+    """transformers' `dict`: what can be called, and nothing to break out by."""
+
+    def __call__(self, *args: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*args, **values)
+
+
+class Generation(Extension):
+    """TRL's and transformers' `{% generation %}`: here, its body."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
+def _traced_join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
+    if attribute is not None:
+        value = [item[attribute] for item in value]
+    return join(d, [item if isinstance(item, str) else str(item) for item in value])
+
+
+def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    """Jinja's indent over traced lines (jinja2.filters.do_indent)."""
+    space = width if isinstance(width, str) else " " * width
+    lines = (s + "\n").splitlines()
+    rest = [space + line if line or blank else line for line in lines[1:]]
+    text = join("\n", [*lines[:1], *rest])
+    return space + text if first else text
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    return [] if isinstance(value, jinja2.Undefined) else list(value.items())
+
+
+class Environment(ImmutableSandboxedEnvironment):
+    """transformers' sandbox for chat templates (_compile_jinja_template), with limits and origins."""
+
+    # Jinja hands only these operators to call_binop. No other makes a value much larger than its operands.
+    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    concat = staticmethod(concat)
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols], cache_size=0
+        )
+        self.globals |= {"raise_exception": _raise, "strftime_now": _strftime_now, "dict": _Dict()}
+        self.globals["namespace"] = Namespace
+        del self.globals["lipsum"]  # random text of any requested length
+        for name in RESIZING & self.filters.keys():
+            self.filters[name] = checked(self.filters[name])
+        self.filters |= {"tojson": _tojson, "join": _traced_join, "indent": checked(_indent)}
+        self.filters |= {"safe": _safe, "string": _text, "items": _items, "format": _format}
+        self.filters |= TRACE_FILTERS
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None:
+            return None
+
+        def checked(*args: Any, **kwargs: Any) -> str:
+            check_format(value.__self__)
+            return wrapped(*args, **kwargs)
+
+        return checked
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "+":
+            result = left + right
+        else:
+            check_operands(operator, left, right)
+            result = self.binop_table[operator](left, right)
+        state_of(context).made(result)
+        return result
+
+    # Named as in Jinja's own sandbox, so that a template may pass keyword arguments self, context and obj.
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:
+        name, owner = getattr(__obj, "__name__", ""), getattr(__obj, "__self__", None)
+        state = state_of(__context)
+        state.step()
+        if isinstance(owner, str):
+            if name in RESIZING:
+                check_sizes(args, kwargs)
+            elif name == "join":
+                __obj = lambda parts: join(owner, parts)  # noqa: E731
+            # Checked before the call: a check of the result comes when the memory is already allocated.
+            elif name == "replace" and len(args) > 1 and len(owner) * len(args[1]) > MAX_CHARACTERS:
+                raise too_long()
+        result = super().call(__context, __obj, *args, **kwargs)
+        state.made(result)
+        return result
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+def _safe(value: Any) -> str:
+    text = _text(value)
+    return SafeText._with(text, runs_of(text))
+
+
+def _format(value: str, *args: Any, **kwargs: Any) -> str:
+    check_format(value)
+    return value % (kwargs or args)
