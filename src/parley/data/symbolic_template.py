@@ -142,7 +142,8 @@ class _SymbolicEnvironment(Environment):
         super().__init__()
         self.filters = {name: _watched_filter(name, function) for name, function in self.filters.items()}
         self.filters["parley_in"] = _in
-        self.tests = {name: _watched_test(name, function) for name, function in self.tests.items()}
+        tests: dict[str, Any] = {**self.tests}
+        self.tests = {name: _watched_test(name, function) for name, function in tests.items()}
         self.globals["strftime_now"] = _fail  # the text would be another tomorrow
 
     @staticmethod

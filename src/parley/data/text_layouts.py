@@ -96,7 +96,7 @@ class TextLayouts:
                 return None
             self._add(shape, messages, render)
         layout = self._layouts[shape]
-        return layout and layout.filled([message["content"] for message in messages], self.control)
+        return layout.filled([message["content"] for message in messages], self.control) if layout else None
 
     def _add(self, shape: Shape, messages: list[Message], render: RenderPlaceholders) -> None:
         if len(self._layouts) >= _MAX_SHAPES:
