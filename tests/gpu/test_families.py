@@ -1,6 +1,7 @@
 """Every declared family on a GPU: gradients against autograd, replayed decode steps against plain ones.
 
-Head sizes are those of the published models: 256 (Gemma), 96 and 128 of which 96 rotate (Phi), 64 and 128.
+In bfloat16 heads have the sizes of the published models: 256 (Gemma), 96, 128 of which 96 rotate (Phi), 64. In float32,
+whose products Triton unrolls without tensor cores, they have 32, and 24 where they are no power of two.
 """
 
 from __future__ import annotations
@@ -23,33 +24,48 @@ from parley.train_step.memory_plan import MemoryPlan
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VOCABULARY = 1000
 PARTIAL = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
-LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100,
-    "short_factor": [1.0] * 48, "long_factor": [1.0 + i / 8 for i in range(48)],
-}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"head_dim": 64},
+    "llama": {},
     "mistral": {"sliding_window": 50},
     "qwen2": {},
-    "qwen3": {"head_dim": 128},
-    "gemma2": {"head_dim": 256, "sliding_window": 50, "query_pre_attn_scalar": 224, "attn_logit_softcapping": 5.0},
-    "gemma3_text": {"head_dim": 256, "sliding_window": 50, "sliding_window_pattern": 2, "num_key_value_heads": 1},
-    "phi3": {"hidden_size": 384},
-    "phi3 longrope": {"hidden_size": 384, "rope_parameters": LONGROPE, "original_max_position_embeddings": 100},
-    "phi3 partial": {"hidden_size": 512, "rope_parameters": PARTIAL},
+    "qwen3": {},
+    "gemma2": {"sliding_window": 50, "query_pre_attn_scalar": 224, "attn_logit_softcapping": 5.0},
+    "gemma3_text": {"sliding_window": 50, "sliding_window_pattern": 2, "num_key_value_heads": 1},
+    "phi3": {},
+    "phi3 longrope": {"original_max_position_embeddings": 100},
+    "phi3 partial": {"rope_parameters": PARTIAL},
     "granite": {"embedding_multiplier": 3, "residual_multiplier": 0.4, "logits_scaling": 2},
     "smollm3": {"no_rope_layers": [1, 0, 1]},
     "olmo2": {},
 }
+PUBLISHED_HEADS = {
+    "gemma2": 256,
+    "gemma3_text": 256,
+    "phi3": 96,
+    "phi3 longrope": 96,
+    "phi3 partial": 128,
+    "qwen3": 128,
+}
+
+
+def longrope(head_dim: int) -> dict[str, Any]:
+    half = head_dim // 2
+    factors = {"short_factor": [1.0] * half, "long_factor": [1.0 + i / 8 for i in range(half)]}
+    return {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 100} | factors
 
 
 def family(name: str, dtype: torch.dtype) -> PeftModel:
     torch.manual_seed(0)
-    sizes = {
-        "vocab_size": VOCABULARY, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "pad_token_id": 0,
-        "eos_token_id": None,
+    head_dim = PUBLISHED_HEADS.get(name, 64)
+    if dtype == torch.float32:
+        head_dim = 24 if head_dim == 96 else 32
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 4 * head_dim, "intermediate_size": 704, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": head_dim, "max_position_embeddings": 4096,
+        "pad_token_id": 0, "eos_token_id": None,
     }  # fmt: skip
+    if name == "phi3 longrope":
+        sizes["rope_parameters"] = longrope(head_dim)
     config = CONFIG_MAPPING[name.split()[0]](**sizes | FAMILIES[name])
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).to("cuda")
     for parameter in model.parameters():

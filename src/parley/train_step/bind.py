@@ -26,7 +26,8 @@ from parley.train_step.fused_linear import BaseWeight, DenseWeight, FusedLinear
 from parley.train_step.nf4 import Nf4Weight
 from parley.train_step.ops import Adapter, AttentionShape, LogitTransform, QkNorm, RmsNorm, RopeTable
 
-TRITON_HEAD_DIMS = (16, 256)  # tl.dot takes at least 16 columns; more than 256 do not fit into shared memory
+# tl.dot takes at least 16 columns; more than these do not fit into shared memory.
+MIN_TRITON_HEAD, MAX_TRITON_HEAD = 16, {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 class Unsupported(Exception):
@@ -236,9 +237,9 @@ def _check(base: nn.Module) -> ModelFamily:
     devices = {p.device for p in base.parameters()}
     if len(devices) > 1:
         raise Unsupported("the model is spread over several devices")
-    head_dim = base.model.layers[0].self_attn.head_dim
-    if devices.pop().type == "cuda" and not TRITON_HEAD_DIMS[0] <= head_dim <= TRITON_HEAD_DIMS[1]:
-        raise Unsupported(f"attention heads of {head_dim}")
+    head_dim, dtype = base.model.layers[0].self_attn.head_dim, base.model.embed_tokens.weight.dtype
+    if devices.pop().type == "cuda" and not MIN_TRITON_HEAD <= head_dim <= MAX_TRITON_HEAD[dtype]:
+        raise Unsupported(f"attention heads of {head_dim} in {dtype}")
     if not isinstance(base.lm_head, nn.Linear) or base.lm_head.bias is not None:
         raise Unsupported("the output head is no plain matrix")
     if not isinstance(base.model.embed_tokens, nn.Embedding):

@@ -36,53 +36,68 @@ def _rope(
     tl.store(first + HALF, (b * c + a * s).to(x.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _load_runs(x, weight, run, d, RUNS: tl.constexpr, RUN: tl.constexpr):
+    """RUNS runs of RUN elements that are normalised together, (runs, RUN) in fp32; where they lie, and the weight."""
+    at = run * RUN + d
+    inside = (run < RUNS) & (d < RUN)
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    return value, at, inside, tl.load(weight + d, mask=d < RUN, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _normalise_runs(
+    x, out, weight, eps, RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_RUNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    run, d = tl.arange(0, BLOCK_RUNS)[:, None], tl.arange(0, BLOCK)[None, :]
+    f, at, inside, w = _load_runs(x, weight, run, d, RUNS, RUN)
+    inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=1) / RUN + eps)[:, None]
+    normed = (f * inverse).to(weight.dtype.element_ty).to(tl.float32)  # as in rms_norm.py
+    tl.store(out + at, (normed * w).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normalise_runs_backward(
+    dx, x, weight, eps, RUNS: tl.constexpr, RUN: tl.constexpr, BLOCK_RUNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    run, d = tl.arange(0, BLOCK_RUNS)[:, None], tl.arange(0, BLOCK)[None, :]
+    f, at, inside, w = _load_runs(x, weight, run, d, RUNS, RUN)
+    g = tl.load(dx + at, mask=inside, other=0.0).to(tl.float32) * w
+    inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=1) / RUN + eps)[:, None]
+    mean = (tl.sum(f * g, axis=1) / RUN)[:, None] * inverse * inverse
+    tl.store(dx + at, ((g - f * mean) * inverse).to(dx.dtype.element_ty), mask=inside)
+
+
 @kernel()
 def _qk_norm(
     x, out, q_weight, k_weight, x_stride, out_stride, eps, C, Q_RUNS: tl.constexpr, Q_RUN: tl.constexpr,
-    K_RUNS: tl.constexpr, K_RUN: tl.constexpr, BLOCK: tl.constexpr,
+    K_RUNS: tl.constexpr, K_RUN: tl.constexpr, Q_BLOCK_RUNS: tl.constexpr, K_BLOCK_RUNS: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr, VALUES: tl.constexpr,
 ):  # fmt: skip
-    """One program per run of elements that are normalised together; those behind the keys copy the values."""
-    row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK)
+    """One program per row. VALUES: a power of two that holds the values, which are copied; 0 leaves them."""
+    row = tl.program_id(0).to(tl.int64)
     x += row * x_stride
     out += row * out_stride
-    if run >= Q_RUNS + K_RUNS:
-        at = Q_RUNS * Q_RUN + K_RUNS * K_RUN + (run - Q_RUNS - K_RUNS) * BLOCK + d
+    _normalise_runs(x, out, q_weight, eps, Q_RUNS, Q_RUN, Q_BLOCK_RUNS, Q_BLOCK)
+    keys: tl.constexpr = Q_RUNS * Q_RUN
+    _normalise_runs(x + keys, out + keys, k_weight, eps, K_RUNS, K_RUN, K_BLOCK_RUNS, K_BLOCK)
+    if VALUES > 0:
+        at = keys + K_RUNS * K_RUN + tl.arange(0, VALUES)
         tl.store(out + at, tl.load(x + at, mask=at < C), mask=at < C)
-        return
-    # A run has the weight of queries or of keys: the other one's size is zero.
-    q_size, k_size = tl.where(run < Q_RUNS, Q_RUN, 0), tl.where(run < Q_RUNS, 0, K_RUN)
-    size = q_size + k_size
-    at = tl.where(run < Q_RUNS, run * Q_RUN, Q_RUNS * Q_RUN + (run - Q_RUNS) * K_RUN) + d
-    inside = d < size
-    f = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / size + eps)
-    normed = (f * inverse).to(q_weight.dtype.element_ty).to(tl.float32)
-    weight = tl.load(q_weight + d, mask=d < q_size, other=0.0).to(tl.float32)
-    weight += tl.load(k_weight + d, mask=d < k_size, other=0.0).to(tl.float32)
-    tl.store(out + at, (normed * weight).to(out.dtype.element_ty), mask=inside)
 
 
 @kernel()
 def _qk_norm_backward(
     dx, x, q_weight, k_weight, dx_stride, x_stride, eps, Q_RUNS: tl.constexpr, Q_RUN: tl.constexpr,
-    K_RUN: tl.constexpr, BLOCK: tl.constexpr,
+    K_RUNS: tl.constexpr, K_RUN: tl.constexpr, Q_BLOCK_RUNS: tl.constexpr, K_BLOCK_RUNS: tl.constexpr,
+    Q_BLOCK: tl.constexpr, K_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row, run = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    d = tl.arange(0, BLOCK)
-    # A run has the weight of queries or of keys: the other one's size is zero.
-    q_size, k_size = tl.where(run < Q_RUNS, Q_RUN, 0), tl.where(run < Q_RUNS, 0, K_RUN)
-    size = q_size + k_size
-    at = tl.where(run < Q_RUNS, run * Q_RUN, Q_RUNS * Q_RUN + (run - Q_RUNS) * K_RUN) + d
-    inside = d < size
-    f = tl.load(x + row * x_stride + at, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(dx + row * dx_stride + at, mask=inside, other=0.0).to(tl.float32)
-    weight = tl.load(q_weight + d, mask=d < q_size, other=0.0).to(tl.float32)
-    weight += tl.load(k_weight + d, mask=d < k_size, other=0.0).to(tl.float32)
-    g *= weight
-    inverse = 1.0 / tl.sqrt(tl.sum(f * f, axis=0) / size + eps)
-    mean = tl.sum(f * g, axis=0) / size * inverse * inverse  # as in rms_norm.py
-    tl.store(dx + row * dx_stride + at, ((g - f * mean) * inverse).to(dx.dtype.element_ty), mask=inside)
+    row = tl.program_id(0).to(tl.int64)
+    x += row * x_stride
+    dx += row * dx_stride
+    _normalise_runs_backward(dx, x, q_weight, eps, Q_RUNS, Q_RUN, Q_BLOCK_RUNS, Q_BLOCK)
+    keys: tl.constexpr = Q_RUNS * Q_RUN
+    _normalise_runs_backward(dx + keys, x + keys, k_weight, eps, K_RUNS, K_RUN, K_BLOCK_RUNS, K_BLOCK)
 
 
 @triton.jit
@@ -152,33 +167,29 @@ def rope(x_TC: Tensor, batch: DeviceBatch, rope: RopeTable, shape: AttentionShap
 
 
 def qk_norm(x_TC: Tensor, norms: QkNorm, shape: AttentionShape, out_TC: Tensor) -> None:
-    rows, columns = x_TC.shape
-    q_runs, k_runs, block = _runs(norms, shape)
-    # In place the values are there already.
-    values = 0 if out_TC.data_ptr() == x_TC.data_ptr() else triton.cdiv(shape.kv_heads * shape.head_dim, block)
-    _qk_norm[(rows, q_runs + k_runs + values)](
-        x_TC, out_TC, norms.q, norms.k, x_TC.stride(0), out_TC.stride(0), norms.eps, columns,
-        Q_RUNS=q_runs, Q_RUN=len(norms.q), K_RUNS=k_runs, K_RUN=len(norms.k), BLOCK=block, **_warps(block),
+    in_place = out_TC.data_ptr() == x_TC.data_ptr()  # the values are there already
+    values = 0 if in_place else triton.next_power_of_2(shape.kv_heads * shape.head_dim)
+    _qk_norm[(x_TC.shape[0],)](
+        x_TC, out_TC, norms.q, norms.k, x_TC.stride(0), out_TC.stride(0), norms.eps, x_TC.shape[1],
+        **_runs(norms, shape), VALUES=values, num_warps=4,
     )  # fmt: skip
 
 
 def qk_norm_backward(dx_TC: Tensor, x_TC: Tensor, norms: QkNorm, shape: AttentionShape) -> None:
-    q_runs, k_runs, block = _runs(norms, shape)
-    _qk_norm_backward[(x_TC.shape[0], q_runs + k_runs)](
-        dx_TC, x_TC, norms.q, norms.k, dx_TC.stride(0), x_TC.stride(0), norms.eps,
-        Q_RUNS=q_runs, Q_RUN=len(norms.q), K_RUN=len(norms.k), BLOCK=block, **_warps(block),
-    )  # fmt: skip
+    _qk_norm_backward[(x_TC.shape[0],)](
+        dx_TC, x_TC, norms.q, norms.k, dx_TC.stride(0), x_TC.stride(0), norms.eps, **_runs(norms, shape), num_warps=4
+    )
 
 
-def _runs(norms: QkNorm, shape: AttentionShape) -> tuple[int, int, int]:
-    """Runs of elements that are normalised together in a row's queries and keys, and the block that holds one."""
-    q_runs = shape.heads * shape.head_dim // len(norms.q)
-    k_runs = shape.kv_heads * shape.head_dim // len(norms.k)
-    return q_runs, k_runs, triton.next_power_of_2(max(len(norms.q), len(norms.k)))
-
-
-def _warps(block: int) -> dict[str, int]:
-    return {"num_warps": min(max(block // 256, 1), 8)}
+def _runs(norms: QkNorm, shape: AttentionShape) -> dict[str, int]:
+    """Runs of elements that are normalised together, their length, and the powers of two that hold both."""
+    sizes = {}
+    for name, weight, heads in (("Q", norms.q, shape.heads), ("K", norms.k, shape.kv_heads)):
+        runs = heads * shape.head_dim // len(weight)
+        sizes[f"{name}_RUNS"], sizes[f"{name}_RUN"] = runs, len(weight)
+        sizes[f"{name}_BLOCK_RUNS"] = triton.next_power_of_2(runs)
+        sizes[f"{name}_BLOCK"] = triton.next_power_of_2(len(weight))
+    return sizes
 
 
 def glu(x_T2F: Tensor, out_TF: Tensor, activation: str) -> None:
