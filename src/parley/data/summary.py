@@ -113,8 +113,8 @@ class DataSummary(BaseModel):
     def _percentile(self, percent: int) -> float:
         return float(np.percentile(np.frombuffer(self._lengths, dtype=np.int32), percent)) if self._lengths else 0.0
 
-    def lines(self) -> list[str]:
-        """The report: a line for each count that is worth one."""
+    def lines(self, repeats: bool = True) -> list[str]:
+        """The report: a line for each count that is worth one. Without `repeats`, repeated rows are not among them."""
         so_far = " so far" if self.streaming else ""
         lines = [f"{_rows(self.rows)} read{so_far} from {self.source}: {self.reason}"]
         lines.append(f"{self.kept:,} kept to train on{self._heldout_part()}")
@@ -136,7 +136,7 @@ class DataSummary(BaseModel):
                 f"tokens a row: mean {self.length_mean:.0f}, median {self.length_median:.0f}, "
                 f"95% up to {self.length_p95:.0f}, longest {self.length_max:,}"
             )
-        if self.repeated.count:
+        if repeats and self.repeated.count:
             lines.append(f"rows that repeat an earlier one: {self.repeated.count:,} {self.repeated}")
         lines += [f"{note}: {group.count:,} {group}" for note, group in self.notes.items()]
         if self.heldout_repeated:

@@ -94,7 +94,8 @@ def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepare
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
     with console.status("checking the data"):
         data.diagnosis = diagnose(config.data)
-    for line in (*data.summary.lines(), *data.diagnosis.short_lines()):
+    # The data doctor says which rows repeat others, with the cure.
+    for line in (*data.summary.lines(repeats=False), *data.diagnosis.short_lines()):
         print_text(console, line)
     if not data.summary.streaming and planned_steps(config.training, len(data.train)) == 0:
         raise DataError(

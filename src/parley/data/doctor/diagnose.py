@@ -34,7 +34,7 @@ from parley.text import visible
 STREAM_ROWS = 1000
 """Rows of a stream that are read: all of one may be too many to read before training."""
 SHARED = frozenset({checks.HELDOUT.name, checks.NEAR_HELDOUT.name})
-SHOWN = 60
+SHOWN = 80
 """Characters of an excerpt."""
 
 
@@ -87,8 +87,8 @@ class Doctor:
                 self._check(row, example, format)
                 yield self.rows, example
             except DataError as error:
-                surrogate = "lone surrogate" in str(error)
-                self.find(checks.SURROGATE if surrogate else checks.BAD_ROW, self.rows, str(error))
+                reason = str(error).removeprefix(f"{origin}: ")
+                self.find(checks.SURROGATE if "lone surrogate" in reason else checks.BAD_ROW, self.rows, reason)
             self.rows += 1
 
     def _check(self, row: Row, example: Example, format: Recognised) -> None:

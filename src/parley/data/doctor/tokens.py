@@ -38,9 +38,9 @@ class TokenCounts:
             self.flush()
 
     def flush(self) -> None:
-        for (number, _), outcome in zip(self._pending, self._render(), strict=True):
+        for (number, example), outcome in zip(self._pending, self._render(), strict=True):
             if isinstance(outcome, DataError):
-                self.find(BAD_ROW, number, str(outcome))
+                self.find(BAD_ROW, number, str(outcome).removeprefix(f"{example.origin}: "))
             else:
                 self._count(number, outcome)
         self._pending = []
