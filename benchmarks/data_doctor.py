@@ -2,10 +2,11 @@
 
     python benchmarks/data_doctor.py [--rows 100000] [--model MODEL] [--data FILE] [--libraries]
 
-Writes rows of about 450 bytes with one in a hundred repeated, exactly or nearly, into a temporary folder; --data repeats
-the rows of a JSON-lines file with their words rotated instead, so that lengths are real. Runs the command on one core in
-its own process and prints a line of JSON: CPU seconds, seconds, and the largest resident set in MiB. --model counts tokens
-as well. --libraries compares the MinHash libraries on the same word trigrams, in microseconds a text.
+Writes rows of about 450 bytes with one in a hundred repeated, exactly or nearly, into a temporary folder. --data takes
+the rows of a JSON-lines file instead, again and again with their words rotated, so that lengths are real. Runs the
+command on one core in its own process and prints a line of JSON: CPU seconds, seconds, and the largest resident set
+in MiB. --model counts tokens as well. --libraries compares MinHash libraries on the same word trigrams, in microseconds
+a text.
 """
 
 from __future__ import annotations

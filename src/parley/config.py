@@ -304,8 +304,8 @@ class RunConfig(Section):
         if self.data.drop and self.data.streaming:
             raise ValueError("data.drop reads every row before training, which data.streaming does not: leave one out")
         shared = [name for name in self.data.drop if name.startswith("heldout-")]
-        if shared and not self.data.heldout:
-            raise ValueError(f"data.drop has {shared[0]}, which compares with data.heldout: name its source there")
+        if shared and not self.data.heldout and not self.data.heldout_rows:
+            raise ValueError(f"data.drop has {shared[0]}, and no rows are held out: set data.heldout")
         return self
 
     @classmethod

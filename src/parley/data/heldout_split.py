@@ -9,11 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from typing import Any
 
+from parley.config import DataSection
 from parley.data.example import LOSS_KEYS, Example, Message
+from parley.data.sources import is_local
 
 DIGEST_BYTES = 8
+# Independent of training.seed: runs with different seeds are compared on the same held-out rows.
+SEED = 0
+AT_MOST = 10
+"""At most one row in ten is held out, where a number of rows is."""
+
+
+def heldout_section(data: DataSection) -> DataSection:
+    """`data` for the rows of the source `data.heldout`."""
+    assert data.heldout is not None
+    source, _, split = data.heldout.partition("#")
+    # `limit` is meant for training rows, and the held-out loss is computed over the same rows at each evaluation.
+    changes: dict[str, Any] = {"source": source, "split": split or "train", "limit": None, "streaming": False}
+    if is_local(source):
+        changes |= {"subset": None, "revision": None}  # those of a training set on the hub
+    return data.model_copy(update=changes | {"heldout": None, "drop": []})
+
+
+def sampled_rows(wanted: int, rows: int) -> set[int]:
+    """The numbers, from 0, of the rows held out of `rows` where `wanted` are: as many, but at most a tenth."""
+    return set(random.Random(SEED).sample(range(rows), min(wanted, rows // AT_MOST)))
 
 
 def is_heldout(example: Example, share: float) -> bool:

@@ -6,7 +6,6 @@ T: tokens of a row.
 from __future__ import annotations
 
 import hashlib
-import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,10 +25,10 @@ from parley.data.doctor.findings import Diagnosis
 from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
-from parley.data.heldout_split import is_heldout
+from parley.data.heldout_split import heldout_section, is_heldout, sampled_rows
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.render import Rendered, pin_date, pin_settings
-from parley.data.sources import Rows, is_local, located, read_rows
+from parley.data.sources import Rows, located, read_rows
 from parley.data.summary import DataSummary
 from parley.errors import DataError
 
@@ -40,10 +39,6 @@ ARROW_BATCH = 4096
 """Rows converted to Arrow at once."""
 PROGRESS_FROM = 5000
 """Rows from which on a progress bar is shown."""
-# Independent of training.seed: runs with different seeds are compared on the same held-out rows.
-HELDOUT_SEED = 0
-HELDOUT_SHARE = 10
-"""At most one row in ten is held out."""
 STREAM_HELDOUT = 64
 """Rows of a stream to evaluate on, where a share of it is held out: all of them are only known at its end."""
 
@@ -249,8 +244,7 @@ class RowRenderer:
         share = self.data.heldout_share
         if share is not None:
             return lambda index, example: is_heldout(example, share)
-        count = len(self.rows)
-        sampled = set(random.Random(HELDOUT_SEED).sample(range(count), min(heldout_rows, count // HELDOUT_SHARE)))
+        sampled = sampled_rows(heldout_rows, len(self.rows))
         return lambda index, example: index in sampled
 
     def stream(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
@@ -322,12 +316,8 @@ def _check_share(prepared: Prepared, data: DataSection) -> None:
 def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokenizer: Any, max_length: int) -> None:
     """Put the rows of `data.heldout` into `prepared`."""
     assert data.heldout is not None
-    source, _, split = data.heldout.partition("#")
-    # `limit` is meant for training rows, and the held-out loss is computed over the same rows at each evaluation.
-    changes = {"source": source, "split": split or "train", "limit": None, "streaming": False}
-    if is_local(source):
-        changes |= {"subset": None, "revision": None}  # those of a training set on the hub
-    section = data.model_copy(update=changes)
+    section = heldout_section(data)
+    source = section.source
     rows = read_rows(source, section, keep_bad=True)
     renderer = RowRenderer(rows, tokenizer, section, max_length, source, prefix="held-out")
     tokens = _TokenColumns()

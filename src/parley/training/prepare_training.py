@@ -93,7 +93,7 @@ def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepare
     """
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
     with console.status("checking the data"):
-        data.diagnosis = diagnose(config.data)
+        data.diagnosis = diagnose(config.data, for_training=True)
     # The data doctor says which rows repeat others, with the cure.
     for line in (*data.summary.lines(repeats=False), *data.diagnosis.short_lines()):
         print_text(console, line)

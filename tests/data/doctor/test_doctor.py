@@ -14,6 +14,7 @@ from parley.data.doctor.checks import DROPPABLE, SEVERITIES
 from parley.data.doctor.diagnose import diagnose, rows_to_drop
 from parley.data.doctor.findings import Diagnosis
 from parley.data.doctor.histogram import RELATIVE_ERROR, LogHistogram
+from parley.data.heldout_split import sampled_rows
 from parley.data.prepare import prepare
 from parley.errors import UsageError
 
@@ -178,6 +179,36 @@ def test_rows_shared_with_held_out_data_are_found_and_can_be_dropped(tmp_path: P
     assert len(prepared.heldout) == 4
 
 
+def test_rows_held_out_of_the_source_are_compared_with_the_others(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    """Each row comes twice, so that a held-out one repeats a training row unless its twin is held out too."""
+    path = write(tmp_path / "rows.jsonl", [chat(number % 40) for number in range(80)])
+    data = DataSection(source=str(path), heldout_rows=5)
+    held = sampled_rows(5, 80)
+    leaked = {(row + 40) % 80 for row in held} - held
+    assert len(leaked) == 5
+    findings = {finding.check: finding for finding in diagnose(data, for_training=True).findings}
+    assert findings["heldout-duplicate"].rows.first == [f"rows.jsonl line {row + 1}" for row in sorted(held)]
+    assert "heldout-duplicate" not in {finding.check for finding in diagnose(data).findings}
+    dropping = data.model_copy(update={"drop": ["heldout-duplicate"]})
+    assert set(rows_to_drop(dropping)) == leaked
+    prepared = prepare(dropping, tiny_tokenizer, 2048)
+    assert (prepared.summary.heldout, prepared.summary.heldout_repeated) == (5, 0)
+    assert prepared.summary.kept == 70
+
+
+def test_rows_nearly_in_the_held_out_share_are_found(tmp_path: Path) -> None:
+    rows = [chat(number) for number in range(40)]
+    near = [
+        turns(("user", sentence(2 * n).lower()), ("assistant", sentence(2 * n + 1) + " Ribbon!")) for n in range(40)
+    ]
+    data = DataSection(source=str(write(tmp_path / "rows.jsonl", [*rows, *near])), heldout="20%")
+    findings = {finding.check: finding for finding in diagnose(data).findings}
+    assert "heldout-duplicate" not in findings
+    assert findings["heldout-near-duplicate"].rows.count > 5
+    dropping = data.model_copy(update={"drop": ["heldout-near-duplicate"]})
+    assert "heldout-near-duplicate" not in {finding.check for finding in diagnose(dropping).findings}
+
+
 @pytest.mark.parametrize("name", [name for name in DROPPABLE if not name.startswith("heldout")])
 def test_dropping_cures_each_fault(name: str, tmp_path: Path, tiny_tokenizer: Any) -> None:
     path = write(tmp_path / "rows.jsonl", [*CLEAN, *PLANTED[name]])
@@ -196,7 +227,7 @@ def test_dropping_cures_each_fault(name: str, tmp_path: Path, tiny_tokenizer: An
     ("settings", "said"),
     [
         ({"drop": ["duplicate"], "streaming": True}, "data.streaming"),
-        ({"drop": ["heldout-duplicate"]}, "data.heldout"),
+        ({"drop": ["heldout-duplicate"], "heldout_rows": 0}, "data.heldout"),
         ({"drop": ["duplicates"]}, "duplicate"),
     ],
 )
@@ -239,6 +270,67 @@ def test_rows_without_a_supervised_token_are_found_with_a_tokenizer(tmp_path: Pa
     unweighted["messages"][1]["weight"] = 0
     data = DataSection(source=str(write(tmp_path / "rows.jsonl", [chat(1), unweighted])))
     assert found(diagnose(data, tiny_tokenizer, 2048)) == {"unsupervised": [2]}
+
+
+def test_of_a_stream_the_first_rows_are_checked(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", [chat(1), *(chat(number) for number in range(1, 1100))])
+    diagnosis = diagnose(DataSection(source=str(path), streaming=True))
+    assert (diagnosis.rows, diagnosis.complete) == (1000, False)
+    assert ("rows", "the first 1,000 of a stream") in diagnosis.facts()
+    assert found(diagnosis) == {"duplicate": [2]}
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"instruction": "Who?", "response": ""}, ["empty-answer"]),
+        ({"instruction": "Who?", "output": "", "input": ""}, ["empty-answer"]),
+        ({"prompt": "Who is it?", "completion": " "}, ["empty-answer"]),
+        ({"prompt": "Who is it?", "completion": "Me"}, ["one-word-answer"]),
+        ({"conversations": [{"from": "human", "value": "Who?"}, {"from": "gpt", "value": ""}]}, ["empty-answer"]),
+        ({"messages": '[{"role": "user", "content": "?"}, {"role": "assistant", "content": ""}]'}, ["empty-answer"]),
+        ({"text": "<s>[INST] Who? [/INST] Me.</s>"}, []),
+        ({"text": "caf\u00c3\u00a9 is open"}, ["mojibake"]),
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3]}, []),
+    ],
+)
+def test_every_format_is_checked(row: dict[str, Any], names: list[str], tmp_path: Path) -> None:
+    diagnosis = diagnose(DataSection(source=str(write(tmp_path / "rows.jsonl", [row]))))
+    assert list(found(diagnosis)) == names
+
+
+def test_rows_of_token_ids_that_repeat_are_found(tmp_path: Path) -> None:
+    rows = [{"input_ids": list(range(start, start + 30))} for start in (0, 100, 0)]
+    assert found(diagnose(DataSection(source=str(write(tmp_path / "rows.jsonl", rows))))) == {"duplicate": [3]}
+
+
+def test_rows_about_one_passage_with_other_answers_are_not_near(tmp_path: Path) -> None:
+    passage = sentence(1, words=300)
+    rows = [turns(("user", f"{passage} {sentence(n, words=6)}"), ("assistant", sentence(n + 50))) for n in range(10)]
+    assert diagnose(DataSection(source=str(write(tmp_path / "rows.jsonl", rows)))).findings == []
+
+
+def test_near_duplicates_among_many_rows_of_one_system_turn(tmp_path: Path) -> None:
+    """One word of sixty changed is near, nine words are not."""
+    rng = random.Random(0)
+
+    def changed(text: str, count: int) -> str:
+        words = text.split()
+        for place in rng.sample(range(len(words)), count):
+            words[place] = f"other{rng.random()}"
+        return " ".join(words)
+
+    system = ("system", sentence(5000, words=200))
+
+    def row(number: int, words_changed: int) -> dict[str, Any]:
+        return turns(
+            system, ("user", sentence(number)), ("assistant", changed(sentence(number + 1000, 60), words_changed))
+        )
+
+    rows = [row(number, 0) for number in range(200)]
+    near, far = [row(number, 1) for number in range(50)], [row(number, 9) for number in range(50, 100)]
+    (finding,) = diagnose(DataSection(source=str(write(tmp_path / "rows.jsonl", [*rows, *near, *far])))).findings
+    assert (finding.check, finding.rows.count, finding.rows.first[0]) == ("near-duplicate", 50, "rows.jsonl line 201")
 
 
 def test_percentiles_are_within_the_stated_error() -> None:

@@ -54,6 +54,13 @@ class Fingerprints:
         both._signatures = [self.signatures(), others.signatures()]
         return both
 
+    def select(self, chosen: np.ndarray) -> Fingerprints:
+        """A new object with the rows where `chosen`, a mask, is true."""
+        part = Fingerprints()
+        part._exact = array("Q", self.exact()[chosen].tobytes())
+        part._signatures = [self.signatures()[chosen]]
+        return part
+
     def exact(self) -> np.ndarray:
         return np.frombuffer(self._exact, dtype=np.uint64) if self._exact else np.empty(0, np.uint64)
 
@@ -106,7 +113,7 @@ def _grouped(
     Only these two sources of a group are compared: all pairs would be quadratic in the rows of a template.
     """
     used = np.flatnonzero(sources | targets)
-    if not len(used):
+    if not targets.any():
         return
     order = used[np.argsort(keys[used], kind="stable")]  # stable: rows of a group stay in their order
     sorted_keys, positions = keys[order], np.arange(len(order))
