@@ -192,7 +192,7 @@ class SFTTrainer(FusedTrainer):
                 "labels, or apply it with Dataset.map()"
             )
         columns = dataset.column_names or list(next(iter(dataset)))
-        section = DataSection(train_on=self.train_on, overlong=self.overlong)
+        section = DataSection(train_on=self.train_on, overlong=self.overlong, bad_rows="error")
         everything = args.completion_only_loss is False and not self.assistant_only
         if "input_ids" in columns:
             section.format = "tokens"
