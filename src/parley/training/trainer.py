@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -33,6 +33,7 @@ from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
 from parley.errors import UsageError
 from parley.library_compat.bitsandbytes import keep_trainable_layout
+from parley.models.lora_options import check_modules
 from parley.models.quantization import quantization_of
 from parley.training.fused_trainer import FusedTrainer
 from parley.training.sft_config import SFTConfig, unavailable_formats
@@ -104,6 +105,8 @@ class SFTTrainer(FusedTrainer):
         assistant_only, args.assistant_only_loss = args.assistant_only_loss, False
         peft_config = kwargs.pop("peft_config", None)
         if peft_config is not None and not isinstance(model, str | PeftModel):
+            if isinstance(peft_config, LoraConfig):
+                check_modules(model, peft_config)
             set_seed(args.seed)
             model, peft_config = get_peft_model(model, peft_config), None
         originals = (
