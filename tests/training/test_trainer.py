@@ -460,7 +460,7 @@ def test_an_adapter_that_looks_at_a_whole_row_gets_a_row_a_document(
 
 
 def test_a_name_that_matches_nothing_is_refused_for_peft_s_config_too(tiny_llama_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="lora.modules_to_save nope matches no module of LlamaForCausalLM"):
+    with pytest.raises(ModelError, match=r"lora\.modules_to_save nope matches no module of LlamaForCausalLM"):
         SFTTrainer(
             AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
             ParleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True),

@@ -49,6 +49,8 @@ class FusedTrainer(PackedTrainer):
 
     optimizer: torch.optim.Optimizer | None
 
+    left_to_fused_step: str | None = None  # the line that names options which the fused step does not follow
+
     def __init__(
         self,
         *args: Any,
@@ -137,6 +139,8 @@ class FusedTrainer(PackedTrainer):
             self.plain_because = str(reason)
             logger.warning("plain path: %s", reason)
             return None
+        if self.left_to_fused_step is not None:
+            logger.warning("%s", self.left_to_fused_step)
         return self._build_fused_step(bound)
 
     def _build_fused_step(self, bound: BoundModel) -> FusedStep:
@@ -168,6 +172,9 @@ class FusedTrainer(PackedTrainer):
         args = self.args
         for unsupported, reason in (
             (args.fp16, "fp16"),
+            (args.bf16_full_eval or args.fp16_full_eval, "evaluation in 16 bits"),
+            (bool(args.debug), "debug"),
+            (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed or FSDP"),
             (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {OptimizerNames(args.optim).value}"),
             (args.label_smoothing_factor > 0, "label smoothing"),
             (args.loss_type != "nll", f"loss {args.loss_type}"),

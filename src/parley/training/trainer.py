@@ -36,6 +36,7 @@ from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.models.lora_options import check_modules
 from parley.models.quantization import quantization_of
 from parley.training.fused_trainer import FusedTrainer
+from parley.training.option_effects import check_options, left_to_the_fused_step, without_effect
 from parley.training.sft_config import SFTConfig, unavailable_formats
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,10 @@ class SFTTrainer(FusedTrainer):
             raise UsageError("got both tokenizer and processing_class; pass one of them")
         old = dict(zip(OLD_SPELLINGS, (dataset_text_field, max_seq_length, dataset_num_proc, packing), strict=True))
         args = _own_config(args, model, {name: value for name, value in old.items() if value is not None})
+        for line in without_effect(args):
+            logger.warning("%s", line)
+        # Asked before TRL fills in options of its own.
+        self.left_to_fused_step = left_to_the_fused_step(args)
         _refuse_images(train_dataset, processing_class or tokenizer)
         self.train_on = train_on
         self.overlong: Overlong = overlong or _overlong(args)
@@ -245,6 +250,7 @@ def _own_config(args: TrainingArguments | None, model: Any, old: dict[str, Any])
         old["max_length"] = old.pop("max_seq_length")
     for name, value in old.items():
         setattr(args, name, value)
+    check_options(args)
     return args
 
 
