@@ -3,6 +3,7 @@
     python benchmarks/engine_step.py check --shape 1b
     python benchmarks/engine_step.py time --shape 1b --quantization nf4
     python benchmarks/engine_step.py time --shape 1b --kernels 30
+    python benchmarks/engine_step.py time --shape 1b --path captured --lora dora
 
 `check` compares gradients with the plain path and with float32. `time` prints one RESULT line of JSON for each step
 size, and with `--kernels` the kernels of one step by their share of its time.
@@ -27,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
 from parley.train_step.bind import bind
+from parley.train_step.captured_step import EAGER_PASSES, CapturedStep
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.units import GIB
@@ -81,8 +83,16 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(shape: str, quantization: str, layers: int | None = None) -> PeftModel:
-    """A model of this shape with LoRA r = 16 on all projections, quantised on the GPU, never on disk."""
+LORA: dict[str, dict[str, Any] | None] = {
+    "plain": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.05}, "full": None,
+}  # fmt: skip
+
+
+def build(shape: str, quantization: str, layers: int | None = None, lora: str = "plain") -> nn.Module:
+    """A model of this shape with LoRA r = 16 on all projections, quantised on the GPU, never on disk.
+
+    `lora`: a key of LORA; "full" trains every weight instead.
+    """
     sizes = dict(vocab_size=128256, max_position_embeddings=32768, pad_token_id=0) | SHAPES[shape]
     if layers is not None:
         sizes["num_hidden_layers"] = layers
@@ -95,7 +105,11 @@ def build(shape: str, quantization: str, layers: int | None = None) -> PeftModel
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Linear) and name != "lm_head" and quantization == "nf4":
                 module.add_module(name, _quantised(child))
-    return get_peft_model(model, LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    options = LORA[lora]
+    if options is None:
+        return model.requires_grad_(True).train()
+    config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **options)
+    return get_peft_model(model, config).train()
 
 
 def _quantised(linear: nn.Linear) -> nn.Linear:
@@ -213,7 +227,27 @@ class TrainingLoop:
         self.optimizer.step()
 
 
-def milliseconds(loop: TrainingLoop, documents: list[Document], repeats: int) -> tuple[float, float, float]:
+class CapturedLoop:
+    """The same on the captured path, with an optimizer of all trained parameters."""
+
+    def __init__(self, shape: str, quantization: str, lora: str, documents: list[Document]) -> None:
+        torch.cuda.reset_peak_memory_stats()
+        tokens = sum(len(document.ids_L) for document in documents)
+        self.step = CapturedStep(build(shape, quantization, lora=lora), tokens=tokens, autocast=torch.bfloat16)
+        if lora == "full":
+            self.optimizer = torch.optim.AdamW(self.step.trained, lr=1e-5, weight_decay=0.01, fused=True)
+        else:
+            self.optimizer = bitsandbytes.optim.AdamW8bit(self.step.trained, lr=2e-4, weight_decay=0.01)
+
+    def __call__(self, documents: list[Document]) -> None:
+        self.step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
+        torch.nn.utils.clip_grad_norm_(self.step.trained, 1.0)
+        self.optimizer.step()
+
+
+def milliseconds(
+    loop: TrainingLoop | CapturedLoop, documents: list[Document], repeats: int
+) -> tuple[float, float, float]:
     """Median over `repeats` steps, each until the device is done; the median until the host is; the first step."""
     start = time.perf_counter()
     loop(documents)
@@ -227,6 +261,24 @@ def milliseconds(loop: TrainingLoop, documents: list[Document], repeats: int) ->
         torch.cuda.synchronize()
         walls.append(time.perf_counter() - start)
     return 1000 * statistics.median(walls), 1000 * statistics.median(hosts), 1000 * first
+
+
+def report_captured(shape: str, quantization: str, lora: str, sizes: list[list[Document]], repeats: int) -> None:
+    largest = max(sizes, key=lambda documents: sum(len(document.ids_L) for document in documents))
+    loop = CapturedLoop(shape, quantization, lora, largest)
+    for documents in sizes:
+        eager = [milliseconds(loop, documents, 1)[0] for _ in range(EAGER_PASSES)][-1]
+        wall, host, first = milliseconds(loop, documents, repeats)
+        supervised = sum(document.supervised_tokens for document in documents)
+        result = dict(
+            shape=shape, quantization=quantization, path="captured", lora=lora,
+            tokens=sum(len(document.ids_L) for document in documents), supervised=supervised,
+            step_ms=round(wall, 2), host_ms=round(host, 2), eager_ms=round(eager, 2), capture_ms=round(first, 1),
+            graphs=len(loop.step.graphs), graph_tokens=loop.step.graph_tokens,
+            loss=round(float(loop.step.metrics_3[0]) / supervised, 4),
+            peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
+        )  # fmt: skip
+        print("RESULT " + json.dumps(result), flush=True)
 
 
 def report(shape: str, quantization: str, memory: Any, sizes: list[list[Document]], repeats: int, listed: int) -> None:
@@ -284,6 +336,8 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=8)
     parser.add_argument("--supervised", type=float, default=1 / 3)
     parser.add_argument("--even", action="store_true", help="documents of one length")
+    parser.add_argument("--path", default="fused", choices=["fused", "captured"])
+    parser.add_argument("--lora", default="plain", choices=LORA, help="of the captured path")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--kernels", type=int, default=0, help="list so many kernels of one step by their share of it")
     args = parser.parse_args()
@@ -292,6 +346,9 @@ def main() -> None:
         return
     memory = args.memory if args.memory in ("auto", "low") else float(args.memory)
     sizes = [random_documents(t, args.documents, args.supervised, t, even=args.even) for t in args.tokens]
+    if args.path == "captured":
+        report_captured(args.shape, args.quantization, args.lora, sizes, args.repeats)
+        return
     report(args.shape, args.quantization, memory, sizes, args.repeats, args.kernels)
 
 

@@ -131,17 +131,10 @@ class DataSection(Section):
         description="The data set's own name of a role to the usual one: {expert: assistant}.",
     )
     bad_rows: Literal["error", "skip"] = Field(
-        "skip",
-        description="Rows that cannot be read or rendered: are left out, counted and written to bad_rows.jsonl of the "
-        "run folder, or end the run.",
+        "error",
+        description="Rows that cannot be read or rendered: end the run, or are left out and counted.",
     )
-    bad_rows_limit: float = Field(
-        0.05,
-        ge=0,
-        le=MAX_COUNT,
-        description="With bad_rows: skip, more bad rows than these end the run: a share below 1 (ten are always "
-        "allowed), or a number.",
-    )
+    bad_rows_limit: int = Field(1000, ge=0, description="With bad_rows: skip, more bad rows than these end the run.")
     drop: list[Droppable] = Field(
         default_factory=list,
         description="Rows left out by what `parley inspect` finds in them, for example [duplicate, mojibake].",
@@ -216,9 +209,10 @@ class EarlyStoppingSection(Section):
 
 
 class TrainingSection(OpenSection):
-    engine: Literal["auto", "plain"] = Field(
+    engine: Literal["auto", "captured", "plain"] = Field(
         "auto",
-        description="auto: the fused step where it supports model and options; plain: transformers and autograd.",
+        description="auto: the fused step where it supports model and options, else on a GPU transformers' modules "
+        "replayed as CUDA graphs (captured), else transformers and autograd (plain).",
     )
     memory: Literal["auto", "low"] | Annotated[float, Field(gt=0, le=1e6)] = Field(
         "auto", description="auto: the device's free memory; low: as little as possible; a number: GiB in total."

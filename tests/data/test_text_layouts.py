@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import sys
 from functools import partial
@@ -91,7 +90,7 @@ def test_a_layout_has_the_text_and_the_spans_of_a_rendering(path: Path) -> None:
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer: Any) -> Any:
-    return copy.copy(tiny_tokenizer)
+    return tiny_tokenizer
 
 
 @pytest.mark.parametrize(

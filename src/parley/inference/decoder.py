@@ -22,7 +22,7 @@ from parley.inference.slot_state import RUNNING, RunningRequest, SlotState, max_
 from parley.inference.step_runner import MAX_STEPS, InFlightSteps, StepRunner
 from parley.models.adapters import base_obstacle
 from parley.train_step.bind import read_weights
-from parley.train_step.fused_step import ops_for
+from parley.train_step.device_ops import ops_for
 
 
 class StaticCacheDecoder:

@@ -21,7 +21,7 @@ import copy
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -59,13 +59,21 @@ _ERRORS = (
 )  # fmt: skip
 
 
-def why_not_packed(model: nn.Module, max_tokens: int | None = None) -> str | None:
+PackedLogits = Callable[[PreTrainedModel, Tensor, Sequence[int]], Tensor]
+"""From a model, tokens (T) and the lengths of their documents to fp32 logits (T, V)."""
+
+
+def why_not_packed(
+    model: nn.Module, max_tokens: int | None = None, packed_logits: PackedLogits | None = None
+) -> str | None:
     """Why documents of a packed row may see each other in `model`, in one line; None where they are shown not to.
 
     Args:
         model: of transformers, bare or with PEFT's adapters, on any device and quantised or not.
         max_tokens: the most that a document has, None where that is unknown. Dynamic and longrope rotary embeddings
             isolate documents up to the length at which they begin to change.
+        packed_logits: another forward pass of a packed row than the model's own, whose results are compared with the
+            model's own for each document by itself.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(base, PreTrainedModel):
@@ -73,7 +81,9 @@ def why_not_packed(model: nn.Module, max_tokens: int | None = None) -> str | Non
     device = torch.device("cuda" if base.device.type == "cuda" else "cpu")
     key = base.config.to_json_string(use_diff=False)
     kinds = frozenset(_architecture_modules(base))
-    return _probe(_Subject(type(base), key, attention_implementation(base), device, kinds, max_tokens, base.config))
+    return _probe(
+        _Subject(type(base), key, attention_implementation(base), device, kinds, max_tokens, packed_logits, base.config)
+    )
 
 
 @dataclass(frozen=True)
@@ -86,6 +96,7 @@ class _Subject:
     device: torch.device
     kinds: frozenset[type[nn.Module]]
     max_tokens: int | None
+    packed_logits: PackedLogits | None
     config: PreTrainedConfig = field(compare=False)
 
 
@@ -97,7 +108,7 @@ def _probe(subject: _Subject) -> str | None:
     try:
         with torch.random.fork_rng(devices=[]):  # constructors sample their weights: a run's seed is not disturbed
             model = _small_model(subject)
-        difference = _largest_difference(model, subject.device)
+        difference = _largest_difference(model, subject.device, subject.packed_logits)
     except _ERRORS as error:
         return one_line(f"packing could not be tried on a small {name} ({type(error).__name__}: {error})")
     if difference <= TOLERANCE[model.dtype]:  # False for NaN
@@ -120,8 +131,9 @@ def _small_model(subject: _Subject) -> PreTrainedModel:
         raise ValueError(f"{on_meta.num_parameters():,} parameters are not small")
     model = subject.architecture(shrunk)
     model.set_attn_implementation(subject.attention)
-    # Flash kernels take 16-bit types alone.
-    dtype = torch.bfloat16 if "flash" in subject.attention else torch.float32
+    # Flash kernels take 16-bit types alone, and Parley's own wide heads in these alone.
+    on_gpu = subject.packed_logits is not None and subject.device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu or "flash" in subject.attention else torch.float32
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -131,12 +143,17 @@ def _small_model(subject: _Subject) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def _largest_difference(model: PreTrainedModel, device: torch.device) -> float:
+def _largest_difference(
+    model: PreTrainedModel, device: torch.device, packed_logits: PackedLogits | None = None
+) -> float:
     """How far a document's logits in a packed row are from those it has by itself, relative to the largest logit."""
     generator = torch.Generator().manual_seed(1)
     ids_T = torch.randint(SPECIAL_TOKENS, VOCABULARY, (sum(LENGTHS),), generator=generator).to(device)
-    position_T = torch.cat([torch.arange(length) for length in LENGTHS]).to(device)
-    packed_TV = _logits(model, ids_T, position_T)
+    if packed_logits is not None:
+        packed_TV = packed_logits(model, ids_T, LENGTHS)
+    else:
+        position_T = torch.cat([torch.arange(length) for length in LENGTHS]).to(device)
+        packed_TV = _logits(model, ids_T, position_T)
     alone_TV = torch.cat([_logits(model, ids_L, None) for ids_L in ids_T.split(LENGTHS)])
     return float((packed_TV - alone_TV).abs().max() / alone_TV.abs().max())
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from parley.data.packing import Document, split_by_tokens
-from parley.train_step import reference_ops
 from parley.train_step.activation_offload import ActivationOffload
 from parley.train_step.bind import BoundModel
 from parley.train_step.cuda_graphs import GraphRunner
 from parley.train_step.decoder_layer import PassContext, SavedActivations, SupervisedRows, backward, forward
+from parley.train_step.device_ops import ops_for
 from parley.train_step.fused_linear import FusedMatrixCache
 from parley.train_step.lm_head import loss_and_gradient
 from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
@@ -220,12 +220,3 @@ def _dummy_batch(tokens: int, longest: int) -> PackedBatch:
     longest = min(longest, LONG_DOCUMENT - 1)
     lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
     return pack(Document.from_lists([0] * length, [0] * length) for length in lengths)
-
-
-def ops_for(device: torch.device) -> Ops:
-    """The operations for `device`: Triton's on a GPU, PyTorch's elsewhere."""
-    if device.type != "cuda":
-        return reference_ops
-    from parley.train_step import kernels  # Triton is installed only where a GPU is
-
-    return kernels

@@ -176,8 +176,13 @@ class Ops(Protocol):
     def glu_backward(self, dout_TF: Tensor, x_T2F: Tensor, dx_T2F: Tensor, activation: str) -> None:
         """Write the gradients of gate and up side by side into the strided `dx_T2F`, which may be `x_T2F` itself."""
 
-    def attention(self, x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> Any:
-        """Causal attention inside each document, into the strided `out_TD`; returns what the backward pass needs."""
+    def attention(
+        self, x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor, sinks_H: Tensor | None = None
+    ) -> Any:
+        """Causal attention inside each document, into the strided `out_TD`; returns what the backward pass needs.
+
+        `sinks_H`: a score of each head that takes its share of the softmax and has no value (arXiv 2309.17453).
+        """
 
     def attention_backward(
         self,

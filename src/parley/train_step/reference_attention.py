@@ -88,13 +88,15 @@ def padded_layout(lengths: tuple[int, ...], shape: AttentionShape) -> PaddedLayo
     return PaddedLayout(len(lengths), longest, shape, source_J, target_NLW[column_L < length_N[:, None]])
 
 
-def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> Any:
+def attention(
+    x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor, sinks_H: Tensor | None = None
+) -> Any:
     assert batch.lengths is not None, "unknown to the host under a CUDA graph alone"
     layout = padded_layout(batch.lengths, shape)
     q_BQE, k_BLE, v_BLE = layout.pad(x_TC)
-    if _takes_full_scores(layout):
+    if sinks_H is not None or _takes_full_scores(layout):
         # The query heads of a group are further rows of one product, so keys and values need not be repeated.
-        p_BQL = _scores(q_BQE, k_BLE, shape, _mask(layout.longest, shape, x_TC)).softmax(-1)
+        p_BQL = _probabilities(_scores(q_BQE, k_BLE, shape, _mask(layout.longest, shape, x_TC)), layout, sinks_H)
         layout.unpad((p_BQL @ v_BLE).view(-1, shape.head_dim), out_TD)
         return p_BQL
     q, k, v = _repeat_kv(layout, q_BQE, k_BLE, v_BLE)
@@ -117,7 +119,7 @@ def attention_backward(
     qkv = layout.pad(x_TC)
     dout_BQE = layout.pad_outputs(dout_TD)
     dx_JE = x_TC.new_empty(len(layout.source_J), shape.head_dim)
-    if _takes_full_scores(layout):
+    if saved.shape[1:] == (qkv[0].shape[1], layout.longest):  # probabilities, not a log-sum-exp
         _full_scores_backward(dout_BQE, *qkv, saved, shape, *layout.split(dx_JE))
     else:
         _flash_backward(dout_BQE, qkv, layout.pad_outputs(out_TD), saved, layout, dx_JE)
@@ -135,6 +137,14 @@ def _scores(q_BQE: Tensor, k_BLE: Tensor, shape: AttentionShape, mask: Tensor) -
         return torch.baddbmm(mask, q_BQE, k_BLE.mT, alpha=shape.scale)
     s_BQL = torch.bmm(q_BQE, k_BLE.mT).mul_(shape.scale / shape.softcap)
     return s_BQL.tanh_().mul_(shape.softcap).add_(mask)
+
+
+def _probabilities(scores_BQL: Tensor, layout: PaddedLayout, sinks_H: Tensor | None) -> Tensor:
+    if sinks_H is None:
+        return scores_BQL.softmax(-1)
+    sinks_BQ1 = sinks_H.to(scores_BQL.dtype).view(layout.shape.kv_heads, -1).repeat(layout.documents, 1)
+    sinks_BQ1 = sinks_BQ1.repeat_interleave(layout.longest, dim=1)[..., None]
+    return torch.cat([scores_BQL, sinks_BQ1], dim=-1).softmax(-1)[..., :-1]
 
 
 def _full_scores_backward(

@@ -22,9 +22,10 @@ from parley.train_step.bind import BoundModel, Unsupported, bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.train_step.optimizer import AdamW8bit
+from parley.training.captured_trainer import CapturedTrainer
 from parley.training.optimizer_state import StateLayout, check_shapes, with_parameter_state
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
-from parley.training.packed_trainer import METRICS, PackedTrainer
+from parley.training.packed_trainer import METRICS
 from parley.training.regional_compile import MIN_STEPS, compile_layers
 from parley.training.rehearsal import rehearse_saving
 from parley.training.resume_state import this_device
@@ -35,44 +36,42 @@ BITSANDBYTES = (OptimizerNames.ADAMW_BNB, OptimizerNames.ADAMW_8BIT)
 TORCH = (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
 
 
-class FusedTrainer(PackedTrainer):
-    """PackedTrainer, which takes the fused step where model and options allow it.
+class FusedTrainer(CapturedTrainer):
+    """PackedTrainer, which takes the fused step where model and options allow it, else the captured one.
 
     Args:
-        engine: "auto" takes the fused step for every model and option it supports and logs why where it does not;
-            "plain" always goes through transformers, PEFT and autograd.
+        engine: "auto" takes the fused step for every model and option that it supports, else on a GPU the captured
+            path, else the plain one, and logs which and why; "captured" and "plain" leave out those before.
         memory: "auto", "low", or the GiB of device memory that the run may take.
 
-    `fused_step` is None until `bind_fused_step`, and stays None on the plain path, for which `plain_because` gives the
-    reason.
+    `fused_step` is None until `bind_fused_step`, and stays None on the other paths: `captured_step` is set on the
+    captured one, `plain_because` gives the reason for the plain one.
     """
 
     optimizer: torch.optim.Optimizer | None
 
-    left_to_fused_step: str | None = None  # the line that names options which the fused step does not follow
-
     def __init__(
         self,
         *args: Any,
-        engine: Literal["auto", "plain"] = "auto",
+        engine: Literal["auto", "captured", "plain"] = "auto",
         memory: Literal["auto", "low"] | float = "auto",
         **kwargs: Any,
     ) -> None:
         self.engine, self.memory = engine, memory
         self.fused_step: FusedStep | None = None
-        self.plain_because: str | None = "engine: plain" if engine == "plain" else None
+        self.plain_because = "engine: plain" if engine == "plain" else None
         super().__init__(*args, **kwargs)
 
     # ---- Binding, optimizer and scheduler ----
 
     def bind_fused_step(self) -> None:
-        """Decide between the fused step and the plain path, once; every later call does nothing.
+        """Decide between the fused step, the captured and the plain path, once; every later call does nothing.
 
         `train` does this by itself; call it earlier to measure held-out loss on the fused step before training. A
         model whose adapters are switched off for a while is not judged by that, and an optimizer that was handed in
         keeps the plain path.
         """
-        undecided = self.fused_step is None and self.plain_because is None
+        undecided = self.fused_step is None and self.captured_step is None and self.plain_because is None
         if undecided and self.optimizer is None and adapters_enabled(self.model):
             self.fused_step = self._bind()
 
@@ -123,7 +122,7 @@ class FusedTrainer(PackedTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """The last hook before the first step, and the one that knows how many there will be."""
-        compiled = self.fused_step is None and self.engine == "auto" and self.args.device.type == "cuda"
+        compiled = self.plain_because is not None and self.engine == "auto" and self.args.device.type == "cuda"
         if compiled and num_training_steps >= MIN_STEPS and not self.args.torch_compile:
             count = compile_layers(self.model)
             logger.info("%d layers are compiled at the first step", count)
@@ -131,17 +130,28 @@ class FusedTrainer(PackedTrainer):
 
     def _bind(self) -> FusedStep | None:
         try:
+            if self.engine == "captured":
+                raise Unsupported("engine: captured")
             self._check_options()
             bound = bind(self.model)
             if self.args.bf16 and bound.dtype != torch.bfloat16:
                 raise Unsupported(f"{bound.dtype} weights trained in bfloat16")
         except Unsupported as reason:
-            self.plain_because = str(reason)
-            logger.warning("plain path: %s", reason)
+            self._take_another_path(str(reason))
             return None
-        if self.left_to_fused_step is not None:
-            logger.warning("%s", self.left_to_fused_step)
         return self._build_fused_step(bound)
+
+    def _take_another_path(self, reason: str) -> None:
+        """`reason`: why the fused step is not taken."""
+        # On a CPU nothing is won by a capture.
+        if self.engine == "captured" or self.args.device.type == "cuda":
+            self.bind_captured_step()
+            if self.captured_step is not None:
+                logger.warning("captured path: %s", reason)
+                return
+            reason = f"{reason}; no captured path: {self.plain_because}"
+        self.plain_because = reason
+        logger.warning("plain path: %s", reason)
 
     def _build_fused_step(self, bound: BoundModel) -> FusedStep:
         """The step, with all of its buffers allocated on a GPU; with memory low where they do not fit after all."""
@@ -172,9 +182,6 @@ class FusedTrainer(PackedTrainer):
         args = self.args
         for unsupported, reason in (
             (args.fp16, "fp16"),
-            (args.bf16_full_eval or args.fp16_full_eval, "evaluation in 16 bits"),
-            (bool(args.debug), "debug"),
-            (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed or FSDP"),
             (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {OptimizerNames(args.optim).value}"),
             (args.label_smoothing_factor > 0, "label smoothing"),
             (args.loss_type != "nll", f"loss {args.loss_type}"),
@@ -279,14 +286,6 @@ class FusedTrainer(PackedTrainer):
         self.sums_4[:3] += metrics_3
         self.sums_4[3] += count
         return metrics_3[0] / max(count, 1), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Fetch the figures that stayed on the device, in one transfer."""
-        # An evaluation between two logged steps leaves those of the steps for the next log.
-        for values in metrics(self, "train").values() if self.model.training else ():
-            if values and isinstance(values[0], torch.Tensor):
-                values[:] = torch.stack(values).tolist()
-        super().log(logs, start_time)
 
 
 def adapters_enabled(model: torch.nn.Module) -> bool:

@@ -223,8 +223,10 @@ def _constants(shape: AttentionShape, stages: int) -> dict[str, int | bool]:
     }
 
 
-def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> Any:
-    if library_attention.applies(x_TC, batch, shape):
+def attention(
+    x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor, sinks_H: Tensor | None = None
+) -> Any:
+    if sinks_H is None and library_attention.applies(x_TC, batch, shape):
         return library_attention.attention(x_TC, batch, shape, out_TD)
     tokens = x_TC.shape[0]
     q, k, v = shape.split_qkv(x_TC)
@@ -233,13 +235,25 @@ def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: T
         q, k, v, out_TD, lse_HT, batch.start_T, x_TC.stride(0), out_TD.stride(0), shape.scale, shape.window or 0,
         shape.softcap or 0.0, tokens, **_constants(shape, 3),
     )  # fmt: skip
-    return lse_HT
+    return lse_HT if sinks_H is None else _add_sinks(out_TD, lse_HT, sinks_H)
+
+
+def _add_sinks(out_TD: Tensor, lse_HT: Tensor, sinks_H: Tensor) -> Tensor:
+    """Let each head's sink take its share of `out_TD`, in place; returns the log-sum-exp with it.
+
+    The backward kernels read probabilities from the log-sum-exp, and a sink adds nothing to the sum of dout times out,
+    so that they need not know of it.
+    """
+    with_sinks_HT = torch.logaddexp2(lse_HT, sinks_H.float()[:, None] * LOG2_E.value)
+    share_TH1 = torch.exp2(lse_HT - with_sinks_HT).t()[:, :, None]
+    out_TD.unflatten(1, (len(sinks_H), -1)).mul_(share_TH1)
+    return with_sinks_HT
 
 
 def attention_backward(
     dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, batch: DeviceBatch, shape: AttentionShape, dx_TC: Tensor
 ) -> None:
-    if library_attention.applies(x_TC, batch, shape):
+    if isinstance(saved, list):  # of the libraries
         library_attention.attention_backward(dout_TD, x_TC, out_TD, saved, batch, shape, dx_TC)
         return
     tokens = x_TC.shape[0]

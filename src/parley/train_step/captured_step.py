@@ -1,0 +1,236 @@
+"""The captured path: transformers' own modules over the packed row, replayed as a CUDA graph where that pays.
+
+For what the fused step does not know: other families, LoRA dropout, DoRA, several adapters, trained embeddings and
+heads, full fine-tuning, 8-bit bases, label smoothing, NEFTune, mixtures of experts. Forward and backward pass are those
+of transformers, PEFT and autograd. What differs from the plain path: attention is variable-length
+(packed_attention.py), only supervised rows reach the head, and the launches of a whole pass are recorded once for each
+padded size. Where a model does something that a capture forbids, passes run without one.
+
+Shape suffixes (legend in docs/design.md): T tokens, S supervised rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.packing import Document, split_by_tokens
+from parley.errors import one_line
+from parley.train_step.bind import Unsupported
+from parley.train_step.packed_attention import using_packed_attention
+from parley.train_step.packed_batch import DeviceBatch, PackedBatch, StagingBuffer, pack
+from parley.train_step.supervised_loss import SupervisedLoss, smoothed_loss
+from parley.units import round_up
+
+logger = logging.getLogger(__name__)
+
+TOKEN_MULTIPLE, ROW_MULTIPLE = 128, 128  # of a captured size
+SPARE = 1.1  # a captured size is larger than its first pass by so much, so that sizes are few
+MAX_PADDING = 1.25  # a pass is padded to a captured size of at most so many times its own tokens
+EAGER_PASSES = 2  # before the first capture: libraries initialise in the first, the second is measured
+MAX_HOST_SHARE = 0.9  # a pass whose launches take less of its time than this gains nothing from a graph
+
+
+@dataclass(frozen=True)
+class GraphSize:
+    """Tokens and supervised rows that a graph is captured for."""
+
+    tokens: int
+    rows: int
+
+    def holds(self, other: GraphSize) -> bool:
+        return other.tokens <= self.tokens <= MAX_PADDING * other.tokens and other.rows <= self.rows
+
+
+class CapturedStep:
+    """Gradients of an optimizer step's documents in the parameters' `grad`; metrics as in FusedStep.
+
+    Args:
+        model: of transformers, bare or with PEFT's adapters.
+        tokens: the most tokens of a pass; a longer step is split between documents.
+        autocast: the type of the forward pass's products; None for the weights' own.
+        smoothing: of labels.
+        graphs: capture passes on a GPU.
+
+    `forward_backward` leaves in `metrics_3`: the summed loss, how many supervised tokens were the most likely, and the
+    summed entropy. Raises Unsupported where the model cannot be trained so.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokens: int,
+        autocast: torch.dtype | None = None,
+        smoothing: float = 0.0,
+        graphs: bool = True,
+    ) -> None:
+        self.model, self.autocast, self.smoothing = model, autocast, smoothing
+        self.base = base_of(model)
+        self.tokens = tokens
+        self.device = self.base.device
+        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.gradients = [torch.zeros_like(parameter) for parameter in self.trained]
+        self.metrics_3 = torch.zeros(3, dtype=torch.float32, device=self.device)
+        self.staging = StagingBuffer(self.device, round_up(int(SPARE * tokens), TOKEN_MULTIPLE) + TOKEN_MULTIPLE)
+        self.graphs: dict[GraphSize, torch.cuda.CUDAGraph] = {}
+        self.uses_graphs = graphs and self.device.type == "cuda"
+        self.graph_tokens: float = 0 if not self.uses_graphs else float("inf")
+        self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
+        self.eager_passes = 0
+
+    def forward_backward(self, documents: Sequence[Document], supervised_tokens: int) -> None:
+        """The gradient of one optimizer step: of the summed loss divided by `supervised_tokens`."""
+        torch._foreach_zero_(self.gradients)
+        for parameter, gradient in zip(self.trained, self.gradients, strict=True):
+            parameter.grad = gradient
+        self.metrics_3.zero_()
+        for packed in self._passes(documents):
+            self._pass(packed, 1.0 / supervised_tokens)
+
+    @torch.no_grad()
+    def forward_only(self, documents: Sequence[Document]) -> Tensor:
+        """`metrics_3` of `documents`, for evaluation; gradients are left as they are."""
+        self.metrics_3.zero_()
+        with using_packed_attention(self.base):
+            for packed in self._passes(documents):
+                batch = self._upload(packed, GraphSize(len(packed.ids_T), len(packed.row_S)), 1.0, graphed=False)
+                self._loss(batch)
+        return self.metrics_3.clone()
+
+    def limit_pass(self, tokens: int) -> None:
+        """Split steps into passes of at most `tokens` from here on."""
+        self.tokens = tokens
+        self._drop_graphs()
+
+    def _passes(self, documents: Sequence[Document]) -> Iterator[PackedBatch]:
+        for run in split_by_tokens([len(document.ids_L) for document in documents], self.tokens):
+            packed = pack(documents[run]).trimmed()
+            if len(packed.row_S):
+                yield packed
+
+    def _pass(self, packed: PackedBatch, scale: float) -> None:
+        size = GraphSize(len(packed.ids_T), len(packed.row_S))
+        if self.eager_passes < EAGER_PASSES or size.tokens > self.graph_tokens:
+            self._run_eager(packed, size, scale)
+            return
+        captured = next((known for known in self.graphs if known.holds(size)), None)
+        if captured is None:
+            captured = GraphSize(
+                round_up(int(SPARE * size.tokens), TOKEN_MULTIPLE), round_up(int(SPARE * size.rows), ROW_MULTIPLE)
+            )
+            if not self._capture(packed, captured, scale):
+                self._run_eager(packed, size, scale)
+                return
+        self._upload(packed, captured, scale, graphed=True)
+        self.graphs[captured].replay()
+
+    def _run_eager(self, packed: PackedBatch, size: GraphSize, scale: float) -> None:
+        """A pass without a graph. The second one shows whether launching a pass takes longer than the pass."""
+        batch = self._upload(packed, size, scale, graphed=False)
+        measured = self.uses_graphs and self.eager_passes == EAGER_PASSES - 1
+        start = time.perf_counter()
+        with using_packed_attention(self.base):
+            self._loss(batch).backward()
+        self.eager_passes += 1
+        if measured:
+            launched = time.perf_counter() - start
+            torch.cuda.synchronize(self.device)
+            self._set_graph_tokens(size.tokens, launched, time.perf_counter() - start)
+
+    def _set_graph_tokens(self, tokens: int, launched: float, finished: float) -> None:
+        """Passes of more tokens than this keep the device busy without a graph."""
+        if launched < MAX_HOST_SHARE * finished:
+            self.graph_tokens = tokens * launched / finished
+
+    def _capture(self, packed: PackedBatch, size: GraphSize, scale: float) -> bool:
+        """Record a pass of this size. False, and no further attempts, where the model does what a capture forbids."""
+        if not self.graphs:
+            torch.cuda.empty_cache()  # a graph's pool cannot use what passes without one left behind
+        batch = self._upload(packed, size, scale, graphed=True)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with (
+                using_packed_attention(self.base),
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
+                self._loss(batch).backward()
+        except RuntimeError as error:  # what CUDA says of a synchronisation or an allocation inside a capture
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            logger.warning("captured path: passes are not captured (%s)", one_line(error))
+            self.graph_tokens = 0
+            torch.cuda.synchronize(self.device)
+            return False
+        self.graphs[size] = graph
+        return True
+
+    def _loss(self, batch: DeviceBatch) -> Tensor:
+        """The summed loss times the batch's scale; adds to `metrics_3`."""
+        # A cached cast of a weight would be read by replays after the weight has changed.
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+            logits_SV = self.model(
+                input_ids=batch.ids_T[None].long(),
+                position_ids=batch.position_T[None].long(),
+                attention_mask=None,
+                use_cache=False,
+                logits_to_keep=batch.row_S.long(),
+                packed_batch=batch,
+            ).logits[0]
+        if self.smoothing:
+            return smoothed_loss(logits_SV, batch.target_S, batch.scale, self.metrics_3, self.smoothing)
+        return SupervisedLoss.apply(logits_SV, batch.target_S, batch.scale, self.metrics_3)
+
+    def _upload(self, packed: PackedBatch, size: GraphSize, scale: float, *, graphed: bool) -> DeviceBatch:
+        """`packed` on the device, padded to `size`. Drops the graphs if the buffer that they read had to move."""
+        if self.staging.reserve(size.tokens):
+            self._drop_graphs()
+        padding = size.rows - len(packed.row_S)
+        padded = replace(
+            packed.padded(size.tokens),
+            row_S=np.pad(packed.row_S, (0, padding)),
+            target_S=np.pad(packed.target_S, (0, padding), constant_values=IGNORE_INDEX),
+        )
+        return self.staging.upload(padded, scale, None if graphed else padded.lengths)
+
+    def _drop_graphs(self) -> None:
+        self.graphs.clear()
+        if self.uses_graphs:
+            self.pool = torch.cuda.graph_pool_handle()
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside `model`. Raises Unsupported for others, and for those without `logits_to_keep`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise Unsupported(f"{type(base).__name__} is no transformers model")
+    if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
+        raise Unsupported(f"{type(base).__name__} takes no logits_to_keep")
+    return base
+
+
+@torch.no_grad()
+def packed_logits(model: PreTrainedModel, ids_T: Tensor, lengths: Sequence[int]) -> Tensor:
+    """fp32 logits (T, V) of documents in one row, on this path's attention: what packing_isolation's probe asks for."""
+    documents = [Document.from_lists(ids_L.tolist(), [IGNORE_INDEX] * len(ids_L)) for ids_L in ids_T.split(lengths)]
+    packed = pack(documents)
+    batch = StagingBuffer(ids_T.device, len(packed.ids_T)).upload(packed, 1.0, packed.lengths)
+    with using_packed_attention(model):
+        logits_1TV = model(
+            input_ids=ids_T[None],
+            position_ids=batch.position_T[None].long(),
+            attention_mask=None,
+            use_cache=False,
+            packed_batch=batch,
+        ).logits
+    return logits_1TV[0].float()

@@ -1,0 +1,109 @@
+"""Attention inside the documents of a packed row for transformers' modules, through transformers' attention interface.
+
+`using_packed_attention(model)` lets a model call it for as long as the context lasts; the model's forward pass is then
+given `packed_batch=batch`, which transformers hands on to every attention layer. The documents are read from the
+batch's tensors on the device, so that a CUDA graph can be replayed for others.
+
+Shape suffixes (legend in docs/design.md): T tokens, H query heads, G key-value heads, E head size, C query, key and
+value columns, D query columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from parley.library_compat.transformers import attention_implementation
+from parley.train_step.bind import MAX_TRITON_HEAD, MIN_TRITON_HEAD, Unsupported
+from parley.train_step.device_ops import ops_for
+from parley.train_step.ops import AttentionShape
+from parley.train_step.packed_batch import DeviceBatch
+
+NAME = "parley_packed"
+
+# What models pass beside queries, keys and values without a meaning of its own for the result.
+HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "return_dict"})
+
+
+class PackedAttention(torch.autograd.Function):
+    """The attention of train_step.ops as a function of autograd. Keys and values have fewer heads than queries."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q_HTE: Tensor, k_GTE: Tensor, v_GTE: Tensor, sinks_H: Tensor | None, batch: DeviceBatch,
+        shape: AttentionShape,
+    ) -> Tensor:  # fmt: skip
+        # The operations read fused rows, as the fused step's products write them.
+        x_TC = torch.cat([x.transpose(0, 1).flatten(1) for x in (q_HTE, k_GTE, v_GTE)], dim=1)
+        out_TD = x_TC.new_empty(len(x_TC), shape.heads * shape.head_dim)
+        ctx.state = ops_for(x_TC.device).attention(x_TC, batch, shape, out_TD, sinks_H)
+        ctx.batch, ctx.shape = batch, shape
+        ctx.save_for_backward(x_TC, out_TD)
+        return out_TD
+
+    @staticmethod
+    def backward(ctx: Any, *dout: Tensor) -> tuple[Any, ...]:
+        x_TC, out_TD = ctx.saved_tensors
+        dx_TC = torch.empty_like(x_TC)
+        ops = ops_for(x_TC.device)
+        ops.attention_backward(dout[0].contiguous(), x_TC, out_TD, ctx.state, ctx.batch, ctx.shape, dx_TC)
+        dq, dk, dv = (part.transpose(0, 1) for part in ctx.shape.split_qkv(dx_TC))
+        return dq, dk, dv, None, None, None
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    packed_batch: DeviceBatch | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """An attention function as transformers' interface wants it: heads (1, H, T, E) in, (1, T, H, E) out.
+
+    Raises Unsupported for what it would compute differently from the model's own.
+    """
+    given = sorted(
+        name for name, other in others.items() if other is not None and other is not False and name not in HARMLESS
+    )
+    if packed_batch is None:
+        raise Unsupported(f"{type(module).__name__} is not told the documents of a packed row")
+    if dropout:
+        raise Unsupported(f"attention dropout of {dropout}")
+    if s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
+        raise Unsupported("attention sinks are trained")
+    if given:
+        raise Unsupported(f"{type(module).__name__} attends with {', '.join(given)}")
+    heads, head_dim = query.shape[1], query.shape[3]
+    if value.shape[3] != head_dim:
+        raise Unsupported(f"values of {value.shape[3]} beside keys of {head_dim}")
+    if query.is_cuda and not MIN_TRITON_HEAD <= head_dim <= MAX_TRITON_HEAD[query.dtype]:
+        raise Unsupported(f"attention heads of {head_dim} in {query.dtype}")
+    scale = head_dim**-0.5 if scaling is None else scaling
+    shape = AttentionShape(heads, key.shape[1], head_dim, scale, sliding_window, softcap)
+    out_TD = PackedAttention.apply(query[0], key[0], value[0], s_aux, packed_batch, shape)
+    return out_TD.view(1, -1, heads, head_dim), None
+
+
+@contextmanager
+def using_packed_attention(model: PreTrainedModel) -> Iterator[None]:
+    """`model` attends inside the documents of `packed_batch`; afterwards as before."""
+    AttentionInterface.register(NAME, packed_attention)
+    own = attention_implementation(model)
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)

@@ -1,0 +1,152 @@
+"""The captured path in TRL's trainer (train_step/captured_step.py): between the fused step and the plain path."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from parley.data.packing import DOCUMENTS, Document
+from parley.library_compat.trl import count_tokens, metrics
+from parley.models.packing_isolation import why_not_packed
+from parley.train_step.bind import Unsupported
+from parley.train_step.captured_step import CapturedStep, base_of, packed_logits
+from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
+from parley.training.packed_trainer import METRICS, PackedTrainer
+
+logger = logging.getLogger(__name__)
+
+MAX_PASS_TOKENS = 16384  # more are no faster, and activations are saved whole
+
+
+class CapturedTrainer(PackedTrainer):
+    """PackedTrainer, whose passes are the captured step's once `bind_captured_step` has taken it.
+
+    `captured_step` is None on the plain path, for which `plain_because` gives the reason.
+    """
+
+    captured_step: CapturedStep | None = None
+    plain_because: str | None = None
+
+    def bind_captured_step(self) -> None:
+        """Take the captured step, or set `plain_because`."""
+        try:
+            self._check_captured_options()
+            base = base_of(self.model)
+            if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+                raise Unsupported("virtual tokens stand before a row")
+            reason = why_not_packed(self.model, self.max_tokens, packed_logits)
+            if reason is not None:
+                raise Unsupported(reason)
+            base.gradient_checkpointing_disable()  # a capture cannot restore random states for a second forward pass
+            self.captured_step = CapturedStep(
+                self.model,
+                tokens=self._pass_tokens(),
+                autocast=torch.bfloat16 if self.args.bf16 else None,
+                smoothing=self.args.label_smoothing_factor,
+            )
+        except Unsupported as reason:
+            self.plain_because = str(reason)
+
+    def _check_captured_options(self) -> None:
+        """Raises Unsupported for an option that the captured step does not implement."""
+        args = self.args
+        for unsupported, reason in (
+            (args.fp16, "fp16"),
+            (args.loss_type != "nll", f"loss {args.loss_type}"),
+            (self.compute_loss_func is not None, "a loss function of its own"),
+            (self.accelerator.num_processes > 1, "several processes"),
+            (args.use_liger_kernel, "Liger kernels"),
+            (args.torch_compile, "torch_compile"),
+            (args.activation_offloading, "activation offloading"),
+            (vars(self.model.config).get("output_router_logits", False), "the router's auxiliary loss"),
+        ):
+            if unsupported:
+                raise Unsupported(reason)
+
+    def _pass_tokens(self) -> int:
+        longest = int(self.row_lengths().max())
+        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
+        return max(longest, min(longest * rows, MAX_PASS_TOKENS))
+
+    # ---- Training ----
+
+    def _step_on_documents(
+        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
+    ) -> torch.Tensor:
+        step = self.captured_step
+        if step is None:
+            return super()._step_on_documents(model, documents, supervised)
+        self.model.train()
+        count = max(supervised, 1)
+        self._retry_captured("training", documents, lambda: step.forward_backward(documents, count))
+        if self.captured_step is None:  # memory ran out for a single document
+            return super()._step_on_documents(model, documents, supervised)
+        metrics_3 = step.metrics_3 / count
+        for name, index in METRICS.items():
+            metrics(self, "train")[name].append(metrics_3[index])
+        count_tokens(self, sum(len(document.ids_L) for document in documents))
+        return metrics_3[0]
+
+    def rehearse_step(self, model: torch.nn.Module, documents: Sequence[Document]) -> None:
+        if self.captured_step is None:
+            super().rehearse_step(model, documents)
+        else:
+            self._step_on_documents(model, documents, sum(document.supervised_tokens for document in documents))
+
+    def _retry_captured(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Any]) -> Any:
+        """`attempt()`, with passes halved while memory runs out; the plain path where one document does not fit."""
+
+        def reduce() -> bool:
+            step = self.captured_step
+            assert step is not None
+            self.model.zero_grad()
+            tokens = halved_limit(lengths_of(documents), step.tokens)
+            if tokens is None:
+                self._give_up_captured_step("out of memory on the captured path")
+                return True
+            step.limit_pass(tokens)
+            self.record_reduction(during, f"passes of at most {tokens:,} tokens")
+            return True
+
+        def attempt_if_captured() -> Result | None:
+            return None if self.captured_step is None else attempt()
+
+        return self.retry(attempt_if_captured, reduce)
+
+    def _give_up_captured_step(self, reason: str) -> None:
+        self.captured_step, self.plain_because = None, reason
+        logger.warning("plain path: %s", reason)
+        if self.args.gradient_checkpointing:
+            base_of(self.model).gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
+
+    # ---- Evaluation ----
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        documents, step = inputs.get(DOCUMENTS), self.captured_step
+        if documents is None or step is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        count = sum(document.supervised_tokens for document in documents)
+        metrics_3 = self._retry_captured("evaluation", documents, lambda: step.forward_only(documents))
+        if metrics_3 is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self.sums_4[:3] += metrics_3
+        self.sums_4[3] += count
+        return metrics_3[0] / max(count, 1), None, None
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Fetch the figures that stayed on the device, in one transfer."""
+        # An evaluation between two logged steps leaves those of the steps for the next log.
+        for values in metrics(self, "train").values() if self.model.training else ():
+            if values and isinstance(values[0], torch.Tensor):
+                values[:] = torch.stack(values).tolist()
+        super().log(logs, start_time)

@@ -1,0 +1,86 @@
+"""The captured step on a GPU: replays against passes without a graph, and what a capture forbids."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear8bitLt
+from peft import LoraConfig, get_peft_model
+from tests.gpu import models
+from tests.gpu.test_fused_step import VOCABULARY, documents, exact_gradient
+
+from parley.train_step.captured_step import CapturedStep
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+def adapted(nf4: bool = False, **lora: Any) -> Any:
+    model = models.llama(VOCABULARY, torch.bfloat16)
+    if nf4:
+        model = models.quantised(model)
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=8, task_type="CAUSAL_LM", **lora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    return model
+
+
+def gradient(step: CapturedStep, seed: int, lengths: tuple[int, ...] = (100, 20, 130)) -> torch.Tensor:
+    examples = documents(lengths, seed)
+    step.forward_backward(examples, sum(example.supervised_tokens for example in examples))
+    return torch.cat([parameter.grad.flatten().float() for parameter in step.trained])
+
+
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("nf4", [False, True])
+def test_a_replay_reads_new_documents_and_weights(lora: dict[str, Any], nf4: bool) -> None:
+    model, fresh = adapted(nf4, **lora), adapted(nf4, **lora)
+    graphed = CapturedStep(model, tokens=1000, autocast=torch.bfloat16)
+    graphed._set_graph_tokens = lambda *measured: None  # type: ignore[method-assign]
+    eager = CapturedStep(fresh, tokens=1000, autocast=torch.bfloat16, graphs=False)
+    for seed, lengths in enumerate([(100, 20, 130), (100, 20, 130), (100, 20, 130), (60, 60, 60, 80), (7, 240)]):
+        got, wanted = gradient(graphed, seed, lengths), gradient(eager, seed, lengths)
+        assert float((got - wanted).norm() / wanted.norm()) < 0.02
+        assert float(graphed.metrics_3[0]) == pytest.approx(float(eager.metrics_3[0]), rel=1e-3)
+        for step in (graphed, eager):
+            with torch.no_grad():
+                for parameter, other in zip(step.trained, eager.trained, strict=True):
+                    parameter.sub_(other.grad, alpha=0.1)
+    assert len(graphed.graphs) == 1
+
+
+def test_the_gradient_is_autograd_s() -> None:
+    model = adapted(use_dora=True)
+    got = gradient(CapturedStep(model, tokens=1000, autocast=torch.bfloat16), 0)
+    model.zero_grad()
+    _, wanted = exact_gradient(model, documents((100, 20, 130), 0))
+    assert float((got - wanted).norm() / wanted.norm()) < 0.03
+
+
+def test_dropout_is_sampled_anew_at_every_replay() -> None:
+    step = CapturedStep(adapted(lora_dropout=0.5).train(), tokens=1000, autocast=torch.bfloat16)
+    step._set_graph_tokens = lambda *measured: None  # type: ignore[method-assign]
+    gradients = [gradient(step, 0) for _ in range(5)]
+    assert len(step.graphs) == 1
+    for i in range(5):
+        for j in range(i):
+            assert not torch.equal(gradients[i], gradients[j])
+
+
+def test_what_a_capture_forbids_runs_without_one(caplog: pytest.LogCaptureFixture) -> None:
+    """bitsandbytes' 8-bit products look for outliers on the host."""
+    base = models.llama(VOCABULARY, torch.float16)
+    for path in [name for name, _ in base.named_modules() if name.endswith("_proj")]:
+        linear = base.get_submodule(path)
+        packed = Linear8bitLt(linear.in_features, linear.out_features, False, has_fp16_weights=False, threshold=6.0)
+        packed.load_state_dict(linear.state_dict())
+        base.set_submodule(path, packed.to("cuda"))
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", r=8, task_type="CAUSAL_LM"))
+    step = CapturedStep(model, tokens=1000, autocast=torch.bfloat16)
+    step._set_graph_tokens = lambda *measured: None  # type: ignore[method-assign]
+    gradients = [gradient(step, 0) for _ in range(4)]
+    torch.testing.assert_close(gradients[3], gradients[0], rtol=0.05, atol=1e-3)
+    assert len(step.graphs) == 1 or "passes are not captured" in caplog.text

@@ -1,0 +1,162 @@
+"""The captured step against transformers, PEFT and autograd, in float32 on a CPU, where passes run without a graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.packing import Document
+from parley.models.packing_isolation import why_not_packed
+from parley.train_step.bind import Unsupported
+from parley.train_step.captured_step import CapturedStep, GraphSize, packed_logits
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "gemma2": {"sliding_window": 8, "attn_logit_softcapping": 0.7, "head_dim": 16},
+    "cohere2": {"sliding_window": 8},
+    "starcoder2": {},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
+}
+
+
+def build(model_type: str) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**SIZES | FAMILIES[model_type]))
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
+    return model.eval()
+
+
+def documents(lengths: tuple[int, ...] = (1, 17, 5, 150, 29)) -> list[Document]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length in lengths:
+        ids = torch.randint(3, 101, (length,), generator=generator).tolist()
+        made.append(Document.from_lists(ids, [i if i % 2 else IGNORE_INDEX for i in ids]))
+    return made
+
+
+def wanted_loss(model: Any, examples: list[Document], smoothing: float = 0.0) -> float:
+    """Through autograd, one document at a time; the gradients are in `grad`."""
+    count = sum(example.supervised_tokens for example in examples)
+    total = 0.0
+    for example in examples:
+        logits_LV = model(torch.tensor(example.ids_L).long()[None]).logits[0, :-1]
+        target_L = torch.tensor(example.label_L[1:]).long()
+        loss = functional.cross_entropy(
+            logits_LV, target_L, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+        )
+        (loss / count).backward()
+        total += loss.item()
+    return total
+
+
+def check(model: Any, examples: list[Document], *, smoothing: float = 0.0, tokens: int = 1000) -> CapturedStep:
+    loss = wanted_loss(model, examples, smoothing)
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    step = CapturedStep(model, tokens=tokens, smoothing=smoothing)
+    for _ in range(2):  # a second step starts from nothing
+        step.forward_backward(examples, sum(example.supervised_tokens for example in examples))
+    assert float(step.metrics_3[0]) == pytest.approx(loss, rel=1e-5)
+    got = dict(model.named_parameters())
+    error = torch.stack([(got[name].grad - gradient).norm() for name, gradient in wanted.items()]).norm()
+    assert float(error / torch.stack([gradient.norm() for gradient in wanted.values()]).norm()) < 1e-5
+    return step
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_full_fine_tuning_of_any_family(model_type: str) -> None:
+    model = build(model_type)
+    assert why_not_packed(model, 256, packed_logits) is None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("sinks" not in name)
+    check(model, documents())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_dora": True},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 3}},
+        {"modules_to_save": ["lm_head", "embed_tokens"]},
+        {"lora_bias": True},
+    ],
+)
+@pytest.mark.parametrize("tokens", [1000, 60])
+def test_options_of_peft(lora: dict[str, Any], tokens: int) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(build("starcoder2"), LoraConfig(target_modules="all-linear", r=4, **lora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    check(model, documents(), tokens=tokens)
+
+
+def test_label_smoothing() -> None:
+    check(build("llama"), documents(), smoothing=0.1)
+
+
+def test_figures_are_loss_hits_and_entropy_and_evaluation_leaves_gradients() -> None:
+    model, examples = build("llama"), documents((40, 9))
+    step = check(model, examples)
+    training_3, gradient = step.metrics_3.clone(), model.lm_head.weight.grad.clone()
+    torch.testing.assert_close(step.forward_only(examples), training_3)
+    assert torch.equal(model.lm_head.weight.grad, gradient)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_dropout_is_that_of_the_model() -> None:
+    """Each pass samples anew, and equal seeds give equal gradients."""
+    model = get_peft_model(build("starcoder2"), LoraConfig(target_modules="all-linear", lora_dropout=0.5)).train()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    step, losses = CapturedStep(model, tokens=100), []
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        step.forward_backward(documents((40,)), 1)
+        losses.append(float(step.metrics_3[0]))
+    assert losses[0] == losses[2] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "reason"),
+    [
+        ("starcoder2", {"attention_dropout": 0.1}, "attention dropout of 0.1"),
+        ("nemotron", {}, "NemotronAttention is not told the documents"),
+        ("falcon_h1", {}, "documents of a packed row see each other"),
+        ("deepseek_v3", {"n_routed_experts": 4, "q_lora_rank": 16, "kv_lora_rank": 16}, "values of 128 beside"),
+    ],
+)
+def test_models_it_would_compute_differently_are_refused(model_type: str, config: dict[str, Any], reason: str) -> None:
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**SIZES | config)).train()
+    try:
+        why = why_not_packed(model, 256, packed_logits)
+        if why is None:
+            CapturedStep(model, tokens=100).forward_backward(documents((40,)), 1)
+    except Unsupported as error:
+        why = str(error)
+    assert why is not None
+    assert reason in why
+
+
+def test_a_pass_takes_a_captured_size_that_is_not_much_larger() -> None:
+    size = GraphSize(1280, 256)
+    assert size.holds(GraphSize(1280, 256))
+    assert size.holds(GraphSize(1024, 1))
+    assert not size.holds(GraphSize(1000, 1))
+    assert not size.holds(GraphSize(1281, 1))
+    assert not size.holds(GraphSize(1200, 257))

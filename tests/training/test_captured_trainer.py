@@ -1,0 +1,115 @@
+"""The trainer on the captured path against the same trainer on the plain path, on a CPU."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig
+
+from parley.training.captured_trainer import CapturedStep
+from parley.training.trainer import SFTTrainer
+
+
+def rows(count: int = 40) -> Dataset:
+    rng = np.random.default_rng(0)
+    made = []
+    for _ in range(count):
+        length = int(rng.integers(5, 30))
+        ids = rng.integers(0, 300, length)
+        made.append({"input_ids": ids, "labels": np.where(np.arange(length) > length // 2, ids, -100)})
+    return Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in made])
+
+
+def trainer(
+    build_family: Any, tokenizer: Any, folder: Path, engine: str, lora: dict[str, Any] | None = None, **settings: Any
+) -> SFTTrainer:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(build_family("starcoder2"), dtype=torch.float32)
+    if lora is not None:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **lora))
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 4, "learning_rate": 1e-3,
+        "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
+        "bf16": False,
+        "optim": "adamw_torch", "output_dir": str(folder), "eval_strategy": "steps", "eval_steps": 2,
+    }  # fmt: skip
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(**defaults | settings),
+        train_dataset=rows(),
+        eval_dataset=rows(9),
+        processing_class=tokenizer,
+        engine=engine,
+    )
+
+
+@pytest.mark.parametrize("lora", [None, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}])
+def test_learns_what_the_plain_path_learns(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, lora: dict[str, Any] | None, settings: dict[str, Any]
+) -> None:
+    if settings and lora is not None:
+        pytest.skip("once is enough")
+    runs = [
+        trainer(build_family, tiny_tokenizer, tmp_path, engine, lora, **settings) for engine in ("captured", "plain")
+    ]
+    for run in runs:
+        run.train()
+    captured, plain = runs
+    assert isinstance(captured.captured_step, CapturedStep)
+    assert captured.plain_because is None
+    assert plain.captured_step is None
+    names = ["loss", "grad_norm", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy"]
+    logs = [[{n: entry[n] for n in names if n in entry} for entry in run.state.log_history] for run in runs]
+    assert len(logs[0]) == len(logs[1])
+    for ours, theirs in zip(*logs, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3)
+    for ours, theirs in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)
+
+
+def test_memory_that_runs_out_halves_passes_and_then_takes_the_plain_path(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    run, wanted = (
+        trainer(build_family, tiny_tokenizer, tmp_path, engine, {"r": 4}) for engine in ("captured", "plain")
+    )
+    wanted.train()
+    limits: list[float] = []
+
+    def out_of_memory(step: CapturedStep, *args: Any) -> None:
+        limits.append(step.tokens)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(CapturedStep, "forward_backward", out_of_memory)
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    assert len(limits) > 2
+    assert limits == sorted(limits, reverse=True)
+    assert run.plain_because == "out of memory on the captured path"
+    assert "plain path: out of memory on the captured path" in caplog.text
+    for ours, theirs in zip(run.model.parameters(), wanted.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_options_that_it_lacks_take_the_plain_path_and_say_so(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    run = trainer(build_family, tiny_tokenizer, tmp_path, "captured", {"r": 4}, loss_type="dft")
+    run.bind_fused_step()
+    assert run.plain_because == "engine: captured; no captured path: loss dft"
+
+
+def test_a_cpu_takes_it_only_where_it_is_asked_for(build_family: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    run = trainer(build_family, tiny_tokenizer, tmp_path, "auto", {"r": 4})
+    run.bind_fused_step()
+    assert run.captured_step is None
+    assert run.plain_because == "no fused step for the starcoder2 family"
