@@ -14,7 +14,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parley.config import GenerationSection, RunConfig
+from parley.config import DataSection, GenerationSection, RunConfig
+from parley.data.doctor.diagnose import diagnose
 from parley.errors import RunError
 from parley.evaluation.evaluate_run import evaluate_run
 from parley.inference.generate import generate
@@ -108,6 +109,14 @@ def test_what_was_said(result: RunResult, said: io.StringIO) -> None:
     text = said.getvalue()
     for words in ("instruction", "41 rows", "optimizer: fused AdamW", "in use before training", "report.html"):
         assert words in text, words
+
+
+def test_the_data_is_checked_before_training_and_the_report_has_the_findings(result: RunResult, rows: Path) -> None:
+    report = json.loads((result.folder.path / "report.json").read_text())
+    data = DataSection(source=str(rows), heldout_rows=4)
+    assert report["diagnosis"] == diagnose(data, for_training=True).model_dump(mode="json")
+    assert report["diagnosis"]["rows"] == 41
+    assert 'id="data-checks"' in (result.folder.path / "report.html").read_text()
 
 
 def test_training_again_gives_the_same_losses(

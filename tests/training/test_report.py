@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from parley.data.doctor.findings import Diagnosis, Finding, Lengths
+from parley.data.summary import RowGroup
 from parley.errors import RunError
 from parley.training import report as report_module
 from parley.training.report import (
@@ -232,3 +234,39 @@ def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"No such file or directory") as caught:
         write_report(tmp_path / "gone", Report(title="t"))
     assert "\n" not in str(caught.value)
+
+
+def test_data_checks_are_a_section_with_every_finding_and_its_cure(tmp_path: Path) -> None:
+    findings = [
+        Finding(
+            check="duplicate",
+            severity="warning",
+            what="rows that repeat an earlier one",
+            rows=RowGroup(count=1234, first=["rows.jsonl line 7"]),
+            share=0.25,
+            example=EVIL,
+            cure="data.drop=[duplicate] leaves them out",
+        ),
+        Finding(
+            check="nul", severity="note", what="rows with NUL", rows=RowGroup(count=1, first=["row 2"]), share=1e-5
+        ),
+    ]
+    lengths = Lengths(
+        count=2, total=50, smallest=10, largest=40, percentiles={"p5": 10, "p50": 10, "p95": 40, "p99": 40}
+    )
+    diagnosis = Diagnosis(source="rows.jsonl", format="text", rows=5000, characters=lengths, findings=findings)
+    report = Report(title="run", diagnosis=diagnosis)
+    page = Page(render_html(report))
+    assert "data-checks" in page.ids
+    text = " ".join(page.text.split())
+    for shown in ("1,234", "25.0%", "<0.1%", "(rows.jsonl line 7, ...)", "data.drop=[duplicate] leaves them out"):
+        assert shown in text
+    assert text.index("repeat an earlier one") < text.index("rows with NUL")
+    assert "10 to 40, mean 25; 5% up to 10, median 10, 95% up to 40" in text
+    assert "http://evil.example" not in str(page.tags)
+    write_report(tmp_path, report)
+    assert Report.model_validate_json((tmp_path / "report.json").read_text()).diagnosis == diagnosis
+
+    clean = Report(title="run", diagnosis=Diagnosis(source="rows.jsonl", rows=3))
+    assert "No faults found." in Page(render_html(clean)).text
+    assert "data-checks" not in Page(render_html(Report(title="run"))).ids

@@ -44,13 +44,16 @@ def drops(name: str, otherwise: str = "", which: str = "them") -> str:
 
 
 BAD_ROW = Check(
-    "bad-row", "error", "rows that cannot be read or understood", "correct them; data.bad_rows=skip leaves them out"
+    "bad-row",
+    "error",
+    "rows that cannot be read or understood",
+    "correct them; data.bad_rows=skip, the default, leaves them out",
 )
 SURROGATE = Check(
     "lone-surrogate",
     "error",
     "rows that hold half a character (a lone surrogate), which no tokenizer reads",
-    "repair the text where it was cut; data.bad_rows=skip leaves them out",
+    "repair the text where it was cut; data.bad_rows=skip, the default, leaves them out",
 )
 HELDOUT = Check(
     "heldout-duplicate",
