@@ -13,6 +13,7 @@ _HOME = {
     "SFTTrainer": "parley.training.trainer",
     "train": "parley.pipeline",
     "export": "parley.exporting.export",
+    "plan": "parley.training.plan.run_plan",
     "load_model": "parley.models.load",
     "attach_lora": "parley.models.adapters",
     "render": "parley.data.render",

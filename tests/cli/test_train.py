@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from parley import pipeline
-from parley.cli.train import _run_config
+from parley.cli.train import run_config
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ report: {{from_heldout: 1, max_new_tokens: 4}}
 def test_options_win_over_the_file_and_set_over_both(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("model: one\ndata: {source: one, limit: 3}\noutput: one\n", encoding="utf-8")
-    config = _run_config(path, ["data.source=three", "training.max_steps=7"], "two: model", "two", Path("two"))
+    config = run_config(path, ["data.source=three", "training.max_steps=7"], "two: model", "two", Path("two"))
     assert (config.model.name, config.data.source, str(config.output)) == ("two: model", "three", "two")
     assert (config.data.limit, config.training.max_steps) == (3, 7)
 

@@ -85,3 +85,31 @@ def test_varlen_flash_attention(window: int | None) -> None:
         mask = torch.zeros(1, 1, length, length, device="cuda", dtype=torch.bfloat16).masked_fill(hidden, -torch.inf)
         for ours, theirs in zip((out, *gradients), sdpa(*parts, mask, 0.125), strict=True):
             torch.testing.assert_close(ours[span], theirs[0].transpose(0, 1), rtol=3e-2, atol=3e-2)
+
+
+def test_fake_tensors_have_shapes_and_gradients_and_no_memory() -> None:
+    with compat.fake_tensors():
+        weight = torch.nn.Parameter(torch.empty(1 << 20, 1 << 20, dtype=torch.bfloat16))
+        with torch.autocast("cpu", torch.bfloat16):
+            out = torch.nn.functional.linear(torch.empty(2, 1 << 20), weight)
+        out.float().sum().backward()
+        assert (out.dtype, out.shape) == (torch.bfloat16, (2, 1 << 20))
+        assert weight.grad is not None
+        assert weight.grad.nbytes == 2 << 40  # more than any machine has
+
+
+def test_live_bytes_are_those_of_storages_while_they_live() -> None:
+    memory = compat.LiveBytes()
+    with memory:
+        first = torch.zeros(1000)  # 4000 bytes, in blocks of 512
+        assert (memory.live, memory.peak) == (4096, 4096)
+        view = first[:10]
+        assert memory.live == 4096
+        temporary = first + 1
+        assert memory.live == 2 * 4096
+        del temporary
+        assert memory.live == 4096
+        del first
+        assert memory.live == 4096
+        del view
+    assert (memory.live, memory.peak) == (0, 2 * 4096)

@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import parley
-from parley.cli import bench, chat, demo, doctor, evaluate, export, generate, inspect, report, serve, train
+from parley.cli import bench, chat, demo, doctor, evaluate, export, generate, inspect, plan, report, serve, train
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError, UsageError
 from parley.text import print_text
@@ -24,6 +24,7 @@ from parley.text import print_text
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "train": train.train,
+    "plan": plan.plan,
     "chat": chat.chat,
     "generate": generate.generate,
     "serve": serve.serve,

@@ -32,7 +32,7 @@ def train(
 
     Example: parley train --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl --output runs/mine
     """
-    run = _run_config(config, settings or [], model, data, output)
+    run = run_config(config, settings or [], model, data, output)
     with importing():
         quiet_libraries()
         from parley import pipeline
@@ -48,7 +48,7 @@ def train(
         raise Stopped(f"the weights of the last step are in {run.output}")
 
 
-def _run_config(
+def run_config(
     config: Path | None, settings: list[str], model: str | None, data: str | None, output: Path | None
 ) -> RunConfig:
     """The YAML file, then the named options, then --set: later ones win."""

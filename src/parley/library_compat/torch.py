@@ -10,10 +10,15 @@ L positions, E head size.
 
 from __future__ import annotations
 
+import weakref
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _aten, _mkldnn = torch.ops.aten, torch.ops.mkldnn
 
@@ -123,3 +128,47 @@ def varlen_flash_attention_backward(
 
 def _window(window: int | None) -> dict[str, int]:
     return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Inside, operators compute shapes, types and devices of their results and allocate nothing (torch's fake tensors).
+
+    Private: torch._subclasses. Public alternative: the meta device, for which there is no autocast.
+    """
+    return FakeTensorMode()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operators make, or read, while they are alive; `peak` is the most of them.
+
+    Each storage is rounded up as torch's CUDA allocator does. Private: the module of TorchDispatchMode, which torch's
+    notes on extending PyTorch document. Public alternative: none that counts without allocating.
+    """
+
+    ALLOCATION = 512
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                self.add(value)
+        return out
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), -(-storage.nbytes() // self.ALLOCATION) * self.ALLOCATION
+        if key in self._storages:
+            return
+
+        def gone(_: Any) -> None:
+            self.live -= size
+            del self._storages[key]
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)

@@ -121,17 +121,19 @@ class BoundModel(ModelWeights):
 FindAdapter = Callable[[nn.Module], Adapter | None]
 
 
-def bind(model: nn.Module) -> BoundModel:
+def bind(model: nn.Module, device_type: str | None = None) -> BoundModel:
     """Read `model`'s weights for training and move its adapter weights into flat buffers.
 
-    Which of them are trained is PEFT's `requires_grad`, as it is now.
+    Which of them are trained is PEFT's `requires_grad`, as it is now. `device_type` is where the model will be, for
+    one on the meta device; without a value, where it is.
 
     Raises Unsupported for whatever the fused step would compute differently from transformers and PEFT.
     """
     if not isinstance(model, PeftModel):
         raise Unsupported("the model has no PEFT adapters")
     base = model.get_base_model()
-    family = _check(base)
+    device_type = device_type or next(base.parameters()).device.type
+    family = _check(base, device_type)
     for field in family.dropouts:
         if getattr(base.config, field):
             raise Unsupported(f"{field} {getattr(base.config, field)}")
@@ -154,13 +156,13 @@ def bind(model: nn.Module) -> BoundModel:
         return flat.adapter(index[id(a)], index[id(b)], module.scaling[module.active_adapters[0]])
 
     # 64 columns keep the rows of the fused matrices aligned to 128 bytes, as tensor cores want them.
-    return BoundModel(**_weights(base, family, adapter, 64 if flat.weight_Z.is_cuda else 1), flat=flat)
+    return BoundModel(**_weights(base, family, adapter, 64 if device_type == "cuda" else 1), flat=flat)
 
 
 def read_weights(model: nn.Module) -> ModelWeights:
     """Read `model`'s weights for inference; adapters, if it has any, stay in their own memory. Raises Unsupported."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    family = _check(base)
+    family = _check(base, next(base.parameters()).device.type)
 
     def adapter(module: nn.Module) -> Adapter | None:
         if not isinstance(module, LoraLayer):
@@ -220,7 +222,7 @@ def _weights(base: PreTrainedModel, family: ModelFamily, adapter: FindAdapter, r
     }
 
 
-def _check(base: nn.Module) -> ModelFamily:
+def _check(base: nn.Module, device_type: str) -> ModelFamily:
     """The family of `base`, if everything outside its layers is as the family declares it."""
     if not isinstance(base, PreTrainedModel):
         raise Unsupported(f"{type(base).__name__} is no transformers model")
@@ -234,11 +236,10 @@ def _check(base: nn.Module) -> ModelFamily:
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):  # two copies, and the adapter's switch chooses between them
             raise Unsupported(f"{name} is trained beside the adapter")
-    devices = {p.device for p in base.parameters()}
-    if len(devices) > 1:
+    if len({p.device for p in base.parameters()}) > 1:
         raise Unsupported("the model is spread over several devices")
     head_dim, dtype = base.model.layers[0].self_attn.head_dim, base.model.embed_tokens.weight.dtype
-    if devices.pop().type == "cuda" and not MIN_TRITON_HEAD <= head_dim <= MAX_TRITON_HEAD[dtype]:
+    if device_type == "cuda" and not MIN_TRITON_HEAD <= head_dim <= MAX_TRITON_HEAD[dtype]:
         raise Unsupported(f"attention heads of {head_dim} in {dtype}")
     if not isinstance(base.lm_head, nn.Linear) or base.lm_head.bias is not None:
         raise Unsupported("the output head is no plain matrix")

@@ -88,12 +88,40 @@ class MemoryPlan:
         ]
 
 
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory that a plan is made for.
+
+    Attributes:
+        device: its type decides which buffers there are.
+        usable_bytes: what a run may take in all with memory: auto.
+        held_bytes: what weights and gradients hold before the step allocates its own.
+        host_bytes: what offloaded activations may take of the host.
+    """
+
+    device: torch.device
+    usable_bytes: int
+    held_bytes: int
+    host_bytes: int
+
+    @classmethod
+    def present(cls, bound: BoundModel) -> DeviceMemory:
+        """The device that the model is on. On a CPU the weights are not counted: its memory is what is available."""
+        available = int(psutil.virtual_memory().available * (1 - RESERVE))
+        if bound.device.type != "cuda":
+            return cls(bound.device, available, 0, available)
+        free, _ = torch.cuda.mem_get_info(bound.device)
+        usable = int((free + torch.cuda.memory_reserved(bound.device)) * (1 - RESERVE))
+        return cls(bound.device, usable, torch.cuda.memory_allocated(bound.device), available)
+
+
 def make_plan(
     bound: BoundModel,
     memory: Literal["auto", "low"] | float,
     length_N: NDArray[np.integer],
     documents: int,
-    state_bytes: int = 2,
+    state_bytes: float = 2,
+    device: DeviceMemory | None = None,
 ) -> MemoryPlan:
     """The fastest plan that fits; the one that takes the least memory where none does.
 
@@ -102,12 +130,14 @@ def make_plan(
         length_N: tokens of each document of the data, or of the longest alone where the others are unknown.
         documents: documents of an optimizer step.
         state_bytes: optimizer state per adapter weight.
+        device: another device than the one that the model is on, to plan for it.
     """
-    allowed = _allowed_bytes(bound, memory)
-    plans = list(_candidates(bound, length_N, documents))
+    device = device or DeviceMemory.present(bound)
+    allowed = int(memory * GIB) if isinstance(memory, int | float) else device.usable_bytes
+    plans = list(_candidates(bound, length_N, documents, cuda=device.device.type == "cuda"))
     if memory == "low":
         plans = plans[-1:]
-    counted = [_count(plan, bound, allowed, state_bytes) for plan in plans]
+    counted = [_count(plan, bound, device, allowed, state_bytes) for plan in plans]
     fitting = (plan for plan in counted if plan.predicted_bytes <= allowed)
     return next(fitting, min(counted, key=lambda plan: plan.predicted_bytes))
 
@@ -119,9 +149,10 @@ def step_tokens(length_N: NDArray[np.integer], documents: int) -> int:
     return int(np.random.default_rng(0).choice(length_N, (1000, documents)).sum(1).max())
 
 
-def _candidates(bound: BoundModel, length_N: NDArray[np.integer], documents: int) -> Iterator[MemoryPlan]:
+def _candidates(
+    bound: BoundModel, length_N: NDArray[np.integer], documents: int, *, cuda: bool
+) -> Iterator[MemoryPlan]:
     """All plans, from the fastest to the one that takes the least memory."""
-    cuda = bound.device.type == "cuda"
     longest = int(length_N.max())
     step = max(longest, min(step_tokens(length_N, documents), MAX_PASS_TOKENS))
     for cache_matrices in (True, False):
@@ -152,40 +183,39 @@ def _pass_sizes(step: int, longest: int) -> list[int]:
     return sizes if sizes[-1] == longest else [*sizes, longest]
 
 
-def _allowed_bytes(bound: BoundModel, memory: Literal["auto", "low"] | float) -> int:
-    if isinstance(memory, int | float):
-        return int(memory * GIB)
-    if bound.device.type != "cuda":
-        return int(psutil.virtual_memory().available * (1 - RESERVE))
-    free, _ = torch.cuda.mem_get_info(bound.device)
-    return int((free + torch.cuda.memory_reserved(bound.device)) * (1 - RESERVE))
-
-
-def _count(plan: MemoryPlan, bound: BoundModel, allowed: int, state_bytes: int) -> MemoryPlan:
-    """`plan` with its predicted peak: weights, optimizer state, fused matrices, logits, workspace and libraries."""
-    cuda = bound.device.type == "cuda"
-    itemsize = bound.dtype.itemsize
-    contiguous = uses_onednn(bound.dtype, bound.device)
-    matrices = [linear.matrix_numel(contiguous=contiguous) * itemsize for linear in bound.linears]
-    weights = torch.cuda.memory_allocated(bound.device) if cuda else 0  # includes the flat weights and gradients
-    fused = sum(matrices) if plan.cache_matrices else sum(matrices[:4])
-    if not plan.cache_matrices:  # the dequantised block scales of the largest weight
-        fused += max(matrices) // 16
-    logits = plan.logits_rows * len(bound.head_VD) * itemsize
-    predicted = weights + state_bytes * bound.flat.weight_Z.numel() + fused + logits
-    predicted += workspace_bytes(bound, plan) + _attention_bytes(plan, bound) + (LIBRARY_BYTES if cuda else 0)
-    if plan.offload and _host_bytes(plan, bound) > psutil.virtual_memory().available * (1 - RESERVE):
+def _count(plan: MemoryPlan, bound: BoundModel, device: DeviceMemory, allowed: int, state_bytes: float) -> MemoryPlan:
+    """`plan` with its predicted peak."""
+    predicted = device.held_bytes + sum(buffer_bytes(plan, bound, device.device, state_bytes).values())
+    if plan.offload and _host_bytes(plan, bound) > device.host_bytes:
         predicted = allowed + 1  # does not fit into host memory
     return replace(plan, predicted_bytes=predicted, allowed_bytes=allowed)
 
 
-def _attention_bytes(plan: MemoryPlan, bound: BoundModel) -> int:
+def buffer_bytes(plan: MemoryPlan, bound: BoundModel, device: torch.device, state_bytes: float) -> dict[str, int]:
+    """What the step and its optimizer allocate beside weights and gradients, by what it is for."""
+    cuda = device.type == "cuda"
+    itemsize = bound.dtype.itemsize
+    contiguous = uses_onednn(bound.dtype, device)
+    matrices = [linear.matrix_numel(contiguous=contiguous) * itemsize for linear in bound.linears]
+    fused = sum(matrices) if plan.cache_matrices else sum(matrices[:4])
+    if not plan.cache_matrices:  # the dequantised block scales of the largest weight
+        fused += max(matrices) // 16
+    return {
+        "optimizer state": int(state_bytes * bound.flat.weight_Z.numel()),
+        "dequantized weights": fused,
+        "activations": workspace_bytes(bound, plan) + _attention_bytes(plan, bound, cuda=cuda),
+        "logits and loss": plan.logits_rows * len(bound.head_VD) * itemsize,
+        "library buffers": LIBRARY_BYTES if cuda else 0,
+    }
+
+
+def _attention_bytes(plan: MemoryPlan, bound: BoundModel, *, cuda: bool) -> int:
     """The log-sum-exp of each row, and cuDNN's temporaries for long documents (kernels/library_attention.py): its
     output, the gradients, those of keys and values for every query head before they are summed, and queries' in fp32.
     """
     shape = bound.layers[0].shape
     lse = 4 * shape.heads * plan.tokens * (1 if plan.saved == "layer_inputs" else len(bound.layers))
-    longest = plan.positions if plan.positions >= LONG_DOCUMENT and bound.device.type == "cuda" else 0
+    longest = plan.positions if plan.positions >= LONG_DOCUMENT and cuda else 0
     itemsize = bound.dtype.itemsize
     return lse + longest * (shape.columns * itemsize + shape.heads * shape.head_dim * (3 * itemsize + 4))
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers.training_args import OptimizerNames
+from trl import SFTConfig
 
 from parley.data.packing import DOCUMENTS, Document
 from parley.errors import RunError, one_line
@@ -23,6 +24,7 @@ from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.train_step.optimizer import AdamW8bit
 from parley.training.captured_trainer import CapturedTrainer
+from parley.training.optimizer_memory import state_bytes
 from parley.training.optimizer_state import StateLayout, check_shapes, with_parameter_state
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_trainer import METRICS
@@ -179,16 +181,11 @@ class FusedTrainer(CapturedTrainer):
 
     def _check_options(self) -> None:
         """Raises Unsupported for an option that the fused step does not implement."""
-        args = self.args
+        if (reason := unsupported_option(self.args)) is not None:
+            raise Unsupported(reason)
         for unsupported, reason in (
-            (args.fp16, "fp16"),
-            (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {OptimizerNames(args.optim).value}"),
-            (args.label_smoothing_factor > 0, "label smoothing"),
-            (args.loss_type != "nll", f"loss {args.loss_type}"),
             (self.compute_loss_func is not None, "a loss function of its own"),
-            (args.neftune_noise_alpha is not None, "NEFTune noise"),
             (self.accelerator.num_processes > 1, "several processes"),
-            (args.optim_target_modules is not None, "optimizer target modules"),
         ):
             if unsupported:
                 raise Unsupported(reason)
@@ -200,8 +197,7 @@ class FusedTrainer(CapturedTrainer):
         same_device = resumed is not None and resumed.device == this_device(self.args.device)
         if resumed is not None and resumed.plan and same_device and memory == self.memory:
             return MemoryPlan(**resumed.plan)
-        state_bytes = 2 if self.args.optim in BITSANDBYTES else 8
-        return make_plan(bound, memory, self.row_lengths(), self._rows_per_step, state_bytes)
+        return make_plan(bound, memory, self.row_lengths(), self._rows_per_step, state_bytes(self.args.optim))
 
     def recorded_plan(self) -> dict[str, Any] | None:
         return None if self.fused_step is None else dataclasses.asdict(self.fused_step.plan)
@@ -286,6 +282,21 @@ class FusedTrainer(CapturedTrainer):
         self.sums_4[:3] += metrics_3
         self.sums_4[3] += count
         return metrics_3[0] / max(count, 1), None, None
+
+
+def unsupported_option(args: SFTConfig) -> str | None:
+    """The first option in `args` that the fused step does not implement."""
+    for unsupported, reason in (
+        (args.fp16, "fp16"),
+        (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {OptimizerNames(args.optim).value}"),
+        (args.label_smoothing_factor > 0, "label smoothing"),
+        (args.loss_type != "nll", f"loss {args.loss_type}"),
+        (args.neftune_noise_alpha is not None, "NEFTune noise"),
+        (args.optim_target_modules is not None, "optimizer target modules"),
+    ):
+        if unsupported:
+            return reason
+    return None
 
 
 def adapters_enabled(model: torch.nn.Module) -> bool:

@@ -1,0 +1,148 @@
+"""Peak memory of a run on each path of training, by what it is for.
+
+The fused step's buffers are counted with the table that it allocates by (train_step/workspace.py), the plain path's on
+fake tensors (plain_memory.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from peft import PeftModel
+
+from parley.data.packing import split_by_tokens
+from parley.models.meta_model import base_bytes
+from parley.models.packing_isolation import why_not_packed
+from parley.train_step.bind import BoundModel
+from parley.train_step.memory_plan import LIBRARY_BYTES, DeviceMemory, MemoryPlan, buffer_bytes, make_plan
+from parley.training.plan.device import PlanDevice
+from parley.training.plan.plain_memory import PassShape, pass_bytes
+
+# What PyTorch's allocator holds beside tensors, in blocks that are split or rounded up: a share of the weights, which
+# are loaded once, and of everything else.
+WEIGHT_SLACK = 0.005
+SLACK = {"fused": 0.03, "plain": 0.1}
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Rows of a run. `length_N`: tokens of each, or of the longest alone where the others are unknown."""
+
+    length_N: NDArray[np.integer]
+    batch_size: int
+    accumulation: int
+    max_length: int
+
+    @property
+    def rows_per_step(self) -> int:
+        return self.batch_size * self.accumulation
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Peak memory of one path in bytes, by what it is for; `notes` say how the path carries a step out."""
+
+    path: Literal["fused", "plain"]
+    memory: str
+    parts: dict[str, int]
+    notes: list[str] = field(default_factory=list)
+    passes: float = 1.0  # of a step
+    recompute: float = 0.0  # share of the forward pass that is computed twice
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.parts.values())
+
+    def fits(self, device: PlanDevice) -> bool:
+        return self.peak_bytes <= device.free_bytes
+
+
+def fused_estimate(
+    model: PeftModel,
+    bound: BoundModel,
+    memory: Literal["auto", "low"] | float,
+    batches: Batches,
+    state_bytes: float,
+    device: PlanDevice,
+) -> MemoryEstimate:
+    """The plan that the fused step would make on `device`, and its memory."""
+    weights, adapter = base_bytes(model), bound.flat.weight_Z.element_size() * _flat_numel(bound)
+    target = torch.device(device.type)
+    held = weights + 2 * adapter
+    limits = DeviceMemory(target, device.usable_bytes, held, device.free_bytes)
+    plan = make_plan(bound, memory, batches.length_N, batches.rows_per_step, state_bytes, limits)
+    parts = {
+        "base weights": weights,
+        "adapter weights and gradients": 2 * adapter,
+        **buffer_bytes(plan, bound, target, state_bytes),
+    }
+    tokens = min(float(batches.length_N.mean()) * batches.rows_per_step, plan.tokens)
+    recompute = {"all": 0.0, "linear": 0.05, "attention": 0.7, "attention_offloaded": 0.7, "layer_inputs": 1.0}
+    return MemoryEstimate(
+        "fused",
+        str(memory),
+        _with_overheads(parts, "fused", device),
+        _fused_notes(plan),
+        passes=max(1.0, float(batches.length_N.mean()) * batches.rows_per_step / tokens),
+        recompute=recompute[plan.saved],
+    )
+
+
+def plain_estimate(
+    model: Any, batches: Batches, state_bytes: float, compute_dtype: torch.dtype | None, checkpointing: bool,
+    device: PlanDevice,
+) -> MemoryEstimate:  # fmt: skip
+    """The largest pass that the plain path may run on `device`."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    runs, padded = plain_passes(model, batches)
+    rows, length = max(runs, key=lambda run: run[0] * run[1])
+    shape = PassShape(
+        rows, length, padded or batches.rows_per_step > 1, compute_dtype, checkpointing, accumulated=len(runs) > 1
+    )
+    parts = {
+        "base weights": base_bytes(model),
+        "trained weights": sum(parameter.nbytes for parameter in trained),
+        "optimizer state": int(state_bytes * sum(parameter.numel() for parameter in trained)),
+        "gradients, activations and loss": pass_bytes(model, shape),
+        "library buffers": LIBRARY_BYTES if device.type == "cuda" else 0,
+    }
+    how = f"{rows} padded rows of {length:,} tokens" if padded else f"packed rows of up to {length:,} tokens"
+    recomputed = "activations recomputed layer by layer" if checkpointing else "all activations saved"
+    notes = [f"plain path: {how}; {recomputed}"]
+    return MemoryEstimate(
+        "plain", "", _with_overheads(parts, "plain", device), notes, passes=len(runs), recompute=float(checkpointing)
+    )
+
+
+def plain_passes(model: Any, batches: Batches) -> tuple[list[tuple[int, int]], bool]:
+    """(rows, tokens of a row) of each pass of a step of the longest rows, and whether rows are padded."""
+    longest = np.sort(batches.length_N)[::-1][: batches.rows_per_step]
+    if len(longest) < batches.rows_per_step:
+        longest = np.sort(np.resize(longest, batches.rows_per_step))[::-1]  # repeated
+    if why_not_packed(model, batches.max_length) is not None:
+        starts = range(0, len(longest), batches.batch_size)
+        return [(len(longest[i : i + batches.batch_size]), int(longest[i])) for i in starts], True
+    lengths = [int(length) for length in longest]
+    runs = split_by_tokens(lengths, batches.batch_size * batches.max_length)
+    return [(1, sum(lengths[run])) for run in runs], False
+
+
+def _with_overheads(parts: dict[str, int], path: str, device: PlanDevice) -> dict[str, int]:
+    if device.type == "cuda":
+        weights = parts["base weights"]
+        parts["allocator slack"] = int(WEIGHT_SLACK * weights + SLACK[path] * (sum(parts.values()) - weights))
+        parts["CUDA context"] = device.context_bytes
+    return {name: size for name, size in parts.items() if size}
+
+
+def _fused_notes(plan: MemoryPlan) -> list[str]:
+    return plan.describe()[:1]
+
+
+def _flat_numel(bound: BoundModel) -> int:
+    """Adapter weights in the flat buffer, frozen ones and padding included."""
+    return bound.flat.weights[0].untyped_storage().nbytes() // bound.flat.weights[0].element_size()
