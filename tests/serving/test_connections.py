@@ -17,7 +17,9 @@ from typing import Any
 from unittest.mock import Mock
 
 import pytest
+import uvicorn
 from tests.serving.conftest import Running
+from uvicorn.server import ServerState
 
 from parley.serving import connections
 from parley.serving.limits import Limits
@@ -112,6 +114,65 @@ def test_a_request_that_is_being_answered_has_no_such_deadline(
     reply = running.client.completions.create(model=name, prompt="Ahoy", max_tokens=800, temperature=0)
     assert reply.usage is not None
     assert reply.usage.completion_tokens == 800
+
+
+class Clock:
+    """The loop of a connection, whose time is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+
+    def time(self) -> float:
+        return self.now
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> Mock:
+        self.timers.append((self.now + delay, callback))
+        return Mock()
+
+    def advance_to_timer(self) -> None:
+        self.now, callback = self.timers.pop(0)
+        callback()
+
+
+@pytest.mark.parametrize("drained", [False, True])
+def test_a_slow_reader_of_a_response_has_the_send_timeout(drained: bool) -> None:
+    """A response is complete once it is in the transport's buffer; its client may still be reading."""
+    clock, unread = Clock(), [9]
+    transport = Mock()
+    transport.get_write_buffer_size.side_effect = lambda: unread[0]
+    transport.is_closing.return_value = False
+    connection = connections.Connection(
+        config=uvicorn.Config(Mock()),
+        server_state=ServerState(),
+        app_state={},
+        _loop=clock,
+        limits=Limits(max_open_requests=4, header_timeout=2, send_timeout=7),
+    )
+    connection.connection_made(transport)
+    for seconds in (2, 4, 6):
+        clock.advance_to_timer()
+        assert clock.now == 100 + seconds
+        transport.write.assert_not_called()
+    unread[0] = 0 if drained else 9
+    clock.advance_to_timer()
+    assert clock.now == 108
+    assert transport.write.call_args_list[0].args[0].startswith(b"HTTP/1.1 408 Request Timeout")
+    transport.close.assert_called_once()
+    assert clock.timers == []
+
+
+def test_a_reader_that_has_read_all_has_the_header_timeout_alone() -> None:
+    clock, transport = Clock(), Mock()
+    transport.get_write_buffer_size.return_value = 0
+    transport.is_closing.return_value = False
+    limits = Limits(max_open_requests=4, header_timeout=2, send_timeout=7)
+    connection = connections.Connection(
+        config=uvicorn.Config(Mock()), server_state=ServerState(), app_state={}, _loop=clock, limits=limits
+    )
+    connection.connection_made(transport)
+    clock.advance_to_timer()
+    transport.close.assert_called_once()
 
 
 def test_others_are_served_while_someone_opens_connections_without_end(

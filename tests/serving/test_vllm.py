@@ -70,10 +70,11 @@ def test_a_model_goes_by_its_name(tiny_llama_folder: Path) -> None:
     assert vllm_arguments("owner/model", **WHERE)[1] == "owner/model"
 
 
-def adapter_run(tmp_path: Path, **fields: Any) -> RunFolder:
-    """A run whose adapter has these fields in its settings."""
+def adapter_run(tmp_path: Path, name: str = "owner/model", adapter: str = "auto", **fields: Any) -> RunFolder:
+    """A run on the base `name` whose adapter has these fields in its settings."""
     model = {
-        "name": "owner/model",
+        "name": name,
+        "adapter": adapter,
         "revision": "v2",
         "dtype": "bfloat16",
         "quantization": "nf4",
@@ -145,6 +146,16 @@ def test_an_adapters_folder_goes_with_the_base_that_it_names(tuned_run: RunFolde
     (on_top / "adapter_config.json").write_text(json.dumps(saved))
     with pytest.raises(UsageError, match="cannot read an adapter on an adapter"):
         vllm_arguments(str(on_top), **WHERE)
+
+
+@pytest.mark.parametrize("how", ["merge", "auto"])
+def test_a_run_on_an_adapter_as_its_base_is_refused(tuned_run: RunFolder, tmp_path: Path, how: str) -> None:
+    """Its adapter belongs on the base with the other merged into it, which vLLM cannot make."""
+    folder = adapter_run(tmp_path, name=str(tuned_run.adapter), adapter=how)
+    with pytest.raises(UsageError, match=r"--engine vllm cannot (merge|read an adapter on)") as caught:
+        vllm_arguments(str(folder.path), **WHERE)
+    assert str(caught.value).endswith("use --engine parley")
+    assert "\n" not in str(caught.value)
 
 
 def test_without_vllm_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
