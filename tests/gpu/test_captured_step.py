@@ -49,7 +49,7 @@ def test_a_replay_reads_new_documents_and_weights(lora: dict[str, Any], nf4: boo
             with torch.no_grad():
                 for parameter, other in zip(step.trained, eager.trained, strict=True):
                     parameter.sub_(other.grad, alpha=0.1)
-    assert len(graphed.graphs) == 1
+    assert 1 <= len(graphed.graphs) <= 2  # of 256 and of 128 supervised rows
 
 
 def test_the_gradient_is_autograd_s() -> None:
