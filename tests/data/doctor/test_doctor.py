@@ -113,6 +113,7 @@ CLEAN: list[Any] = [
                   {"role": "assistant", "content": sentence(203)}]},
     turns(("user", "Où est le CAFÉ? «NÃO», SÃO, Â, âge, ÐÑ " + sentence(210)), ("assistant", sentence(211))),
     turns(("user", sentence(212)), ("assistant", "was <s>9</s> now 8, <b>x</b> and a[0] " + sentence(213))),
+    turns(("user", "<s>9 coins</s> 8 coins " + sentence(220)), ("assistant", sentence(221) + " <s>x</s>")),
     turns(("user", sentence(214)), ("assistant", '{"a":1}')),
     turns(("user", sentence(215)), ("assistant", "我觉得今天的天气很好。")),
     turns(("user", sentence(216)), ("assistant", "## Introduction\n\nUser: a person. " + sentence(217))),
@@ -307,6 +308,12 @@ def test_rows_of_token_ids_that_repeat_are_found(tmp_path: Path) -> None:
 def test_rows_about_one_passage_with_other_answers_are_not_near(tmp_path: Path) -> None:
     passage = sentence(1, words=300)
     rows = [turns(("user", f"{passage} {sentence(n, words=6)}"), ("assistant", sentence(n + 50))) for n in range(10)]
+    assert diagnose(DataSection(source=str(write(tmp_path / "rows.jsonl", rows)))).findings == []
+
+
+def test_a_shared_system_turn_makes_no_rows_near(tmp_path: Path) -> None:
+    system, answer = ("system", sentence(5000, words=300)), ("assistant", sentence(5001))
+    rows = [turns(system, ("user", sentence(n)), answer) for n in range(10)]
     assert diagnose(DataSection(source=str(write(tmp_path / "rows.jsonl", rows)))).findings == []
 
 
