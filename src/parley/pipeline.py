@@ -26,7 +26,7 @@ from parley.evaluation.run_report import (
     next_commands,
     steps_of_events,
 )
-from parley.models.adapters import base_obstacle, is_identity_adapter
+from parley.models.base_answers import base_obstacle, is_identity_adapter
 from parley.models.device import pick_device
 from parley.models.load import load_config, load_tokenizer, max_positions
 from parley.text import print_text

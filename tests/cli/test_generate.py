@@ -98,7 +98,7 @@ def test_ctrl_c_keeps_what_was_answered(
         yield 2, "third"
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Generator, "answers", interrupted)
+    monkeypatch.setattr(Generator, "answers_or_errors", interrupted)
     output = tmp_path / "answers.jsonl"
     ended = parley("generate", prompts, "--model", run.path, "--output", output)
     assert ended.code == 130

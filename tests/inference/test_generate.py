@@ -224,8 +224,8 @@ def test_an_error_while_streaming_is_raised_where_it_is_read(model: Any, tokeniz
     assert streaming_threads() == []
 
 
-@pytest.mark.parametrize("return_errors", [False, True])
-def test_a_fault_while_answering_is_raised_and_no_text(model: Any, tokenizer: Any, return_errors: Any) -> None:
+@pytest.mark.parametrize("answers", [Generator.answers, Generator.answers_or_errors])
+def test_a_fault_while_answering_is_raised_and_no_text(model: Any, tokenizer: Any, answers: Any) -> None:
     """Errors that are returned are the user's own, as a prompt that is too long; a fault is not one of them."""
     calls = itertools.count()
 
@@ -238,7 +238,7 @@ def test_a_fault_while_answering_is_raised_and_no_text(model: Any, tokenizer: An
         Generator(model, tokenizer, engine="plain") as generator,
         pytest.raises(RuntimeError, match="the device is gone"),
     ):
-        list(generator.answers(CONVERSATIONS, GREEDY, return_errors=return_errors))
+        list(answers(generator, CONVERSATIONS, GREEDY))
     assert streaming_threads() == []
 
 
@@ -343,7 +343,7 @@ def test_one_conversation_that_cannot_be_answered_does_not_keep_the_others(model
     conversations = [CONVERSATIONS[0], too_long, CONVERSATIONS[1]]
     expected = generate(model, tokenizer, CONVERSATIONS[:2], GREEDY)
     with Generator(model, tokenizer, slots=2) as generator:
-        answers = dict(generator.answers(conversations, GREEDY, return_errors=True))
+        answers = dict(generator.answers_or_errors(conversations, GREEDY))
         assert [answers[0], answers[2]] == expected
         assert isinstance(answers[1], DataError)
         assert "model's context is" in str(answers[1])

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from parley.config import LoraSection, ModelSection
 from parley.errors import ModelError, ParleyError, UsageError
-from parley.models.adapters import attach_lora, is_identity_adapter, load_adapter, prepare_full, trainable_summary
+from parley.models.adapters import attach_lora, load_adapter, prepare_full, trainable_summary
+from parley.models.base_answers import is_identity_adapter
 from parley.models.load import load_model
 
 IDS = torch.arange(10, 42).view(2, 16)

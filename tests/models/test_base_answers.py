@@ -9,7 +9,8 @@ from parley.config import GenerationSection, LoraSection, ModelSection
 from parley.errors import ModelError
 from parley.inference.chat import ChatSession
 from parley.inference.generate import generate
-from parley.models.adapters import attach_lora, base_obstacle, load_adapter, require_base
+from parley.models.adapters import attach_lora, load_adapter
+from parley.models.base_answers import base_obstacle, require_base
 from parley.models.load import load_model
 from parley.serving.loading import load_for_inference
 

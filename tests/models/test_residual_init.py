@@ -14,7 +14,8 @@ from trl import SFTConfig
 from parley import SFTTrainer
 from parley.config import LoraSection, ModelSection
 from parley.errors import ModelError, UsageError
-from parley.models.adapters import attach_lora, base_obstacle, load_adapter
+from parley.models.adapters import attach_lora, load_adapter
+from parley.models.base_answers import base_obstacle
 from parley.models.load import load_model
 
 IDS = torch.arange(10, 42).view(2, 16)

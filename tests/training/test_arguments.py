@@ -21,6 +21,7 @@ def test_the_reference_job_is_the_default() -> None:
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (2, 4)
     assert (args.learning_rate, args.weight_decay, args.warmup_steps) == (2e-4, 0.01, 5)
     assert (args.lr_scheduler_type, args.logging_steps, args.seed) == ("linear", 1, 3407)
+    assert (args.save_total_limit, args.report_to, args.max_length) == (2, [], 2048)
 
 
 def test_the_optimizer_follows_the_device_and_is_said() -> None:

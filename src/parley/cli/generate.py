@@ -64,7 +64,7 @@ def generate(
     engine: Engine = "plain" if plain else "auto"
     with (
         Generator(loaded.model, loaded.tokenizer, slots=max_num_seqs, engine=engine) as generator,
-        closing(generator.answers(conversations, loaded.settings, base=base, return_errors=True)) as answers,
+        closing(generator.answers_or_errors(conversations, loaded.settings, base=base)) as answers,
     ):
         failed = _write(output, rows, n, answers)
     if failed:

@@ -14,7 +14,7 @@ from parley.config import RunConfig, TrainingSection
 from parley.data.prepare import Prepared, prepare
 from parley.errors import DataError
 from parley.evaluation.evaluate_model import evaluate_model
-from parley.models.adapters import base_obstacle
+from parley.models.base_answers import base_obstacle
 from parley.models.device import pick_device
 from parley.text import print_text
 from parley.training.arguments import sft_config

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from parley.errors import ModelError
 from parley.exporting.weights import CheckpointWeights
 from parley.models.adapter_files import read_adapter_fields
-from parley.models.adapters import BASE_CHANGING_INITS, load_adapter
+from parley.models.adapters import load_adapter
+from parley.models.base_answers import BASE_CHANGING_INITS
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -12,7 +12,7 @@ from parley.config import GenerationSection
 from parley.data.example import Message
 from parley.data.values import text_of
 from parley.inference.generate import Engine, Generator
-from parley.models.adapters import require_base
+from parley.models.base_answers import require_base
 
 
 class ChatSession:

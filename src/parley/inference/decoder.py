@@ -20,7 +20,7 @@ from parley.inference.linear import make_linears
 from parley.inference.model import DecoderModel
 from parley.inference.slot_state import RUNNING, RunningRequest, SlotState, max_tokens
 from parley.inference.step_runner import MAX_STEPS, InFlightSteps, StepRunner
-from parley.models.adapters import base_obstacle
+from parley.models.base_answers import base_obstacle
 from parley.train_step.bind import read_weights
 from parley.train_step.device_ops import ops_for
 

@@ -11,7 +11,7 @@ from collections import abc
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from queue import SimpleQueue
-from typing import Literal, overload
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -26,7 +26,7 @@ from parley.inference.hf import TransformersDecoder, inference_mode_of
 from parley.inference.interface import Decoder
 from parley.inference.prompts import Tools, context_length, end_of_turn_ids, prompt_ids
 from parley.inference.scheduler import Request, Scheduler
-from parley.models.adapters import require_base
+from parley.models.base_answers import require_base
 from parley.models.device import describe_device
 from parley.train_step.bind import Unsupported
 
@@ -68,74 +68,74 @@ class Generator:
         self._finalizer: weakref.finalize | None = None  # frees the decoder of a Generator that is dropped
         self._length = 0
 
-    @overload
     def answers(
         self,
         conversations: Sequence[list[Message]],
         settings: GenerationSection,
         tools: Tools | None = None,
         base: bool = False,
-        *,
-        return_errors: Literal[False] = False,
-    ) -> abc.Generator[tuple[int, str]]: ...
-
-    @overload
-    def answers(
-        self,
-        conversations: Sequence[list[Message]],
-        settings: GenerationSection,
-        tools: Tools | None = None,
-        base: bool = False,
-        *,
-        return_errors: Literal[True],
-    ) -> abc.Generator[tuple[int, str | ParleyError]]: ...
-
-    def answers(
-        self,
-        conversations: Sequence[list[Message]],
-        settings: GenerationSection,
-        tools: Tools | None = None,
-        base: bool = False,
-        *,
-        return_errors: bool = False,
-    ) -> abc.Generator[tuple[int, str | ParleyError]]:
+    ) -> abc.Generator[tuple[int, str]]:
         """The answer to each conversation with its index, as they are finished: free slots are filled at once.
 
         With `settings.seed` they are repeatable, and torch's random state is left alone. `base`: with the adapter
-        disabled. `return_errors`: a conversation that cannot be answered gives its error instead of a text, and the
-        others are answered.
+        disabled.
 
-        Raises, before anything is generated, ModelError for the base of a model without an adapter, and without
-        `return_errors` DataError for a conversation that fills the context.
+        Raises, before anything is generated, ModelError for the base of a model without an adapter, and DataError for a
+        conversation that fills the context.
         """
         self._check(base)
-        prompts: list[list[int]] = []
+        return self._answers(
+            [self._request(index, messages, settings, tools, base) for index, messages in enumerate(conversations)]
+        )
+
+    def _answers(self, requests: Sequence[Request]) -> abc.Generator[tuple[int, str]]:
+        with closing(self._results(requests)) as results:
+            for index, answer in results:
+                if isinstance(answer, Exception):
+                    raise answer
+                yield index, answer
+
+    def answers_or_errors(
+        self,
+        conversations: Sequence[list[Message]],
+        settings: GenerationSection,
+        tools: Tools | None = None,
+        base: bool = False,
+    ) -> abc.Generator[tuple[int, str | ParleyError]]:
+        """`answers`, where a conversation that cannot be answered gives its error and the others are answered.
+
+        Errors that are known before anything is generated come first.
+        """
+        self._check(base)
+        requests: dict[int, Request] = {}
         errors: dict[int, ParleyError] = {}
         for index, messages in enumerate(conversations):
             try:
-                prompts.append(prompt_ids(self.model, self.tokenizer, messages, tools))
+                requests[index] = self._request(index, messages, settings, tools, base)
             except ParleyError as error:
-                if not return_errors:
-                    raise
                 errors[index] = error
-        indices = [index for index in range(len(conversations)) if index not in errors]
-        requests = [
-            Request(prompt, nth_seed(settings, index), base) for index, prompt in zip(indices, prompts, strict=True)
-        ]
-        return self._answers(indices, requests, errors, return_errors)
+        return self._answers_or_errors(requests, errors)
 
-    def _answers(
-        self, indices: Sequence[int], requests: Sequence[Request], errors: dict[int, ParleyError], return_errors: bool
+    def _answers_or_errors(
+        self, requests: dict[int, Request], errors: dict[int, ParleyError]
     ) -> abc.Generator[tuple[int, str | ParleyError]]:
-        # Errors first: they are known before anything is generated.
         yield from errors.items()
-        if not requests:
-            return
-        with self._open_scheduler(requests) as scheduler, closing(_collect(scheduler, requests)) as answers:
-            for index, answer in answers:
-                if isinstance(answer, Exception) and not (return_errors and isinstance(answer, ParleyError)):
+        indices = list(requests)
+        with closing(self._results(list(requests.values()))) as results:
+            for position, answer in results:
+                if isinstance(answer, Exception) and not isinstance(answer, ParleyError):
                     raise answer
-                yield indices[index], answer
+                yield indices[position], answer
+
+    def _request(
+        self, index: int, messages: list[Message], settings: GenerationSection, tools: Tools | None, base: bool
+    ) -> Request:
+        return Request(prompt_ids(self.model, self.tokenizer, messages, tools), nth_seed(settings, index), base)
+
+    def _results(self, requests: Sequence[Request]) -> abc.Generator[tuple[int, str | Exception]]:
+        if requests:
+            with self._open_scheduler(requests) as scheduler, closing(_collect(scheduler, requests)) as results:
+                yield from results
 
     def stream(
         self,

@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from parley.config import GenerationSection
 from parley.inference.interface import DecodeRequest, Token
-from parley.models.adapters import require_base
+from parley.models.base_answers import require_base
 from parley.models.packing_isolation import why_not_packed
 
 # The names of a forward pass's cache, in and out: `cache` since transformers 5.23, before that `cache_params` in Mamba

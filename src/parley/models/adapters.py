@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -36,20 +35,16 @@ from parley.models.loftq import ADAPTER, check_loftq, init_loftq
 from parley.models.lora_targets import check_modules_to_save, target_modules
 from parley.models.patterns import matching
 from parley.models.quantization import quantization_of
-from parley.models.residual_init import RESIDUAL_INITS, ResidualInitModel, is_residual_init
+from parley.models.residual_init import ResidualInitModel, is_residual_init
 
 logger = logging.getLogger(__name__)
 
 # Fields of LoraConfig that say what an adapter is or belongs to. With inference_mode nothing would be trained.
 DECIDED_BY_RUN = {"inference_mode", "peft_type", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"}
 
-BASE_CHANGING_INITS = (*RESIDUAL_INITS, "loftq")
-"""Values of init_lora_weights, or their beginnings, with which PEFT changes the base's weights."""
 NEEDS_DATA = ("eva", "corda", "lora_ga")
 """Values of init_lora_weights that PEFT computes from data in calls of its own, before or after it attaches."""
 MOST_RANKS = 16  # times the hidden size
-SWITCHED_BY_PEFT = ("lora_", "modules_to_save", "trainable_tokens_")
-"""Parts of the names of the weights that PeftModel.disable_adapter switches off."""
 
 
 def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> PeftModel:
@@ -106,18 +101,6 @@ def _check_ranks(model: PreTrainedModel, config: LoraConfig) -> None:
             raise UsageError(f"lora.{name} is {rank:,}; with this model a rank over {limit:,} only costs memory")
 
 
-def is_identity_adapter(model: torch.nn.Module) -> bool:
-    """Whether `model` has an adapter that changes nothing yet, and that training leaves possible to switch off.
-
-    That holds where only LoRA matrices are trained and each B is zero.
-    """
-    return isinstance(model, PeftModel) and all(
-        "lora_A" in name or ("lora_B" in name and not parameter.any())
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    )
-
-
 def continue_adapter(model: PeftModel, section: LoraSection) -> None:
     """Check that training may go on with the adapter of `model`: none of the settings given contradicts it.
 
@@ -135,39 +118,6 @@ def continue_adapter(model: PeftModel, section: LoraSection) -> None:
                 f"lora.{name} is {wanted!r} and the adapter that training goes on with has {found!r}; leave it out, or "
                 "set model.adapter: merge or new"
             )
-
-
-def base_obstacle(model: torch.nn.Module) -> str | None:
-    """Why switching off the adapter of `model` would not give its untouched base; None where it does.
-
-    Every caller that answers with the base (chat, generate, serve, evaluate, report) asks here first.
-    """
-    if not isinstance(model, PeftModel):
-        return "this model has no adapter, so there is no base to switch to; open a run trained with LoRA"
-    for config in model.peft_config.values():
-        init = str(config.to_dict().get("init_lora_weights")).lower()
-        if init.startswith(BASE_CHANGING_INITS):
-            return f"lora.init_lora_weights: {init} moved a part of the base's weights into the adapter"
-        if config.to_dict().get("layer_replication"):
-            return "lora.layer_replication repeats layers of the base"
-        bias = config.to_dict().get("bias", "none")
-        if bias != "none":
-            return f"lora.bias: {bias} trained the base's own biases, which stay when the adapter is switched off"
-    # Unmerging subtracts what was added, and rounding keeps the base from being what it was.
-    if any(module.merged for module in model.modules() if isinstance(module, BaseTunerLayer)):
-        return "the adapter is merged into the base's weights"
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not any(part in name for part in SWITCHED_BY_PEFT):
-            return f"weights of the base are trained too ({name})"
-    return None
-
-
-def require_base(model: torch.nn.Module) -> None:
-    """Raises ModelError, with the reason, where the base of `model` cannot answer."""
-    reason = base_obstacle(model)
-    if reason is not None:
-        remedy = "" if not isinstance(model, PeftModel) else "; to ask the base, open it by its own name"
-        raise ModelError(f"the base model cannot answer: {reason}{remedy}")
 
 
 def prepare_full(model: PreTrainedModel) -> PreTrainedModel:

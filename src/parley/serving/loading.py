@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection, RunConfig
-from parley.models.adapters import base_obstacle
+from parley.models.base_answers import base_obstacle
 from parley.models.load import load_model
 from parley.models.resolve import local_folder
 from parley.training.run_folder import RunFolder

@@ -16,7 +16,7 @@ from typing import NoReturn
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection
 from parley.errors import UsageError
 from parley.models.adapter_files import read_adapter_fields
-from parley.models.adapters import BASE_CHANGING_INITS
+from parley.models.base_answers import BASE_CHANGING_INITS
 from parley.models.resolve import adapter_base, local_folder, model_folder
 from parley.serving.loading import model_section, served_names, short_name
 from parley.training.run_folder import RunFolder
