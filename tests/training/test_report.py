@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from parley.data.doctor.findings import Diagnosis, Finding, Lengths
-from parley.data.summary import RowGroup
+from parley.data.summary import DataSummary, RowGroup
 from parley.errors import RunError
 from parley.training import report as report_module
+from parley.training.formatting import Row
 from parley.training.report import (
     Answer,
     MaskExample,
@@ -22,6 +23,7 @@ from parley.training.report import (
     Scores,
     StepFigures,
     Turn,
+    data_rows,
     lead,
     render_html,
     score_changes,
@@ -175,6 +177,22 @@ def test_headline_scores(before: Scores | None, after: Scores | None, expected: 
     changes = score_changes(Report(title="t", before=before, after=after))
     assert [change[:4] for change in changes] == expected
     Page(render_html(Report(title="t", before=before, after=after)))
+
+
+def test_data_are_named_as_people_do_and_zeros_are_left_out() -> None:
+    summary = DataSummary(source="x.jsonl", rows=200, kept=150, heldout=50, unread=["id"])
+    summary.skip("line 3", "no JSON")
+    rows = data_rows(summary.model_dump(mode="json"))
+    assert rows == [
+        Row("source", "x.jsonl"),
+        Row("rows", "200"),
+        Row("kept to train on", "150", 75.0, "rows"),
+        Row("held out", "50"),
+        Row("bad rows: count", "1"),
+        Row("bad rows: first", "line 3"),
+        Row("bad error", "no JSON"),
+        Row("columns not used", "id"),
+    ]
 
 
 def test_lead_says_what_is_known(pirate_report: Report) -> None:

@@ -31,6 +31,14 @@ def _encodable(value: Any) -> Any:
 
 
 TOTALS = {"kept": "rows", "dropped": "rows", "supervised_tokens": "tokens"}  # figures shown as a share of another
+DATA_NAMES = {
+    "reason": "recognised as", "kept": "kept to train on", "heldout": "held out", "heldout_source": "held-out source",
+    "heldout_dropped": "held-out rows dropped", "heldout_repeated": "held-out rows seen in training",
+    "bad": "bad rows", "unread": "columns not used", "length_mean": "tokens a row, mean",
+    "length_median": "tokens a row, median", "length_p95": "tokens a row, 95% up to",
+    "length_max": "tokens a row, longest",
+}  # fmt: skip
+"""Fields of DataSummary to what the page calls them; the others keep their names."""
 Text = Annotated[str, BeforeValidator(_encodable)]
 
 
@@ -152,7 +160,7 @@ def render_html(report: Report) -> str:
         scores=score_changes(report),
         charts=charts(report),
         resources=resource_rows(report.resources),
-        data_rows=flat_rows(report.data_summary, TOTALS),
+        data_rows=data_rows(report.data_summary),
         data_facts=[Row(*fact) for fact in report.diagnosis.facts()] if report.diagnosis else [],
         versions=[Row(*item) for item in report.versions.items()],
     )
@@ -225,7 +233,7 @@ def charts(report: Report) -> list[Chart]:
         ("Learning rate", "", "learning_rate", False),
         ("Gradient norm", "", "grad_norm", True),
         ("Speed", "tokens/s", "tokens_per_s", True),
-        ("Token accuracy", "share of supervised tokens", "token_accuracy", True),
+        ("Token accuracy", "of supervised tokens", "token_accuracy", True),
     )
     loss = [(row.step, row.loss) for row in steps]
     found = [line_chart("Loss", "nats per supervised token", loss, dots=heldout, smooth=True)]
@@ -233,6 +241,13 @@ def charts(report: Report) -> list[Chart]:
         values = [(row.step, getattr(row, field)) for row in steps]
         found.append(line_chart(title, unit, values, from_zero=True, smooth=smooth))
     return [chart for chart in found if chart]
+
+
+def data_rows(summary: dict[str, Any]) -> list[Row]:
+    """What was counted of the data set, without the counts that are zero."""
+    counted = {DATA_NAMES.get(name, name): value for name, value in summary.items()}
+    totals = {DATA_NAMES.get(name, name): DATA_NAMES.get(total, total) for name, total in TOTALS.items()}
+    return [row for row in flat_rows(counted, totals) if row.value not in ("0", "False")]
 
 
 def resource_rows(used: Resources) -> list[Row]:
@@ -246,7 +261,7 @@ def resource_rows(used: Resources) -> list[Row]:
         _row("Peak memory for training", grown, gib, total, "memory"),
         _row("Training time", used.train_seconds, duration, used.total_seconds, "whole run"),
         _row("Whole run", used.total_seconds, duration),
-        Row("Its stages", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in used.stages.items()))
+        Row("Stages", ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in used.stages.items()))
         if used.stages
         else None,
         _row("Tokens", used.tokens, figure),
