@@ -336,3 +336,12 @@ def test_a_class_label_is_a_column_and_no_flag() -> None:
     found = recognised({"text": "t", "label": 0})
     assert found.example({"text": "t", "label": 0}, "row 1").text == "t"
     assert list(found.unread) == ["label"]
+
+
+def test_the_first_row_that_shows_its_format_decides() -> None:
+    rows = [
+        ("row 1", {"instruction": "q", "output": "a"}),
+        ("row 2", {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+    ]
+    assert recognise(rows, DataSection()).format.name == "alpaca"
+    assert recognise(rows[::-1], DataSection()).format.name == "messages"
