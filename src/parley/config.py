@@ -131,10 +131,17 @@ class DataSection(Section):
         description="The data set's own name of a role to the usual one: {expert: assistant}.",
     )
     bad_rows: Literal["error", "skip"] = Field(
-        "error",
-        description="Rows that cannot be read or rendered: end the run, or are left out and counted.",
+        "skip",
+        description="Rows that cannot be read or rendered: are left out, counted and written to bad_rows.jsonl of the "
+        "run folder, or end the run.",
     )
-    bad_rows_limit: int = Field(1000, ge=0, description="With bad_rows: skip, more bad rows than these end the run.")
+    bad_rows_limit: float = Field(
+        0.05,
+        ge=0,
+        le=MAX_COUNT,
+        description="With bad_rows: skip, more bad rows than these end the run: a share below 1 (ten are always "
+        "allowed), or a number.",
+    )
     drop: list[Droppable] = Field(
         default_factory=list,
         description="Rows left out by what `parley inspect` finds in them, for example [duplicate, mojibake].",

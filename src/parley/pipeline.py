@@ -33,6 +33,7 @@ from parley.text import print_text
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import check_settings
+from parley.training.option_effects import check_tokens, without_effect
 from parley.training.prepare_training import (
     TrainingSetup,
     planned_steps,
@@ -87,6 +88,7 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     args, notes = _training_arguments(config)
 
     setup = prepare_training(config, console, timer)
+    check_tokens(args, setup.tokenizer, "training.")
     print_mask(setup.data, setup.tokenizer, console)
     questions = report_questions(
         config, setup.data.heldout_examples, setup.tokenizer, max_positions(setup.model.config)
@@ -183,10 +185,13 @@ def _run(
 
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check settings and data of `train`, show mask and number of steps; loads no weights, writes nothing."""
-    _training_arguments(config)
+    args, notes = _training_arguments(config)
+    for note in [*notes, *(f"training.{line}" for line in without_effect(args))]:
+        print_text(console, note)
     resolve_adapter(config, console)
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
+    check_tokens(args, tokenizer, "training.")
     data = prepare_data(config, tokenizer, console)
     print_mask(data, tokenizer, console)
     report_questions(config, data.heldout_examples, tokenizer, max_positions(model_config))

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from parley.cli.chat import _converse, _stream_answer, _turn
+from parley.cli.terminal import watch_interrupts
 from parley.config import GenerationSection
 from parley.inference.generate import generate
 from parley.training.run_folder import RunFolder
@@ -149,8 +153,6 @@ def test_a_state_space_model_chats(
 def test_control_characters_of_an_answer_do_not_reach_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from parley.cli.chat import _stream_answer
-
     class Session:
         tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: list(text))})
         use_base = False
@@ -243,3 +245,120 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_the_program(terminal: Terminal) -> N
     terminal.until("this model has no adapter.*> ", seconds=10)
     terminal.type("\x04")
     assert terminal.process.wait(timeout=20) == 0
+
+
+class Talk:
+    """A session whose answer has five pieces; `between` is called before the second."""
+
+    tokenizer = type("Tokenizer", (), {"encode": staticmethod(lambda text, **_: list(text))})
+    use_base = False
+
+    def __init__(self, between: Callable[[], None] = lambda: None) -> None:
+        self.between, self.given = between, 0
+
+    def say(self, text: str) -> Iterator[str]:
+        for number in range(5):
+            if number == 1:
+                self.between()
+            self.given += 1
+            yield f"piece {number} "
+
+
+def converse(session: Any, monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> None:
+    """A conversation at the terminal; Ctrl-D after `lines`."""
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    _converse(session)
+
+
+def test_an_interrupt_that_a_destructor_drops_still_stops_the_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python prints and drops what a destructor raises, KeyboardInterrupt too."""
+
+    class Garbage:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    dropped: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", dropped.append)
+    talk = Talk(between=lambda: Garbage() and None)
+    converse(talk, monkeypatch, ["Ahoy!"])
+    assert [unraisable.exc_type for unraisable in dropped] == [KeyboardInterrupt]
+    assert talk.given == 2
+    assert capsys.readouterr().out.count("(stopped)") == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_dropped_at_the_prompt_does_not_stop_the_next_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = Talk()
+    with watch_interrupts() as interrupts:
+        interrupts.seen = True
+        monkeypatch.setattr("builtins.input", lambda _: "Ahoy!")
+        try:
+            assert _turn(talk, interrupts)  # type: ignore[arg-type]
+        except KeyboardInterrupt:  # which would end pytest
+            pytest.fail("the next answer was stopped")
+    assert talk.given == 5
+
+
+def test_ctrl_c_at_the_prompt_begins_a_new_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    presses = iter([KeyboardInterrupt, KeyboardInterrupt, EOFError])
+
+    def read(prompt: str) -> str:
+        raise next(presses)
+
+    monkeypatch.setattr("builtins.input", read)
+    _converse(Talk())  # type: ignore[arg-type]
+    assert capsys.readouterr().out.splitlines()[1:] == ["", "", ""]
+
+
+def test_ctrl_c_between_any_two_lines_leaves_the_conversation_open(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGINT at each line of a conversation in turn: it goes on, to its last question and Ctrl-D."""
+    interrupted = set()
+    for position in itertools.count():
+        lines_run = 0
+
+        def trace(frame: Any, event: str, _: Any, position: int = position) -> Any:
+            nonlocal lines_run
+            if frame.f_code not in (_turn.__code__, _stream_answer.__code__):
+                return None if event == "call" else trace
+            if event == "line":
+                lines_run += 1
+                if lines_run == position + 1:
+                    interrupted.add((frame.f_code.co_name, frame.f_lineno))
+                    signal.raise_signal(signal.SIGINT)
+            return trace
+
+        sys.settrace(trace)
+        try:
+            converse(Talk(), monkeypatch, ["Ahoy!", "/settings-of-nobody", "Farewell!"])
+        finally:
+            sys.settrace(None)
+        if lines_run <= position:  # past the end: nothing was interrupted
+            break
+    assert len(interrupted) > 20
+    assert "(stopped)" in capsys.readouterr().out
+
+
+def test_a_second_ctrl_c_while_the_first_is_shown_does_not_end_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[str] = []
+
+    def show(text: str, **_: Any) -> None:
+        shown.append(text)
+        if len([text for text in shown if "stopped" in text]) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("parley.cli.chat.out.print", show)
+    converse(Talk(lambda: signal.raise_signal(signal.SIGINT)), monkeypatch, ["Ahoy!", "Farewell!"])
+    assert shown.count("\n(stopped)") == 3  # the first answer twice, as its line was interrupted, and the second

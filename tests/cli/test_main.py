@@ -67,7 +67,8 @@ def test_version(parley: Callable[..., Any]) -> None:
     [
         (["trian"], "Did you mean 'train'?; parley --help"),
         (["train", "--modle", "x"], "No such option: --modle"),
-        (["inspect", "rows.jsonl"], "Missing option '--model'; parley inspect --help"),
+        (["inspect"], "Missing argument 'DATA'; parley inspect --help"),
+        (["inspect", "rows.jsonl", "--row", "2"], "name the model with --model"),
         (["inspect", "rows.jsonl", "--model", "m", "--row", "0"], "--row"),
         (["chat", "--temperature", "hot"], "--temperature"),
         (["train"], "give a YAML file, or --model and --data"),

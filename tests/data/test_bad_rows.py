@@ -1,4 +1,4 @@
-"""Bad rows: an error by default; with data.bad_rows=skip left out, counted, bounded and kept."""
+"""Bad rows: left out, counted, bounded and kept; with data.bad_rows=error an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def prepared(tmp_path: Path, tiny_tokenizer: Any) -> Any:
     def of(*rows: Any, name: str = "rows.jsonl", **settings: Any) -> Prepared:
         path = tmp_path / name
         path.write_bytes(lines(*rows))
-        defaults = {"source": str(path), "heldout_rows": 0, "bad_rows": "skip", "control_tokens": "tokens"}
+        defaults = {"source": str(path), "heldout_rows": 0, "control_tokens": "tokens"}
         return prepare(DataSection(**(defaults | settings)), tiny_tokenizer, 256)
 
     return of
@@ -54,7 +54,7 @@ def test_a_bad_row_is_skipped_and_counted(prepared: Any, line: Any, streaming: b
 
 
 @pytest.mark.parametrize("line", BAD_LINES.values(), ids=BAD_LINES)
-def test_by_default_it_is_an_error_that_names_the_setting(prepared: Any, line: Any) -> None:
+def test_on_demand_it_is_an_error_that_names_the_setting(prepared: Any, line: Any) -> None:
     with pytest.raises(DataError, match=r"^rows\.jsonl line 4: .*data\.bad_rows=skip leaves such rows out"):
         prepared(*GOOD[:3], line, *GOOD[3:], bad_rows="error")
 
@@ -74,8 +74,35 @@ def test_what_is_held_out_stays_the_same_where_rows_are_bad(prepared: Any) -> No
 
 def test_more_than_the_limit_are_an_error(prepared: Any) -> None:
     assert prepared(*GOOD, "broken", "broken", bad_rows_limit=2).summary.bad.count == 2
-    with pytest.raises(DataError, match=r"more than 2 bad rows \(data\.bad_rows_limit\); the last: rows\.jsonl line 9"):
+    error = r"3 of 9 rows are bad, data\.bad_rows_limit allows 2; the last: rows\.jsonl line 9: "
+    with pytest.raises(DataError, match=error):
         prepared(*GOOD, "broken", "broken", "broken", bad_rows_limit=2)
+    with pytest.raises(DataError, match=r"1 of 7 rows are bad, data\.bad_rows_limit allows 0"):
+        prepared(*GOOD, "broken", bad_rows_limit=0)
+
+
+def test_ten_rows_and_one_in_twenty_may_be_bad(prepared: Any) -> None:
+    assert prepared(*GOOD, *["broken"] * 10).summary.bad.count == 10
+    with pytest.raises(DataError, match=r"11 of 17 rows are bad, data\.bad_rows_limit allows 0\.05 of the rows"):
+        prepared(*GOOD, *["broken"] * 11)
+    assert prepared(*GOOD * 38, *["broken"] * 12).summary.bad.count == 12
+    with pytest.raises(DataError, match="13 of 241 rows"):
+        prepared(*GOOD * 38, *["broken"] * 13)
+    assert prepared(*GOOD, *["broken"] * 11, bad_rows_limit=0.9).summary.bad.count == 11
+
+
+def test_a_file_of_bad_rows_ends_early(prepared: Any) -> None:
+    """One in twenty of the first thousand; a stream as well, whose end is not known."""
+    for streaming in (False, True):
+        with pytest.raises(DataError, match="51 of 57 rows"):
+            prepared(*GOOD, *["broken"] * 200, streaming=streaming)
+
+
+def test_bad_rows_to_hold_out_are_counted(prepared: Any, tmp_path: Path) -> None:
+    path = tmp_path / "heldout.jsonl"
+    path.write_bytes(lines({"instruction": "other?", "response": "yes"}, "broken"))
+    said = prepared(*GOOD, heldout=str(path)).summary.lines()
+    assert any(line.startswith("of the rows to hold out, 1 dropped: 1 bad (") for line in said)
 
 
 def test_none_left_says_what_was_wrong(prepared: Any) -> None:
@@ -115,4 +142,4 @@ def test_examples_are_read_without_them(tmp_path: Path) -> None:
     path.write_bytes(lines(*GOOD, BAD_LINES["a number for text"]))
     assert len(list(read_examples(DataSection(source=str(path), bad_rows="skip"))[1])) == 6
     with pytest.raises(DataError, match="line 7"):
-        list(read_examples(DataSection(source=str(path)))[1])
+        list(read_examples(DataSection(source=str(path), bad_rows="error"))[1])

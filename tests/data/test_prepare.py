@@ -42,7 +42,7 @@ def prepared(tmp_path: Path, tiny_tokenizer: Any) -> Any:
     def of(rows: list[Any], max_length: int = 512, **settings: Any) -> Prepared:
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        section = DataSection(**({"source": str(path), "heldout_rows": 0} | settings))
+        section = DataSection(**({"source": str(path), "heldout_rows": 0, "bad_rows": "error"} | settings))
         return prepare(section, tiny_tokenizer, max_length)
 
     return of
@@ -282,7 +282,7 @@ def test_rows_at_hand_are_rendered(tiny_tokenizer: Any, kind: str) -> None:
     assert len(list(train)) == 3
     assert summary.kept == 3
     with pytest.raises(DataError, match=r"^train row 2: "):
-        render_rows([dolly(1), {"text": "x"}], tiny_tokenizer, DataSection(), 512, where="train")
+        render_rows([dolly(1), {"text": "x"}], tiny_tokenizer, DataSection(bad_rows="error"), 512, where="train")
 
 
 def test_examples_come_in_order_and_unsifted(tmp_path: Path) -> None:

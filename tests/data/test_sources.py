@@ -208,6 +208,14 @@ def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cannot be read (Permission denied)" in refused(path)
 
 
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path, pattern: str) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "rglob", denied)
+    assert "cannot be read (Permission denied)" in refused(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("error", "expected"),
     [

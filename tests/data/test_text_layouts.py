@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from functools import partial
@@ -90,7 +91,7 @@ def test_a_layout_has_the_text_and_the_spans_of_a_rendering(path: Path) -> None:
 
 @pytest.fixture
 def tokenizer(tiny_tokenizer: Any) -> Any:
-    return tiny_tokenizer
+    return copy.copy(tiny_tokenizer)
 
 
 @pytest.mark.parametrize(

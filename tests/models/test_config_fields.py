@@ -42,6 +42,7 @@ def write(folder, name="config.json", **fields):
         ({"rope_parameters": {"rope_type": "magic"}}, "rope_type 'magic' is none of default, dynamic"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling: factor is 0, wanted a number over 0"),
         ({"rope_parameters": {"full": {"rope_type": "magic"}}}, "rope_type 'magic'"),
+        ({"attention_dropout": 1.0}, "attention_dropout: got 1.0; Input should be less than 1"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers: got 1000000000"),
         ({"pad_token_id": 384}, "cannot be loaded: Padding_idx must be within num_embeddings"),
         ({"text_config": [1]}, r"text_config is \[1\], wanted an object"),

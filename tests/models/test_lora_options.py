@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from parley import SFTTrainer
-from parley.config import GenerationSection, LoraSection, ModelSection
+from parley.config import GenerationSection, LoraSection, ModelSection, RunConfig
 from parley.errors import ParleyError, UsageError
 from parley.inference.generate import generate
 from parley.models import patterns
@@ -38,6 +40,12 @@ def folder(request, tiny_llama_folder, tmp_path_factory):
     AutoModelForCausalLM.from_config(model.config).save_pretrained(target)
     tokenizer.save_pretrained(target)
     return target
+
+
+@pytest.fixture(scope="module")
+def bare_llama(tiny_llama_folder):
+    """A model that every attempt to attach an adapter has to leave alone."""
+    return load(tiny_llama_folder)[0]
 
 
 @torch.no_grad()
@@ -99,6 +107,15 @@ def test_an_option_that_is_accepted_works(folder, tmp_path, lora):
         ({"rank_pattern": {"q_proj": 10**6}}, "lora.q_proj is 1,000,000; with this model a rank over 1,024 only costs"),
         ({"r": 2000}, "lora.r is 2,000; with this model a rank over 1,024 only costs memory"),
         ({"layers_to_transform": [0], "target_modules": ".*q_proj"}, "cannot be used when `target_modules` is a str"),
+        ({"rank_pattern": {"q_prj": 3}}, "lora.rank_pattern q_prj matches no module"),
+        ({"alpha_pattern": {"model.layers.7.*": 3}}, "lora.alpha_pattern .* matches no module"),
+        ({"exclude_modules": ["proj"]}, "lora.exclude_modules proj matches no module"),
+        ({"exclude_modules": "proj"}, "lora.exclude_modules proj matches no module"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "lora.target_parameters mlp.experts.* matches no"),
+        ({"alora_invocation_tokens": [5, 10**6]}, "alora_invocation_tokens: 1000000 is no token of the model"),
+        ({"loftq_config": {"loftq_bits": 4}}, "lora.loftq_config .* set lora.loftq: true"),
+        ({"qalora_group_size": 32}, "lora.qalora_group_size has no effect without use_qalora: true"),
+        ({"velora_config": {"rang": 1}}, "lora.velora_config: unknown key rang; known: "),
     ],
     ids=str,
 )
@@ -106,6 +123,16 @@ def test_what_cannot_work_is_one_line(tiny_llama_folder, lora, words):
     with pytest.raises(ParleyError, match=words) as caught:
         attach_lora(load(tiny_llama_folder)[0], LoraSection(**{"r": 4, **lora}), seed=1)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(LoraConfig)])
+@pytest.mark.parametrize("value", ["nonsense", ["nonsense"], {"nonsense": 1}, -7], ids=str)
+def test_nonsense_is_refused_for_every_field_of_loraconfig(bare_llama, field, value):
+    with pytest.raises(ParleyError) as caught:
+        attach_lora(bare_llama, RunConfig.create({"lora": {field: value}}).lora, seed=1)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert field in said or "nonsense" in said or str(value) in said or "pip install megatron" in said
 
 
 def test_peft_spelling_of_loftq_is_parleys_own(tiny_llama_folder):

@@ -160,3 +160,11 @@ def test_rounding_chooses_no_other_expert(name: str, experts: str) -> None:
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     assert packing_isolation._largest_difference(model, torch.device("cpu")) < 0.015
+
+
+def test_the_probe_shrinks_the_configurations_inside_of_one() -> None:
+    config = AutoConfig.for_model("gemma3", text_config={"num_hidden_layers": 4}, vision_config={})
+    small = packing_isolation.shrink(config, None, few_layers=True)
+    assert small.text_config.vocab_size == packing_isolation.VOCABULARY
+    assert small.text_config.intermediate_size == packing_isolation.WIDTH
+    assert small.text_config.sliding_window == packing_isolation.WINDOW

@@ -137,6 +137,9 @@ def test_weight_decay_shrinks_the_weights(tiny_tokenizer: Any, tmp_path: Path, o
 REFUSED: dict[str, Callable[[SFTTrainer, pytest.MonkeyPatch], None]] = {
     "fp16": lambda made, patch: patch.setattr(made.args, "fp16", True),
     "optimizer adafactor": lambda made, patch: patch.setattr(made.args, "optim", OptimizerNames.ADAFACTOR),
+    "evaluation in 16 bits": lambda made, patch: patch.setattr(made.args, "bf16_full_eval", True),
+    "debug": lambda made, patch: patch.setattr(made.args, "debug", ["underflow_overflow"]),
+    "DeepSpeed or FSDP": lambda made, patch: patch.setattr(made, "is_fsdp_enabled", True),
     "label smoothing": lambda made, patch: patch.setattr(made.args, "label_smoothing_factor", 0.1),
     "loss dft": lambda made, patch: patch.setattr(made.args, "loss_type", "dft"),
     "a loss function of its own": lambda made, patch: patch.setattr(made, "compute_loss_func", lambda *_: None),
@@ -420,6 +423,22 @@ def test_a_model_with_nothing_to_train_is_refused_in_one_line(
     with pytest.raises(UsageError, match="every weight of the model is frozen") as caught:
         made.train()
     assert "\n" not in str(caught.value)
+
+
+def test_options_that_the_fused_step_does_not_follow_are_named(
+    tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = "gradient_checkpointing, torch_empty_cache_steps"
+    line = f"the fused step decides {names} by itself; engine: plain follows them"
+    settings = {"gradient_checkpointing": False, "torch_empty_cache_steps": 2, "hub_model_id": "me/x"}
+    for engine, count in (("plain", 0), ("auto", 1)):
+        caplog.clear()
+        trainer(tiny_tokenizer, tmp_path, settings=settings, engine=engine).bind_fused_step()
+        assert caplog.messages.count(line) == count
+        assert caplog.messages.count("hub_model_id has no effect without push_to_hub: true") == 1
+    caplog.clear()
+    trainer(tiny_tokenizer, tmp_path).bind_fused_step()
+    assert not [message for message in caplog.messages if "by itself" in message or "no effect" in message]
 
 
 def test_names_of_the_version_before_are_read(tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -170,6 +170,8 @@ def test_nan_losses_are_said_and_do_not_reach_the_drawing() -> None:
         (Scores(style_rate=0.0), Scores(style_rate=0.956), [("Style", "0%", "95.6%", (0.0, 95.6))]),
         (None, Scores(accuracy=0.9), [("Accuracy", "", "90%", None)]),
         (Scores(heldout_loss=3.0), None, [("Held-out loss", "3", "", None)]),
+        (Scores(style_rate=0.5), Scores(style_rate=0.25), [("Style", "50%", "25%", (50.0, 25.0))]),
+        (Scores(heldout_loss=0.0), Scores(heldout_loss=0.0), [("Held-out loss", "0", "0", None)]),
         (Scores(heldout_loss=2.0), Scores(heldout_loss=math.nan), [("Held-out loss", "2", "not finite", None)]),
     ],
 )

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq
 from trl import SFTConfig
 
 from parley.data.control_tokens import IGNORE_INDEX
-from parley.errors import DataError, UsageError
+from parley.errors import DataError, ModelError, UsageError
 from parley.training.sft_config import SFTConfig as ParleyConfig
 from parley.training.trainer import SFTTrainer
 
@@ -415,8 +415,25 @@ def test_metrics_get_one_row_an_example_and_evaluation_logs_what_trl_s_does(
     torch.testing.assert_close(torch.tensor(predicted.predictions[0, : len(logits)]), logits, rtol=1e-4, atol=1e-5)
 
 
-def test_virtual_tokens_stand_before_every_document(
-    tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("peft_config", "reason"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4), "virtual tokens"),
+        (
+            LoraConfig(
+                r=4,
+                target_modules=["q_proj", "down_proj"],
+                task_type="CAUSAL_LM",
+                init_lora_weights=False,
+                alora_invocation_tokens=[2],  # <|start_header_id|>
+            ),
+            "an activated LoRA",
+        ),
+    ],
+    ids=["prompt tuning", "alora"],
+)
+def test_an_adapter_that_looks_at_a_whole_row_gets_a_row_a_document(
+    tiny_llama_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, peft_config: Any, reason: str
 ) -> None:
     losses = []
     for batch in (1, 8):
@@ -435,11 +452,22 @@ def test_virtual_tokens_stand_before_every_document(
             ),
             train_dataset=Dataset.from_list(ROWS),
             processing_class=AutoTokenizer.from_pretrained(tiny_llama_folder),
-            peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+            peft_config=peft_config,
         )
         losses.append(trainer.train().training_loss)
-    assert "padded batches in place of packed rows: virtual tokens" in caplog.text
+    assert f"padded batches in place of packed rows: {reason}" in caplog.text
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_name_that_matches_nothing_is_refused_for_peft_s_config_too(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"lora\.modules_to_save nope matches no module of LlamaForCausalLM"):
+        SFTTrainer(
+            AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+            ParleyConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True),
+            train_dataset=Dataset.from_list(ROWS),
+            processing_class=AutoTokenizer.from_pretrained(tiny_llama_folder),
+            peft_config=LoraConfig(modules_to_save=["nope"], task_type="CAUSAL_LM"),
+        )
 
 
 def test_held_out_sets_may_be_streams_by_name(tiny_llama_folder: Path, tmp_path: Path) -> None:

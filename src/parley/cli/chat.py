@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from parley.cli.loading import TrustRemoteCode, change_settings, open_model
-from parley.cli.terminal import complain, err, importing, out, quiet_libraries
+from parley.cli.terminal import Interrupts, complain, err, importing, out, quiet_libraries, watch_interrupts
 from parley.errors import ParleyError, UsageError
 from parley.text import print_text, visible
 
@@ -81,29 +81,45 @@ def _converse(session: ChatSession) -> None:
     import readline  # noqa: F401  (input() edits lines and remembers them once it is imported)
 
     out.print("Type a message, or /help. Ctrl-C stops an answer, Ctrl-D quits.", style="dim")
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print()
-            continue
-        try:
-            if line.startswith("/"):
-                if not _run_command(session, line):
-                    return
-            elif line:
-                out.print(_stream_answer(session, line), style="dim")
-        except KeyboardInterrupt:
-            out.print("\n(stopped)", style="dim")
-        except ParleyError as error:
-            complain(str(error))
+    stopped, more = False, True
+    with watch_interrupts() as interrupts:
+        while more:
+            # What takes time is inside, the line about a Ctrl-C too: the next Ctrl-C must not end the program.
+            try:
+                if stopped:
+                    out.print("\n(stopped)", style="dim")
+                    stopped = False
+                more = _turn(session, interrupts)
+            except KeyboardInterrupt:
+                stopped = True
 
 
-def _stream_answer(session: ChatSession, text: str) -> str:
-    """Print the answer as it comes. Returns a line with its length and speed."""
+def _turn(session: ChatSession, interrupts: Interrupts) -> bool:
+    """One line from the terminal, answered. Returns False where it ends the program."""
+    try:
+        interrupts.seen = False
+        line = input("> ").strip()
+    except EOFError:
+        print()
+        return False
+    except KeyboardInterrupt:
+        print()
+        return True
+    try:
+        if line.startswith("/"):
+            return _run_command(session, line)
+        if line:
+            out.print(_stream_answer(session, line, interrupts), style="dim")
+    except ParleyError as error:
+        complain(str(error))
+    return True
+
+
+def _stream_answer(session: ChatSession, text: str, interrupts: Interrupts | None = None) -> str:
+    """Print the answer as it comes. Returns a line with its length and speed.
+
+    Raises KeyboardInterrupt after the first piece that finds `interrupts` set.
+    """
     answer, started, first = "", perf_counter(), 0.0
     # Closing the iterator frees the decoder slot when Ctrl-C interrupts the loop.
     with closing(session.say(text)) as pieces:
@@ -112,6 +128,8 @@ def _stream_answer(session: ChatSession, text: str) -> str:
             first = first or perf_counter() - started
             print(visible(piece) if sys.stdout.isatty() else piece, end="", flush=True)
             answer += piece
+            if interrupts is not None and interrupts.seen:
+                raise KeyboardInterrupt
     seconds = perf_counter() - started
     print()
     tokens = len(session.tokenizer.encode(answer, add_special_tokens=False))

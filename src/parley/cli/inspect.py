@@ -41,9 +41,10 @@ def inspect(
     html: Annotated[Path | None, typer.Option(help="Also write the coloured row to this file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON, and no row.")] = False,
 ) -> None:
-    """Check a data set: what it holds, what is wrong with it, worst first, and which setting cures it.
+    """Check a data set, or show a row as the model sees it.
 
-    With --model, lengths are in tokens too, and a row is shown as the model sees it, supervised tokens in colour.
+    Prints what the data holds and what is wrong with it, worst first, each with its cure. With --model, lengths are in
+    tokens too, and a row is shown with its supervised tokens in colour.
 
     Example: parley inspect rows.jsonl --model meta-llama/Llama-3.2-1B-Instruct --row 3
     """

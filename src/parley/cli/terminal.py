@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
+from types import FrameType
 from typing import TypeVar
 
 from rich.console import Console, ConsoleRenderable
@@ -26,6 +29,31 @@ Value = TypeVar("Value")
 
 class Stopped(Exception):
     """Ctrl-C; the message says what was kept."""
+
+
+@dataclass
+class Interrupts:
+    seen: bool = False
+
+
+@contextmanager
+def watch_interrupts() -> Iterator[Interrupts]:
+    """Ctrl-C raises KeyboardInterrupt, as ever, and sets `seen`.
+
+    Python drops an exception that is raised in a destructor or a weakref callback, which the garbage collector may run
+    anywhere: without the flag such a Ctrl-C would be lost. In the main thread only.
+    """
+    interrupts = Interrupts()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        interrupts.seen = True  # no lock, as threading.Event has: the handler may run inside any of its calls
+        signal.default_int_handler(number, frame)
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupts
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def complain(message: str) -> None:

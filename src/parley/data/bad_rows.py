@@ -29,12 +29,22 @@ class LeftOut:
     check: str
 
 
+ALLOWED = 10
+"""Bad rows that a limit by share never refuses."""
+JUDGED_FROM = 1000
+"""Rows from which on a share is judged while they are read: bad rows may come first."""
+
+
 @dataclass
 class BadRows:
-    """The policy of `data.bad_rows`. `skipped`: in the order they were read. `advise`: errors name the setting."""
+    """The policy of `data.bad_rows`. `skipped`: in the order they were read. `advise`: errors name the setting.
+
+    rows: rows read so far, bad ones included; a stream counts those of all its passes.
+    """
 
     data: DataSection
     advise: bool = True
+    rows: int = 0
     skipped: list[BadRow] = field(default_factory=list)
     _origins: set[str] = field(default_factory=set)
     _path: Path | None = None
@@ -48,12 +58,23 @@ class BadRows:
             raise DataError(f"{bad.error}; data.bad_rows=skip leaves such rows out") if self.advise else bad.error
         if bad.origin in self._origins:
             return
-        if len(self.skipped) == self.data.bad_rows_limit:
-            raise DataError(f"more than {len(self.skipped):,} bad rows (data.bad_rows_limit); the last: {bad.error}")
         self._origins.add(bad.origin)
         self.skipped.append(bad)
+        self._check(max(self.rows, JUDGED_FROM))
         if self._path is not None:
             self._append([bad])
+
+    def check(self) -> None:
+        """Raise DataError where more rows are bad than `data.bad_rows_limit` allows of all rows."""
+        self._check(self.rows)
+
+    def _check(self, rows: int) -> None:
+        limit = self.data.bad_rows_limit
+        by_share = 0 < limit < 1
+        if len(self.skipped) > (max(ALLOWED, limit * rows) if by_share else limit):
+            count, last = f"{len(self.skipped):,} of {self.rows:,} rows are bad", self.skipped[-1].error
+            allowed = f"{limit:.3g} of the rows" if by_share else f"{limit:,.0f}"
+            raise DataError(f"{count}, data.bad_rows_limit allows {allowed}; the last: {last}")
 
     def write_to(self, path: Path) -> None:
         """Write the rows skipped so far to `path`, a JSON object a line, and those skipped later as they come."""

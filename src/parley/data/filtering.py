@@ -57,6 +57,7 @@ def render_examples(
         # `outcomes` has an entry only for the examples that the tokenizer renders, in the same order.
         rendered = iter(outcomes)
         for example in taken:
+            bad_rows.rows += 1
             outcome = next(rendered) if _is_rendered(example, data) else None
             try:
                 yield _outcome(example, outcome, tokenizer, data, max_length, summary)

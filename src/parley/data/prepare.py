@@ -111,6 +111,7 @@ def read_examples(data: DataSection) -> tuple[Recognised, Iterator[Example]]:
 
 def _good(examples: Iterable[Example | BadRow], bad_rows: BadRows) -> Iterator[Example]:
     for example in examples:
+        bad_rows.rows += 1
         if isinstance(example, BadRow):
             bad_rows.handle(example)
         else:
@@ -299,6 +300,8 @@ class RowRenderer:
         self.summary.unread = list(self.format.unread)
         if not self.summary.kept:
             raise DataError(f"{self.where}: nothing left to train on; {self.summary.nothing_left()}")
+        if not self.summary.streaming:
+            self.bad_rows.check()
 
 
 def _check_share(prepared: Prepared, data: DataSection) -> None:
@@ -327,7 +330,9 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
             renderer.add(tokens, outcome[1])
     summary = prepared.summary
     summary.heldout, summary.heldout_source = len(tokens.digests), data.heldout
-    summary.heldout_dropped = renderer.summary.dropped
+    summary.heldout_dropped = dict(renderer.summary.dropped)
+    if renderer.summary.bad.count:
+        summary.heldout_dropped["bad"] = renderer.summary.bad
     summary.heldout_repeated = sum(digest in trained for digest in tokens.digests)
     if not tokens.digests:
         raise DataError(f"data.heldout {source}: nothing left to evaluate on; {renderer.summary.nothing_left()}")

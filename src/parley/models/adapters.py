@@ -32,7 +32,8 @@ from parley.models.adapter_files import (
 )
 from parley.models.device import seeded
 from parley.models.loftq import ADAPTER, check_loftq, init_loftq
-from parley.models.lora_targets import check_modules_to_save, target_modules
+from parley.models.lora_options import check_fields, check_modules
+from parley.models.lora_targets import target_modules
 from parley.models.patterns import matching
 from parley.models.quantization import quantization_of
 from parley.models.residual_init import ResidualInitModel, is_residual_init
@@ -64,7 +65,7 @@ def attach_lora(model: PreTrainedModel, section: LoraSection, *, seed: int) -> P
     section = _with_own_loftq(section)
     config = _lora_config(section)
     config.target_modules = target_modules(model, section)
-    check_modules_to_save(model, config.modules_to_save)
+    check_modules(model, config)
     if isinstance(config.exclude_modules, str):
         names = [name for name, _ in model.named_modules()]
         config.exclude_modules = matching(config.exclude_modules, names, "lora.exclude_modules")
@@ -271,6 +272,7 @@ def _lora_config(section: LoraSection) -> LoraConfig:
             f"lora.init_lora_weights: {fields['init_lora_weights']} is computed from data, which is not offered; "
             "choose pissa, olora, orthogonal, gaussian or true"
         )
+    check_fields(fields)
     for name in (*(fields.get("rank_pattern") or {}), *(fields.get("alpha_pattern") or {})):
         if not is_plain_pattern(str(name)):
             raise UsageError(f"lora: {one_line(str(name), 60)!r} is no plain pattern of module names; write them out")

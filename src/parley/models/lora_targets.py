@@ -56,14 +56,6 @@ def target_modules(model: PreTrainedModel, section: LoraSection) -> list[str] | 
     return requested
 
 
-def check_modules_to_save(model: PreTrainedModel, wanted: Iterable[str] | None) -> None:
-    """Raises ModelError for a name of lora.modules_to_save that no module ends in, which PEFT leaves out."""
-    names = [name for name, _ in model.named_modules()]
-    for module in wanted or ():
-        if not any(name.endswith(module) for name in names):
-            raise ModelError(f"lora.modules_to_save {one_line(module, 80)} matches no module of {type(model).__name__}")
-
-
 def _linear_leaves(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
     layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]

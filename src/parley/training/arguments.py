@@ -11,12 +11,21 @@ import torch
 from parley.config import RunConfig, TrainingSection, unknown_key
 from parley.errors import UsageError, one_line
 from parley.training.check_settings import check_types
+from parley.training.option_effects import check_choices, check_options
 from parley.training.sft_config import SFTConfig, has_bf16
 
 # Fields that would contradict what the run decides elsewhere, and where to say it instead.
 ELSEWHERE = {
     "output_dir": "output",
     "max_length": "model.max_seq_length",
+    "max_seq_length": "model.max_seq_length",
+    "truncation_mode": "data.overlong",
+    "dataset_kwargs": "data",
+    "trust_remote_code": "model.trust_remote_code",
+    "use_cpu": "model.device",
+    # They would leave the weights in 16 bits after the evaluation before training.
+    "bf16_full_eval": "model.dtype",
+    "fp16_full_eval": "model.dtype",
     "assistant_only_loss": "data.train_on",
     "completion_only_loss": "data.format",
     "chat_template_path": "model.chat_template",
@@ -26,6 +35,21 @@ ELSEWHERE = {
 }
 # Settings of the training section that are Parley's own.
 OWN = {"engine", "memory", "early_stopping", "keep"}
+# Fields that a run's own commands do not read, with the reason.
+UNREAD = {
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),
+    **dict.fromkeys(
+        (
+            "batch_eval_metrics", "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object",
+            "include_for_metrics", "prediction_loss_only",
+        ),
+        "an evaluation of a run gathers no predictions",
+    ),
+    "label_names": "rendered rows have labels alone",
+    "local_rank": "the launcher gives each process its own",
+    "remove_unused_columns": "rendered rows have no others",
+    "use_cache": "training uses no cache",
+}  # fmt: skip
 PREPARING = ("packing", "eval_packing", "shuffle_dataset")
 
 
@@ -61,12 +85,16 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
         "eval_strategy": "no" if values["eval_steps"] is None else "steps",
     }
     values = check_types(values)
+    notes += [f"training.{name} has no effect: {reason}" for name, reason in UNREAD.items() if name in values]
     if values.get("hub_token"):
         values["hub_token"] = Secret(values["hub_token"])
+    check_choices(values, "training.")  # transformers looks at some when it is late for a clear message
     try:
-        return SFTConfig(**(defaults | values)), notes
-    except (TypeError, ValueError, ImportError, OSError) as error:
+        args = SFTConfig(**(defaults | values))
+    except (TypeError, ValueError, ImportError, OSError, KeyError) as error:
         raise UsageError(f"training: {one_line(error, 400)}") from None
+    check_options(args, "training.")
+    return args, notes
 
 
 class Secret(str):

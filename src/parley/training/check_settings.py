@@ -16,11 +16,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import SFTConfig
 
 from parley.config import MAX_COUNT, RunConfig, checked_path
 from parley.errors import UsageError, one_line
 from parley.text import shorten_middle
+from parley.training.sft_config import SFTConfig
 
 # What the libraries raise for a value they refuse. Only settings reach the calls below, so none of these hides a fault.
 REFUSALS = (ValueError, TypeError, RuntimeError, ImportError, KeyError, AttributeError, OSError)
@@ -53,6 +53,10 @@ RANGES = {
     "save_total_limit": Range(1, MAX_COUNT),
     "dataset_num_proc": Range(1, MAX_WORKERS),
     "ddp_timeout": Range(1, MAX_COUNT),
+    "ddp_bucket_cap_mb": Range(1, MAX_COUNT),
+    "router_aux_loss_coef": Range(0, 1e6),
+    "warmup_ratio": Range(0, 1),
+    "torch_empty_cache_steps": Range(1, MAX_COUNT),
 }
 
 
@@ -99,7 +103,9 @@ def setting_error(name: str, error: BaseException | str) -> UsageError:
 
 def _converted(name: str, value: Any, declared: Any) -> Any:
     try:
-        converted = TypeAdapter(declared, config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        converted = TypeAdapter(
+            declared, config=ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+        ).validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"training.{name}: got {shorten_middle(repr(value), 120)}; {first['msg']}") from None

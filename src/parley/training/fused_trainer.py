@@ -52,6 +52,8 @@ class FusedTrainer(CapturedTrainer):
 
     optimizer: torch.optim.Optimizer | None
 
+    left_to_fused_step: str | None = None  # the line that names options which the fused step does not follow
+
     def __init__(
         self,
         *args: Any,
@@ -141,6 +143,8 @@ class FusedTrainer(CapturedTrainer):
         except Unsupported as reason:
             self._take_another_path(str(reason))
             return None
+        if self.left_to_fused_step is not None:
+            logger.warning("%s", self.left_to_fused_step)
         return self._build_fused_step(bound)
 
     def _take_another_path(self, reason: str) -> None:
@@ -184,6 +188,7 @@ class FusedTrainer(CapturedTrainer):
         if (reason := unsupported_option(self.args)) is not None:
             raise Unsupported(reason)
         for unsupported, reason in (
+            (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed or FSDP"),
             (self.compute_loss_func is not None, "a loss function of its own"),
             (self.accelerator.num_processes > 1, "several processes"),
         ):
@@ -288,6 +293,8 @@ def unsupported_option(args: SFTConfig) -> str | None:
     """The first option in `args` that the fused step does not implement."""
     for unsupported, reason in (
         (args.fp16, "fp16"),
+        (args.bf16_full_eval or args.fp16_full_eval, "evaluation in 16 bits"),
+        (bool(args.debug), "debug"),
         (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {OptimizerNames(args.optim).value}"),
         (args.label_smoothing_factor > 0, "label smoothing"),
         (args.loss_type != "nll", f"loss {args.loss_type}"),

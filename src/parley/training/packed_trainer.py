@@ -242,8 +242,13 @@ class PackedTrainer(RetryingTrainer):
 
         Asked at the first pass of the plain path, as the answer may take a probe of a second.
         """
-        if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
+        config = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        if config is not None and config.is_prompt_learning:
             reason: str | None = "virtual tokens stand before a row, and would before its first document alone"
+        elif isinstance(self.model, PeftModel) and self.model.active_peft_config.to_dict().get(
+            "alora_invocation_tokens"
+        ):
+            reason = "an activated LoRA looks for its invocation tokens once a row, not once a document"
         else:
             reason = why_not_packed(self.model, self.max_tokens)
         if reason is not None:

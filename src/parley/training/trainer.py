@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 import torch
 from datasets import Dataset, IterableDataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
 from transformers import (
     DataCollatorForSeq2Seq,
@@ -33,8 +33,10 @@ from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
 from parley.errors import UsageError
 from parley.library_compat.bitsandbytes import keep_trainable_layout
+from parley.models.lora_options import check_modules
 from parley.models.quantization import quantization_of
 from parley.training.fused_trainer import FusedTrainer
+from parley.training.option_effects import check_options, left_to_the_fused_step, without_effect
 from parley.training.sft_config import SFTConfig, unavailable_formats
 
 logger = logging.getLogger(__name__)
@@ -88,6 +90,10 @@ class SFTTrainer(FusedTrainer):
             raise UsageError("got both tokenizer and processing_class; pass one of them")
         old = dict(zip(OLD_SPELLINGS, (dataset_text_field, max_seq_length, dataset_num_proc, packing), strict=True))
         args = _own_config(args, model, {name: value for name, value in old.items() if value is not None})
+        for line in without_effect(args):
+            logger.warning("%s", line)
+        # Asked before TRL fills in options of its own.
+        self.left_to_fused_step = left_to_the_fused_step(args)
         _refuse_images(train_dataset, processing_class or tokenizer)
         self.train_on = train_on
         self.overlong: Overlong = overlong or _overlong(args)
@@ -104,6 +110,8 @@ class SFTTrainer(FusedTrainer):
         assistant_only, args.assistant_only_loss = args.assistant_only_loss, False
         peft_config = kwargs.pop("peft_config", None)
         if peft_config is not None and not isinstance(model, str | PeftModel):
+            if isinstance(peft_config, LoraConfig):
+                check_modules(model, peft_config)
             set_seed(args.seed)
             model, peft_config = get_peft_model(model, peft_config), None
         originals = (
@@ -192,7 +200,7 @@ class SFTTrainer(FusedTrainer):
                 "labels, or apply it with Dataset.map()"
             )
         columns = dataset.column_names or list(next(iter(dataset)))
-        section = DataSection(train_on=self.train_on, overlong=self.overlong)
+        section = DataSection(train_on=self.train_on, overlong=self.overlong, bad_rows="error")
         everything = args.completion_only_loss is False and not self.assistant_only
         if "input_ids" in columns:
             section.format = "tokens"
@@ -242,6 +250,7 @@ def _own_config(args: TrainingArguments | None, model: Any, old: dict[str, Any])
         old["max_length"] = old.pop("max_seq_length")
     for name, value in old.items():
         setattr(args, name, value)
+    check_options(args)
     return args
 
 

@@ -38,8 +38,8 @@ _HEADINGS = re.compile(
     re.MULTILINE,
 )
 # Two searches rather than one pattern, which would be quadratic in the lines that one speaker begins.
-_USER = re.compile(r"^\s*(?:USER|User|Human): |\bUSER: ", re.MULTILINE)
-_ASSISTANT = re.compile(r"^\s*(?:ASSISTANT|Assistant|AI): |\bASSISTANT:", re.MULTILINE)
+_USER = re.compile(r"^[ \t]*(?:USER|User|Human): |\bUSER: ", re.MULTILINE)
+_ASSISTANT = re.compile(r"^[ \t]*(?:ASSISTANT|Assistant|AI): |\bASSISTANT:", re.MULTILINE)
 
 
 def mojibake(text: str) -> str | None:
