@@ -20,6 +20,7 @@ from parley.errors import RunError
 from parley.evaluation.evaluate_run import evaluate_run
 from parley.inference.generate import generate
 from parley.pipeline import RunResult, dry_run, train
+from parley.training.run_summary import read_run
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,9 @@ def test_a_run_leaves_everything_it_promises(result: RunResult) -> None:
     assert (path / "adapter" / "adapter_model.safetensors").is_file()
     assert (path / "adapter" / "chat_template.jinja").is_file()
     assert sorted(p.name for p in (path / "checkpoints").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    run = read_run(path)
+    assert (run.state, run.step, run.max_steps) == ("finished", 4, 4)
+    assert run.heldout_loss == result.report.after.heldout_loss  # type: ignore[union-attr]
     resolved = yaml.safe_load((path / "run.yaml").read_text())
     assert resolved["training"]["max_steps"] == 4
     assert resolved["lora"]["r"] == 16

@@ -46,6 +46,7 @@ from parley.training.prepare_training import (
 from parley.training.report import Report, write_figures, write_report
 from parley.training.resource_usage import ResourceMeter, StageTimer, device_name, memory_total, release_cached_memory
 from parley.training.run_folder import RunFolder, is_disk_full
+from parley.training.run_outcome import recorded_outcome
 from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
 from parley.training.terminal_summary import print_summary
 from parley.training.validation import Validation
@@ -97,7 +98,10 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
     folder = RunFolder.create(config)
     log = EventLog(folder.events, setup.device)
     try:
-        return _run(setup, args, notes, questions, folder, log, timer, console)
+        with recorded_outcome(log) as outcome:
+            result = _run(setup, args, notes, questions, folder, log, timer, console)
+            outcome.stopped = result.interrupted
+            return result
     except OSError as error:
         if isinstance(error, RunError) or not is_disk_full(error):
             raise

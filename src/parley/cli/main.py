@@ -16,7 +16,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import parley
-from parley.cli import bench, chat, demo, doctor, evaluate, export, generate, inspect, plan, report, serve, train
+from parley.cli import bench, chat, demo, doctor, evaluate, export, generate, inspect, plan, report, runs, serve, train
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError, UsageError
 from parley.text import print_text
@@ -32,6 +32,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "export": export.export,
     "report": report.report,
+    "runs": runs.runs,
     "bench": bench.bench,
     "doctor": doctor.doctor,
 }

@@ -15,14 +15,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from parley.text import print_text
 from parley.training.early_stopping import evaluations, lowest
 from parley.training.resource_usage import memory_peak
+from parley.training.run_outcome import process_identity
 
 
 class EventLog(TrainerCallback):
     """One JSON object a line: `start`, `step` (a logged step), `eval` (held-out loss), `answers` (to the report's first
     questions, at an evaluation), `save` (a checkpoint), `end`.
 
-    Each line is flushed, so that a run that is killed keeps its log. `seconds` counts from the start of training;
-    `tokens_per_s` is the rate since the previous logged step; memory is the peak in GiB.
+    The last line says how the run ended (run_outcome.py). Each line is flushed, so that a run that is killed keeps its
+    log. `seconds` counts from the start of training; `tokens_per_s` is the rate since the previous logged step; memory
+    is the peak in GiB.
     """
 
     def __init__(self, path: Path, device: torch.device) -> None:
@@ -42,7 +44,7 @@ class EventLog(TrainerCallback):
     ) -> None:
         self._started = self._last_time = perf_counter()  # an evaluation before training has its own clock
         self.begun = True
-        self.write({"event": "start", "step": state.global_step, "max_steps": state.max_steps})
+        self.write({"event": "start", "step": state.global_step, "max_steps": state.max_steps, **process_identity()})
 
     def on_log(
         self,
