@@ -27,7 +27,7 @@ DIFF = "diff"
 
 def runs(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[DIR] | diff A B", help="A folder of runs, or two runs to compare.")
+        list[str] | None, typer.Argument(metavar="DIR | diff A B", help="A folder of runs, or two runs to compare.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="With diff: also what is the same in both.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
