@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import parley.training.prepare_training as training_setup
 from parley.config import RunConfig
-from parley.errors import ModelError, RunError, TrainingError, UsageError
+from parley.errors import ModelError, RunError, UsageError
 from parley.evaluation.rebuild_report import rebuild_report
 from parley.pipeline import dry_run, train
 from parley.training.arguments import sft_config
@@ -121,27 +121,6 @@ def test_ctrl_c_before_the_first_step_leaves_no_folder(configured: Callable[...,
 
 
 # -- numbers that are not finite ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("heldout_rows", [0, 1])
-def test_a_diverged_run_fails_says_why_and_offers_no_chat(
-    configured: Callable[..., RunConfig], tmp_path: Path, heldout_rows: int
-) -> None:
-    said = io.StringIO()
-    config = configured("training.learning_rate=1e30", "training.max_steps=3", f"data.heldout_rows={heldout_rows}")
-    with pytest.raises(TrainingError, match=r"diverged: after step 3 .*not finite.*lower training.learning_rate") as e:
-        train(config, Console(file=said, width=200))
-    assert e.value.exit_code == 1
-    run = tmp_path / "runs" / "x"
-    assert not (run / "adapter").exists()
-    assert "chat" not in said.getvalue()
-    assert str(run / "report.html") in str(e.value)
-    report = json.loads((run / "report.json").read_text())
-    assert report["next_commands"] == []
-    assert "diverged" in report["notes"][-1]
-    assert [step["step"] for step in report["steps"]] == [1, 2, 3]
-    with pytest.raises(RunError, match="did not finish"):
-        RunFolder.open(run)
 
 
 def test_a_base_model_of_nan_is_refused_before_training(

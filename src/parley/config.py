@@ -247,6 +247,12 @@ class TrainingSection(OpenSection):
         description="Weights to save at the end: of the evaluation with the lowest held-out loss, or of the last step. "
         "auto: best with early_stopping, else last.",
     )
+    nonfinite: Literal["stop", "skip"] = Field(
+        "stop",
+        description="A step whose loss or gradient is not finite is never applied. stop: end the run there, with exit "
+        "code 1; skip: go on without it.",
+    )
+    nonfinite_limit: Count = Field(10, description="With nonfinite: skip, more such steps than these end the run.")
     seed: Seed = 3407
 
     @property

@@ -14,14 +14,16 @@ from rich.console import Console
 from trl import SFTConfig
 
 from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
-from parley.errors import ModelError, RunError, TrainingError
+from parley.errors import ModelError, RunError
 from parley.evaluation.answers_during_training import AnswersDuringTraining
 from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
+from parley.evaluation.failed_run import FailedRun
 from parley.evaluation.questions import Question, report_questions
 from parley.evaluation.run_report import (
     add_answers_of_events,
     add_evaluations,
     add_event_notes,
+    add_step_faults,
     begin_report,
     next_commands,
     steps_of_events,
@@ -33,6 +35,7 @@ from parley.text import print_text
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import check_settings
+from parley.training.last_good_weights import LastGoodWeights
 from parley.training.option_effects import check_tokens, without_effect
 from parley.training.prepare_training import (
     TrainingSetup,
@@ -48,6 +51,8 @@ from parley.training.resource_usage import ResourceMeter, StageTimer, device_nam
 from parley.training.run_folder import RunFolder, is_disk_full
 from parley.training.run_outcome import recorded_outcome
 from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
+from parley.training.step_faults import StepFaultLog
+from parley.training.step_monitor import NonfiniteStepError
 from parley.training.terminal_summary import print_summary
 from parley.training.validation import Validation
 
@@ -132,7 +137,9 @@ def _run(
     progress = ProgressLine(console, log)
     validation = Validation(config.training, folder.best, console)
     answering = AnswersDuringTraining(setup, questions, log, progress.console)
-    trainer = build_trainer(setup, args, [log, progress, answering, *validation.callbacks])
+    last_good = LastGoodWeights()
+    trainer = build_trainer(setup, args, [log, progress, answering, last_good, *validation.callbacks])
+    trainer.monitor.listeners.append(StepFaultLog(log, folder.nonfinite, setup.tokenizer, progress.progress.console))
     setup.model = trainer.model  # TRL may have wrapped it
     timer.end("trainer")
 
@@ -152,7 +159,12 @@ def _run(
 
     # 2. Train, and save the weights unless they are broken.
     meter = ResourceMeter(device)  # resets the peak: that of training is reported
-    interrupted = run_training(trainer, setup, folder, log, progress)
+    failed = FailedRun(setup, trainer, folder, log, report, validation, last_good)
+    try:
+        interrupted = run_training(trainer, setup, folder, log, progress)
+    except NonfiniteStepError as error:
+        raise failed.stopped_at(error) from None
+    trainer.remove_callback(last_good)
     log.kept_step, kept_notes = validation.finish(trainer)
     trainer.remove_callback(answering)
     report.kept_step = log.kept_step if log.kept_step != log.steps_done else None
@@ -160,13 +172,14 @@ def _run(
     report.steps = steps_of_events(log.events)
     add_event_notes(report, log.events)
     add_answers_of_events(report, log.events)
+    add_step_faults(report, log.events)
     report.resources = training_resources(trainer, log, memory_before, meter.seconds())
     if interrupted:
         report.notes.append(f"stopped by hand at step {log.steps_done}")
     report.notes += kept_notes
     fault = broken_weights(setup)
     if fault is not None:
-        raise _diverged(report, log, folder, fault, config.training.learning_rate)
+        raise failed.diverged(fault)
     weights = folder.save_weights(trainer.model, setup.tokenizer, full=config.lora is None)
     write_figures(folder.path, report)
     timer.end("saving")
@@ -180,7 +193,7 @@ def _run(
     add_event_notes(report, log.events)
     report.resources.stages, report.resources.total_seconds = timer.seconds, timer.total_seconds
     if after.scores.heldout_loss is not None and not isfinite(after.scores.heldout_loss):
-        raise _diverged(report, log, folder, "the held-out loss is not finite", config.training.learning_rate)
+        raise failed.diverged("the held-out loss is not finite")
     report.next_commands = next_commands(config)
     page = write_report(folder.path, report)
     print_summary(report, weights, page, console)
@@ -215,14 +228,3 @@ def _training_arguments(config: RunConfig) -> tuple[SFTConfig, list[str]]:
     args, notes = sft_config(config, config.output / "checkpoints", pick_device(config.model.device))
     check_settings(config, args)
     return args, notes
-
-
-def _diverged(report: Report, log: EventLog, folder: RunFolder, fault: str, learning_rate: float) -> TrainingError:
-    """The error of a run that ended in numbers that are not finite, once its report is written."""
-    saved = "the weights are saved, but of no use" if folder.weights.is_dir() else "no weights were saved"
-    message = (
-        f"training diverged: after step {log.steps_done} {fault}; {saved}; lower training.learning_rate "
-        f"(it was {learning_rate:g}) and look for the step in the report"
-    )
-    report.notes.append(message)
-    return TrainingError(f"{message}: {write_report(folder.path, report)}")

@@ -20,14 +20,18 @@ from parley.data.control_tokens import IGNORE_INDEX
 
 @dataclass(frozen=True)
 class Document:
-    """Token ids of one conversation and their labels, IGNORE_INDEX where a token is not supervised."""
+    """Token ids of one conversation and their labels, IGNORE_INDEX where a token is not supervised.
+
+    `origin` names its row to the owner of the data; empty where it is not known.
+    """
 
     ids_L: NDArray[np.int32]
     label_L: NDArray[np.int32]
+    origin: str = ""
 
     @classmethod
-    def from_lists(cls, input_ids: Sequence[int], labels: Sequence[int]) -> Document:
-        return cls(np.asarray(input_ids, dtype=np.int32), np.asarray(labels, dtype=np.int32))
+    def from_lists(cls, input_ids: Sequence[int], labels: Sequence[int], origin: str = "") -> Document:
+        return cls(np.asarray(input_ids, dtype=np.int32), np.asarray(labels, dtype=np.int32), origin)
 
     @property
     def supervised_tokens(self) -> int:
@@ -54,6 +58,10 @@ def split_by_tokens(lengths: Sequence[int], max_tokens: float) -> list[slice]:
 
 DOCUMENTS = "documents"
 """Key of a batch's documents. They stay on the host, where the fused step reads their lengths."""
+
+
+ORIGIN = "origin"
+"""Column of a data set that names each row, as the row's Example does."""
 
 
 class DocumentCollator:
@@ -96,7 +104,7 @@ class PaddedCollator:
 
 
 def _documents(row: dict[str, Any]) -> list[Document]:
-    row_document = Document.from_lists(row["input_ids"], row["labels"])
+    row_document = Document.from_lists(row["input_ids"], row["labels"], row.get(ORIGIN, ""))
     lengths = row.get("seq_lengths")
     if not lengths:
         return [row_document]

@@ -26,13 +26,14 @@ from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
 from parley.data.heldout_split import heldout_section, is_heldout, sampled_rows
+from parley.data.packing import ORIGIN
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.render import Rendered, pin_date, pin_settings
 from parley.data.sources import Rows, located, read_rows
 from parley.data.summary import DataSummary
 from parley.errors import DataError
 
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32"))})
+FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), ORIGIN: Value("string")})
 PREVIEWED = 8
 STREAM_BATCH = 16
 ARROW_BATCH = 4096
@@ -46,9 +47,9 @@ STREAM_HELDOUT = 64
 @dataclass
 class Prepared:
     """Data ready to train on. `train` and `heldout` have columns input_ids and labels, each (T,), with labels
-    IGNORE_INDEX where not supervised. `heldout_examples` are in the order of `heldout`'s rows; `preview` and
-    `preview_origins` are the first training rows; `bad_rows` are those skipped; `diagnosis` is what the data doctor
-    found, where it was asked.
+    IGNORE_INDEX where not supervised, and the row's origin. `heldout_examples` are in the order of `heldout`'s rows;
+    `preview` and `preview_origins` are the first training rows; `bad_rows` are those skipped; `diagnosis` is what the
+    data doctor found, where it was asked.
     """
 
     train: Dataset | IterableDataset
@@ -90,7 +91,7 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
 def render_rows(
     rows: Rows, tokenizer: Any, data: DataSection, max_length: int, *, where: str
 ) -> tuple[Dataset | IterableDataset, DataSummary]:
-    """`rows` in memory as input_ids and labels, each (T,), and their summary.
+    """`rows` in memory as input_ids and labels, each (T,), with their origins; and their summary.
 
     `where` names them in messages. Raises as `prepare` does.
     """
@@ -140,10 +141,10 @@ class _TokenColumns:
     def __init__(self) -> None:
         self.digests: list[bytes] = []
         self.tables: list[Dataset] = []
-        self.pending: list[dict[str, np.ndarray]] = []
+        self.pending: list[dict[str, Any]] = []
 
-    def add(self, rendered: Rendered) -> bytes:
-        row = _columns(rendered)
+    def add(self, rendered: Rendered, origin: str) -> bytes:
+        row = _columns(rendered, origin)
         self.pending.append(row)
         if len(self.pending) == ARROW_BATCH:
             self._to_arrow()
@@ -221,10 +222,10 @@ class RowRenderer:
                 continue
             example, rendered = outcome
             if is_chosen(index, example):
-                self.add(heldout, rendered)
+                self.add(heldout, rendered, example.origin)
                 examples.append(example)
                 continue
-            digests = self.add(train, rendered)
+            digests = self.add(train, rendered, example.origin)
             # With `overlong: split` a row has several parts; it repeats earlier rows only if all its parts do.
             if digests and seen.issuperset(digests):
                 self.summary.repeated.add(example.origin)
@@ -260,7 +261,7 @@ class RowRenderer:
             heldout_rows = STREAM_HELDOUT
             kept = (outcome for outcome in kept if is_heldout(outcome[0], share))
         for example, rendered in islice(kept, heldout_rows):
-            self.add(heldout, rendered)
+            self.add(heldout, rendered, example.origin)
             examples.append(example)
         # Rows read rather than rows held out: rows dropped in between have to be skipped as well.
         used = self.summary.rows if share is None else 0
@@ -273,8 +274,9 @@ class RowRenderer:
                     self._count(outcome[1])
                     yield outcome
 
-        def columns() -> Iterator[dict[str, np.ndarray]]:
-            return (_columns(part) for _, rendered in training_rows() for part in self._parts(rendered))
+        def columns() -> Iterator[dict[str, Any]]:
+            for example, rendered in training_rows():
+                yield from (_columns(part, example.origin) for part in self._parts(rendered))
 
         # No read-ahead on streams: the first batch would wait for 1,280 rows, and rows not yet used would be counted.
         shown = list(islice(training_rows(), PREVIEWED))
@@ -289,8 +291,8 @@ class RowRenderer:
     def _parts(self, rendered: Rendered) -> list[Rendered]:
         return split_row(rendered, self.data, self.max_length)
 
-    def add(self, tokens: _TokenColumns, rendered: Rendered) -> list[bytes]:
-        return [tokens.add(part) for part in self._parts(rendered)]
+    def add(self, tokens: _TokenColumns, rendered: Rendered, origin: str) -> list[bytes]:
+        return [tokens.add(part, origin) for part in self._parts(rendered)]
 
     def _count(self, rendered: Rendered) -> None:
         for part in self._parts(rendered):
@@ -327,7 +329,7 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     for outcome in renderer.outcomes():
         if outcome is not None:
             prepared.heldout_examples.append(outcome[0])
-            renderer.add(tokens, outcome[1])
+            renderer.add(tokens, outcome[1], outcome[0].origin)
     summary = prepared.summary
     summary.heldout, summary.heldout_source = len(tokens.digests), data.heldout
     summary.heldout_dropped = dict(renderer.summary.dropped)
@@ -339,11 +341,13 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     prepared.heldout = tokens.dataset()
 
 
-def _columns(rendered: Rendered) -> dict[str, np.ndarray]:
+def _columns(rendered: Rendered, origin: str) -> dict[str, Any]:
     # array and bytes read a list of Python numbers faster than numpy does, and this is done for every row.
     ids_T = np.frombuffer(array("i", rendered.input_ids), dtype=np.int32)
     supervised_T = np.frombuffer(bytes(rendered.mask), dtype=np.bool_)
-    return {"input_ids": ids_T, "labels": np.where(supervised_T, ids_T, np.int32(IGNORE_INDEX))}
+    labels_T = np.where(supervised_T, ids_T, np.int32(IGNORE_INDEX))
+    # Arrow holds UTF-8; a file's name may be none.
+    return {"input_ids": ids_T, "labels": labels_T, ORIGIN: origin.encode(errors="replace").decode()}
 
 
 def _with_progress(outcomes: Iterator[Any], count: int) -> Iterator[Any]:

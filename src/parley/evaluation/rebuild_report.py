@@ -13,6 +13,7 @@ from parley.errors import RunError
 from parley.evaluation.run_report import (
     add_answers_of_events,
     add_event_notes,
+    add_step_faults,
     report_of_settings,
     steps_of_events,
 )
@@ -43,6 +44,7 @@ def rebuild_report(run: Path, console: Console | None = None) -> Path:
     _add_heldout_losses(report, events)
     add_event_notes(report, events)
     add_answers_of_events(report, events)
+    add_step_faults(report, events)
     answered = any(answer.before or answer.during or answer.after for answer in report.answers)
     if not report.steps and not answered and report.before is None:
         raise RunError(f"{run}: neither report.json nor events.jsonl has anything to report; train again")

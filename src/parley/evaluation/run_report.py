@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
 from itertools import islice
 from typing import Any
@@ -14,11 +15,13 @@ from parley.data.preview import pieces
 from parley.evaluation.evaluate_model import Evaluation
 from parley.evaluation.questions import Question
 from parley.training.prepare_training import TrainingSetup
-from parley.training.report import Answer, MaskExample, Report, StepAnswer, StepFigures
+from parley.training.report import Answer, MaskExample, Report, StepAnswer, StepFault, StepFigures
 from parley.versions import library_versions
 
 # Keys of a `step` event, as the trainer logs them, by the report's own.
 EVENT_KEYS = {"token_accuracy": "mean_token_accuracy"}
+MAX_SPIKES = 20
+NOTED = ("out_of_memory", "nonfinite")  # events whose message is a note of the report
 
 
 def begin_report(setup: TrainingSetup, questions: list[Question], notes: list[str]) -> Report:
@@ -58,6 +61,24 @@ def add_answers_of_events(report: Report, events: Iterable[dict[str, Any]]) -> N
                 answer.during.append(StepAnswer(step=event["step"], text=text))
 
 
+def add_step_faults(report: Report, events: Iterable[dict[str, Any]]) -> None:
+    """The `nonfinite` and `spike` events of events.jsonl: all of the former, the highest MAX_SPIKES of the latter."""
+    found = []
+    for event in events:
+        if event.get("event") in ("nonfinite", "spike"):
+            values = {name: event.get(name) for name in ("step", "loss", "typical", "rows")}
+            with suppress(ValidationError):  # a line may be a stranger's, or of another version
+                found.append(StepFault.model_validate(values | {"kind": event["event"]}))
+    spikes = sorted((f for f in found if f.kind == "spike"), key=_height, reverse=True)[:MAX_SPIKES]
+    kept = [fault for fault in found if fault.kind == "nonfinite"] + spikes
+    if kept:
+        report.step_faults = sorted({fault.step: fault for fault in kept}.values(), key=lambda fault: fault.step)
+
+
+def _height(fault: StepFault) -> float:
+    return (fault.loss or 0.0) - (fault.typical or 0.0)
+
+
 def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
     """The `step` events of events.jsonl as rows of the report, with the held-out loss where it was measured.
 
@@ -79,14 +100,25 @@ def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
             except ValidationError:
                 continue
             steps.setdefault(figures.step, figures).heldout_loss = figures.heldout_loss
+        elif event.get("event") == "nonfinite":
+            try:
+                figures = StepFigures(step=event["step"], loss=event.get("loss"), grad_norm=event.get("grad_norm"))
+            except ValidationError:
+                continue
+            known = steps.setdefault(figures.step, figures)
+            known.loss, known.grad_norm = figures.loss, figures.grad_norm
     return sorted(steps.values(), key=lambda row: row.step)
 
 
 def add_event_notes(report: Report, events: Iterable[dict[str, Any]]) -> None:
-    """Note what the event log records beside figures: passes that ran out of memory and were done again."""
+    """Note what the event log records beside figures: what memory or numbers did to steps."""
     for event in events:
         message = event.get("message")
-        if event.get("event") == "out_of_memory" and isinstance(message, str) and message not in report.notes:
+        if (
+            event.get("event") in ("out_of_memory", "nonfinite")
+            and isinstance(message, str)
+            and message not in report.notes
+        ):
             report.notes.append(message)
 
 

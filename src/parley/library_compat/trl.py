@@ -42,3 +42,14 @@ def tokens_seen(trainer: trl.SFTTrainer) -> int:
 def set_tokens_seen(trainer: trl.SFTTrainer, tokens: int) -> None:
     """Continue the count of a checkpoint."""
     trainer._total_train_tokens = tokens
+
+
+def keep_column(trainer: trl.SFTTrainer, name: str) -> None:
+    """Do not remove the column `name` from data sets, though the model does not take it.
+
+    To be called from `_set_signature_columns_if_needed`, which TRL, too, overrides for a column of its own. Public
+    alternative: `remove_unused_columns=False`, which keeps every column of the user's.
+    """
+    columns = trainer._signature_columns
+    if name not in columns:
+        trainer._signature_columns = [*columns, name]

@@ -181,7 +181,7 @@ def _read_weights(
         raise ModelError(f"{name}: cannot be loaded: {one_line(error)}") from None
     _check_complete(name, report)
     check_quantised(name, model)
-    _check_finite(name, model)
+    check_finite(name, model)
     return model
 
 
@@ -206,8 +206,11 @@ def _check_complete(name: str, report: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
-def _check_finite(name: str, model: PreTrainedModel) -> None:
-    """Refuse weights with NaN or infinity, which answer the same token for ever; one sum a tensor, one wait in all."""
+def check_finite(name: str, model: PreTrainedModel) -> None:
+    """Refuse weights with NaN or infinity, which answer the same token for ever; one sum a tensor, one wait in all.
+
+    Raises ModelError, which names the first such tensor.
+    """
     weights = {key: value for key, value in model.named_parameters() if value.dtype in DTYPES.values()}
     if not weights:
         return

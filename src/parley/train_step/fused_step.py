@@ -109,6 +109,11 @@ class FusedStep:
                 self.head(batch, self.forward(batch))
         return self.metrics_3.clone()
 
+    def idle_buffers(self) -> list[Tensor]:
+        """Buffers that hold nothing between two passes."""
+        # With offloaded activations another stream reads and writes the workspace.
+        return [self.logits_SV, *(self.workspace.buffers.values() if self.offload is None else ())]
+
     @torch.no_grad()
     def compile(self) -> None:
         """Compile in parallel every kernel that passes of this plan launch. Does nothing on a CPU."""

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from parley.training.early_stopping import Evaluated, evaluations, lowest
+from parley.training.last_good_weights import trained_parameters
 
 
 class BestWeights(TrainerCallback):
@@ -36,7 +37,7 @@ class BestWeights(TrainerCallback):
         if best is None or best.step != state.global_step or not args.should_save:
             return
         assert model is not None
-        self._write(best.step, {name: p.detach().cpu().contiguous() for name, p in _trained(model).items()})
+        self._write(best.step, {name: p.detach().cpu().contiguous() for name, p in trained_parameters(model).items()})
         self._prune(args, state)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -51,7 +52,7 @@ class BestWeights(TrainerCallback):
         if best is not None and best.step != state.global_step:
             saved = load_file(self._path(best.step))
             with torch.no_grad():
-                for name, parameter in _trained(model).items():
+                for name, parameter in trained_parameters(model).items():
                     parameter.copy_(saved[name])
         return best
 
@@ -79,7 +80,3 @@ class BestWeights(TrainerCallback):
         for path in self.folder.glob("step-*.safetensors"):
             if path not in names:
                 path.unlink()
-
-
-def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,13 +13,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from parley.text import print_text
 from parley.training.early_stopping import evaluations, lowest
+from parley.training.json_lines import append_line
 from parley.training.resource_usage import memory_peak
 from parley.training.run_outcome import process_identity
 
 
 class EventLog(TrainerCallback):
     """One JSON object a line: `start`, `step` (a logged step), `eval` (held-out loss), `answers` (to the report's first
-    questions, at an evaluation), `save` (a checkpoint), `end`.
+    questions, at an evaluation), `nonfinite` and `spike` (steps that need a look), `save` (a checkpoint), `end`.
 
     The last line says how the run ended (run_outcome.py). Each line is flushed, so that a run that is killed keeps its
     log. `seconds` counts from the start of training; `tokens_per_s` is the rate since the previous logged step; memory
@@ -67,7 +67,7 @@ class EventLog(TrainerCallback):
             event["event"] = "eval"
             event["step"] = state.global_step if self.kept_step is None else self.kept_step
             self.pause(logs.get("eval_runtime", 0.0))
-        elif "loss" in logs:
+        elif "learning_rate" in logs:  # and "loss", unless no step since the last log had a finite one
             event["event"] = "step"
             event["tokens_per_s"] = (logs["num_tokens"] - self._last_tokens) / (now - self._last_time)
             event["memory_gib"] = memory_peak(self.device)
@@ -89,9 +89,7 @@ class EventLog(TrainerCallback):
 
     def write(self, event: dict[str, Any]) -> None:
         self.events.append(event)
-        # Opened for each line: a run that is killed leaves whole lines, and no open file to close.
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        append_line(self.path, event)
 
 
 class ProgressLine(TrainerCallback):
@@ -134,7 +132,8 @@ class ProgressLine(TrainerCallback):
         if not self.log.steps:
             return
         last = self.log.steps[-1]
-        figures = f"loss {last['loss']:.3f}{self._heldout} · {last['tokens_per_s']:,.0f} tokens/s"
+        loss = f"loss {last['loss']:.3f}" if "loss" in last else "no finite loss"
+        figures = f"{loss}{self._heldout} · {last['tokens_per_s']:,.0f} tokens/s"
         figures += f" · {last['memory_gib']:.2f} GiB"
         self.progress.update(self.task, completed=state.global_step, figures=figures)
         # A log file gets ten lines, not a bar drawn over itself.

@@ -142,11 +142,3 @@ class CapturedTrainer(PackedTrainer):
         self.sums_4[:3] += metrics_3
         self.sums_4[3] += count
         return metrics_3[0] / max(count, 1), None, None
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Fetch the figures that stayed on the device, in one transfer."""
-        # An evaluation between two logged steps leaves those of the steps for the next log.
-        for values in metrics(self, "train").values() if self.model.training else ():
-            if values and isinstance(values[0], torch.Tensor):
-                values[:] = torch.stack(values).tolist()
-        super().log(logs, start_time)

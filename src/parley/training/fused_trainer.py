@@ -21,6 +21,7 @@ from parley.errors import RunError, one_line
 from parley.library_compat.trl import count_tokens, metrics
 from parley.train_step.bind import BoundModel, Unsupported, bind
 from parley.train_step.fused_step import FusedStep
+from parley.train_step.masked_update import MaskedUpdate
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.train_step.optimizer import AdamW8bit
 from parley.training.captured_trainer import CapturedTrainer
@@ -63,6 +64,7 @@ class FusedTrainer(CapturedTrainer):
     ) -> None:
         self.engine, self.memory = engine, memory
         self.fused_step: FusedStep | None = None
+        self._masked: MaskedUpdate | None = None  # the optimizer of the fused step
         self.plain_because = "engine: plain" if engine == "plain" else None
         super().__init__(*args, **kwargs)
 
@@ -110,7 +112,8 @@ class FusedTrainer(CapturedTrainer):
         assert decayed.issuperset(trained), "LoRA weights are no biases and no norms"
         # TRL's second group, of parameters without weight decay, is empty for LoRA; its schedulers count it.
         groups = [{"params": [weight_Z], "weight_decay": self.args.weight_decay}, {"params": [], "weight_decay": 0.0}]
-        self.optimizer = with_parameter_state(optimizer_class, layout)(groups, **settings)
+        self.optimizer = self._masked = with_parameter_state(optimizer_class, layout)(groups, **settings)
+        self._masked.idle = self.fused_step.idle_buffers
         self.fused_step.bound.flat.keep_frozen(self.optimizer)
         return self.optimizer
 
@@ -267,8 +270,21 @@ class FusedTrainer(CapturedTrainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         if self.fused_step is not None and grad_norm is None:
-            return torch.linalg.vector_norm(self.fused_step.bound.flat.grad_Z)
+            grad_norm = torch.linalg.vector_norm(self.fused_step.bound.flat.grad_Z)
         return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+    def _mask_update(self, finite: torch.Tensor) -> None:
+        """On the fused step the device masks the update by itself; the host does not wait for it."""
+        if self._masked is None:
+            super()._mask_update(finite)
+        else:
+            self._masked.finite = finite
+
+    def check_steps(self) -> None:
+        skipped = self.monitor.skipped
+        super().check_steps()
+        if self._masked is not None and self.monitor.skipped > skipped:
+            self._masked.forget_steps(self.monitor.skipped - skipped)
 
     # ---- Evaluation ----
 

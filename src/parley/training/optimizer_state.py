@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from parley.errors import RunError
 from parley.library_compat.bitsandbytes import WRAPPED_STATE
 from parley.train_step.flat_parameters import OPTIMIZER_BLOCK, FlatAdapters
+from parley.train_step.masked_update import MaskedUpdate
 
 State = dict[str, Any]
 MOMENTS = ("exp_avg", "exp_avg_sq", "state1", "state2")
@@ -143,8 +144,8 @@ class ParameterState(torch.optim.Optimizer):
 
 
 def with_parameter_state(optimizer_class: type, layout: StateLayout) -> Any:
-    """`optimizer_class`, whose state is that of the parameters in `layout`."""
-    return type(optimizer_class.__name__, (ParameterState, optimizer_class), {"layout": layout})
+    """`optimizer_class` with masked updates, whose state is that of the parameters in `layout`."""
+    return type(optimizer_class.__name__, (MaskedUpdate, ParameterState, optimizer_class), {"layout": layout})
 
 
 def check_shapes(states: Sequence[State], shapes: Sequence[torch.Size]) -> None:

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ from parley.training.out_of_memory import (
 )
 from parley.training.rehearsal import rehearse_passes, rehearse_saving, row_lengths
 from parley.training.retrying_trainer import RetryingTrainer
+from parley.training.step_checks import StepChecks
+from parley.training.step_monitor import StepMonitor, drop_nonfinite, fetch
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,14 @@ METRICS = {"mean_token_accuracy": 1, "entropy": 2}
 class PackedTrainer(RetryingTrainer):
     """TRL's SFTTrainer on batches of documents, which other collators' batches pass by.
 
-    A pass that runs out of memory is done again in smaller ones. `padded_because` is the reason for padded batches in
+    A pass that runs out of memory is done again in smaller ones. The update of a step whose loss or gradient is not
+    finite is not applied.
+
+    Args:
+        nonfinite: "stop" raises NonfiniteStepError at such a step, "skip" goes on.
+        nonfinite_limit: with "skip", more such steps than these raise it, too.
+
+    `padded_because` is the reason for padded batches in
     place of packed rows. `supervised_tokens` counts those trained on so far, by all processes.
     """
 
@@ -57,7 +66,10 @@ class PackedTrainer(RetryingTrainer):
     max_tokens: int | None = None  # of one document
     padded_collator: PaddedCollator | None = None  # of one row a document; None beside a collator of the user's own
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, nonfinite: Literal["stop", "skip"] = "stop", nonfinite_limit: int = 10, **kwargs: Any
+    ) -> None:
+        self.monitor = StepMonitor(nonfinite, nonfinite_limit)
         self.supervised_tokens = 0
         self._documents: list[Document] = []  # of the optimizer step whose micro-batches are arriving
         self._packed_tokens = math.inf  # most tokens of a packed row, once memory ran out
@@ -69,6 +81,7 @@ class PackedTrainer(RetryingTrainer):
         super().__init__(*args, **kwargs)
         # TRL's compute_loss divides by the tokens of the whole step, whether the model's own loss could or not.
         self.model_accepts_loss_kwargs = True
+        self.add_callback(StepChecks(self))
 
     # ---- Data loaders ----
 
@@ -122,7 +135,7 @@ class PackedTrainer(RetryingTrainer):
         if DOCUMENTS not in inputs:
             if self.accelerator.sync_gradients:  # num_items_in_batch counts the whole step's at every micro-batch
                 self.supervised_tokens += int(num_items_in_batch or 0)
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self.monitor.add_loss(super().training_step(model, inputs, num_items_in_batch))
         if not self._rehearsed:
             self._rehearsed = True
             if self.wants_rehearsal:
@@ -134,7 +147,40 @@ class PackedTrainer(RetryingTrainer):
         documents, self._documents = self._documents, []
         supervised = self._supervised_in_step(documents)
         self.supervised_tokens += supervised
-        return self._step_on_documents(model, documents, supervised)
+        return self.monitor.add_loss(self._step_on_documents(model, documents, supervised), documents)
+
+    # ---- Steps that are not finite ----
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The last hook before the update, which is masked here where loss or gradient is not finite."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._mask_update(self.monitor.judge(self.state.global_step + 1, norm, loss_alone=self.args.fp16))
+        return norm
+
+    def _mask_update(self, finite: torch.Tensor) -> None:
+        """Optimizers leave parameters without a gradient, and their state, alone. (fp16's loss scaler does its own.)"""
+        if not self.args.fp16 and not bool(finite):
+            self.model.zero_grad()
+
+    def check_steps(self) -> None:
+        """Read what became of the steps since the last call. Raises NonfiniteStepError."""
+        for record in self.monitor.collect():
+            self.monitor.react(record)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in TRL; figures that are not finite, which JSON cannot hold, are left out of the log history."""
+        if self.model.training:
+            self.check_steps()
+            if "loss" in logs:
+                self.monitor.correct_logs(logs)
+            # An evaluation between two logged steps leaves those of the steps for the next log.
+            fetch(metrics(self, "train"))
+            drop_nonfinite(metrics(self, "train"))
+        super().log(logs, start_time)
+        last = self.state.log_history[-1]
+        last.update(
+            {name: None for name, value in last.items() if isinstance(value, float) and not math.isfinite(value)}
+        )
 
     def _check_trainable(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
@@ -338,11 +384,14 @@ class PackedTrainer(RetryingTrainer):
     # ---- Checkpoints ----
 
     def _counters(self) -> dict[str, Any]:
-        return super()._counters() | {"supervised_tokens": self.supervised_tokens}
+        counters = super()._counters()
+        drop_nonfinite(counters["metrics"])
+        return counters | {"supervised_tokens": self.supervised_tokens, "monitor": self.monitor.counters()}
 
     def _restore_counters(self, counters: dict[str, Any]) -> None:
         super()._restore_counters(counters)
         self.supervised_tokens = counters["supervised_tokens"]
+        self.monitor.restore_counters(counters["monitor"])
 
     # ---- Figures ----
 

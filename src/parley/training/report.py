@@ -14,7 +14,7 @@ from functools import cache
 from importlib.resources import files
 from math import isfinite
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from jinja2 import Environment, StrictUndefined, Template
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -94,6 +94,16 @@ class StepFigures(Figures):
     heldout_loss: float | None = None
 
 
+class StepFault(Figures):
+    """A step that needs a look: its loss or gradient is not finite, or its loss is far above the `typical` one."""
+
+    step: int
+    kind: Literal["nonfinite", "spike"]
+    loss: float | None = None
+    typical: float | None = None
+    rows: list[Text] = Field(default_factory=list)
+
+
 class Resources(Figures):
     """Device, memory and time of a run. Memory in GiB: of the GPU, or on a CPU of the machine and the process."""
 
@@ -125,6 +135,7 @@ class Report(Figures):
     after: Scores | None = None
     answers: list[Answer] = Field(default_factory=list)
     steps: list[StepFigures] = Field(default_factory=list)
+    step_faults: list[StepFault] = Field(default_factory=list)
     kept_step: int | None = None  # whose weights were saved, where they are not those of the last step
     resources: Resources = Field(default_factory=Resources)
     data_summary: dict[str, Any] = Field(default_factory=dict)

@@ -20,6 +20,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainingArguments
 
+from parley.data.packing import ORIGIN
 from parley.errors import DataError, RunError, UsageError
 from parley.text import shorten_middle
 from parley.training.checkpoint import read_json
@@ -143,12 +144,15 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 
 def data_fingerprint(dataset: Any) -> dict[str, Any]:
-    """`rows` and `sha256` of a data set in memory; both None where rows are only known as they are read."""
+    """`rows` and `sha256` of a data set in memory; both None where rows are only known as they are read.
+
+    Not part of it are the rows' origins: a file that moved has the same rows.
+    """
     if not isinstance(dataset, Dataset):
         return {"rows": None, "sha256": None}
     digest = hashlib.sha256()
     for table in dataset.with_format("arrow").iter(HASHED_ROWS):
-        for name in sorted(table.column_names):
+        for name in sorted(set(table.column_names) - {ORIGIN}):
             digest.update(name.encode())
             _hash_column(table[name].combine_chunks(), digest)
     return {"rows": len(dataset), "sha256": digest.hexdigest()}

@@ -5,6 +5,7 @@ adapter/        the PEFT adapter (or, after full fine-tuning, model/ with all we
 golden.json     conversations with the token ids they rendered to: a server compares its own against them
 events.jsonl    one JSON object a line for each logged step, evaluation and checkpoint
 checkpoints/    the trainer's checkpoints
+nonfinite.jsonl the rows of each step whose loss or gradient was not finite, where there was one
 best/           with training.keep: best, the weights of the evaluation with the lowest held-out loss
 report.html, report.json
 
@@ -47,6 +48,7 @@ class RunFolder:
         self.golden = path / "golden.json"
         self.events = path / "events.jsonl"
         self.bad_rows = path / "bad_rows.jsonl"
+        self.nonfinite = path / "nonfinite.jsonl"
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.trust_remote_code = False

@@ -12,6 +12,7 @@ from trl import SFTConfig
 from parley.errors import DeviceError, ParleyError
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import REFUSALS, setting_error
+from parley.training.last_good_weights import trained_parameters
 from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Resources
 from parley.training.resource_usage import device_name, memory_peak, memory_total
@@ -33,6 +34,8 @@ def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any]) -
             callbacks=callbacks,
             engine=setup.config.training.engine,
             memory=setup.config.training.memory,
+            nonfinite=setup.config.training.nonfinite,
+            nonfinite_limit=setup.config.training.nonfinite_limit,
         )
     except ParleyError:
         raise
@@ -89,11 +92,10 @@ def training_resources(trainer: SFTTrainer, log: EventLog, memory_before: float,
 
 def broken_weights(setup: TrainingSetup) -> str | None:
     """What is wrong with the model's numbers, None where its trained weights and its logits are finite."""
-    broken = sum(
-        not bool(parameter.isfinite().all()) for parameter in setup.model.parameters() if parameter.requires_grad
-    )
+    trained = trained_parameters(setup.model)
+    broken = [name for name, parameter in trained.items() if not bool(parameter.isfinite().all())]
     if broken:
-        return f"{broken} trained tensors are not finite"
+        return f"{len(broken)} trained tensors are not finite ({broken[0]})"
     ids_1T = torch.tensor([setup.data.preview[0].input_ids[:LOGIT_TOKENS]], device=setup.model.device)
     was_training = setup.model.training
     setup.model.eval()

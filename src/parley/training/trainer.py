@@ -27,12 +27,13 @@ from trl import SFTConfig as TRLConfig
 from trl import pack_dataset
 
 from parley.config import DataSection, Overlong
-from parley.data.packing import DocumentCollator, PaddedCollator
+from parley.data.packing import ORIGIN, DocumentCollator, PaddedCollator
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
 from parley.errors import UsageError
 from parley.library_compat.bitsandbytes import keep_trainable_layout
+from parley.library_compat.trl import keep_column
 from parley.models.lora_options import check_modules
 from parley.models.quantization import quantization_of
 from parley.training.fused_trainer import FusedTrainer
@@ -52,6 +53,7 @@ class SFTTrainer(FusedTrainer):
 
     Args:
         engine, memory: see FusedTrainer.
+        nonfinite, nonfinite_limit: see PackedTrainer.
         tokenizer: older name of `processing_class`.
         train_on: as data.train_on: "all" assistant turns, the "last", "inputs", "nothing", or a list of roles.
         overlong: what becomes of rows over `max_length`, as `data.overlong` in a run's settings. Without a value they
@@ -66,6 +68,8 @@ class SFTTrainer(FusedTrainer):
         UsageError: arguments that contradict each other, or a data set of images.
         DataError: rows that cannot be rendered or leave nothing to train on.
         ValueError, TypeError: what TRL's trainer refuses.
+    `train` raises ModelError where weights are not finite before the first step, and NonfiniteStepError (TrainingError)
+    at a step that is not.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class SFTTrainer(FusedTrainer):
         self.data_summaries: dict[str, DataSummary] = {}
         self._prepared: WeakSet[Dataset | IterableDataset] = WeakSet()
         custom = not isinstance(data_collator, DataCollatorForSeq2Seq | DocumentCollator | None)
+        self._reads_origins = not custom
         if custom:
             kwargs["engine"] = "plain"  # the fused step reads documents
         else:
@@ -149,6 +154,12 @@ class SFTTrainer(FusedTrainer):
                 "4-bit weights had been rearranged for answers on a CPU; they are put back, with scales rounded to bf16"
             )
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """The origin of each row is no input of the model, but goes along with it."""
+        super()._set_signature_columns_if_needed()
+        if self._reads_origins:
+            keep_column(self, ORIGIN)
+
     def _prepare_dataset(
         self,
         dataset: Dataset | IterableDataset,
@@ -166,6 +177,8 @@ class SFTTrainer(FusedTrainer):
             return dataset
         rows, summary = self._render(dataset, processing_class, args, formatting_func, dataset_name)
         self.data_summaries[dataset_name] = summary
+        if packing or not self._reads_origins:
+            rows = rows.remove_columns(ORIGIN)
         if summary.dropped:
             logger.warning("%s: %s", dataset_name, summary.dropped_line())
         if summary.shortened.count:
