@@ -111,3 +111,14 @@ def test_the_worst_findings_are_printed_before_training(
     dropped = words(parley("train", *options, "--set", "data.drop=[duplicate, mojibake]").out)
     assert "2 dropped: 1 by data.drop=duplicate (rows.jsonl line 3), 1 by data.drop=mojibake" in dropped
     assert "warning:" not in dropped
+
+
+def test_what_the_summary_says_is_not_said_twice(
+    parley: Callable[..., Any], faulty: Path, tiny_llama_folder: Path, tmp_path: Path
+) -> None:
+    faulty.write_text(faulty.read_text() + "broken\n")
+    options = ["--model", tiny_llama_folder, "--data", faulty, "--output", tmp_path / "run", "--dry-run"]
+    out = words(parley("train", *options, "--set", "data.bad_rows=skip").out)
+    assert "1 bad row skipped (rows.jsonl line 5)" in out
+    assert "rows that cannot be read" not in out
+    assert out.count("repeat an earlier one") == 1
