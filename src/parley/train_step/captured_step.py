@@ -19,7 +19,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import PeftModel
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -88,6 +90,8 @@ class CapturedStep:
         self.graph_tokens: float = 0 if not self.uses_graphs else float("inf")
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         self.eager_passes = 0
+        if self.uses_graphs and any(isinstance(module, Linear8bitLt) for module in model.modules()):
+            self._do_without_graphs("8-bit products look for outliers on the host")
 
     def forward_backward(self, documents: Sequence[Document], supervised_tokens: int) -> None:
         """The gradient of one optimizer step: of the summed loss divided by `supervised_tokens`."""
@@ -159,6 +163,9 @@ class CapturedStep:
             torch.cuda.empty_cache()  # a graph's pool cannot use what passes without one left behind
         batch = self._upload(packed, size, scale, graphed=True)
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.device)
+        generator = torch.cuda.default_generators[self.device.index or 0]
+        random_state = generator.clone_state()
         try:
             with (
                 using_packed_attention(self.base),
@@ -166,11 +173,12 @@ class CapturedStep:
             ):
                 self._loss(batch).backward()
         except RuntimeError as error:  # what CUDA says of a synchronisation or an allocation inside a capture
+            # A capture that ends in an error leaves its stream current and the generator in its hands.
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(random_state)
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            logger.warning("captured path: passes are not captured (%s)", one_line(error))
-            self.graph_tokens = 0
-            torch.cuda.synchronize(self.device)
+            self._do_without_graphs(one_line(error))
             return False
         self.graphs[size] = graph
         return True
@@ -178,7 +186,11 @@ class CapturedStep:
     def _loss(self, batch: DeviceBatch) -> Tensor:
         """The summed loss times the batch's scale; adds to `metrics_3`."""
         # A cached cast of a weight would be read by replays after the weight has changed.
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False):
+        autocast = torch.autocast(
+            self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False
+        )
+        # Autocast casts the adapters' weights to the input's type; PEFT would cast the input to theirs, and back.
+        with autocast, disable_input_dtype_casting(self.model, active=self.autocast is not None):
             logits_SV = self.model(
                 input_ids=batch.ids_T[None].long(),
                 position_ids=batch.position_T[None].long(),
@@ -202,6 +214,10 @@ class CapturedStep:
             target_S=np.pad(packed.target_S, (0, padding), constant_values=IGNORE_INDEX),
         )
         return self.staging.upload(padded, scale, None if graphed else padded.lengths)
+
+    def _do_without_graphs(self, reason: str) -> None:
+        logger.warning("captured path: passes are not captured (%s)", reason)
+        self.uses_graphs, self.graph_tokens = False, 0
 
     def _drop_graphs(self) -> None:
         self.graphs.clear()
