@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parley.config import RunConfig
 from parley.errors import RunError
+from parley.training.checkpoint import write_fault
 from parley.training.run_folder import RunFolder, is_disk_full
 
 
@@ -19,17 +21,17 @@ def config(path: Path) -> RunConfig:
 
 
 class Full:
-    """A model whose disk is full after half of it was written."""
+    """A model whose disk fails after half of it was written."""
 
-    def __init__(self, times: int) -> None:
-        self.times = times
+    def __init__(self, fault: Exception, times: int) -> None:
+        self.fault, self.times = fault, times
 
     def save_pretrained(self, folder: Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / "half.safetensors").write_bytes(b"half")
         if self.times:
             self.times -= 1
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise self.fault
 
 
 def test_settings_come_back_as_they_went(tmp_path: Path) -> None:
@@ -64,23 +66,59 @@ def test_golden_ids_are_those_of_the_saved_template(tiny_llama_folder: Path, tmp
         assert asked == entry["prompt_ids"]
 
 
-def test_a_full_disk_leaves_nothing_half_written_and_rescues_the_weights(tmp_path: Path, tiny_tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EFBIG, "File too large"),
+        OSError(errno.EROFS, "Read-only file system"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_leaves_nothing_half_written_and_rescues_the_weights(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     folder = RunFolder.create(config(tmp_path / "run"))
-    with pytest.raises(RunError, match="disk full") as caught:
-        folder.save_weights(Full(times=1), tiny_tokenizer, full=False)
-    assert [path.name for path in folder.path.iterdir()] == ["run.yaml"]
-    rescued = Path(str(caught.value).split("whole in ")[1].split(": free")[0])
-    assert (rescued / "half.safetensors").is_file()
+    with pytest.raises(RunError, match=str(write_fault(fault))) as caught:
+        folder.save_weights(Full(fault, times=1), tiny_tokenizer, full=True)
+    assert sorted(path.name for path in folder.path.iterdir()) == ["run.lock", "run.yaml"]
+    rescued = RunFolder.open(Path(str(caught.value).split("whole in ")[1].split(",")[0]))
+    assert (rescued.weights / "half.safetensors").is_file()
+    assert json.loads(rescued.golden.read_text())
+
+
+def test_a_tokenizer_that_cannot_be_written_leaves_the_adapter_that_was_there(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    folder = RunFolder.create(config(tmp_path / "run"))
+    folder.save_weights(Full(OSError(), times=0), tiny_tokenizer, full=False)
+    tokens = (folder.adapter / "tokenizer.json").stat().st_size
+    unlimited, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (tokens // 2, hard))
+    try:
+        with pytest.raises(RunError, match="file too large"):
+            folder.save_weights(Full(OSError(), times=0), tiny_tokenizer, full=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, hard))
+    assert (folder.adapter / "tokenizer.json").stat().st_size == tokens
+    assert (folder.adapter / "half.safetensors").is_file()
 
 
 def test_a_disk_full_everywhere_is_one_line(tmp_path: Path, tiny_tokenizer: Any) -> None:
     folder = RunFolder.create(config(tmp_path / "run"))
     with pytest.raises(RunError, match="free space") as caught:
-        folder.save_weights(Full(times=2), tiny_tokenizer, full=False)
+        folder.save_weights(Full(OSError(errno.ENOSPC, "x"), times=2), tiny_tokenizer, full=False)
     assert "\n" not in str(caught.value)
 
 
 def test_a_full_disk_is_known_by_errno_and_by_message() -> None:
     assert is_disk_full(OSError(errno.ENOSPC, "x"))
     assert is_disk_full(SafetensorError("Error while serializing: No space left on device (os error 28)"))
+    assert is_disk_full(RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"))
     assert not is_disk_full(PermissionError(errno.EACCES, "x"))
+    assert not is_disk_full(RuntimeError("size mismatch"))
