@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -170,45 +169,6 @@ def test_a_dry_run_writes_nothing(tiny_llama_folder: Path, rows: Path, tmp_path:
     dry_run(settings(tiny_llama_folder, rows, tmp_path / "run"), Console(file=out, width=100))
     assert "would train 4 steps" in out.getvalue()
     assert not (tmp_path / "run").exists()
-
-
-class Interrupting(Console):
-    """A console on which somebody presses Ctrl-C when the second step is shown."""
-
-    def print(self, *objects: Any, **kwargs: Any) -> None:
-        if objects and str(objects[0]).startswith("step 2/"):
-            raise KeyboardInterrupt
-        super().print(*objects, **kwargs)
-
-
-def test_ctrl_c_keeps_what_was_learned(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
-    result = train(
-        settings(tiny_llama_folder, rows, tmp_path / "run"), Interrupting(file=io.StringIO(), force_terminal=False)
-    )
-    assert result.interrupted
-    assert (result.folder.adapter / "adapter_model.safetensors").is_file()
-    assert "stopped by hand at step 2" in result.report.notes
-
-
-def test_a_disk_that_fills_up_while_training(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> None:
-    full = Path("/dev/full")
-    if not full.exists():
-        pytest.skip("no /dev/full on this system")
-    config = settings(tiny_llama_folder, rows, tmp_path / "run")
-
-    class Filling(Console):
-        """Sends the events of the run to a full device once it has taken a step."""
-
-        def print(self, *objects: Any, **kwargs: Any) -> None:
-            events = tmp_path / "run" / "events.jsonl"
-            if str(objects[0]).startswith("step 1/"):
-                events.unlink()
-                events.symlink_to(full)
-
-    with pytest.raises(RunError, match="the weights are whole in") as caught:
-        train(config, Filling(file=io.StringIO(), force_terminal=False))
-    rescued = Path(str(caught.value).split("whole in ")[1].split(": free")[0])
-    assert (rescued / "adapter_model.safetensors").is_file()
 
 
 def test_bad_rows_are_kept_beside_the_run(result: RunResult, said: io.StringIO) -> None:

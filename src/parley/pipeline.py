@@ -5,16 +5,18 @@ rows -> conversations -> tokens + mask -> packed batch -> training step -> adapt
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
+from signal import Signals
 from typing import Any
 
 from rich.console import Console
 from trl import SFTConfig
 
 from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
-from parley.errors import ModelError, RunError
+from parley.errors import ModelError, RunError, UsageError
 from parley.evaluation.answers_during_training import AnswersDuringTraining
 from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
 from parley.evaluation.failed_run import FailedRun
@@ -35,6 +37,7 @@ from parley.text import print_text
 from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import check_settings
+from parley.training.checkpoint import write_fault
 from parley.training.last_good_weights import LastGoodWeights
 from parley.training.option_effects import check_tokens, without_effect
 from parley.training.prepare_training import (
@@ -48,12 +51,15 @@ from parley.training.prepare_training import (
 )
 from parley.training.report import Report, write_figures, write_report
 from parley.training.resource_usage import ResourceMeter, StageTimer, device_name, memory_total, release_cached_memory
-from parley.training.run_folder import RunFolder, is_disk_full
+from parley.training.resume_run import ResumedRun, open_to_resume
+from parley.training.run_folder import RunFolder
 from parley.training.run_outcome import recorded_outcome
 from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
+from parley.training.signals import StopCallback, StopSignals
 from parley.training.step_faults import StepFaultLog
 from parley.training.step_monitor import NonfiniteStepError
 from parley.training.terminal_summary import print_summary
+from parley.training.trainer import SFTTrainer
 from parley.training.validation import Validation
 
 DEMO_SETTINGS: dict[str, Any] = {
@@ -70,27 +76,54 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 @dataclass
 class RunResult:
-    """A finished run. `interrupted`: stopped by Ctrl-C, with the weights of the last step saved."""
+    """A run that is finished, or was stopped by `signal`: then its last step is saved, and `resume` continues it."""
 
     folder: RunFolder
     report: Report
     model: Any
     tokenizer: Any
-    interrupted: bool
+    signal: Signals | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether a signal stopped it: Ctrl-C, SIGTERM or SIGHUP."""
+        return self.signal is not None
+
+    def resume(self, console: Console | None = None) -> RunResult:
+        return train(resume=self.folder.path, console=console)
 
 
-def train(config: RunConfig, console: Console | None = None) -> RunResult:
+def train(
+    config: RunConfig | None = None, console: Console | None = None, *, resume: str | Path | None = None
+) -> RunResult:
     """Fine-tune as `config` says and leave a run folder with adapter, events and report.
 
-    A run that takes no step leaves no folder. Ctrl-C and a full disk after it save the weights.
+    A run that takes no step leaves no folder. Ctrl-C, SIGTERM and SIGHUP end training after the step under way, with a
+    checkpoint; a second one raises KeyboardInterrupt at once. SIGUSR1 saves a checkpoint and continues.
+
+    Args:
+        resume: a run's folder, to continue from its last whole checkpoint. `config` may then change what does not
+            change a step: more steps, logging, saving, evaluation; without it the run's own settings are used.
 
     Raises UsageError, DataError, ModelError, DeviceError or RunError, and TrainingError where training ends in a loss
     or in weights that are not finite.
     """
     console = console or Console()
+    with StopSignals() as signals, ExitStack() as stack:
+        if resume is not None:
+            resumed = open_to_resume(Path(resume), config, console)
+            stack.callback(resumed.folder.unlock)
+            return _train(resumed.config, console, signals, resumed)
+        if config is None:
+            raise UsageError("nothing to train: give the settings of a run, or the folder of one to resume")
+        return _train(config, console, signals, None)
+
+
+def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: ResumedRun | None) -> RunResult:
     timer = StageTimer()
     # Settings, device and output folder come first: they are checked in a second, a model may take minutes to load.
-    RunFolder.check_output(config.output)
+    if resumed is None:
+        RunFolder.check_output(config.output)
     args, notes = _training_arguments(config)
 
     setup = prepare_training(config, console, timer)
@@ -100,20 +133,21 @@ def train(config: RunConfig, console: Console | None = None) -> RunResult:
         config, setup.data.heldout_examples, setup.tokenizer, max_positions(setup.model.config)
     )
 
-    folder = RunFolder.create(config)
+    folder = RunFolder.create(config) if resumed is None else resumed.folder
     log = EventLog(folder.events, setup.device)
     try:
         with recorded_outcome(log) as outcome:
-            result = _run(setup, args, notes, questions, folder, log, timer, console)
+            result = _run(setup, args, notes, questions, folder, log, timer, console, signals, resumed)
             outcome.stopped = result.interrupted
             return result
     except OSError as error:
-        if isinstance(error, RunError) or not is_disk_full(error):
+        if isinstance(error, RunError) or (fault := write_fault(error)) is None:
             raise
-        raise RunError(f"disk full while writing into {folder.path}; free space and train again") from None
+        raise RunError(f"{fault} while writing into {folder.path}; free space, then {folder.resume_command}") from None
     finally:
-        if log.steps_done == 0:
+        if log.steps_done == 0 and resumed is None:
             folder.discard()
+        folder.unlock()
 
 
 def _run(
@@ -125,6 +159,8 @@ def _run(
     log: EventLog,
     timer: StageTimer,
     console: Console,
+    signals: StopSignals,
+    resumed: ResumedRun | None,
 ) -> RunResult:
     """Evaluate, train, save, evaluate again, report: the stages that write into the run folder."""
     config, device = setup.config, setup.device
@@ -134,14 +170,24 @@ def _run(
     for note in notes:
         print_text(console, note)
     setup.data.bad_rows.write_to(folder.bad_rows)
+    folder.write_golden(setup.tokenizer)
     progress = ProgressLine(console, log)
     validation = Validation(config.training, folder.best, console)
     answering = AnswersDuringTraining(setup, questions, log, progress.console)
     last_good = LastGoodWeights()
-    trainer = build_trainer(setup, args, [log, progress, answering, last_good, *validation.callbacks])
+    trainer = build_trainer(
+        setup, args, [log, progress, answering, last_good, *validation.callbacks, StopCallback(signals)]
+    )
     trainer.monitor.listeners.append(StepFaultLog(log, folder.nonfinite, setup.tokenizer, progress.progress.console))
     setup.model = trainer.model  # TRL may have wrapped it
     timer.end("trainer")
+    checkpoint = None if resumed is None else resumed.checkpoint
+    if checkpoint is not None:
+        trainer.read_checkpoint(checkpoint)  # before the evaluations, which take longer
+    if resumed is not None:
+        log.resume_after(resumed.step)
+        if resumed.changed:
+            folder.write_config(config)
 
     # 1. Evaluate the base model. An adapter that starts at zero can be switched off later: its base's answers are
     # generated after training, so that the first step comes sooner.
@@ -161,10 +207,12 @@ def _run(
     meter = ResourceMeter(device)  # resets the peak: that of training is reported
     failed = FailedRun(setup, trainer, folder, log, report, validation, last_good)
     try:
-        interrupted = run_training(trainer, setup, folder, log, progress)
+        run_training(trainer, setup, folder, log, progress, checkpoint)
     except NonfiniteStepError as error:
         raise failed.stopped_at(error) from None
     trainer.remove_callback(last_good)
+    if signals.received is not None:
+        return _stopped(trainer, setup, report, folder, log, signals.received)
     log.kept_step, kept_notes = validation.finish(trainer)
     trainer.remove_callback(answering)
     report.kept_step = log.kept_step if log.kept_step != log.steps_done else None
@@ -174,8 +222,6 @@ def _run(
     add_answers_of_events(report, log.events)
     add_step_faults(report, log.events)
     report.resources = training_resources(trainer, log, memory_before, meter.seconds())
-    if interrupted:
-        report.notes.append(f"stopped by hand at step {log.steps_done}")
     report.notes += kept_notes
     fault = broken_weights(setup)
     if fault is not None:
@@ -197,7 +243,7 @@ def _run(
     report.next_commands = next_commands(config)
     page = write_report(folder.path, report)
     print_summary(report, weights, page, console)
-    return RunResult(folder, report, trainer.model, setup.tokenizer, interrupted)
+    return RunResult(folder, report, trainer.model, setup.tokenizer)
 
 
 def dry_run(config: RunConfig, console: Console) -> None:
@@ -228,3 +274,17 @@ def _training_arguments(config: RunConfig) -> tuple[SFTConfig, list[str]]:
     args, notes = sft_config(config, config.output / "checkpoints", pick_device(config.model.device))
     check_settings(config, args)
     return args, notes
+
+
+def _stopped(
+    trainer: SFTTrainer, setup: TrainingSetup, report: Report, folder: RunFolder, log: EventLog, signal: Signals
+) -> RunResult:
+    """The result of a run that a signal ended after a step, once its report says so."""
+    report.steps = steps_of_events(log.events)
+    add_event_notes(report, log.events)
+    add_answers_of_events(report, log.events)
+    add_step_faults(report, log.events)
+    report.notes.append(f"stopped by {signal.name} after step {log.steps_done}; to continue: {folder.resume_command}")
+    report.next_commands = [folder.resume_command]
+    write_report(folder.path, report)
+    return RunResult(folder, report, trainer.model, setup.tokenizer, signal)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 
 from parley import pipeline
 from parley.cli.train import run_config
+from parley.training.run_folder import RunFolder
+from parley.training.signals import StopRequested
 
 
 @pytest.fixture
@@ -92,23 +95,51 @@ def test_another_run_in_the_output_folder_is_not_touched(parley: Callable[..., A
     assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
 
 
-@pytest.mark.parametrize(("trained", "kept"), [(False, "nothing was written"), (True, "the trained weights are whole")])
-def test_ctrl_c_says_what_is_kept(
+@pytest.mark.parametrize("begun", [False, True])
+@pytest.mark.parametrize(("stop", "code"), [(KeyboardInterrupt(), 130), (StopRequested(signal.SIGTERM), 143)])
+def test_a_stop_at_once_says_what_is_kept(
     parley: Callable[..., Any],
     settings: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    trained: bool,
-    kept: str,
+    begun: bool,
+    stop: BaseException,
+    code: int,
 ) -> None:
-    def interrupted(config: Any, console: Any) -> None:
-        if trained:
-            (config.output / "adapter").mkdir(parents=True)
-        raise KeyboardInterrupt
+    def interrupted(config: Any, console: Any, resume: Any) -> None:
+        if begun:
+            RunFolder.create(config).unlock()
+        raise stop
 
     monkeypatch.setattr(pipeline, "train", interrupted)
     ended = parley("train", settings)
-    assert ended.code == 130
-    assert ended.err.startswith("parley: stopped; ")
-    assert kept in ended.err
+    assert ended.code == code
+    kept = f"no checkpoint was written yet; to continue: parley train --resume {tmp_path / 'run'}"
+    assert ended.err == f"parley: stopped; {kept if begun else 'nothing was written'}\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--model", "x"], "leave --model out"),
+        (["--output", "x"], "leave --output out"),
+        (["--dry-run"], "leave --dry-run out"),
+        (["--set", "training.learning_rate=1"], "training.learning_rate was 0.0002 and cannot become 1.0"),
+        (["--set", "model.max_seq_length=99"], "model.max_seq_length was 2048 and cannot become 99"),
+        (["--set", "lora.r=2"], "lora.r was 16 and cannot become 2"),
+        (["--set", "data.system=X"], "data.system was None and cannot become X"),
+    ],
+)
+def test_what_a_resumed_run_cannot_be_given(
+    parley: Callable[..., Any], run: Any, options: list[str], said: str
+) -> None:
+    ended = parley("train", "--resume", run.path, *options)
+    assert ended.code == 2
+    assert said in ended.err
     assert ended.err.count("\n") == 1
+
+
+def test_resuming_what_is_no_run_is_one_line(parley: Callable[..., Any], tmp_path: Path) -> None:
+    ended = parley("train", "--resume", tmp_path / "absent")
+    assert ended.code == 1
+    assert "no run there" in ended.err

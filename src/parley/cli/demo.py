@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from parley.cli.terminal import Stopped, importing, out, quiet_libraries
+from parley.cli.terminal import importing, out, quiet_libraries
+from parley.cli.train import until_stopped
 
 
 def demo(
@@ -19,8 +20,7 @@ def demo(
         from parley import pipeline
 
     folder = output or _next_free(Path("runs/demo"))
-    if pipeline.demo(folder, console=out).interrupted:
-        raise Stopped(f"the weights of the last step are in {folder}")
+    until_stopped(lambda: pipeline.demo(folder, console=out), folder)
 
 
 def _next_free(path: Path) -> Path:

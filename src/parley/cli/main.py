@@ -1,7 +1,7 @@
 """`parley`: the commands, and how they end.
 
-A user's error is one line on stderr and an exit code: 2 for usage, 1 for data, model, device and run. Ctrl-C is 130.
-Anything else is a fault of Parley's own and keeps its traceback.
+A user's error is one line on stderr and an exit code: 2 for usage, 1 for data, model, device and run. Ctrl-C is
+130, SIGTERM 143. Anything else is a fault of Parley's own and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         code = error.exit_code
     except Stopped as stop:
         print_text(err, f"parley: stopped; {stop}", wrap=False)
-        code = INTERRUPTED
+        code = stop.code
     except BrokenPipeError:  # stdout has no reader any more, as after `| head`
         code = 1
     except OSError as error:

@@ -28,7 +28,11 @@ Value = TypeVar("Value")
 
 
 class Stopped(Exception):
-    """Ctrl-C; the message says what was kept."""
+    """Ctrl-C or another signal that ends a command; the message says what was kept. `code` is the exit code."""
+
+    def __init__(self, message: str, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.code = 128 + signal_number  # as a shell reports a process that a signal ended
 
 
 @dataclass

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +15,7 @@ from parley.errors import UsageError
 
 if TYPE_CHECKING:
     from parley.config import RunConfig
+    from parley.pipeline import RunResult
 
 
 def train(
@@ -24,15 +27,27 @@ def train(
     model: Annotated[str | None, typer.Option(help="Hub id or folder of the model to start from.")] = None,
     data: Annotated[str | None, typer.Option(help="Hub id, file (.json .jsonl .csv .parquet) or folder.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Continue the run in this folder from its last checkpoint, with its settings."
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the data, the mask and the number of steps; write nothing.")
     ] = False,
 ) -> None:
-    """Fine-tune a model: give a YAML file, or just --model and --data.
+    """Fine-tune a model: give a YAML file, or just --model and --data; or continue a run with --resume.
 
     Example: parley train --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl --output runs/mine
     """
-    run = run_config(config, settings or [], model, data, output)
+    if resume is not None:
+        given = {"a YAML file": config, "--model": model, "--data": data, "--output": output, "--dry-run": dry_run}
+        if extra := [name for name, value in given.items() if value]:
+            raise UsageError(f"--resume continues a run with its own settings: leave {extra[0]} out; --set changes one")
+        run = _resumed_config(resume, settings or [])
+    else:
+        run = run_config(config, settings or [], model, data, output)
     with importing():
         quiet_libraries()
         from parley import pipeline
@@ -40,12 +55,27 @@ def train(
     if dry_run:
         pipeline.dry_run(run, console=out)
         return
+    until_stopped(lambda: pipeline.train(run, console=out, resume=resume), run.output)
+
+
+def until_stopped(start: Callable[[], RunResult], output: Path) -> None:
+    """Train with `start`. Raises Stopped, with what is kept and how to continue, where a signal ended it."""
     try:
-        result = pipeline.train(run, console=out)
-    except KeyboardInterrupt:
-        raise Stopped(_what_is_kept(run.output)) from None
-    if result.interrupted:
-        raise Stopped(f"the weights of the last step are in {run.output}")
+        result = start()
+    except KeyboardInterrupt as stop:
+        raise Stopped(_what_is_kept(output), getattr(stop, "signal", SIGINT)) from None
+    if result.signal is not None:
+        step = result.report.steps[-1].step if result.report.steps else 0
+        raise Stopped(f"step {step} is saved; to continue: {result.folder.resume_command}", result.signal)
+
+
+def _resumed_config(run: Path, settings: list[str]) -> RunConfig:
+    """The settings of a run, with those of --set changed."""
+    from parley.config import RunConfig
+    from parley.training.run_folder import RunFolder
+
+    folder = RunFolder.existing(run)
+    return RunConfig.create(folder.config.model_dump(mode="json"), settings) if settings else folder.config
 
 
 def run_config(
@@ -66,8 +96,13 @@ def run_config(
 
 
 def _what_is_kept(output: Path) -> str:
-    """`pipeline.train` handles Ctrl-C during training itself: here the run was stopped before or after that."""
+    """What a run has on the disk that was stopped at once: before its first step, at a second signal, or at its end."""
+    from parley.training.checkpoint import newest_whole
     from parley.training.run_folder import RunFolder
 
-    weights = RunFolder(output).weights
-    return f"the trained weights are whole in {weights}" if weights.is_dir() else "nothing was written"
+    folder = RunFolder(output)
+    if not RunFolder.is_run(output):
+        return "nothing was written"
+    checkpoint, _ = newest_whole(folder.checkpoints)
+    kept = f"{checkpoint.name} is whole" if checkpoint else "no checkpoint was written yet"
+    return f"{kept}; to continue: {folder.resume_command}"

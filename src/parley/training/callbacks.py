@@ -13,14 +13,18 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from parley.text import print_text
 from parley.training.early_stopping import evaluations, lowest
-from parley.training.json_lines import append_line
+from parley.training.json_lines import append_line, read_events, to_json
+from parley.training.report import replace_file
 from parley.training.resource_usage import memory_peak
-from parley.training.run_outcome import process_identity
+from parley.training.run_outcome import OUTCOMES, process_identity
+
+ENDS = ("end", *OUTCOMES)  # of a process, not of a run that continues
 
 
 class EventLog(TrainerCallback):
-    """One JSON object a line: `start`, `step` (a logged step), `eval` (held-out loss), `answers` (to the report's first
-    questions, at an evaluation), `nonfinite` and `spike` (steps that need a look), `save` (a checkpoint), `end`.
+    """One JSON object a line: `start` (of a process, after `step` where it resumes), `step` (a logged step), `eval`
+    (held-out loss), `answers` (to the report's first questions, at an evaluation), `nonfinite` and `spike` (steps that
+    need a look), `save` (a checkpoint), `end`.
 
     The last line says how the run ended (run_outcome.py). Each line is flushed, so that a run that is killed keeps its
     log. `seconds` counts from the start of training; `tokens_per_s` is the rate since the previous logged step; memory
@@ -32,6 +36,7 @@ class EventLog(TrainerCallback):
         self.device = device
         self.events: list[dict[str, Any]] = []
         self.steps: list[dict[str, Any]] = []
+        self.seconds_before = 0.0  # of training, in the processes that a resumed run had before
         self.begun = False  # whether the trainer is set up
         self.steps_done = 0
         self._started = self._last_time = perf_counter()
@@ -39,10 +44,21 @@ class EventLog(TrainerCallback):
         self.paused = 0.0
         self.kept_step: int | None = None  # whose weights are evaluated once training has ended
 
+    def resume_after(self, step: int) -> None:
+        """Continue the file of a run that is resumed from its checkpoint of `step`: later events are dropped."""
+        found = [event for event in read_events(self.path) if event["step"] <= step and event["event"] not in ENDS]
+        self.events, self.steps = found, [event for event in found if event["event"] == "step"]
+        self.steps_done = step
+        self.seconds_before = max((event.get("seconds", 0.0) for event in found), default=0.0)
+        self._last_tokens = self.steps[-1]["num_tokens"] if self.steps else 0.0
+        text = "".join(to_json(event) + "\n" for event in found)
+        replace_file(self.path, text, f"parley train --resume {self.path.parent}")
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started = self._last_time = perf_counter()  # an evaluation before training has its own clock
+        self._last_time = perf_counter()  # an evaluation before training has its own clock
+        self._started = self._last_time - self.seconds_before
         self.begun = True
         self.write({"event": "start", "step": state.global_step, "max_steps": state.max_steps, **process_identity()})
 
@@ -88,8 +104,14 @@ class EventLog(TrainerCallback):
             self._last_time += seconds
 
     def write(self, event: dict[str, Any]) -> None:
+        if event["event"] == "eval" and event["step"] == 0 and any(_same_place(event, other) for other in self.events):
+            return  # before training: a resumed run measures again what its first process did
         self.events.append(event)
         append_line(self.path, event)
+
+
+def _same_place(event: dict[str, Any], other: dict[str, Any]) -> bool:
+    return (event["event"], event["step"]) == (other["event"], other["step"])
 
 
 class ProgressLine(TrainerCallback):

@@ -126,9 +126,16 @@ def commit(unfinished: Path, target: Path) -> None:
         files[str(file.relative_to(unfinished))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     manifest = unfinished / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    for path in (manifest, *(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
-        _sync(path)
+    _sync(manifest)
+    _sync_names(unfinished)
     replace_folder(unfinished, target)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until every file in `folder`, and every name, is on the disk."""
+    for file in _files(folder):
+        _sync(file)
+    _sync_names(folder)
 
 
 def replace_folder(source: Path, target: Path) -> None:
@@ -207,6 +214,9 @@ WRITE_FAULTS = {
     errno.EPERM: "not permitted",
     errno.ESTALE: "network file system gone",
 }
+UNRELATED_TO_SPACE = {WRITE_FAULTS[code] for code in (errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE)}
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+"""What Python, torch.save and safetensors raise where a file cannot be written; and for other reasons, too."""
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -226,6 +236,11 @@ def write_fault(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and ("inline_container" in str(error) or "PytorchStreamWriter" in str(error)):
         return "torch could not write the file"
     return None
+
+
+def _sync_names(folder: Path) -> None:
+    for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
+        _sync(path)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin, Trainer
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
@@ -125,8 +124,8 @@ class CheckpointingTrainer(Trainer):
         if self._counters_pending and self.resumed is not None:
             self._restore_counters(self.resumed.counters)
         self._counters_pending = False
-        if self.state.global_step >= self.state.max_steps:  # Trainer would take one step more
-            self.control.should_training_stop = True
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True  # Trainer would take one step more
             return
         super()._run_epoch(*args, **kwargs)
 
@@ -147,7 +146,7 @@ class CheckpointingTrainer(Trainer):
             self._write_unfinished(unfinished)
             if self.args.should_save:
                 files.commit(unfinished, target)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except files.WRITE_ERRORS as error:
             fault = files.write_fault(error)
             if fault is None or isinstance(error, RunError):
                 raise

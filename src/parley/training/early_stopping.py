@@ -57,7 +57,15 @@ class EarlyStopping(TrainerCallback):
         self.settings, self.console = settings, console
         self.reason: str | None = None
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._check(state, control)  # a run resumed from the checkpoint at which it had stopped is over
+
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._check(state, control)
+
+    def _check(self, state: TrainerState, control: TrainerControl) -> None:
         evaluated = evaluations(state)
         if without_improvement(evaluated, self.settings.min_delta) < self.settings.patience:
             return

@@ -15,6 +15,19 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
         file.write(to_json(value) + "\n")
 
 
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a run in `path`; without the last one where a kill left half of its line."""
+    events = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(event, dict) and isinstance(event.get("step"), int) and isinstance(event.get("event"), str):
+            events.append(event)
+    return events
+
+
 def to_json(value: Any) -> str:
     """`value` as JSON in ASCII; a number that is not finite is the string that Python's float() reads."""
     return json.dumps(_with_strings(value), allow_nan=False)

@@ -124,7 +124,7 @@ class ResumeState:
 
 def exact_settings(args: TrainingArguments, model: Any, **more: Any) -> dict[str, Any]:
     """By dotted name: every setting that decides what a step computes, as JSON values."""
-    settings = {name: value for name, value in args.to_dict().items() if not _is_free(name)}
+    settings = {name: value for name, value in args.to_dict().items() if not is_free(name)}
     settings |= more
     if isinstance(model, PeftModel):
         for adapter, config in model.peft_config.items():
@@ -196,7 +196,8 @@ def differences_in_rounding(state: ResumeState, device: torch.device) -> list[st
     return lines
 
 
-def _is_free(name: str) -> bool:
+def is_free(name: str) -> bool:
+    """Whether an argument may change when a run is resumed."""
     return name in FREE or name.startswith(FREE_PREFIXES)
 
 

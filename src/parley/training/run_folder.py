@@ -4,8 +4,9 @@ run.yaml        the resolved settings, every default written out, without secret
 adapter/        the PEFT adapter (or, after full fine-tuning, model/ with all weights), with tokenizer and template
 golden.json     conversations with the token ids they rendered to: a server compares its own against them
 events.jsonl    one JSON object a line for each logged step, evaluation and checkpoint
-checkpoints/    the trainer's checkpoints
+checkpoints/    the trainer's checkpoints, from the last of which a run is resumed (training/checkpoint.py)
 nonfinite.jsonl the rows of each step whose loss or gradient was not finite, where there was one
+run.lock        while a process writes into the folder
 best/           with training.keep: best, the weights of the evaluation with the lowest held-out loss
 report.html, report.json
 
@@ -14,7 +15,6 @@ A folder from elsewhere is data: opening it runs no code of it, and writing into
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -25,14 +25,27 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from peft import PeftModel
 
 from parley.config import DEMO_MODEL, RunConfig
 from parley.data.golden import golden_ids
 from parley.errors import RunError, UsageError
+from parley.library_compat.tokenizers import save_tokenizer
+from parley.models.adapter_files import CONFIG_FILE
 from parley.models.load import load_adapter, load_model
 from parley.models.tokenizer import check_vocabulary, read_tokenizer
 from parley.safe_yaml import read_yaml_file
+from parley.training.checkpoint import (
+    UNRELATED_TO_SPACE,
+    WRITE_ERRORS,
+    newest_whole,
+    read_json,
+    replace_folder,
+    sync_folder,
+    write_fault,
+)
+from parley.training.report import replace_file
+from parley.training.run_lock import LOCK, RunLock, is_locked
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +65,9 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.trust_remote_code = False
+        self.stopped_at: Path | None = None  # the checkpoint whose weights are read where the run did not finish
         self._made: list[Path] = []
+        self._lock: RunLock | None = None
 
     @classmethod
     def check_output(cls, path: Path) -> None:
@@ -62,9 +77,7 @@ class RunFolder:
         try:
             if path.exists() and not path.is_dir():
                 raise RunError(f"output {path}: is no folder; choose another with --output")
-            if path.is_dir() and any(path.iterdir()):
-                held = "another run" if (path / "run.yaml").is_file() else "other files"
-                raise RunError(f"output {path}: already holds {held}; choose another with --output, or remove it")
+            _check_empty(path)
             made = _make_folders(path)
             with tempfile.TemporaryFile(dir=path):  # permissions and read-only mounts show only when a file is made
                 pass
@@ -82,11 +95,39 @@ class RunFolder:
         folder = cls(config.output)
         try:
             folder._made = _make_folders(folder.path)
+            folder.lock()
+            _check_empty(folder.path)  # another process may have finished a run in it meanwhile
             folder.config_file.write_text(_with_places(config).to_yaml(), encoding="utf-8")
         except OSError as error:
+            folder.unlock()
             _remove_folders(folder._made)
-            raise _not_writable(folder.path, error) from None
+            raise error if isinstance(error, RunError) else _not_writable(folder.path, error) from None
         return folder
+
+    def lock(self) -> None:
+        """Become the folder's one writer. Raises RunError where another process is."""
+        self._lock = RunLock(self.path)
+
+    def unlock(self) -> None:
+        """End `lock`. Doing it again changes nothing."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write run.yaml anew, after settings were changed."""
+        replace_file(self.config_file, _with_places(config).to_yaml(), self.resume_command)
+
+    @property
+    def resume_command(self) -> str:
+        return f"parley train --resume {self.path}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run went through all of its stages: its report has the scores after training."""
+        try:
+            return read_json(self.path / "report.json").get("after") is not None and self.weights.is_dir()
+        except (OSError, ValueError):
+            return False
 
     def discard(self) -> None:
         """Remove what was written since `create`: the folder was empty, or did not exist."""
@@ -107,10 +148,27 @@ class RunFolder:
         folder = cls.existing(path)
         folder.trust_remote_code = trust_remote_code
         if not folder.weights.is_dir():
-            raise RunError(f"{path}: the run did not finish (no adapter); train again into another folder")
+            folder._use_checkpoint()
         if folder._read_config().model.trust_remote_code and not trust_remote_code:
             logger.warning("%s: trust_remote_code of run.yaml is ignored when a run is opened", path)
         return folder
+
+    def _use_checkpoint(self) -> None:
+        """Read the weights of the last whole checkpoint, and log it. Raises RunError where there is none."""
+        checkpoint, damaged = newest_whole(self.checkpoints)
+        for each in damaged:
+            logger.warning("%s: %s", self.path, each)
+        if checkpoint is None:
+            raise RunError(
+                f"{self.path}: the run did not finish, and no checkpoint is whole; to train it: {self.resume_command}"
+            )
+        logger.warning(
+            "%s: the run has not finished; %s is used (to continue: %s)",
+            self.path,
+            checkpoint.name,
+            self.resume_command,
+        )
+        self.stopped_at = checkpoint
 
     @classmethod
     def existing(cls, path: str | Path) -> RunFolder:
@@ -133,13 +191,13 @@ class RunFolder:
         Raises RunError where the base model is missing, ModelError where weights or tokenizer cannot be used.
         """
         section = self.config.model.model_copy(update={"chat_template": None})  # the saved tokenizer has its template
-        if self.model.is_dir():
-            model, _ = load_model(section.model_copy(update={"name": str(self.model)}))
+        if not (self.weights / CONFIG_FILE).is_file():  # a whole model
+            model, _ = load_model(section.model_copy(update={"name": str(self.weights), "adapter": "auto"}))
         else:
             # A run that continued an adapter saved all of it; an adapter that was merged first is part of the base.
             start = "merge" if section.adapter == "merge" else "new"
             base, _ = load_model(section.model_copy(update={"name": self.base_name(), "adapter": start}))
-            model = load_adapter(base, self.adapter)
+            model = load_adapter(base, self.weights)
         tokenizer = read_tokenizer(self.weights, section)
         check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], str(self.weights))
         return model, tokenizer
@@ -161,8 +219,9 @@ class RunFolder:
 
     @property
     def weights(self) -> Path:
-        """Folder of the trained weights: the adapter, or the whole model after full fine-tuning."""
-        return self.model if self.model.is_dir() else self.adapter
+        """Folder of the trained weights: the adapter, or the whole model after full fine-tuning; of a run that did not
+        finish and was opened, its last checkpoint."""
+        return self.stopped_at or (self.model if self.model.is_dir() else self.adapter)
 
     @property
     def config(self) -> RunConfig:
@@ -182,33 +241,71 @@ class RunFolder:
         except UsageError as error:
             raise RunError(f"{self.config_file}: {error}") from None
 
+    def write_golden(self, tokenizer: Any) -> None:
+        """Write the golden ids: before training, so that checkpoints can be served too."""
+        self.golden.write_text(json.dumps(golden_ids(tokenizer), ensure_ascii=False, indent=1), encoding="utf-8")
+
     def save_weights(self, model: Any, tokenizer: Any, full: bool) -> Path:
         """Write weights, tokenizer and template atomically, then the golden ids.
 
-        Raises RunError on a full disk; its message names the system's temporary folder where that had space for the
-        weights.
+        Raises RunError where they cannot be written: see `write_error`.
         """
-
-        write = partial(_write, model, tokenizer)
         target = self.model if full else self.adapter
         try:
-            _replace_folder(target, write)
-            self.golden.write_text(json.dumps(golden_ids(tokenizer), ensure_ascii=False, indent=1), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
-            if not is_disk_full(error):
+            _replace_folder(target, partial(_write, model, tokenizer))
+            self.write_golden(tokenizer)
+        except WRITE_ERRORS as error:
+            if write_fault(error) is None:
                 raise
-            raise _rescue(target, write) from None
+            raise self.write_error(error, model, tokenizer) from None
         return target
 
-    def rescue_weights(self, model: Any, tokenizer: Any, step: int) -> RunError:
-        """Save the weights of `step` elsewhere after the disk filled up; returns the error to raise, with the place."""
-        return _rescue(self.adapter, partial(_write, model, tokenizer), f" at step {step}")
+    def write_error(self, error: BaseException, model: Any, tokenizer: Any, step: int | None = None) -> RunError:
+        """The error to raise after the disk failed: where training can continue from.
+
+        Where no checkpoint is whole, the weights are saved as a run in the system's temporary folder first.
+        """
+        when = "" if step is None else f" at step {step}"
+        fault = f"{write_fault(error)}{when} while saving into {self.path}"
+        checkpoint, _ = newest_whole(self.checkpoints)
+        if checkpoint is not None:
+            return RunError(f"{fault}; {checkpoint.name} is whole: free space, then {self.resume_command}")
+        rescue = RunFolder(Path(tempfile.mkdtemp(prefix="parley-rescue-")))
+        try:
+            shutil.copy(self.config_file, rescue.config_file)
+            _write(model, tokenizer, rescue.adapter if is_adapter(model) else rescue.model)
+            rescue.write_golden(tokenizer)
+        except WRITE_ERRORS:
+            shutil.rmtree(rescue.path, ignore_errors=True)
+            return RunError(f"{fault}, and into {rescue.path.parent} too; free space and train again")
+        return RunError(f"{fault}; the weights are whole in {rescue.path}, a run of its own: parley chat {rescue.path}")
+
+
+def is_adapter(model: Any) -> bool:
+    return isinstance(model, PeftModel)
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Python reports it by errno; safetensors and torch only in their message."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
+    """Python reports it by errno; safetensors only in its message, and torch.save not at all."""
+    fault = write_fault(error)
+    return fault is not None and fault not in UNRELATED_TO_SPACE
+
+
+def _check_empty(path: Path) -> None:
+    """Raises RunError where `path` holds a run or other files. A lock alone is no file of a run."""
+    if not path.is_dir() or all(entry.name == LOCK for entry in path.iterdir()):
+        return
+    if not RunFolder.is_run(path):
+        raise RunError(f"output {path}: already holds other files; choose another with --output, or remove it")
+    folder = RunFolder(path)
+    if folder.is_finished or folder.weights.is_dir():
+        raise RunError(f"output {path}: already holds another run; choose another with --output, or remove it")
+    if is_locked(path):
+        raise RunError(f"output {path}: another process is training into it; choose another with --output")
+    raise RunError(
+        f"output {path}: holds an unfinished run; continue it with {folder.resume_command}, or choose another with "
+        "--output"
+    )
 
 
 def _not_writable(path: Path, error: OSError) -> RunError:
@@ -254,7 +351,7 @@ def _remove_folders(made: list[Path]) -> None:
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -263,19 +360,7 @@ def _replace_folder(target: Path, write: Callable[[Path], None]) -> None:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         write(unfinished)
-        if target.exists():
-            shutil.rmtree(target)  # os.replace() takes no folder that has files
-        os.replace(unfinished, target)
+        sync_folder(unfinished)
+        replace_folder(unfinished, target)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _rescue(target: Path, write: Callable[[Path], None], when: str = "") -> RunError:
-    rescue = Path(tempfile.mkdtemp(prefix="parley-rescue-")) / target.name
-    full = f"disk full{when} while saving into {target.parent}"
-    try:
-        write(rescue)
-    except (OSError, SafetensorError):
-        shutil.rmtree(rescue.parent, ignore_errors=True)
-        return RunError(f"{full}, and {rescue.parent.parent} too; free space and train again from the last checkpoint")
-    return RunError(f"{full}; the weights are whole in {rescue}: free space and move them to {target}")

@@ -1,7 +1,8 @@
-"""The trainer of a run: building it, and training with it so that Ctrl-C and a full disk keep the weights."""
+"""The trainer of a run: building it, and training with it so that no fault loses what was trained."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,14 +10,15 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 from trl import SFTConfig
 
-from parley.errors import DeviceError, ParleyError
+from parley.errors import DeviceError, ParleyError, RunError
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import REFUSALS, setting_error
+from parley.training.checkpoint import write_fault
 from parley.training.last_good_weights import trained_parameters
 from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Resources
 from parley.training.resource_usage import device_name, memory_peak, memory_total
-from parley.training.run_folder import RunFolder, is_disk_full
+from parley.training.run_folder import RunFolder
 from parley.training.trainer import SFTTrainer
 
 LOGIT_TOKENS = 64  # of the first row: logits of a whole row of a large vocabulary may not fit
@@ -46,36 +48,39 @@ def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any]) -
 
 
 def run_training(
-    trainer: SFTTrainer, setup: TrainingSetup, folder: RunFolder, log: EventLog, progress: ProgressLine
-) -> bool:
-    """Train; True when interrupted by Ctrl-C after at least one step.
+    trainer: SFTTrainer,
+    setup: TrainingSetup,
+    folder: RunFolder,
+    log: EventLog,
+    progress: ProgressLine,
+    checkpoint: Path | None,
+) -> None:
+    """Train, from `checkpoint` on where there is one.
 
-    Raises UsageError for settings that are refused before the first step, DeviceError out of memory, RunError on a
-    full disk, after which the weights are elsewhere.
+    Raises UsageError for settings that are refused before the first step, DeviceError out of memory, RunError where
+    the disk fails, which says from where training can continue.
     """
+    resumed_from = trainer.args.resume_from_checkpoint if checkpoint is None else str(checkpoint)
     try:
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    except KeyboardInterrupt:
-        if log.steps_done == 0:
-            raise
-        return True
+        trainer.train(resume_from_checkpoint=resumed_from)
     except torch.OutOfMemoryError:
         raise DeviceError(_out_of_memory(setup)) from None
-    except ParleyError:
-        raise
-    except (SafetensorError, *REFUSALS) as error:
-        if is_disk_full(error) and log.steps_done > 0:
-            raise folder.rescue_weights(trainer.model, setup.tokenizer, log.steps_done) from None
+    except (ParleyError, SafetensorError, *REFUSALS) as error:
+        cause = error.__cause__ if isinstance(error, RunError) and error.__cause__ is not None else error
+        if write_fault(cause) is not None and log.steps_done > 0:
+            raise folder.write_error(cause, trainer.model, setup.tokenizer, log.steps_done) from None
+        if isinstance(error, ParleyError):
+            raise
         if not log.begun:  # nothing ran yet but the trainer's own set-up from its settings
             raise setting_error("", error) from error
         raise
     finally:
         progress.close()
-    return False
 
 
 def training_resources(trainer: SFTTrainer, log: EventLog, memory_before: float, seconds: float) -> Resources:
-    """Of training, which took `seconds`; `memory_before` (GiB) was measured before it."""
+    """Of training, which took `seconds` in this process; `memory_before` (GiB) was measured before it."""
+    seconds += log.seconds_before
     device = trainer.args.device
     tokens = int(log.steps[-1]["num_tokens"]) if log.steps else 0
     return Resources(
