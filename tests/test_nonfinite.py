@@ -54,21 +54,27 @@ def configured(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> Callable[
     return create
 
 
+def add_callback(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> None:
+    """Let the trainer of a run have a further callback."""
+    build_trainer = parley.pipeline.build_trainer
+
+    def build(setup: Any, args: Any, callbacks: list[Any]) -> Any:
+        return build_trainer(setup, args, [*callbacks, callback])
+
+    monkeypatch.setattr(parley.pipeline, "build_trainer", build)
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: Any) -> None:
     """From the first step on, a pass over the row with POISON gives NaN, as an overflow in one row would."""
     token = tiny_tokenizer(POISON, add_special_tokens=False)["input_ids"][0]
-    build_trainer = parley.pipeline.build_trainer
 
     class Poison(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             with torch.no_grad():
                 model.get_input_embeddings().weight[token] = float("nan")
 
-    def build(setup: Any, args: Any, callbacks: list[Any]) -> Any:
-        return build_trainer(setup, args, [*callbacks, Poison()])
-
-    monkeypatch.setattr(parley.pipeline, "build_trainer", build)
+    add_callback(monkeypatch, Poison())
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
@@ -222,3 +228,32 @@ def test_the_command_exits_with_1(configured: Callable[..., RunConfig], tmp_path
     result = CliRunner().invoke(app, ["train", str(settings)])
     assert result.exit_code == 1
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("logging_steps", [1, 7])
+def test_a_loss_spike_is_in_the_log_and_the_report_with_its_rows(
+    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch, logging_steps: int
+) -> None:
+    class Spike(TrainerCallback):
+        head = torch.empty(0)
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 12:
+                self.head = model.get_output_embeddings().weight.data.clone()
+                model.get_output_embeddings().weight.data.mul_(100)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if state.global_step == 12:
+                model.get_output_embeddings().weight.data.copy_(self.head)
+
+    add_callback(monkeypatch, Spike())
+    overrides = ["training.max_steps=14", "training.learning_rate=1e-4", f"training.logging_steps={logging_steps}"]
+    result = train(configured(*overrides), QUIET)
+    (event,) = [event for event in lines_of(result.folder.events) if event["event"] == "spike"]
+    (fault,) = result.report.step_faults
+    assert event["step"] == fault.step == 13
+    assert fault.kind == "spike"
+    assert fault.loss > 2 * fault.typical
+    assert len(fault.rows) == 4
+    assert all(re.fullmatch(r"rows\.jsonl line \d+", row) for row in fault.rows)
+    assert "Steps to look at" in (result.folder.path / "report.html").read_text()

@@ -206,7 +206,7 @@ def test_lead_says_what_is_known(pirate_report: Report) -> None:
 
 def test_heldout_losses_are_drawn_from_the_scores_and_between(pirate_report: Report) -> None:
     loss, *smaller = report_module.charts(pirate_report)
-    assert [dot.x for dot in loss.dots] == [25, 50, 75, 0, 100]
+    assert [dot.x for dot in loss.dots] == [0, 25, 50, 75, 100]
     assert all(chart.dots == [] for chart in smaller)
 
 

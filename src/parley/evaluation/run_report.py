@@ -80,34 +80,36 @@ def _height(fault: StepFault) -> float:
 
 
 def steps_of_events(events: Iterable[dict[str, Any]]) -> list[StepFigures]:
-    """The `step` events of events.jsonl as rows of the report, with the held-out loss where it was measured.
+    """The `step`, `eval` and `nonfinite` events of events.jsonl as rows of the report, one for each step.
 
     Events of other kinds, and those that are not what the event log writes, are left out.
     """
     steps: dict[int, StepFigures] = {}
-    for event in events:
-        if event.get("event") == "step":
-            row = {name: event.get(EVENT_KEYS.get(name, name)) for name in StepFigures.model_fields}
-            try:  # a line may be a stranger's, or of another version
-                figures = StepFigures.model_validate(row)
-            except ValidationError:
-                continue
-            steps[figures.step] = figures
-        elif event.get("event") == "eval" and event.get("step"):
-            # Evaluated steps need not be logged ones.
-            try:
-                figures = StepFigures(step=event["step"], heldout_loss=event.get("eval_loss"))
-            except ValidationError:
-                continue
-            steps.setdefault(figures.step, figures).heldout_loss = figures.heldout_loss
-        elif event.get("event") == "nonfinite":
-            try:
-                figures = StepFigures(step=event["step"], loss=event.get("loss"), grad_norm=event.get("grad_norm"))
-            except ValidationError:
-                continue
+    # A skipped step is logged without a loss, or with that of its neighbours: what it is is said last.
+    for event in sorted(events, key=lambda event: event.get("event") == "nonfinite"):
+        try:  # a line may be a stranger's, or of another version
+            figures = _figures_of(event)
+        except ValidationError:
+            continue
+        if figures is not None:
             known = steps.setdefault(figures.step, figures)
-            known.loss, known.grad_norm = figures.loss, figures.grad_norm
+            for name in figures.model_fields_set:
+                setattr(known, name, getattr(figures, name))
     return sorted(steps.values(), key=lambda row: row.step)
+
+
+def _figures_of(event: dict[str, Any]) -> StepFigures | None:
+    """What an event says of its step; None where it says no figures. Raises ValidationError."""
+    match event.get("event"):
+        case "step":
+            names = {name: EVENT_KEYS.get(name, name) for name in StepFigures.model_fields}
+        case "eval" if event.get("step"):
+            names = {"step": "step", "heldout_loss": "eval_loss"}
+        case "nonfinite":
+            names = {"step": "step", "loss": "loss", "grad_norm": "grad_norm"}
+        case _:
+            return None
+    return StepFigures.model_validate({name: event[key] for name, key in names.items() if key in event})
 
 
 def add_event_notes(report: Report, events: Iterable[dict[str, Any]]) -> None:

@@ -50,6 +50,8 @@ class Chart:
     mean: str
     window: int
     dots: list[Dot]
+    dots_line: str
+    spikes: list[Dot]
     broken: list[float]
     broken_count: int
     hover: list[HoverRow]
@@ -62,18 +64,22 @@ def line_chart(
     values: Sequence[tuple[int, float | None]],
     *,
     dots: Sequence[tuple[int, float | None]] = (),
+    spikes: Sequence[tuple[int, float | None]] = (),
     from_zero: bool = False,
     smooth: bool = False,
 ) -> Chart | None:
-    """The chart of (step, value) pairs with further single `dots`; None when nothing was measured."""
+    """The chart of (step, value) pairs with further single `dots` and `spikes`; None when nothing was measured."""
     measured = sorted((pair for pair in values if pair[1] is not None), key=lambda pair: pair[0])
     steps = [step for step, _ in measured]
     series = [float(value) for _, value in measured if value is not None]
-    marks = [(step, value) for step, value in dots if value is not None and math.isfinite(value)]
+    marks, peaks = (
+        sorted((step, value) for step, value in points if value is not None and math.isfinite(value))
+        for points in (dots, spikes)
+    )
     if not series and not marks:
         return None
-    x_low, x_high = _x_range([*steps, *(step for step, _ in marks)])
-    finite = [value for value in [*series, *(value for _, value in marks)] if math.isfinite(value)]
+    x_low, x_high = _x_range([*steps, *(step for step, _ in [*marks, *peaks])])
+    finite = [value for value in [*series, *(value for _, value in [*marks, *peaks])] if math.isfinite(value)]
     x_values = nice_ticks(x_low, x_high, integer=True, inside=True)
     y_values = nice_ticks(*_y_range(finite, from_zero))
 
@@ -99,6 +105,8 @@ def line_chart(
         mean=_path(mean_points),
         window=window,
         dots=[Dot(x_of(step), y_of(value), f"step {step:,}: {value:.4g}") for step, value in marks],
+        dots_line=_path([(x_of(step), y_of(value)) for step, value in marks]) if len(marks) > 1 else "",
+        spikes=[Dot(x_of(step), y_of(value), f"step {step:,}: {value:.4g}") for step, value in peaks],
         broken=sorted(set(broken))[:: 1 + len(set(broken)) // MAX_POINTS],
         broken_count=len(broken),
         hover=_hover(kept, steps, [series, means] if means else [series]),

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
+from itertools import groupby
 from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -172,6 +173,7 @@ def render_html(report: Report) -> str:
         charts=charts(report),
         resources=resource_rows(report.resources),
         data_rows=data_rows(report.data_summary),
+        faults=fault_rows(report.step_faults),
         data_facts=[Row(*fact) for fact in report.diagnosis.facts()] if report.diagnosis else [],
         versions=[Row(*item) for item in report.versions.items()],
     )
@@ -232,6 +234,43 @@ def _shown(value: float | None, show: Callable[[float], str]) -> str:
     return show(value) if isfinite(value) else "not finite"
 
 
+class FaultRow(NamedTuple):
+    step: str
+    what: str
+    loss: str
+    rows: list[str]
+
+
+def fault_rows(faults: list[StepFault]) -> list[FaultRow]:
+    """Steps that need a look, in their order, each with what it is and the rows of its batch."""
+    return [
+        FaultRow(f"{fault.step:,}", _fault(fault), _shown(fault.loss, "{:.4g}".format), fault.rows) for fault in faults
+    ]
+
+
+def _fault(fault: StepFault) -> str:
+    if fault.kind == "spike":
+        return f"loss spike: {fault.typical:.4g} was typical" if fault.typical is not None else "loss spike"
+    part = "gradient" if fault.loss is not None and isfinite(fault.loss) else "loss"
+    return f"{part} not finite, update not applied"
+
+
+class AnswerRun(NamedTuple):
+    """Evaluations in a row with one answer; `steps`: the first, or the first and the last."""
+
+    steps: str
+    text: str
+
+
+def answer_runs(answer: Answer) -> list[AnswerRun]:
+    """The answers during training, of which equal ones in a row are one."""
+    runs = []
+    for text, group in groupby(sorted(answer.during, key=lambda each: each.step), key=lambda each: each.text):
+        steps = [each.step for each in group]
+        runs.append(AnswerRun(f"{steps[0]:,}" if len(steps) == 1 else f"{steps[0]:,} to {steps[-1]:,}", text))
+    return runs
+
+
 def charts(report: Report) -> list[Chart]:
     """The loss with the held-out loss, then the smaller charts; only those with something measured."""
     steps = report.steps
@@ -247,7 +286,8 @@ def charts(report: Report) -> list[Chart]:
         ("Token accuracy", "of supervised tokens", "token_accuracy", True),
     )
     loss = [(row.step, row.loss) for row in steps]
-    found = [line_chart("Loss", "nats per supervised token", loss, dots=heldout, smooth=True)]
+    spikes = [(fault.step, fault.loss) for fault in report.step_faults if fault.kind == "spike"]
+    found = [line_chart("Loss", "nats per supervised token", loss, dots=heldout, spikes=spikes, smooth=True)]
     for title, unit, field, smooth in smaller:
         values = [(row.step, getattr(row, field)) for row in steps]
         found.append(line_chart(title, unit, values, from_zero=True, smooth=smooth))
@@ -309,6 +349,7 @@ def _template() -> Template:
         auto_reload=False,
     )
     environment.filters["extras"] = _extras
+    environment.filters["runs"] = answer_runs
     source = files("parley").joinpath("assets/report.html.jinja").read_text(encoding="utf-8")
     return environment.from_string(source)
 
