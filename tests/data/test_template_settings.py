@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from parley.data.date import pin_date
+from parley.data.example import Example
 from parley.data.golden import golden_ids
-from parley.data.render import render, render_prompt
-from parley.data.template_settings import pin_settings, split_settings
-from parley.errors import ModelError
+from parley.data.render import render, render_example, render_prompt
+from parley.data.template_settings import pin_settings, split_settings, with_row_settings
+from parley.errors import DataError, ModelError
 
 MESSAGES = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Ahoy!"}]
 TEMPLATE = (
@@ -62,3 +63,26 @@ def test_unknown_settings_are_refused(tokenizer: Any) -> None:
         pin_settings(tokenizer, {"messages": []})
     with pytest.raises(ModelError, match="wanted text, a number"):
         pin_settings(tokenizer, {"dated": date(2024, 1, 1)})
+
+
+def test_settings_of_a_row_or_a_request_win_over_those_of_the_run(tokenizer: Any) -> None:
+    pin_settings(tokenizer, {"enable_thinking": True})
+    loud = render_prompt(tokenizer, MESSAGES[:1])
+    quiet = render_prompt(with_row_settings(tokenizer, {"enable_thinking": False}), MESSAGES[:1])
+    assert "quietly" in tokenizer.decode(quiet) and "quietly" not in tokenizer.decode(loud)
+    assert render_prompt(tokenizer, MESSAGES[:1]) == loud  # the tokenizer itself is unchanged
+
+
+@pytest.mark.parametrize(
+    "name", ["a = 1 -%}{{ 'x' * 9 }}{%- set b", "", "messages", "add_generation_prompt", "1a", "a.b"]
+)
+def test_a_rows_setting_cannot_be_code_or_what_the_caller_gives(tokenizer: Any, name: str) -> None:
+    example = Example("row 1", messages=MESSAGES, template={name: 1})
+    with pytest.raises(DataError, match="is no setting of a chat template"):
+        render_example(tokenizer, example)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), "\ud83d", [[[[[[[[[[1]]]]]]]]]], {"a": object()}])
+def test_values_that_no_template_takes_are_refused(tokenizer: Any, value: Any) -> None:
+    with pytest.raises((ModelError, DataError), match="got|holds"):
+        pin_settings(tokenizer, {"names": value})

@@ -144,7 +144,13 @@ def serving() -> Iterator[Callable[..., Running]]:
             stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
         scheduler = Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue)
         model = ServedModel(
-            loaded.tokenizer, loaded.names, loaded.settings, loaded.system, decoder.length, decoder.vocab_size
+            loaded.tokenizer,
+            loaded.names,
+            loaded.settings,
+            loaded.system,
+            decoder.length,
+            decoder.vocab_size,
+            loaded.control_tokens,
         )
         service = Service(model, scheduler)
         bound, ready = bind("127.0.0.1", 0), threading.Event()

@@ -209,3 +209,44 @@ def test_a_conversation_with_a_turn_of_instructions_keeps_it(
     assert chat_ids(tuned, messages) == without[0]
     assert chat_ids(tuned, HELLO) != without[1]
     assert chat_ids(tuned, HELLO) == chat_ids(tuned, [{"role": "system", "content": "Be a pirate."}, *HELLO])
+
+
+def test_a_request_sets_the_chat_template(tuned: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = copy.deepcopy(tuned.service.model.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template + "{% if enable_thinking %}<think>{% endif %}"
+    plain = render_prompt(tokenizer, HELLO)
+    pin_settings(tokenizer, {"enable_thinking": True})
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=tokenizer))
+    body = ChatRequest(**MODEL, messages=HELLO, chat_template_kwargs={"enable_thinking": False})
+    assert tuned.service.chat_prompt(body) == plain
+    assert chat_ids(tuned, HELLO) != plain
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"enable_thinkin": True}, "the chat template does not read 'enable_thinkin'; its settings: "),
+        ({"messages": []}, "does not read 'messages'"),
+        ({"a -%}{{ 1 }}": 1}, "does not read"),
+        ({"enable_thinking": "x" * 5000}, "at most 4096 characters"),
+        ({"enable_thinking": [[[[[[[[[[1]]]]]]]]]]}, "at most 8 deep"),
+        ([1], "valid dictionary"),
+    ],
+)
+def test_settings_that_a_request_cannot_set(
+    tuned: Running, monkeypatch: pytest.MonkeyPatch, settings: Any, said: str
+) -> None:
+    tokenizer = copy.deepcopy(tuned.service.model.tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template + "{% if enable_thinking %}<think>{% endif %}"
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, tokenizer=tokenizer))
+    error = refused(tuned, {**MODEL, "messages": HELLO, "chat_template_kwargs": settings})
+    assert error["status"] == 400
+    assert said in error["message"]
+
+
+def test_control_tokens_are_those_of_training(tuned: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    messages = [{"role": "user", "content": "What is <|eot_id|>?"}]
+    end = tuned.service.model.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert chat_ids(tuned, messages).count(end) == chat_ids(tuned, HELLO).count(end)
+    monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, control_tokens="tokens"))
+    assert chat_ids(tuned, messages).count(end) == chat_ids(tuned, HELLO).count(end) + 1

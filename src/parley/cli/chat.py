@@ -56,7 +56,12 @@ def chat(
     changes = [f"{name}={value}" for name, value in options.items() if value is not None]
     loaded = open_model(source, system, [*changes, *(settings or [])], trust_remote_code=trust_remote_code)
     session = ChatSession(
-        loaded.model, loaded.tokenizer, loaded.settings, loaded.system, engine="plain" if plain else "auto"
+        loaded.model,
+        loaded.tokenizer,
+        loaded.settings,
+        loaded.system,
+        engine="plain" if plain else "auto",
+        control_tokens=loaded.control_tokens,
     )
     if sys.stdin.isatty():
         _converse(session)

@@ -63,7 +63,13 @@ def generate(
     conversations = [messages for row in rows for messages in [with_system(row.messages, loaded.system)] * n]
     engine: Engine = "plain" if plain else "auto"
     with (
-        Generator(loaded.model, loaded.tokenizer, slots=max_num_seqs, engine=engine) as generator,
+        Generator(
+            loaded.model,
+            loaded.tokenizer,
+            slots=max_num_seqs,
+            engine=engine,
+            control_tokens=loaded.control_tokens,
+        ) as generator,
         closing(generator.answers_or_errors(conversations, loaded.settings, base=base)) as answers,
     ):
         failed = _write(output, rows, n, answers)

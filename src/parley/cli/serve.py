@@ -126,6 +126,7 @@ def _serve(
         system=loaded.system,
         max_model_len=decoder.length,
         vocab_size=decoder.vocab_size,
+        control_tokens=loaded.control_tokens,
     )
     stop_ids = end_of_turn_ids(loaded.model, loaded.tokenizer)
     with Scheduler(decoder, loaded.tokenizer, stop_ids, queue_limit=max_queue) as scheduler:

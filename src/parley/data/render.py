@@ -11,7 +11,6 @@ cannot drift apart.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -22,7 +21,7 @@ from parley.data.date import pin_date
 from parley.data.encoding import MaskedText, Rendered, encode_texts, plain_control_tokens
 from parley.data.example import Example, Message
 from parley.data.supervision import ControlText, EndTokens, RenderOptions, TrainOn, supervise
-from parley.data.template_settings import change_template, pin_settings, with_row_settings
+from parley.data.template_settings import pin_settings, with_row_settings
 from parley.data.text_layouts import TextLayouts, text_layouts
 from parley.data.text_regions import Span
 from parley.errors import DataError, ModelError
@@ -140,9 +139,10 @@ def _text(
 ) -> MaskedText:
     prompt, completion = example.prompt, example.completion
     if example.template:
-        tokenizer = copy.copy(tokenizer)  # the row's own settings, in a template of its own
-        change_template(tokenizer, partial(with_row_settings, settings=example.template))
-        layouts = None
+        try:
+            tokenizer, layouts = with_row_settings(tokenizer, example.template), None  # in a template of its own
+        except ModelError as error:
+            raise DataError(str(error)) from None
     if example.messages is not None or isinstance(prompt, list):
         first = len(prompt) if isinstance(prompt, list) else 0
         messages = example.messages or [*(prompt or ()), *(completion or ())]

@@ -6,15 +6,19 @@ have to know. What a caller passes to apply_chat_template still wins.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable
+from functools import lru_cache
+from math import isfinite
 from typing import Any
 
 import jinja2
 import jinja2.meta
 
 from parley.data.template_environment import Generation
+from parley.data.values import short, text_of
 from parley.errors import ModelError
 
 _SETTINGS = re.compile(r"\A(?:\{%- set (\w+) = \1 if \1 is defined else .*? -%\}\n)+")
@@ -23,6 +27,7 @@ _FROM_CALLER = {
     *("raise_exception", "strftime_now", "range", "namespace", "dict", "cycler", "joiner", "lipsum"),
 }
 """Variables and functions that every chat template has, which are no settings."""
+_MAX_DEPTH = 8
 
 
 def pin_settings(tokenizer: Any, settings: dict[str, Any]) -> None:
@@ -30,15 +35,22 @@ def pin_settings(tokenizer: Any, settings: dict[str, Any]) -> None:
 
     Raises ModelError for a variable that the template does not read, or a value that Jinja cannot write.
     """
+    check_settings(tokenizer, settings, "data.template")
+    change_template(tokenizer, lambda template: with_settings(template, settings))
+
+
+def check_settings(tokenizer: Any, settings: dict[str, Any], where: str) -> None:
+    """Raise ModelError for a setting that the chat template does not read, or a value that Jinja cannot write."""
+    if not settings:
+        return
     template = tokenizer.chat_template
     templates = list(template.values()) if isinstance(template, dict) else [template or ""]
-    if settings:
-        read = set[str]().union(*map(_variables, templates)) - _FROM_CALLER
-        for name in settings:
-            if name not in read:
-                known = ", ".join(sorted(read - set(tokenizer.special_tokens_map))) or "none"
-                raise ModelError(f"data.template: the chat template does not read {name!r}; its settings: {known}")
-    change_template(tokenizer, lambda template: with_settings(template, settings))
+    read = set[str]().union(*map(variables, templates)) - _FROM_CALLER - set(tokenizer.special_tokens_map)
+    for name, value in settings.items():
+        if name not in read:
+            known = ", ".join(sorted(read)) or "none"
+            raise ModelError(f"{where}: the chat template does not read {short(name)}; its settings: {known}")
+        _literal(value, where)
 
 
 def change_template(tokenizer: Any, change: Callable[[str], str]) -> None:
@@ -59,9 +71,19 @@ def with_settings(template: str, settings: dict[str, Any]) -> str:
     return "".join(lines) + split_settings(template)[1]
 
 
-def with_row_settings(template: str, settings: dict[str, Any]) -> str:
-    """`template` with `settings` of a row, which win over the defaults it has."""
-    return "".join(f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in settings.items()) + template
+def with_row_settings(tokenizer: Any, settings: dict[str, Any]) -> Any:
+    """A copy of `tokenizer` whose template has `settings` of a row or a request, which win over its defaults.
+
+    Raises ModelError for a name that a template cannot have for a setting.
+    """
+    for name in settings:
+        # The name becomes a part of the template: anything but a name would be code.
+        if not name.isidentifier() or name in _FROM_CALLER:
+            raise ModelError(f"chat_template_kwargs: {short(name)} is no setting of a chat template")
+    lines = [f"{{%- set {name} = {_literal(value)} -%}}\n" for name, value in settings.items()]
+    tokenizer = copy.copy(tokenizer)
+    change_template(tokenizer, lambda template: "".join(lines) + template)
+    return tokenizer
 
 
 def split_settings(template: str) -> tuple[str, str]:
@@ -70,23 +92,26 @@ def split_settings(template: str) -> tuple[str, str]:
     return template[: written.end() if written else 0], template[written.end() if written else 0 :]
 
 
-def _literal(value: Any) -> str:
+def _literal(value: Any, where: str = "data.template", depth: int = 0) -> str:
     """A value as Jinja writes it."""
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value)):
         return str(value).lower()
-    if isinstance(value, str):
+    if isinstance(value, str) and text_of(value, where) == value:
         return json.dumps(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(_literal, value))}]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(key))}: {_literal(item)}" for key, item in value.items()) + "}"
-    raise ModelError(f"data.template: got {value!r}; wanted text, a number, true, false, or a list or mapping of them")
+    if isinstance(value, list) and depth < _MAX_DEPTH:
+        return f"[{', '.join(_literal(item, where, depth + 1) for item in value)}]"
+    if isinstance(value, dict) and depth < _MAX_DEPTH:
+        items = [f"{json.dumps(str(key))}: {_literal(item, where, depth + 1)}" for key, item in value.items()]
+        return "{" + ", ".join(items) + "}"
+    wanted = f"text, a number, true, false, or a list or mapping of them, at most {_MAX_DEPTH} deep"
+    raise ModelError(f"{where}: got {short(value)}; wanted {wanted}")
 
 
-def _variables(template: str) -> set[str]:
+@lru_cache(maxsize=16)
+def variables(template: str) -> frozenset[str]:
     """The variables that a template reads from its caller."""
     environment = jinja2.Environment(extensions=[Generation, "jinja2.ext.loopcontrols"])
     try:
-        return jinja2.meta.find_undeclared_variables(environment.parse(split_settings(template)[1]))
+        return frozenset(jinja2.meta.find_undeclared_variables(environment.parse(split_settings(template)[1])))
     except jinja2.TemplateSyntaxError as error:
         raise ModelError(f"the chat template is not valid Jinja: {error.message} (line {error.lineno})") from None

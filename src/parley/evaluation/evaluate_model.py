@@ -63,7 +63,14 @@ def answer_questions(
 def greedy_answers(setup: TrainingSetup, questions: list[Question], *, base: bool = False) -> list[str]:
     """Answers of the `base` model or of the adapter as it is now."""
     prompts = [question.messages for question in questions]
-    return generate(setup.model, setup.tokenizer, prompts, _greedy(setup), base=base)
+    return generate(
+        setup.model,
+        setup.tokenizer,
+        prompts,
+        _greedy(setup),
+        base=base,
+        control_tokens=setup.config.data.control_tokens,
+    )
 
 
 def _greedy(setup: TrainingSetup) -> GenerationSection:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.example import Message
+from parley.data.supervision import ControlText
 from parley.data.values import text_of
 from parley.inference.generate import Engine, Generator
 from parley.models.base_answers import require_base
@@ -19,7 +20,7 @@ class ChatSession:
     """Talks to `model`, tuned or base, and keeps the turns.
 
     `system` and `settings` may be changed at any time and apply from the next answer on. Answers come from the weights
-    as they are at the first one. `engine` as in generate.Generator.
+    as they are at the first one. `engine` and `control_tokens` as in generate.Generator.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class ChatSession:
         system: str | None = None,
         *,
         engine: Engine = "auto",
+        control_tokens: ControlText = "auto",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -37,7 +39,7 @@ class ChatSession:
         self.system = system
         self.turns: list[Message] = []
         self._use_base = False
-        self._generator = Generator(model, tokenizer, slots=1, engine=engine)
+        self._generator = Generator(model, tokenizer, slots=1, engine=engine, control_tokens=control_tokens)
 
     @property
     def use_base(self) -> bool:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.config import GenerationSection
 from parley.data.example import Message
+from parley.data.supervision import ControlText
 from parley.errors import DeviceError, ParleyError
 from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.fan_in import FanIn, IndexedOutput, nth_seed
@@ -61,12 +62,18 @@ class Generator:
         slots: int = 16,
         engine: Engine = "auto",
         fuse: bool = True,
+        control_tokens: ControlText = "auto",
     ) -> None:
+        self.control_tokens = control_tokens
         self.model, self.tokenizer, self.slots, self.fuse = model, tokenizer, slots, fuse
         self.plain_because: str | None = "engine: plain" if engine == "plain" else None
         self._scheduler: Scheduler | None = None
         self._finalizer: weakref.finalize | None = None  # frees the decoder of a Generator that is dropped
         self._length = 0
+
+    def prompt_ids(self, messages: list[Message], tools: Tools | None = None) -> list[int]:
+        """The rendered conversation with the generation prompt. Raises DataError where it fills the model's context."""
+        return prompt_ids(self.model, self.tokenizer, messages, tools, self.control_tokens)
 
     def answers(
         self,
@@ -130,7 +137,7 @@ class Generator:
     def _request(
         self, index: int, messages: list[Message], settings: GenerationSection, tools: Tools | None, base: bool
     ) -> Request:
-        return Request(prompt_ids(self.model, self.tokenizer, messages, tools), nth_seed(settings, index), base)
+        return Request(self.prompt_ids(messages, tools), nth_seed(settings, index), base)
 
     def _results(self, requests: Sequence[Request]) -> abc.Generator[tuple[int, str | Exception]]:
         if requests:
@@ -146,7 +153,7 @@ class Generator:
     ) -> abc.Generator[str]:
         """One answer, piece by piece; closing the iterator stops it. Raises as `answers` does."""
         self._check(base)
-        prompt = prompt_ids(self.model, self.tokenizer, messages, tools)
+        prompt = self.prompt_ids(messages, tools)
         return self._stream(Request(prompt, settings, base))
 
     def _stream(self, request: Request) -> abc.Generator[str]:
@@ -241,17 +248,20 @@ def generate(
     *,
     base: bool = False,
     engine: Engine = "auto",
+    control_tokens: ControlText = "auto",
 ) -> list[str]:
     """Answer each conversation (messages that end before the assistant's turn); the answers' text, in order.
 
     `batch_size` are generated at a time; an answer ends at an end-of-turn token, before a stop string, after
     `settings.max_new_tokens`, or where the model's context ends. With `settings.seed` the answers are repeatable and
-    torch's global random state is left alone. `base` disables the adapter; `engine` as in Generator. Raises
-    DataError for a prompt that fills the context.
+    torch's global random state is left alone. `base` disables the adapter; `engine` and `control_tokens` as in
+    Generator. Raises DataError for a prompt that fills the context.
     """
     slots = max(1, min(batch_size, len(conversations)))
     # fuse=False: copying all weights costs more than one call gains.
-    with Generator(model, tokenizer, slots=slots, engine=engine, fuse=False) as generator:
+    with Generator(
+        model, tokenizer, slots=slots, engine=engine, fuse=False, control_tokens=control_tokens
+    ) as generator:
         answers = dict(generator.answers(conversations, settings, tools, base))
     return [answers[index] for index in range(len(conversations))]
 

@@ -8,16 +8,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from parley.data.example import Message
 from parley.data.render import render, render_prompt
+from parley.data.supervision import ControlText
 from parley.errors import DataError
 
 Tools = list[dict[str, Any]]
 
 
 def prompt_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools | None
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: Tools | None,
+    control_tokens: ControlText = "auto",
 ) -> list[int]:
-    """The rendered conversation with the generation prompt. Raises DataError where it fills the model's context."""
-    prompt = render_prompt(tokenizer, messages, tools)
+    """The rendered conversation with the generation prompt. Raises DataError where it fills the model's context.
+
+    `control_tokens`: as in training, data.control_tokens.
+    """
+    prompt = render_prompt(tokenizer, messages, tools, control_tokens)
     context = context_length(model)
     if context is not None and len(prompt) >= context:
         raise DataError(

@@ -10,6 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection, RunConfig
+from parley.data.supervision import ControlText
 from parley.models.base_answers import base_obstacle
 from parley.models.load import load_model
 from parley.models.resolve import local_folder
@@ -27,6 +28,7 @@ class LoadedModel:
         settings: generation settings.
         system: system turn of conversations that bring none.
         golden: file of the run's golden token ids.
+        control_tokens: how control-token text in messages is encoded, as in training.
     """
 
     model: Any
@@ -35,6 +37,7 @@ class LoadedModel:
     settings: GenerationSection
     system: str | None = None
     golden: Path | None = None
+    control_tokens: ControlText = "auto"
 
 
 def load_for_inference(source: str, *, trust_remote_code: bool = False) -> LoadedModel:
@@ -52,7 +55,8 @@ def load_for_inference(source: str, *, trust_remote_code: bool = False) -> Loade
     config = run.config
     model, tokenizer = run.load()
     names = served_names(source, _base_name(model, run) if _serves_base(model) else None)
-    return LoadedModel(model, tokenizer, names, config.generation, config.data.system, run.golden)
+    data = config.data
+    return LoadedModel(model, tokenizer, names, config.generation, data.system, run.golden, data.control_tokens)
 
 
 def model_section(source: str, *, trust_remote_code: bool = False) -> ModelSection:

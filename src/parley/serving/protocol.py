@@ -7,6 +7,7 @@ are unknown fields, which are mostly misspelt.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -16,6 +17,7 @@ from parley.config import GenerationSection
 
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # characters
+MAX_TEMPLATE_SETTINGS = 4096  # characters of JSON
 MAX_CHOICES = 16  # prompts times n, in one request
 MAX_LOGPROBS = 20
 MAX_FIELDS = 64  # of a request: each unknown one costs an error object
@@ -38,6 +40,13 @@ def _check_functions(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError('Input should be objects with "type": "function" and a "function" that has a "name"')
     return tools
+
+
+def _check_template_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    # Each setting is compiled into the template.
+    if len(json.dumps(settings)) > MAX_TEMPLATE_SETTINGS:
+        raise ValueError(f"Input should be at most {MAX_TEMPLATE_SETTINGS} characters of JSON")
+    return settings
 
 
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -136,6 +145,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: dict[str, Any] | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], AfterValidator(_check_template_settings)] | None = None
     modalities: Any = None
 
     @model_validator(mode="after")

@@ -14,6 +14,8 @@ from parley.data.control_tokens import strings
 from parley.data.example import Message
 from parley.data.messages import parse_messages, with_system
 from parley.data.render import render_prompt
+from parley.data.supervision import ControlText
+from parley.data.template_settings import check_settings, with_row_settings
 from parley.errors import DataError, ParleyError
 from parley.inference.fan_in import nth_seed
 from parley.inference.scheduler import Request, Scheduler
@@ -38,6 +40,7 @@ class ServedModel:
         system: system turn of conversations that bring none.
         max_model_len: tokens of a prompt and its output.
         vocab_size: rows of the input embedding.
+        control_tokens: how control-token text in messages is encoded, as in training.
     """
 
     tokenizer: Any
@@ -46,6 +49,7 @@ class ServedModel:
     system: str | None
     max_model_len: int
     vocab_size: int
+    control_tokens: ControlText = "auto"
 
 
 class Service:
@@ -78,7 +82,7 @@ class Service:
             messages = parse_messages(body.messages, "messages", "messages")
             if not messages:
                 raise DataError("messages: all turns are empty; wanted at least one with content")
-            ids = self._render(messages, body.offered_tools)
+            ids = self._render(messages, body.offered_tools, body.chat_template_kwargs)
         except ParleyError as error:
             raise to_api_error(error, "messages") from error
         self._check_ids(ids, "messages")
@@ -109,11 +113,17 @@ class Service:
         self.metrics.prompt_tokens.inc(sum(map(len, prompts)))
         return outputs
 
-    def _render(self, messages: list[Message], tools: list[dict[str, Any]] | None) -> list[int]:
+    def _render(
+        self, messages: list[Message], tools: list[dict[str, Any]] | None, settings: dict[str, Any] | None
+    ) -> list[int]:
+        tokenizer, control_tokens = self.model.tokenizer, self.model.control_tokens
+        if settings:
+            check_settings(tokenizer, settings, "chat_template_kwargs")
+            tokenizer = with_row_settings(tokenizer, settings)
         messages = with_system(messages, self.model.system)
-        ids = render_prompt(self.model.tokenizer, messages, tools)
+        ids = render_prompt(tokenizer, messages, tools, control_tokens)
         # Otherwise the model would answer without knowing of the tools, and the client would wait for calls.
-        if tools and ids == render_prompt(self.model.tokenizer, messages):
+        if tools and ids == render_prompt(tokenizer, messages, None, control_tokens):
             raise DataError("tools: the model's chat template ignores tools; leave them out")
         return ids
 
