@@ -387,14 +387,3 @@ def test_the_base_is_the_untouched_model_or_is_refused(model: Any, tokenizer: An
             decoder.admit({0: DecodeRequest([5], GREEDY, frozenset(), 0, base=True)})
     else:
         assert answers == untouched
-
-
-def test_control_tokens_in_a_prompt_are_those_of_training(tiny_model: Any, tiny_tokenizer: Any) -> None:
-    from parley.inference.prompts import prompt_ids
-
-    messages = [{"role": "user", "content": "What is <|eot_id|>?"}]
-    end = tiny_tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    counts = [prompt_ids(tiny_model, tiny_tokenizer, messages, None, mode).count(end) for mode in ("auto", "tokens")]  # type: ignore[arg-type]
-    assert counts[1] == counts[0] + 1
-    generator = Generator(tiny_model, tiny_tokenizer, control_tokens="tokens")
-    assert generator.control_tokens == "tokens"

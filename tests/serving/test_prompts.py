@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pydantic
 import pytest
+import yaml
 from tests.serving.conftest import Running
 from tests.serving.test_errors import HELLO, post, refused
 
 from parley.data.example import Example
 from parley.data.render import render_example, render_prompt
 from parley.data.template_settings import pin_settings
+from parley.inference.generate import Generator
 from parley.serving import service as service_module
+from parley.serving.loading import load_for_inference
 from parley.serving.protocol import ChatRequest, CompletionRequest, parse_body
 from parley.serving.service import ServedModel, Service
+from parley.training.run_folder import RunFolder
 
 MODEL = {"model": "pirate"}
 
@@ -250,3 +256,18 @@ def test_control_tokens_are_those_of_training(tuned: Running, monkeypatch: pytes
     assert chat_ids(tuned, messages).count(end) == chat_ids(tuned, HELLO).count(end)
     monkeypatch.setattr(tuned.service, "model", replace(tuned.service.model, control_tokens="tokens"))
     assert chat_ids(tuned, messages).count(end) == chat_ids(tuned, HELLO).count(end) + 1
+
+
+def test_a_runs_control_tokens_reach_every_way_to_ask_it(tuned_run: RunFolder, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(tuned_run.path, run)
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    settings["data"]["control_tokens"] = "tokens"
+    (run / "run.yaml").write_text(yaml.safe_dump(settings))
+    loaded = load_for_inference(str(run))
+    assert loaded.control_tokens == "tokens"
+    messages = [{"role": "user", "content": "What is <|eot_id|>?"}]
+    wanted = render_prompt(loaded.tokenizer, messages, None, "tokens")
+    assert wanted != render_prompt(loaded.tokenizer, messages)
+    with Generator(loaded.model, loaded.tokenizer, control_tokens=loaded.control_tokens) as generator:
+        assert generator.prompt_ids(messages) == wanted
