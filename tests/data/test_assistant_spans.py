@@ -204,12 +204,29 @@ HOSTILE = {
     "a number": "{{ 9 ** 99999999 }}",
     "a list": "{{ (range(99999) | list) * 99999 }}",
     "much text": "{{ lipsum(n=99999999) }}",
+    "replace filter": "{% set a = 'a' * 100000 %}{{ a | replace('a', a) }}",
+    "join filter": "{{ range(99999) | join('a' * 100000) }}",
+    "join method": "{{ ('a' * 100000).join(range(9999) | map('string') | list) }}",
+    "indented JSON": "{{ [[1]] | tojson(indent=10**9) }}",
+    "separated JSON": "{{ (range(99999) | list) | tojson(separators=('a' * 100000, 'b')) }}",
+    "lists added up": "{{ ([range(99999) | list] * 9999) | sum(start=[]) }}",
+    "indented lines": "{{ ('a\n' * 100000) | indent(10000) }}",
+    "tabs": "{{ ('\t' * 1000000).expandtabs(10000) }}",
+    "translated": "{{ ('a' * 100000).translate({97: 'b' * 100000}) }}",
+    "formatted text": "{{ ('{0}' * 10000).format('b' * 1000000) }}",
+    "% of text": "{{ ('%(a)s' * 10000) % {'a': 'b' * 1000000} }}",
+    "format filter": "{{ ('%(a)s' * 10000) | format(a='b' * 1000000) }}",
+    "wrapped words": "{{ ('a ' * 10000) | wordwrap(1, true, 'b' * 100000) }}",
+    "joined by ~": "{% set a = 'a' * 100000000 %}{{ a ~ a ~ a }}",
+    "written again": "{% set a = 'a' * 1000000 %}{% for b in range(9999) %}{{ a }}{% endfor %}",
+    "slow filters": "{% for a in range(9999) %}{% set x = range(99999) | list | sort %}{% endfor %}",
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_stopped(template: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("parley.data.template_trace.MAX_STEPS", 20_000)
+    monkeypatch.setattr("parley.data.template_trace.MAX_SECONDS", 0.05)
     with pytest.raises(DataError, match=r"the chat template (was stopped|refuses)") as caught:
         render(template(HOSTILE[name]), [USER, ANSWER])
     assert "\n" not in str(caught.value)

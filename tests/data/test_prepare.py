@@ -177,7 +177,7 @@ def test_overlong_rows_may_be_an_error(prepared: Any) -> None:
 
 def test_text_and_prompt_completion(prepared: Any, tiny_tokenizer: Any) -> None:
     data = prepared([{"text": "words"}, {"text": "  "}])
-    assert data.summary.dropped["with nothing to learn"].first == ["rows.jsonl line 2"]
+    assert data.summary.dropped["without supervised tokens"].first == ["rows.jsonl line 2"]
     assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORE_INDEX]).startswith("words")
     data = prepared([{"prompt": "two and two is ", "completion": "four"}])
     assert tiny_tokenizer.decode([id for id in data.train[0]["labels"] if id != IGNORE_INDEX]).startswith("four")

@@ -33,7 +33,7 @@ SHORTENED = {
 }
 """Policies that keep a part of a row that is too long, and how the summary reports them."""
 NO_ANSWER = "without an assistant turn"
-NOTHING_SUPERVISED = "with nothing to learn"
+NOTHING_SUPERVISED = "without supervised tokens"
 
 
 def render_examples(

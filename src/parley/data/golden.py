@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
+from parley.data.conversation_text import render_text
 from parley.data.example import Message
 from parley.data.render import render, render_prompt
+from parley.errors import DataError
 
 CONVERSATIONS: list[list[Message]] = [
     [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello. How can I help?"}],
@@ -39,7 +39,7 @@ def golden_ids(tokenizer: Any) -> list[dict[str, Any]]:
 
 def _accepts(tokenizer: Any, messages: list[Message]) -> bool:
     try:
-        tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError:
+        render_text(tokenizer, messages, None)
+    except DataError:
         return False
     return True

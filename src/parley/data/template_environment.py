@@ -8,21 +8,24 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import nodes, pass_environment
 from jinja2.ext import Extension
+from jinja2.filters import do_sum, do_wordwrap
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from parley.data.template_limits import (
-    MAX_CHARACTERS,
     RESIZING,
+    TemplateLimitError,
     check_format,
+    check_growth,
     check_operands,
+    check_separator,
     check_sizes,
+    check_written_format,
     checked,
-    too_long,
 )
 from parley.data.template_trace import TRACE_FILTERS, first_source, state_of
 from parley.data.traced_text import UNKNOWN, SafeText, TracedText, concat, join, runs_of
@@ -36,6 +39,8 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """transformers' tojson (json.dumps with no HTML escapes), with origins."""
+    for part in (indent, *(separators or ())):
+        check_separator(part)
     options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
     text = json.dumps(value, **options)  # type: ignore[arg-type]
     source = first_source(value)
@@ -106,13 +111,41 @@ class Generation(Extension):
 def _traced_join(value: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
     if attribute is not None:
         value = [item[attribute] for item in value]
-    return join(d, [item if isinstance(item, str) else str(item) for item in value])
+    parts = [item if isinstance(item, str) else str(item) for item in value]
+    check_growth("join", d, [parts], {})
+    return join(d, parts)
+
+
+def _replace(s: Any, old: str, new: str, count: int | None = None) -> str:
+    text = _text(s)
+    check_growth("replace", text, [old, new], {})
+    return text.replace(old, new, -1 if count is None else count)
+
+
+def _wordwrap(
+    environment: jinja2.Environment,
+    s: str,
+    width: int = 79,
+    break_long_words: bool = True,
+    wrapstring: str | None = None,
+    break_on_hyphens: bool = True,
+) -> str:
+    check_separator(wrapstring)
+    check_growth("replace", s, ["", wrapstring or ""], {})
+    return do_wordwrap(environment, s, width, break_long_words, wrapstring, break_on_hyphens)
+
+
+def _sum(environment: jinja2.Environment, iterable: Any, attribute: str | int | None = None, start: Any = 0) -> Any:
+    if not isinstance(start, int | float):  # lists would be added up, each sum longer than the one before
+        raise TemplateLimitError("it adds up what are no numbers")
+    return do_sum(environment, iterable, attribute, start)
 
 
 def _indent(s: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
     """Jinja's indent over traced lines (jinja2.filters.do_indent)."""
     space = width if isinstance(width, str) else " " * width
     lines = (s + "\n").splitlines()
+    check_growth("join", space, [lines], {})
     rest = [space + line if line or blank else line for line in lines[1:]]
     text = join("\n", [*lines[:1], *rest])
     return space + text if first else text
@@ -139,7 +172,8 @@ class Environment(ImmutableSandboxedEnvironment):
         for name in RESIZING & self.filters.keys():
             self.filters[name] = checked(self.filters[name])
         self.filters |= {"tojson": _tojson, "join": _traced_join, "indent": checked(_indent)}
-        self.filters |= {"safe": _safe, "string": _text, "items": _items, "format": _format}
+        self.filters |= {"safe": _safe, "string": _text, "items": _items, "format": _format, "replace": _replace}
+        self.filters |= {"wordwrap": pass_environment(checked(_wordwrap)), "sum": pass_environment(_sum)}
         self.filters |= TRACE_FILTERS
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -149,6 +183,7 @@ class Environment(ImmutableSandboxedEnvironment):
 
         def checked(*args: Any, **kwargs: Any) -> str:
             check_format(value.__self__)
+            check_growth("format", value.__self__, args, kwargs)
             return wrapped(*args, **kwargs)
 
         return checked
@@ -170,11 +205,10 @@ class Environment(ImmutableSandboxedEnvironment):
         if isinstance(owner, str):
             if name in RESIZING:
                 check_sizes(args, kwargs)
-            elif name == "join":
-                __obj = lambda parts: join(owner, parts)  # noqa: E731
-            # Checked before the call: a check of the result comes when the memory is already allocated.
-            elif name == "replace" and len(args) > 1 and len(owner) * len(args[1]) > MAX_CHARACTERS:
-                raise too_long()
+            if name == "join" and args:
+                args = (list(args[0]), *args[1:])
+                __obj = lambda parts, **_: join(owner, parts)  # noqa: E731
+            check_growth(name, owner, args, kwargs)
         result = super().call(__context, __obj, *args, **kwargs)
         state.made(result)
         return result
@@ -190,5 +224,5 @@ def _safe(value: Any) -> str:
 
 
 def _format(value: str, *args: Any, **kwargs: Any) -> str:
-    check_format(value)
+    check_written_format(value, kwargs or args)
     return value % (kwargs or args)

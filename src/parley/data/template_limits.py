@@ -19,7 +19,9 @@ MAX_SECONDS = 60.0
 """CPU time of the rendering thread. A template cannot wait, so this bounds the time on the clock as well, and a busy
 machine stops nothing that would have ended."""
 MAX_CHARACTERS = 1 << 27
-"""Characters of one string, or items of one list, that a template makes."""
+"""Characters of one string, of all that a rendering writes, or items of one list."""
+MAX_SEPARATOR = 1000
+"""Characters of what a filter puts between lines, words or items of JSON."""
 MAX_WORK = 1 << 35
 """Characters of all strings that one rendering makes, those it throws away included."""
 _MAX_BITS = 1 << 14
@@ -61,6 +63,51 @@ def check_sizes(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
             raise TemplateLimitError(f"it asks for a width of {value:,}")
 
 
+def check_separator(separator: Any) -> None:
+    size = len(separator) if isinstance(separator, str) else separator if isinstance(separator, int) else 0
+    if size > MAX_SEPARATOR:
+        raise TemplateLimitError(f"it puts {size:,} characters between lines or items")
+
+
+def check_growth(name: str, text: str, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Refuse a method of a string whose result would be too long. Checked before the call: a check of the result comes
+    when the memory is already allocated."""
+    length = len(text)
+    if name == "join" and args:
+        # A generator is joined part by part elsewhere; its parts are counted as they are made.
+        parts = args[0] if isinstance(args[0], list | tuple) else ()
+        length = len(text) * len(parts) + sum(len(part) for part in parts if isinstance(part, str))
+    elif name == "replace" and len(args) > 1:
+        old, new = args[0], args[1]
+        length += (text.count(old) if old else len(text) + 1) * len(new)
+    elif name == "expandtabs":
+        length += text.count("\t") * max([8, *(size for size in (*args, *kwargs.values()) if isinstance(size, int))])
+    elif name == "translate":
+        length *= max(1, _longest(args))
+    elif name in ("format", "format_map"):
+        length += text.count("{") * _longest([args, kwargs])
+    if length > MAX_CHARACTERS:
+        raise too_long()
+
+
+def check_written_format(text: str, values: Any) -> None:
+    """Refuse `text % values` where it would be too long."""
+    check_format(text)
+    if len(text) + text.count("%") * _longest(values) > MAX_CHARACTERS:
+        raise too_long()
+
+
+def _longest(value: Any) -> int:
+    """The length of the longest string in nested lists and mappings; of anything else, that of its repr."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, dict):
+        return max(map(_longest, value.values()), default=0)
+    if isinstance(value, list | tuple):
+        return max(map(_longest, value), default=0) + 2 * len(value)
+    return 32
+
+
 def check_format(format: str) -> None:
     if _WIDTH.search(format):
         raise TemplateLimitError("it formats to a width of a million or more")
@@ -68,7 +115,7 @@ def check_format(format: str) -> None:
 
 def check_operands(operator: str, left: Any, right: Any) -> None:
     if operator == "%" and isinstance(left, str):
-        check_format(left)
+        check_written_format(left, right)
     for many, times in ((left, right), (right, left)):
         repeated = operator == "*" and isinstance(many, str | list | tuple) and isinstance(times, int)
         if repeated and len(many) * times > MAX_CHARACTERS:

@@ -41,12 +41,13 @@ class Trace:
     loops: list[tuple[bool, int]] = field(default_factory=list)
     steps: int = 0
     work: int = 0
+    written: int = 0
     began: float = field(default_factory=thread_time)
 
     def step(self) -> None:
         self.steps += 1
         # Reading the clock of a thread is a system call, which every step would feel.
-        if not self.steps & 63 and thread_time() - self.began > MAX_SECONDS:
+        if not self.steps & 15 and thread_time() - self.began > MAX_SECONDS:
             raise TemplateLimitError(f"it takes more than {MAX_SECONDS:.0f} seconds over these messages")
         if self.steps > MAX_STEPS:
             raise TemplateLimitError(f"it takes more than {MAX_STEPS:,} steps over these messages")
@@ -92,6 +93,9 @@ def _emit(context: Context, value: Any) -> str:
     state = state_of(context)
     text = value if isinstance(value, str) else str(value)
     state.made(text)
+    state.written += str.__len__(text)
+    if state.written > MAX_CHARACTERS:
+        raise too_long()
     if isinstance(text, TracedText):
         return text.labelled(state.message)
     return TracedText.of(text, None, written_for=state.message)
@@ -215,7 +219,10 @@ def _statement(name: str, expression: nodes.Expr) -> nodes.ExprStmt:
 
 @jinja2.pass_context
 def _concat(context: Context, parts: list[Any]) -> str:
-    text = join("", [part if isinstance(part, str) else str(part) for part in parts])
+    texts = [part if isinstance(part, str) else str(part) for part in parts]
+    if sum(map(str.__len__, texts)) > MAX_CHARACTERS:
+        raise too_long()
+    text = join("", texts)
     state_of(context).made(text)
     return text
 

@@ -41,7 +41,7 @@ def train_on_responses_only(
 
     A response ends with the tokenizer's end-of-turn token, which is supervised with it, or before the next part where
     there is none. So tool results and system turns are never supervised. Without parts, those of the tokenizer's own
-    template are taken; `force_match=False` ignores white space in them. Rows with nothing to learn are left out.
+    template are taken; `force_match=False` ignores white space in them. Rows without supervised tokens are left out.
     With `return_function` the function for `dataset.map(..., batched=True)` is returned instead.
 
     Raises UsageError for parts that are missing, DataError where no row has a response, or rows have no token ids.
