@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from parley.compat.unsloth import get_chat_template
 from parley.compat.unsloth.families import FAMILIES, NAMES
+from parley.compat.unsloth.tokenizer import as_notebooks_expect
 from parley.data.render import render
 from parley.errors import ModelError, UsageError
 
@@ -142,3 +143,13 @@ def test_a_template_of_the_notebook_s_own_comes_with_its_end_token(tokenizer: An
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
     get_chat_template(tokenizer, (own, "<|stop|>"))
     assert (text(tokenizer, TURNS), tokenizer.eos_token) == ("Hi<|stop|>Ahoy<|stop|>", "<|stop|>")
+
+
+def test_a_hostile_template_is_stopped_in_notebooks_too(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parley.data.template_trace.MAX_STEPS", 20_000)
+    tokenizer = as_notebooks_expect(tokenizer)
+    written = text(tokenizer, TURNS)
+    assert text(tokenizer, [TURNS, TURNS]) == [written, written]  # type: ignore[arg-type, comparison-overlap]
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(ModelError, match="the chat template was stopped: it takes more than 20,000 steps"):
+        text(tokenizer, TURNS)

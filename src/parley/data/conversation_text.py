@@ -48,6 +48,30 @@ def render_text(
     return rendered
 
 
+def check_bounds(
+    tokenizer: Any,
+    conversation: Any,
+    tools: Any = None,
+    chat_template: str | None = None,
+    add_generation_prompt: bool = False,
+    **settings: Any,
+) -> None:
+    """Run the chat template within its bounds, before `tokenizer.apply_chat_template` runs it without any.
+
+    Raises ModelError where it is stopped. What else goes wrong, apply_chat_template reports in its own words.
+    """
+    settings.pop("documents", None)
+    try:
+        template = compiled(tokenizer.get_chat_template(chat_template, tools))
+        batch = conversation if conversation and isinstance(conversation[0], list | tuple) else [conversation]
+        for messages in batch:
+            template.render(messages, tools, add_generation_prompt, **(tokenizer.special_tokens_map | settings))
+    except TemplateLimitError as error:
+        raise ModelError(f"the chat template was stopped: {error}; set another chat_template") from None
+    except TEMPLATE_ERRORS:
+        return
+
+
 def template_of(tokenizer: Any, tools: Sequence[dict[str, Any]] | None) -> ChatTemplate:
     try:
         return compiled(tokenizer.get_chat_template(tools=tools))

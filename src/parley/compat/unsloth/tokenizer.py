@@ -11,11 +11,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from parley.data.conversation_text import check_bounds
+
 
 class _IdsFromTemplate:
     """Put before a tokenizer's class: `return_dict` is False unless it is given."""
 
     def apply_chat_template(self, conversation: Any, *args: Any, **options: Any) -> Any:
+        check_bounds(self, conversation, *args[:1], **options)
         options.setdefault("return_dict", bool(options.get("return_assistant_tokens_mask")))
         return super().apply_chat_template(conversation, *args, **options)  # type: ignore[misc]
 
