@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from parley.training.run_summary import RunSummary
 
 STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "broken": "red"}
+COLUMNS = ("run", "state", "step", "loss", "held-out", "date", "size", "model", "data")
+WIDE = 100  # columns of a terminal that has space for the data's name as well
+NUMBERS = frozenset({"step", "loss", "held-out", "size"})
+MINIMUM = {"state": 8, "step": 9, "loss": 5, "held-out": 8, "date": 11, "size": 8}  # characters
 LONGEST_VALUE = 60  # characters of a setting in the table; --json has all of it
 DEFAULT_FOLDER = "runs"
 DIFF = "diff"
@@ -62,12 +66,18 @@ def _list(folder: Path, *, as_json: bool) -> None:
         print_text(out, f"no runs in {folder}; `parley train` writes them there", wrap=False)
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name, justify in (("run", "left"), ("state", "left"), ("step", "right"), ("loss", "right"),
-                          ("held-out", "right"), ("date", "left"), ("size", "right"), ("model", "left"),
-                          ("data", "left")):  # fmt: skip
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    columns = COLUMNS if out.width >= WIDE else COLUMNS[:-1]
+    for name in columns:
+        names = name in ("run", "model", "data")  # these are cut where the terminal is narrow, the others never
+        table.add_column(
+            name,
+            justify="right" if name in NUMBERS else "left",
+            no_wrap=True,
+            overflow="ellipsis",
+            min_width=4 if names else MINIMUM[name],
+        )
     for run in found:
-        table.add_row(*_cells(run, folder))
+        table.add_row(*_cells(run, folder)[: len(columns)])
     out.print(table)
     for run in found:
         if run.reason:
@@ -78,7 +88,7 @@ def _cells(run: RunSummary, folder: Path) -> list[Text]:
     path = Path(run.path)
     name = str(path.relative_to(folder)) if path != folder and path.is_relative_to(folder) else run.path
     step = "" if run.step is None else f"{run.step:,}" + (f"/{run.max_steps:,}" if run.max_steps else "")
-    date = datetime.fromtimestamp(run.date).strftime("%Y-%m-%d %H:%M")
+    date = _date(run.date)
     plain = [
         step,
         _figure(run.loss),
@@ -100,7 +110,8 @@ def _diff(a: Path, b: Path, *, everything: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps({"a": first.path, "b": second.path, **sections}, indent=1, default=str))
         return
-    table = Table("", box=None, pad_edge=False, header_style="dim")
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("", overflow="fold")
     for run in (first, second):
         table.add_column(Text(visible(run.path)), overflow="fold")
     for title, values in sections.items():
@@ -129,6 +140,12 @@ def _value(value: Any) -> str:
 
 def _without_contents(run: RunSummary) -> dict[str, Any]:
     return {name: value for name, value in asdict(run).items() if name not in ("settings", "report")}
+
+
+def _date(seconds: float) -> str:
+    """Day and time; for an earlier year its date."""
+    when = datetime.fromtimestamp(seconds)
+    return when.strftime("%m-%d %H:%M" if when.year == datetime.now().year else "%Y-%m-%d")
 
 
 def _figure(value: float | None) -> str:

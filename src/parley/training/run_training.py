@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback
+from transformers.integrations import TensorBoardCallback
 from trl import SFTConfig
 
 from parley.errors import DeviceError, ParleyError, RunError
@@ -44,6 +45,10 @@ def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any]) -
     except REFUSALS as error:
         raise setting_error("", error) from error
     trainer.remove_callback(PrinterCallback)  # the progress line shows its figures
+    for callback in trainer.callback_handler.callbacks:
+        # It would be chosen when training begins, and the evaluation before would write to ./runs and go on doing so.
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(args.output_dir).parent / "tensorboard")
     return trainer
 
 
