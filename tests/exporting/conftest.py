@@ -66,3 +66,59 @@ def build_run(
 def run(build_run: Callable[..., Path]) -> Path:
     """A run on a tiny Llama."""
     return build_run("llama")
+
+
+@pytest.fixture(scope="session")
+def tied_llama(build_family: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose head is its embedding."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source, folder = build_family("llama"), tmp_path_factory.mktemp("tied") / "llama"
+    model = AutoModelForCausalLM.from_pretrained(source)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def gguf_model(tmp_path: Path) -> Callable[[Any], Path]:
+    """`gguf_model(tokenizer)`: a GGUF file of the smallest of models with that tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from parley.exporting.gguf.architectures import architecture_of
+    from parley.exporting.gguf.convert import write_gguf
+    from parley.exporting.gguf.quantization import SCHEMES
+    from parley.exporting.gguf.vocabulary import read_vocabulary
+    from parley.exporting.merge import merged_weights
+    from parley.exporting.weights import CheckpointWeights
+
+    def write(tokenizer: Any) -> Path:
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=512,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(tmp_path)
+        path, weights = tmp_path / "model.gguf", merged_weights(config, CheckpointWeights(tmp_path), [])
+        vocabulary = read_vocabulary(tokenizer, len(tokenizer), None, "model")
+        architecture = architecture_of(config, "model")
+        write_gguf(path, architecture, config, weights, vocabulary, SCHEMES["f32"], {"type": "model"}, threads=1)
+        return path
+
+    return write
+
+
+@pytest.fixture
+def gguf_ids(gguf_model: Callable[[Any], Path]) -> Callable[..., list[list[int]]]:
+    """`gguf_ids(tokenizer, texts, parse_special=True)`: llama.cpp's ids."""
+    from parley.library_compat.xllamacpp import LlamaModel
+
+    def ids(tokenizer: Any, texts: list[str], parse_special: bool) -> list[list[int]]:
+        model = LlamaModel(gguf_model(tokenizer), length=64, threads=1)
+        try:
+            return [model.tokenize(text, add_special=False, parse_special=parse_special) for text in texts]
+        finally:
+            model.close()
+
+    return ids

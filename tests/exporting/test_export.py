@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,8 @@ def test_merged_fp32_is_the_adapter_on_its_base(exports: dict[str, Export]) -> N
     assert figures.worst_logit < 1e-4
 
 
-def test_default_places_are_in_the_run_and_an_existing_one_is_refused(run: Path) -> None:
+def test_default_places_are_in_the_run_and_an_existing_one_is_refused(run: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / "run"))
     (done,) = parley.export(run, "adapter", verify=False)
     assert done.folder == run / "exports" / "adapter"
     assert done.record.status == "not verified"

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    to: Annotated[list[str], typer.Option("--to", metavar="TARGET", help="adapter, merged or gguf. Repeatable.")],
+    to: Annotated[
+        list[str], typer.Option("--to", metavar="TARGET", help="adapter, merged, gguf or gguf-lora. Repeatable.")
+    ],
     quant: Annotated[
         list[str] | None,
         typer.Option(help="gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_0 q4_k_m q4_0; merged: f32 f16 bf16. Repeatable."),

@@ -17,6 +17,7 @@ from parley.exporting.reader import Reader
 from parley.exporting.readers import TransformersReader
 from parley.exporting.reference import Reference
 from parley.exporting.trained_model import TrainedModel
+from parley.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_fields, read_adapter_weights
 
 UNROUNDED = Marks(flips=0, mean_kl=1e-6, worst_kl=1e-4, loss=1e-4, answers=0.95, logit=1e-3)
 """Between two programs that compute the same weights in float32."""
@@ -57,10 +58,14 @@ class AdapterExporter:
                 "use --to merged"
             )
 
+        folder = trained.adapters[-1]
+        read_adapter_weights(folder, read_adapter_fields(folder))  # damaged weights are refused here
+
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
-        for file in sorted(trained.adapters[-1].iterdir()):
-            if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+        # A checkpoint's folder holds an optimizer's state and more beside these.
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(trained.adapters[-1] / name, folder / name)
+        trained.tokenizer.save_pretrained(folder)
 
     def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:
         return AdapterReader(folder, str(trained.base_folder), reference.dtype)

@@ -11,14 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from parley.errors import ModelError
 from parley.exporting.weights import CheckpointWeights
-from parley.models.adapter_files import read_adapter_fields
+from parley.models.adapter_files import WEIGHTS_FILE, read_adapter_fields
 from parley.models.adapters import load_adapter
 from parley.models.base_answers import BASE_CHANGING_INITS
 
@@ -64,7 +66,8 @@ class MergedWeights:
                 "which its file does not hold; save it again as a plain adapter"
             )
         self.base: BaseWeights | MergedWeights = base
-        self._adapted = load_adapter(model_skeleton(config), folder)
+        copied = _copies_of_base(folder, fields.modules_to_save or [], base.shapes())
+        self._adapted = load_adapter(model_skeleton(config, {name: base.get(name) for name in copied}), folder)
         self._model = self._adapted.get_base_model()
         self.tied: bool = base.tied and not self.changes(HEAD) and not self.changes(EMBEDDING)
 
@@ -81,6 +84,22 @@ class MergedWeights:
             return True
         # modules_to_save may name a module above the one that holds the tensor.
         return _saved_parent(self._model, path) is not None or self._bias_of(module, attribute)
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A (R, K), B (N, R) and the scale of B A for the weight `name`; None where it is not adapted.
+
+        Raises ModelError where the adapter changes it by more than that.
+        """
+        if not self.changes(name):
+            return None
+        path, _, attribute = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        adapter = self._adapted.active_adapter
+        plain = isinstance(module, LoraLinear) and attribute == "weight" and not module.use_dora[adapter]
+        if not plain or self._bias_trained(module):
+            raise ModelError(f"{name} is changed by more than LoRA matrices; merge it with --to gguf")
+        a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
+        return a, b, module.scaling[adapter]
 
     @torch.no_grad()
     def get(self, name: str) -> Tensor:
@@ -137,18 +156,34 @@ def _saved_parent(model: nn.Module, path: str) -> tuple[ModulesToSaveWrapper, st
     return None
 
 
-def model_skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+def _copies_of_base(folder: Path, saved: list[str], shapes: dict[str, tuple[int, ...]]) -> list[str]:
+    """Names of the base's tensors that an adapter's file holds as well: PEFT saves an embedding that it adapts.
+
+    They have to equal the base's own, which load_adapter checks.
+    """
+    try:
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            keys = list(file.keys())
+    except (SafetensorError, OSError):
+        return []  # load_adapter says what is wrong with it
+    stored = [key.removeprefix("base_model.model.") for key in keys if ".lora_" not in key]
+    names = [name.replace(".base_layer.", ".") for name in stored]
+    return [name for name in names if name in shapes and not any(part in saved for part in name.split("."))]
+
+
+def model_skeleton(config: PreTrainedConfig, filled: dict[str, Tensor]) -> PreTrainedModel:
     """A model of `config` whose matrices have shape and type but no memory, for PEFT to attach to.
 
-    Each is one number, expanded; vectors are real, as trained biases are copied into them.
+    Each is one number, expanded, but for those `filled`; vectors are real, as trained biases are copied into them.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    for module in model.modules():
+    for path, module in model.named_modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             shape = parameter.shape
             empty = torch.zeros(1).expand(shape) if len(shape) > 1 else torch.zeros(shape)
-            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+            value = filled.get(f"{path}.{name}", empty).to(torch.float32)
+            setattr(module, name, nn.Parameter(value, requires_grad=False))
     return model
 
 

@@ -14,8 +14,9 @@ EXPORTERS = {
     "adapter": ("parley.exporting.adapter", "AdapterExporter"),
     "merged": ("parley.exporting.merged", "MergedExporter"),
     "gguf": ("parley.exporting.gguf.exporter", "GgufExporter"),
+    "gguf-lora": ("parley.exporting.gguf.lora", "LoraGgufExporter"),
 }
-PACKAGES = {"gguf": ("gguf", "xllamacpp")}
+PACKAGES = {"gguf": ("gguf", "xllamacpp"), "gguf-lora": ("gguf", "xllamacpp")}
 """Modules of the optional dependency group `export` that a target imports."""
 
 

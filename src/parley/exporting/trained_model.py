@@ -17,7 +17,9 @@ from parley.data.golden import golden_ids
 from parley.errors import ModelError, RunError
 from parley.exporting.merge import BaseWeights, MergedWeights, merged_weights
 from parley.exporting.weights import CheckpointWeights
+from parley.models.adapter_files import CONFIG_FILE, read_adapter_fields
 from parley.models.adapters import load_adapter
+from parley.models.fingerprint import weights_fingerprint
 from parley.models.load import load_config, load_model
 from parley.models.quantization import quantization_of
 from parley.models.resolve import adapter_chain, model_folder
@@ -25,6 +27,9 @@ from parley.models.tokenizer import check_vocabulary, read_tokenizer
 from parley.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
+
+MOST_ROUNDING = 0.25
+"""Of a matrix quantised to 4 bits, relative to its norm: NF4 rounds by about 0.1, and another model differs by 1."""
 
 
 @dataclass
@@ -35,6 +40,7 @@ class TrainedModel:
         base: the model that the weights are read from: the run's own base, or the one given instead of it.
         adapters: folders of the adapters on it, the one nearest to the base first; empty after full fine-tuning.
         config: the base's, without a quantization.
+        base_fingerprint: of the base's weight files.
         notes: what a user has to know of the export, a line each.
     """
 
@@ -44,8 +50,8 @@ class TrainedModel:
     adapters: list[Path]
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    base_fingerprint: str
     notes: list[str] = field(default_factory=list)
-    base_fingerprint: str | None = None
 
     @property
     def name(self) -> str:
@@ -101,6 +107,8 @@ def open_run(run: str | Path, base: str | None = None, *, trust_remote_code: boo
     config = load_config(section)
     method = quantization_of(config)
     notes = []
+    if folder.stopped_at is not None:
+        notes.append(f"the run did not finish: the weights are those of its last checkpoint, {folder.stopped_at.name}")
     if method != "none":
         notes.append(f"merged into dequantised {method} weights, as only these are there; --base gives a 16-bit base")
         del config.quantization_config
@@ -109,28 +117,83 @@ def open_run(run: str | Path, base: str | None = None, *, trust_remote_code: boo
             f"merged into the 16-bit base; training rounded it to {settings.model.quantization}, so that answers of "
             "the run differ a little"
         )
+    if adapters:
+        _check_base(folder, settings, section, config, replaced=base is not None)
     tokenizer = read_tokenizer(folder.weights, section.model_copy(update={"chat_template": None}))
     check_vocabulary(tokenizer, config.get_text_config().vocab_size, str(folder.weights))
     _check_golden(folder, tokenizer)
-    return TrainedModel(folder, settings, section, adapters, config, tokenizer, notes)
+    fingerprint = weights_fingerprint(model_folder(section))
+    return TrainedModel(folder, settings, section, adapters, config, tokenizer, fingerprint, notes)
 
 
 def _base_and_adapters(folder: RunFolder, settings: RunConfig, base: str | None) -> tuple[ModelSection, list[Path]]:
     section = settings.model.model_copy(update={"quantization": "auto", "chat_template": None})
-    if folder.model.is_dir():
+    if not (folder.weights / CONFIG_FILE).is_file():  # a whole model
         if base is not None:
             raise ModelError(
                 f"{folder.path}: every weight was trained, so there is no base to replace; leave out --base"
             )
-        return section.model_copy(update={"name": str(folder.model), "name_from_run": None}), []
+        return section.model_copy(update={"name": str(folder.weights), "name_from_run": None}), []
     section = section.model_copy(update={"name": folder.base_name(), "name_from_run": None})
     chain, own_base = adapter_chain(section)
+    if own_base.revision is None:  # of a hub id, the commit that was trained on
+        own_base = own_base.model_copy(update={"revision": read_adapter_fields(folder.weights).revision})
     # A run that continued an adapter saved all of it; one that was merged first is part of the base.
     kept = chain if section.adapter == "merge" else chain[:-1]
-    adapters = [model_folder(adapter) for adapter in kept] + [folder.adapter]
+    adapters = [model_folder(adapter) for adapter in kept] + [folder.weights]
     if base is None:
         return own_base, adapters
     return own_base.model_copy(update={"name": base, "revision": None}), adapters
+
+
+def _check_base(
+    folder: RunFolder, settings: RunConfig, section: ModelSection, config: PreTrainedConfig, *, replaced: bool
+) -> None:
+    """Refuse a base that is not the run's, or a 16-bit replacement that is not what the run's was quantised from."""
+    recorded = _recorded_fingerprint(folder)
+    if not replaced:
+        if recorded is None and Path(section.name).is_dir():
+            logger.warning("%s: no base.json, so whether the base is that of training is not checked", folder.path)
+        if recorded is not None and recorded != weights_fingerprint(model_folder(section)):
+            raise ModelError(
+                f"{section.name}: is not the base that {folder.path} was trained on (the fingerprints of its weights "
+                "differ); put the run's base back there, or write its place to model.name in run.yaml"
+            )
+        return
+    own = settings.model.model_copy(update={"name": folder.base_name(), "name_from_run": None})
+    _, own = adapter_chain(own)
+    if recorded is not None and recorded == weights_fingerprint(model_folder(section)):
+        return
+    if quantization_of(load_config(own)) == "none":
+        raise ModelError(
+            f"--base {section.name}: {folder.path} was trained on the 16-bit {own.name}, and these are other weights; "
+            "leave out --base"
+        )
+    _check_replacement(CheckpointWeights(model_folder(own)), CheckpointWeights(model_folder(section)), config, section)
+
+
+def _check_replacement(
+    own: CheckpointWeights, given: CheckpointWeights, config: PreTrainedConfig, section: ModelSection
+) -> None:
+    """Compare one matrix of the quantised base with that of the 16-bit model given in its place."""
+    base = BaseWeights(given, config)
+    name = next(name for name, shape in base.shapes().items() if len(shape) == 2 and ".layers." in name)
+    quantised, value = own.get(name).float(), base.get(name).float()
+    if quantised.shape != value.shape or (quantised - value).norm() > MOST_ROUNDING * value.norm():
+        raise ModelError(
+            f"--base {section.name}: is not the model that the run's base was quantised from ({name} differs); give "
+            "its 16-bit original"
+        )
+
+
+def _recorded_fingerprint(folder: RunFolder) -> str | None:
+    if not folder.base.is_file():
+        return None
+    try:
+        recorded = json.loads(folder.base.read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{folder.base}: cannot be read ({type(error).__name__}); copy it from the run") from None
+    return recorded if isinstance(recorded, str) else None
 
 
 def _check_golden(folder: RunFolder, tokenizer: PreTrainedTokenizerBase) -> None:

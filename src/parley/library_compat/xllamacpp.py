@@ -218,8 +218,9 @@ class LlamaModel:
     def close(self) -> None:
         """Free context and model; further calls do nothing."""
         llama = _llama()
-        if self._context:
-            llama.llama_free(self._context)
-        if self._model:
-            llama.llama_model_free(self._model)
+        with _quiet():
+            if self._context:
+                llama.llama_free(self._context)
+            if self._model:
+                llama.llama_model_free(self._model)
         self._model = self._context = None

@@ -2,6 +2,7 @@
 
 run.yaml        the resolved settings, every default written out, without secrets
 adapter/        the PEFT adapter (or, after full fine-tuning, model/ with all weights), with tokenizer and template
+base.json       the fingerprint of a local base model: an export checks that it merges into the same weights
 golden.json     conversations with the token ids they rendered to: a server compares its own against them
 events.jsonl    one JSON object a line for each logged step, evaluation and checkpoint
 checkpoints/    the trainer's checkpoints, from the last of which a run is resumed (training/checkpoint.py)
@@ -32,6 +33,7 @@ from parley.data.golden import golden_ids
 from parley.errors import RunError, UsageError
 from parley.library_compat.tokenizers import save_tokenizer
 from parley.models.adapter_files import CONFIG_FILE
+from parley.models.fingerprint import base_fingerprint
 from parley.models.load import load_adapter, load_model
 from parley.models.tokenizer import check_vocabulary, read_tokenizer
 from parley.safe_yaml import read_yaml_file
@@ -58,6 +60,7 @@ class RunFolder:
         self.config_file = path / "run.yaml"
         self.adapter = path / "adapter"
         self.model = path / "model"
+        self.base = path / "base.json"
         self.golden = path / "golden.json"
         self.events = path / "events.jsonl"
         self.bad_rows = path / "bad_rows.jsonl"
@@ -98,6 +101,8 @@ class RunFolder:
             folder.lock()
             _check_empty(folder.path)  # another process may have finished a run in it meanwhile
             folder.config_file.write_text(_with_places(config).to_yaml(), encoding="utf-8")
+            if config.model.name == DEMO_MODEL or Path(config.model.name).is_dir():
+                folder.base.write_text(json.dumps({"fingerprint": base_fingerprint(config.model)}), encoding="utf-8")
         except OSError as error:
             folder.unlock()
             _remove_folders(folder._made)

@@ -134,7 +134,7 @@ def _add_gemma3(writer: GGUFWriter, config: Any) -> None:
 
 def _add_phi3(writer: GGUFWriter, config: Any) -> None:
     writer.add_rope_scaling_orig_ctx_len(config.original_max_position_embeddings)
-    writer.add_sliding_window(config.sliding_window or 0)  # the key is required; 0 means none
+    writer.add_sliding_window(0)  # llama.cpp computes no windows for Phi-3 (its issue 13676)
 
 
 ARCHITECTURES = {
@@ -162,7 +162,7 @@ ARCHITECTURES = {
             check=_check_gemma3,
             add_metadata=_add_gemma3,
         ),
-        Architecture("phi3", MODEL_ARCH.PHI3, windows=True, add_metadata=_add_phi3),
+        Architecture("phi3", MODEL_ARCH.PHI3, add_metadata=_add_phi3),
     )
 }
 

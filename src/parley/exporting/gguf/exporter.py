@@ -8,7 +8,9 @@ from pathlib import Path
 from parley.exporting.comparison import Marks
 from parley.exporting.gguf.architectures import architecture_of, context_length
 from parley.exporting.gguf.convert import write_gguf
+from parley.exporting.gguf.pretokenizers import INEXACT
 from parley.exporting.gguf.quantization import SCHEMES
+from parley.exporting.gguf.rope import rope_parameters
 from parley.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
 from parley.exporting.reader import Reader
@@ -54,13 +56,24 @@ class GgufExporter:
                 f"GGUF: llama.cpp has no sliding window for {config.model_type}; the context is {length:,} tokens, for "
                 "which it makes no difference"
             )
+        vocabulary = self._vocabulary(trained)
+        if vocabulary.pre in INEXACT:
+            trained.notes.append(
+                f"GGUF: llama.cpp's pre-tokenizer {vocabulary.pre} splits text with combining marks otherwise than "
+                "tokenizer.json"
+            )
+        if rope_parameters(config).get("rope_type") == "longrope":
+            trained.notes.append(
+                f"GGUF: with a context over {config.original_max_position_embeddings:,} tokens llama.cpp takes "
+                "longrope's long factors for short texts too"
+            )
         names = {"type": "model", "name": trained.name, "basename": trained.base_name.rsplit("/")[-1]}
         write_gguf(
             folder / f"{trained.name}-{quant}.gguf",
             architecture,
             config,
             trained.weights,
-            self._vocabulary(trained),
+            vocabulary,
             SCHEMES[quant],
             names,
             threads(),

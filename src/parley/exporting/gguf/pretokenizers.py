@@ -55,6 +55,8 @@ PATTERNS = {
     (TEKKEN, True): "tekken",
     (GPT4O, False): "gpt-4o",
 }
+INEXACT = {"tekken", "pixtral", "gpt-4o", "llama4"}
+"""Pre-tokenizers whose regular expressions in llama.cpp leave combining marks out, and split before them."""
 
 
 def pretokenizer_name(tokenizer: Any, backend: dict[str, Any], name: str) -> str:

@@ -7,16 +7,20 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+import jinja2
 from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerBase
 
+from parley.data.render import render_prompt
 from parley.errors import ModelError
 from parley.exporting.gguf.pretokenizers import pretokenizer_name
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 UNUSED_SCORE = -10_000.0
 """Of tokens that are never made by a merge. llama.cpp's merges take the pair with the highest score."""
-SPACE = "▁"  # SentencePiece's
+QUESTION = {"role": "user", "content": "a"}
+NO_DATE = "{%- set date_string = no_date_string %}"
+"""Makes `date_string` undefined again, as it was in training, so that the template takes its own (pinned) date."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,17 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: 
         prefix,
         _special_ids(tokenizer, end_of_turn),
         _adds_bos(tokenizer),
-        tokenizer.chat_template or None,
+        _template(tokenizer),
     )
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template. llama.cpp gives templates today's date as `date_string`: one that reads it is kept from it."""
+    template = tokenizer.chat_template or None
+    if template is None:
+        return None
+    names = {text for _, kind, text in jinja2.Environment().lex(template) if kind == "name"}
+    return NO_DATE + template if "date_string" in names else template
 
 
 def _tokens(backend: dict[str, Any], rows: int, name: str) -> tuple[list[str], list[TokenType]]:
@@ -143,5 +156,12 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) ->
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a prompt begins with the beginning of text, as it did in training: by the template, where there is one.
+
+    llama.cpp puts one before every prompt if told so, also where the template of a chat writes none.
+    """
     bos = tokenizer.bos_token_id
-    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+    if bos is None:
+        return False
+    ids = render_prompt(tokenizer, [QUESTION]) if tokenizer.chat_template else tokenizer("a").input_ids
+    return bool(ids[:1] == [bos])

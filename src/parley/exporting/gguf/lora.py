@@ -1,0 +1,128 @@
+"""The adapter alone as a GGUF file, which llama.cpp adds to a GGUF of the base.
+
+llama.cpp computes alpha / R B A for each matrix, with one alpha in the file and each matrix's own rank. Where PEFT's
+scale is another one (rsLoRA, alpha patterns), the ratio is in B.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from gguf import MODEL_ARCH_NAMES, GGUFType, GGUFWriter, Keys
+from torch import Tensor
+
+from parley.errors import ModelError
+from parley.exporting.comparison import Marks
+from parley.exporting.gguf.architectures import Architecture, architecture_of, converted
+from parley.exporting.gguf.convert import SUFFIXES, write_gguf
+from parley.exporting.gguf.exporter import MARKS, end_of_turn, longest, threads
+from parley.exporting.gguf.quantization import SCHEMES
+from parley.exporting.gguf.vocabulary import read_vocabulary
+from parley.exporting.llama_cpp import LlamaCppReader
+from parley.exporting.merge import EMBEDDING, MergedWeights
+from parley.exporting.reader import Reader
+from parley.exporting.reference import Reference
+from parley.exporting.trained_model import TrainedModel
+from parley.models.adapter_files import read_adapter_fields
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class LoraGgufExporter:
+    target = "gguf-lora"
+    description = "The adapter alone as a LoRA GGUF file, for a GGUF of its base."
+    quants: tuple[str, ...] = ()
+    default_quant = None
+
+    def check(self, trained: TrainedModel, quant: str | None) -> None:
+        architecture_of(trained.config, trained.base_name)
+        if len(trained.adapters) != 1:
+            raise ModelError(f"{trained.name}: is not one adapter on its base; use --to gguf")
+        weights = _merged(trained)
+        for name in weights.shapes():
+            weights.factors(name)
+        if weights.changes(EMBEDDING):
+            raise ModelError(f"{trained.name}: an adapted embedding is not written as LoRA GGUF; use --to gguf")
+
+    def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
+        architecture = architecture_of(trained.config, trained.base_name)
+        path = folder / f"{trained.name}-lora.gguf"
+        writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.arch])
+        try:
+            alpha = float(read_adapter_fields(trained.adapters[0]).lora_alpha)
+            writer.add_type(GGUFType.ADAPTER)
+            writer.add_string(Keys.Adapter.TYPE, "lora")
+            writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+            writer.add_name(trained.name)
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, trained.base_name)
+            for name, a_RK, b_NR in _matrices(trained, architecture, alpha):
+                writer.add_tensor(f"{name}.lora_a", a_RK.numpy().astype(np.float32))
+                writer.add_tensor(f"{name}.lora_b", b_NR.contiguous().numpy().astype(np.float32))
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
+        if trained.tokenizer.chat_template:
+            (folder / TEMPLATE_FILE).write_text(trained.tokenizer.chat_template, encoding="utf-8")
+            trained.notes.append(
+                f"LoRA GGUF: it holds no chat template; give llama.cpp {TEMPLATE_FILE} with --chat-template-file"
+            )
+
+    def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:
+        return LoraGgufReader(trained, next(folder.glob("*.gguf")), longest(trained, reference), folder.parent)
+
+    def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
+        return MARKS["f16"]
+
+
+def _merged(trained: TrainedModel) -> MergedWeights:
+    assert isinstance(trained.weights, MergedWeights)
+    return trained.weights
+
+
+def _matrices(trained: TrainedModel, architecture: Architecture, alpha: float) -> list[tuple[str, Tensor, Tensor]]:
+    """Name in GGUF, A (R, K) and B (N, R) of every adapted matrix, as llama.cpp's scale wants them."""
+    weights, table = _merged(trained), architecture.names(trained.config)
+    found = []
+    for name in weights.shapes():
+        factors = weights.factors(name)
+        if factors is None:
+            continue
+        a_RK, b_NR, scale = factors
+        written = table.get_name(name, try_suffixes=SUFFIXES)
+        if written is None:
+            raise ModelError(f"{name} has no place in a LoRA GGUF file; use --to gguf")
+        # Rows of B are rows of the weight: what permutes the one permutes the other.
+        b_NR = converted(architecture, trained.config, name, b_NR) * (scale / (alpha / a_RK.shape[0]))
+        found.append((written, a_RK.float(), b_NR.float()))
+    return found
+
+
+class LoraGgufReader(LlamaCppReader):
+    """A LoRA GGUF on a GGUF of its base in float16, which is written for the comparison and removed again."""
+
+    def __init__(self, trained: TrainedModel, lora: Path, length: int, scratch: Path) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix=".base-", dir=scratch))
+        try:
+            config, name = trained.config, trained.base_name
+            path = self._folder / "base.gguf"
+            vocabulary = read_vocabulary(trained.tokenizer, config.vocab_size, end_of_turn(trained), name)
+            base = _merged(trained).base
+            architecture = architecture_of(config, name)
+            write_gguf(path, architecture, config, base, vocabulary, SCHEMES["f16"], {"type": "model"}, threads())
+            super().__init__(path, length, threads(), lora)
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        shutil.rmtree(self._folder, ignore_errors=True)
