@@ -164,7 +164,8 @@ def test_overlong_rows_are_cut_with_their_mask(
         for start in starts
         if any(label != IGNORE_INDEX for label in labels[start:][1:60])
     ]
-    assert list(data.train) == wanted
+    assert list(data.train.remove_columns("origin")) == wanted
+    assert set(data.train["origin"]) == set(data.preview_origins)
     assert line.removesuffix("(line 1)") in "\n".join(data.summary.lines())
     assert data.summary.tokens == sum(len(row["input_ids"]) for row in wanted)
 

@@ -13,7 +13,7 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
-from parley.library_compat.trl import copy_figures, count_tokens, metrics, restore_figures, tokens_seen
+from parley.library_compat.trl import copy_figures, count_tokens, keep_column, metrics, restore_figures, tokens_seen
 from parley.training.packed_trainer import METRICS
 from parley.training.trainer import SFTTrainer
 
@@ -38,6 +38,7 @@ HOOKS = [
     "_save",
     "_save_checkpoint",
     "_save_rng_state",
+    "_set_signature_columns_if_needed",
     "_track_num_input_tokens",
 ]
 # Called when training goes on from a checkpoint, which tests/training does.
@@ -149,3 +150,27 @@ def test_figures_are_put_back(recorded: tuple[trl.SFTTrainer, Counter[str]]) -> 
     assert tokens_seen(trainer) == seen
     metrics(trainer, "train")["new"].append(1.0)  # still the defaultdict that compute_loss appends to
     metrics(trainer, "train").clear()
+
+
+def test_a_kept_column_reaches_the_collator(tiny_llama_folder: Path, tmp_path: Path) -> None:
+    """Which columns TRL hands to its collator is decided in `_signature_columns`."""
+    seen: list[set[str]] = []
+
+    class Keeping(trl.SFTTrainer):
+        def _set_signature_columns_if_needed(self) -> None:
+            super()._set_signature_columns_if_needed()
+            keep_column(self, "origin")
+
+    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        seen.append(set(rows[0]))
+        return {}
+
+    rows = Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]], "origin": ["a"], "other": ["b"]})
+    skipping = {"skip_prepare_dataset": True}
+    args = trl.SFTConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", dataset_kwargs=skipping)
+    args.remove_unused_columns = True
+    made = Keeping(
+        AutoModelForCausalLM.from_pretrained(tiny_llama_folder), args, train_dataset=rows, data_collator=collate
+    )
+    next(iter(made.get_train_dataloader()))
+    assert seen == [{"input_ids", "labels", "origin"}]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft.utils import get_peft_model_state_dict
-from tests.training.test_fused_trainer import trainer
+from tests.training.test_fused_trainer import rows, trainer
 from transformers import TrainerCallback
 
 from parley.errors import ModelError
@@ -264,3 +265,25 @@ def test_a_resumed_run_counts_on(tiny_tokenizer: Any, tmp_path: Path) -> None:
     assert resumed.monitor.skipped == 1
     logged = [[logs["loss"] for logs in made.state.log_history if "learning_rate" in logs] for made in (whole, resumed)]
     assert logged[0] == logged[1]
+
+
+def test_an_evaluation_moves_no_buffer_that_graphs_read(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Held-out rows longer than every training row: their buffers are there before the first step."""
+    longest = Dataset.from_dict({"input_ids": [list(range(200))], "labels": [list(range(200))]})
+    settings = {"eval_strategy": "steps", "eval_steps": 1}
+    made = trainer(tiny_tokenizer, tmp_path, 3, settings=settings, eval_dataset={"long": longest, "short": rows(2)})
+    addresses: list[list[int]] = []
+
+    class Watching(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            step = made.fused_step
+            assert step is not None
+            addresses.append([buffer.data_ptr() for buffer in step.workspace.buffers.values()])
+            addresses[-1] += [step.staging.static.data_ptr(), step.positions]
+
+    made.add_callback(Watching())
+    made.train()
+    evaluated = [logs for logs in made.state.log_history if "eval_long_loss" in logs]
+    assert len(evaluated) == 3
+    assert len(addresses[0]) > 5
+    assert addresses[0] == addresses[1] == addresses[2]

@@ -143,15 +143,21 @@ class FusedStep:
             return self.bound.two_row_rope_tables(positions)
         return self.bound.rope_tables(positions)
 
-    def _upload(self, packed: PackedBatch, scale: float, tokens: int, *, graphed: bool = False) -> DeviceBatch:
-        """`packed` on the device, padded to `tokens`. Drops the graphs if a buffer that they read had to move."""
+    def reserve(self, tokens: int, longest: int) -> None:
+        """Grow to passes of `tokens`, documents of `longest`. Drops the graphs if a buffer that they read had to move.
+
+        To be called for all rows that will be evaluated before the first step: no graph is then captured twice.
+        """
         moved = [self.staging.reserve(tokens), self.workspace.reserve(tokens)]
-        longest = max(packed.lengths)
         if longest > self.positions:
             self.rope = self._rope_tables(longest)
             moved.append(True)
         if any(moved) and self.graphs is not None:
             self.graphs.clear()
+
+    def _upload(self, packed: PackedBatch, scale: float, tokens: int, *, graphed: bool = False) -> DeviceBatch:
+        """`packed` on the device, padded to `tokens`. Drops the graphs if a buffer that they read had to move."""
+        self.reserve(tokens, max(packed.lengths))
         return self.staging.upload(packed.padded(tokens), scale, None if graphed else packed.lengths)
 
     def _pass(self, packed: PackedBatch, scale: float) -> None:

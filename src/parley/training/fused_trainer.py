@@ -172,6 +172,8 @@ class FusedTrainer(CapturedTrainer):
                 logger.info("%s", line)
             step = FusedStep(bound, plan)
             step.compile()
+            longest = max(self.longest_evaluated(), plan.positions)
+            step.reserve(max(longest, plan.tokens), longest)
             return step
 
         def reduce() -> bool:

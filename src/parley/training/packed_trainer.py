@@ -278,6 +278,12 @@ class PackedTrainer(RetryingTrainer):
         """The most tokens that a row may have."""
         return self.max_tokens or self.model.config.max_position_embeddings
 
+    def longest_evaluated(self) -> int:
+        """Tokens of the longest row of the evaluation sets; 0 without one."""
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        lengths = [row_lengths(rows, self.longest_row) for rows in sets.values() if rows is not None]
+        return max((int(length_N.max()) for length_N in lengths if len(length_N)), default=0)
+
     def row_lengths(self) -> NDArray[np.integer]:
         """Tokens of each training row; of a stream, whose rows are not known yet, the most that one may have."""
         return row_lengths(self.train_dataset, self.longest_row)
