@@ -28,8 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
 from parley.train_step.bind import bind
-from parley.train_step.captured_step import EAGER_PASSES, CapturedStep
+from parley.train_step.captured_step import CapturedStep
 from parley.train_step.fused_step import FusedStep
+from parley.train_step.graph_threshold import EAGER_PASSES
 from parley.train_step.memory_plan import MemoryPlan, make_plan
 from parley.units import GIB
 
@@ -274,7 +275,7 @@ def report_captured(shape: str, quantization: str, lora: str, sizes: list[list[D
             shape=shape, quantization=quantization, path="captured", lora=lora,
             tokens=sum(len(document.ids_L) for document in documents), supervised=supervised,
             step_ms=round(wall, 2), host_ms=round(host, 2), eager_ms=round(eager, 2), capture_ms=round(first, 1),
-            graphs=len(loop.step.graphs), graph_tokens=loop.step.graph_tokens,
+            graphs=len(loop.step.graphs), graph_tokens=loop.step.threshold.max_tokens,
             loss=round(float(loop.step.metrics_3[0]) / supervised, 4),
             peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
         )  # fmt: skip

@@ -39,7 +39,7 @@ def gradient(step: CapturedStep, seed: int, lengths: tuple[int, ...] = (100, 20,
 def test_a_replay_reads_new_documents_and_weights(lora: dict[str, Any], nf4: bool) -> None:
     model, fresh = adapted(nf4, **lora), adapted(nf4, **lora)
     graphed = CapturedStep(model, tokens=1000, autocast=torch.bfloat16)
-    graphed._set_graph_tokens = lambda *measured: None  # type: ignore[method-assign]
+    graphed.threshold.measure = lambda *measured: None  # type: ignore[method-assign]
     eager = CapturedStep(fresh, tokens=1000, autocast=torch.bfloat16, graphs=False)
     for seed, lengths in enumerate([(100, 20, 130), (100, 20, 130), (100, 20, 130), (60, 60, 60, 80), (7, 240)]):
         got, wanted = gradient(graphed, seed, lengths), gradient(eager, seed, lengths)
@@ -62,7 +62,7 @@ def test_the_gradient_is_autograd_s() -> None:
 
 def test_dropout_is_sampled_anew_at_every_replay() -> None:
     step = CapturedStep(adapted(lora_dropout=0.5).train(), tokens=1000, autocast=torch.bfloat16)
-    step._set_graph_tokens = lambda *measured: None  # type: ignore[method-assign]
+    step.threshold.measure = lambda *measured: None  # type: ignore[method-assign]
     gradients = [gradient(step, 0) for _ in range(5)]
     assert len(step.graphs) == 1
     for i in range(5):
@@ -79,7 +79,7 @@ def test_8_bit_products_which_a_capture_forbids_run_without_one(caplog: pytest.L
         base.set_submodule(path, packed.to("cuda"))
     model = get_peft_model(base, LoraConfig(target_modules="all-linear", r=8, task_type="CAUSAL_LM"))
     step = CapturedStep(model, tokens=1000, autocast=torch.bfloat16)
-    step._set_graph_tokens = lambda *measured: None  # type: ignore[method-assign]
+    step.threshold.measure = lambda *measured: None  # type: ignore[method-assign]
     gradients = [gradient(step, 0) for _ in range(4)]
     torch.testing.assert_close(gradients[3], gradients[0], rtol=0.05, atol=1e-3)
     assert not step.graphs
@@ -90,7 +90,7 @@ def test_a_capture_that_fails_leaves_random_numbers_and_training_as_they_were(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = CapturedStep(adapted(lora_dropout=0.5).train(), tokens=1000, autocast=torch.bfloat16)
-    step._set_graph_tokens = lambda *measured: None  # type: ignore[method-assign]
+    step.threshold.measure = lambda *measured: None  # type: ignore[method-assign]
     loss = step._loss
 
     def synchronising(batch: Any) -> Any:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,6 +28,7 @@ from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, split_by_tokens
 from parley.errors import one_line
 from parley.train_step.bind import Unsupported
+from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.packed_attention import using_packed_attention
 from parley.train_step.packed_batch import DeviceBatch, PackedBatch, StagingBuffer, pack
 from parley.train_step.supervised_loss import SupervisedLoss, smoothed_loss
@@ -39,8 +39,6 @@ logger = logging.getLogger(__name__)
 TOKEN_MULTIPLE, ROW_MULTIPLE = 128, 128  # of a captured size
 SPARE = 1.1  # a captured size is larger than its first pass by so much, so that sizes are few
 MAX_PADDING = 1.25  # a pass is padded to a captured size of at most so many times its own tokens
-EAGER_PASSES = 2  # before the first capture: libraries initialise in the first, the second is measured
-MAX_HOST_SHARE = 0.9  # a pass whose launches take less of its time than this gains nothing from a graph
 
 
 @dataclass(frozen=True)
@@ -87,9 +85,8 @@ class CapturedStep:
         self.staging = StagingBuffer(self.device, round_up(int(SPARE * tokens), TOKEN_MULTIPLE) + TOKEN_MULTIPLE)
         self.graphs: dict[GraphSize, torch.cuda.CUDAGraph] = {}
         self.uses_graphs = graphs and self.device.type == "cuda"
-        self.graph_tokens: float = 0 if not self.uses_graphs else float("inf")
+        self.threshold = GraphThreshold(self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
-        self.eager_passes = 0
         if self.uses_graphs and any(isinstance(module, Linear8bitLt) for module in model.modules()):
             self._do_without_graphs("8-bit products look for outliers on the host")
 
@@ -125,8 +122,11 @@ class CapturedStep:
 
     def _pass(self, packed: PackedBatch, scale: float) -> None:
         size = GraphSize(len(packed.ids_T), len(packed.row_S))
-        if self.eager_passes < EAGER_PASSES or size.tokens > self.graph_tokens:
+        if not self.uses_graphs:
             self._run_eager(packed, size, scale)
+            return
+        if not self.threshold.pays(size.tokens):
+            self.threshold.run(size.tokens, lambda: self._run_eager(packed, size, scale))
             return
         captured = next((known for known in self.graphs if known.holds(size)), None)
         if captured is None:
@@ -140,22 +140,10 @@ class CapturedStep:
         self.graphs[captured].replay()
 
     def _run_eager(self, packed: PackedBatch, size: GraphSize, scale: float) -> None:
-        """A pass without a graph. The second one shows whether launching a pass takes longer than the pass."""
+        """A pass without a graph."""
         batch = self._upload(packed, size, scale, graphed=False)
-        measured = self.uses_graphs and self.eager_passes == EAGER_PASSES - 1
-        start = time.perf_counter()
         with using_packed_attention(self.base):
             self._loss(batch).backward()
-        self.eager_passes += 1
-        if measured:
-            launched = time.perf_counter() - start
-            torch.cuda.synchronize(self.device)
-            self._set_graph_tokens(size.tokens, launched, time.perf_counter() - start)
-
-    def _set_graph_tokens(self, tokens: int, launched: float, finished: float) -> None:
-        """Passes of more tokens than this keep the device busy without a graph."""
-        if launched < MAX_HOST_SHARE * finished:
-            self.graph_tokens = tokens * launched / finished
 
     def _capture(self, packed: PackedBatch, size: GraphSize, scale: float) -> bool:
         """Record a pass of this size. False, and no further attempts, where the model does what a capture forbids."""
@@ -217,7 +205,7 @@ class CapturedStep:
 
     def _do_without_graphs(self, reason: str) -> None:
         logger.warning("captured path: passes are not captured (%s)", reason)
-        self.uses_graphs, self.graph_tokens = False, 0
+        self.uses_graphs = False
 
     def _drop_graphs(self) -> None:
         self.graphs.clear()

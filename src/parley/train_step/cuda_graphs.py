@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.packed_batch import DeviceBatch
 from parley.units import round_up
 
@@ -57,24 +58,26 @@ class GraphRunner:
         self.step = step
         self.captured: dict[int, CapturedPass] = {}
         self.pool = torch.cuda.graph_pool_handle()
-        self.warmed_up = False
+        self.threshold = GraphThreshold(step.bound.device)
         self.sizes = GraphSizes(step.plan.pad_multiple)
 
     def tokens_for(self, tokens: int) -> int:
         """The graph size that a pass of `tokens` is padded to."""
         return self.sizes.choose(tokens, self.captured)
 
+    def takes(self, tokens: int) -> bool:
+        """Whether a pass of `tokens` comes here: while that is being measured, and where it pays."""
+        return tokens <= self.step.plan.graph_tokens and (not self.threshold.is_known or self.threshold.pays(tokens))
+
     def clear(self) -> None:
         """Drop all graphs, because buffers that they read have moved. The pool is freed with the last of them."""
         self.captured.clear()
         self.pool = torch.cuda.graph_pool_handle()
-        self.warmed_up = False
 
     def run(self, batch: DeviceBatch) -> None:
         """Forward, head and backward of `batch`, whose tensors are views of the static buffer."""
-        if not self.warmed_up:  # cuBLAS and Triton initialise at their first call, which a capture forbids
-            self.step.run_eager(batch)
-            self.warmed_up = True
+        if not self.threshold.is_known:
+            self.threshold.run(batch.tokens, lambda: self.step.run_eager(batch))
             return
         captured = self.captured.get(batch.tokens)
         if captured is None:

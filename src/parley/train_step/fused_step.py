@@ -161,7 +161,7 @@ class FusedStep:
         return self.staging.upload(packed.padded(tokens), scale, None if graphed else packed.lengths)
 
     def _pass(self, packed: PackedBatch, scale: float) -> None:
-        if self.graphs is not None and len(packed.ids_T) <= self.plan.graph_tokens:
+        if self.graphs is not None and self.graphs.takes(len(packed.ids_T)):
             self.graphs.run(self._upload(packed, scale, self.graphs.tokens_for(len(packed.ids_T)), graphed=True))
             return
         self.run_eager(self._upload(packed, scale, round_up(len(packed.ids_T), self.row_multiple)))
