@@ -20,11 +20,14 @@ if TYPE_CHECKING:
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     to: Annotated[
-        list[str], typer.Option("--to", metavar="TARGET", help="adapter, merged, gguf or gguf-lora. Repeatable.")
+        list[str],
+        typer.Option("--to", metavar="TARGET", help="adapter, merged, gguf, gguf-lora, ollama or vllm. Repeatable."),
     ],
     quant: Annotated[
         list[str] | None,
-        typer.Option(help="gguf: f32 f16 bf16 q8_0 q6_k q5_k_m q5_0 q4_k_m q4_0; merged: f32 f16 bf16. Repeatable."),
+        typer.Option(
+            help="gguf, ollama: f32 f16 bf16 q8_0 q6_k q5_k_m q5_0 q4_k_m q4_0; merged: f32 f16 bf16. Repeatable."
+        ),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Read it back with another program and compare.")
@@ -35,7 +38,7 @@ def export(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a run as merged model, GGUF file or adapter, and verify it.
+    """Write a run as merged model, GGUF file or adapter, for Ollama or vLLM, and verify it.
 
     Each export is read back by transformers, PEFT or llama.cpp. One that differs ends with exit code 1 and has
     UNVERIFIED in its README.md.
@@ -52,6 +55,9 @@ def export(
     for note in dict.fromkeys(note for each in exports for note in each.record.notes):
         print_text(out, note)
     out.print(_table(exports))
+    for each in exports:
+        if each.command is not None:
+            print_text(out, f"{each.record.name}: {each.command}", wrap=False)
     failed = [each for each in exports if not each.passed]
     for each in failed:
         assert each.record.figures is not None

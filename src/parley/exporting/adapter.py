@@ -72,3 +72,6 @@ class AdapterExporter:
 
     def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
         return UNROUNDED
+
+    def command(self, trained: TrainedModel, place: Path) -> str | None:
+        return None

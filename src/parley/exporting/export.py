@@ -27,10 +27,11 @@ EXPORTS = "exports"
 
 @dataclass(frozen=True)
 class Export:
-    """A finished export: its folder, and the content of its export.json."""
+    """A finished export: its folder, the content of its export.json, and the command line that runs it."""
 
     folder: Path
     record: ExportRecord
+    command: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -162,7 +163,7 @@ class _Exports:
             write_folder(place, write)
         finally:
             trained.notes = shared
-        return Export(place, record)
+        return Export(place, record, exporter.command(trained, place))
 
 
 def write_folder(place: Path, write: Callable[[Path], None]) -> None:

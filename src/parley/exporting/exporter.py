@@ -40,3 +40,6 @@ class Exporter(Protocol):
 
     def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
         """What the export has to reach to be verified."""
+
+    def command(self, trained: TrainedModel, place: Path) -> str | None:
+        """The command line that runs the finished export at `place`; None where many programs would."""

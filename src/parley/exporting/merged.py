@@ -47,6 +47,9 @@ class MergedExporter:
     def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
         return UNROUNDED if self._dtype(trained, quant) == torch.float32 else ROUNDED
 
+    def command(self, trained: TrainedModel, place: Path) -> str | None:
+        return None
+
     def _dtype(self, trained: TrainedModel, quant: str | None) -> torch.dtype:
         """The type asked for, or the base's own 16 bits."""
         if quant is not None:

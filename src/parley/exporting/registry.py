@@ -15,8 +15,10 @@ EXPORTERS = {
     "merged": ("parley.exporting.merged", "MergedExporter"),
     "gguf": ("parley.exporting.gguf.exporter", "GgufExporter"),
     "gguf-lora": ("parley.exporting.gguf.lora", "LoraGgufExporter"),
+    "ollama": ("parley.exporting.ollama", "OllamaExporter"),
+    "vllm": ("parley.exporting.vllm", "VllmExporter"),
 }
-PACKAGES = {"gguf": ("gguf", "xllamacpp"), "gguf-lora": ("gguf", "xllamacpp")}
+PACKAGES = dict.fromkeys(("gguf", "gguf-lora", "ollama"), ("gguf", "xllamacpp"))
 """Modules of the optional dependency group `export` that a target imports."""
 
 

@@ -42,7 +42,11 @@ def context_length(model: PreTrainedModel) -> int | None:
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends an answer: the checkpoint's, the tokenizer's and the chat template's own."""
-    declared = model.generation_config.eos_token_id
+    return end_of_answer_ids(model.generation_config.eos_token_id, tokenizer)
+
+
+def end_of_answer_ids(declared: int | list[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that `end_of_turn_ids` gives, without a model: `declared` are the checkpoint's own."""
     # The three differ in many checkpoints: base models that were tuned to chat keep the base's end of text.
     ends = set(declared if isinstance(declared, list) else [declared])
     ends |= {tokenizer.eos_token_id, template_end_of_turn(tokenizer)}

@@ -16,19 +16,16 @@ from typing import NoReturn
 from parley.config import DEMO_MODEL, GenerationSection, ModelSection
 from parley.errors import UsageError
 from parley.models.adapter_files import read_adapter_fields
-from parley.models.base_answers import BASE_CHANGING_INITS
 from parley.models.resolve import adapter_base, local_folder, model_folder
+from parley.models.vllm_adapters import (
+    LORA_RANKS,
+    adapter_arguments,
+    max_lora_rank,
+    tokenizer_arguments,
+    unread_fields,
+)
 from parley.serving.loading import model_section, served_names, short_name
 from parley.training.run_folder import RunFolder
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
-UNREAD_FIELDS = (
-    "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
-    "target_parameters", "trainable_token_indices", "alora_invocation_tokens", "use_qalora", "use_bdlora",
-    "velora_config", "monteclora_config", "kasa_config", "arrow_config",
-)  # fmt: skip
-"""Fields of adapter_config.json that vLLM refuses or ignores (vllm/lora/peft_helper.py reads r, lora_alpha,
-target_modules, bias and use_rslora): its answers would not be the adapter's."""
 
 
 def vllm_arguments(
@@ -66,7 +63,7 @@ def _plain_model(source: str) -> list[str]:
 def _run_model(source: str, run: RunFolder) -> list[str]:
     weights, section = run.weights.resolve(), run.config.model
     if run.model.is_dir():
-        return [str(weights), "--served-model-name", short_name(source), *_tokenizer(weights)]
+        return [str(weights), "--served-model-name", short_name(source), *tokenizer_arguments(weights)]
     if section.adapter == "merge":
         raise UsageError(
             f"{source}: --engine vllm cannot merge the run's base, an adapter, on loading; use --engine parley"
@@ -76,21 +73,8 @@ def _run_model(source: str, run: RunFolder) -> list[str]:
 
 def _adapter(source: str, weights: Path, base: ModelSection) -> list[str]:
     rank = _lora_rank(source, weights)
-    adapter_name, base_name = served_names(source, base.name)
-    arguments = [_model_path(source, base), "--served-model-name", base_name, *_tokenizer(weights)]
-    if base.revision is not None:
-        arguments += ["--revision", base.revision]
-    if base.dtype != "auto":
-        arguments += ["--dtype", base.dtype]
-    if base.quantization == "nf4":
-        arguments += ["--quantization", "bitsandbytes"]
-    lora_module = f"{adapter_name}={weights}"
-    return [*arguments, "--enable-lora", "--max-lora-rank", str(rank), "--lora-modules", lora_module]
-
-
-def _tokenizer(weights: Path) -> list[str]:
-    template = weights / "chat_template.jinja"
-    return ["--tokenizer", str(weights), *(["--chat-template", str(template)] if template.is_file() else [])]
+    path, names = _model_path(source, base), list(served_names(source, base.name))
+    return adapter_arguments(path, base, names, weights, tokenizer_arguments(weights), rank)
 
 
 def _model_path(source: str, section: ModelSection) -> str:
@@ -106,19 +90,15 @@ def _model_path(source: str, section: ModelSection) -> str:
 def _lora_rank(source: str, adapter: Path) -> int:
     """The least --max-lora-rank for an adapter. Raises UsageError for one that vLLM reads wrongly or not at all."""
     fields = read_adapter_fields(adapter)
-    unread = [name for name in UNREAD_FIELDS if fields.model_dump()[name]]
-    if fields.bias != "none":
-        unread.append(f"bias: {fields.bias}")
-    if str(fields.init_lora_weights).lower().startswith(BASE_CHANGING_INITS):
-        unread.append(f"init_lora_weights: {fields.init_lora_weights}")  # it changed the base, which vLLM does not
+    unread = unread_fields(fields)
     if unread:
         raise UsageError(f"{source}: --engine vllm cannot read the adapter's {', '.join(unread)}; use --engine parley")
-    allowed = [rank for rank in LORA_RANKS if rank >= fields.r]
-    if not allowed:
+    allowed = max_lora_rank(fields.r)
+    if allowed is None:
         raise UsageError(
             f"{source}: --engine vllm takes adapters up to rank {LORA_RANKS[-1]}, got {fields.r}; use --engine parley"
         )
-    return allowed[0]
+    return allowed
 
 
 def _sampling(settings: GenerationSection) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 
 from parley.exporting.comparison import Marks
@@ -85,6 +86,9 @@ class GgufExporter:
     def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
         assert quant is not None
         return MARKS[quant]
+
+    def command(self, trained: TrainedModel, place: Path) -> str | None:
+        return shlex.join(["llama-server", "--jinja", "--model", str(next(place.glob("*.gguf")))])
 
     def _vocabulary(self, trained: TrainedModel) -> Vocabulary:
         return read_vocabulary(trained.tokenizer, trained.config.vocab_size, end_of_turn(trained), trained.base_name)

@@ -80,6 +80,9 @@ class LoraGgufExporter:
     def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
         return MARKS["f16"]
 
+    def command(self, trained: TrainedModel, place: Path) -> str | None:
+        return None
+
 
 def _merged(trained: TrainedModel) -> MergedWeights:
     assert isinstance(trained.weights, MergedWeights)
