@@ -21,7 +21,9 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     to: Annotated[
         list[str],
-        typer.Option("--to", metavar="TARGET", help="adapter, merged, gguf, gguf-lora, ollama or vllm. Repeatable."),
+        typer.Option(
+            "--to", metavar="TARGET", help="adapter, merged, gguf, gguf-lora, ollama, mlx or vllm. Repeatable."
+        ),
     ],
     quant: Annotated[
         list[str] | None,
@@ -38,7 +40,7 @@ def export(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a run as merged model, GGUF file or adapter, for Ollama or vLLM, and verify it.
+    """Write a run as merged model, GGUF file or adapter, for Ollama, MLX or vLLM, and verify it.
 
     Each export is read back by transformers, PEFT or llama.cpp. One that differs ends with exit code 1 and has
     UNVERIFIED in its README.md.

@@ -85,21 +85,27 @@ class MergedWeights:
         # modules_to_save may name a module above the one that holds the tensor.
         return _saved_parent(self._model, path) is not None or self._bias_of(module, attribute)
 
-    def factors(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+    def factors(self, name: str, *, dora: bool = False) -> tuple[Tensor, Tensor, float] | None:
         """A (R, K), B (N, R) and the scale of B A for the weight `name`; None where it is not adapted.
 
-        Raises ModelError where the adapter changes it by more than that.
+        Raises ModelError where the adapter changes it by more than that; `dora` lets DoRA's magnitudes through.
         """
         if not self.changes(name):
             return None
         path, _, attribute = name.rpartition(".")
         module = self._model.get_submodule(path)
         adapter = self._adapted.active_adapter
-        plain = isinstance(module, LoraLinear) and attribute == "weight" and not module.use_dora[adapter]
+        plain = isinstance(module, LoraLinear) and attribute == "weight" and (dora or not module.use_dora[adapter])
         if not plain or self._bias_trained(module):
             raise ModelError(f"{name} is changed by more than LoRA matrices; merge it with --to gguf")
         a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
         return a, b, module.scaling[adapter]
+
+    def dora_magnitude(self, name: str) -> Tensor:
+        """DoRA's magnitudes (N,) of the adapted weight `name`."""
+        module = self._model.get_submodule(name.rpartition(".")[0])
+        assert isinstance(module, LoraLinear)
+        return module.lora_magnitude_vector[self._adapted.active_adapter].weight.detach()
 
     @torch.no_grad()
     def get(self, name: str) -> Tensor:

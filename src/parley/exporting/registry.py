@@ -16,6 +16,7 @@ EXPORTERS = {
     "gguf": ("parley.exporting.gguf.exporter", "GgufExporter"),
     "gguf-lora": ("parley.exporting.gguf.lora", "LoraGgufExporter"),
     "ollama": ("parley.exporting.ollama", "OllamaExporter"),
+    "mlx": ("parley.exporting.mlx", "MlxExporter"),
     "vllm": ("parley.exporting.vllm", "VllmExporter"),
 }
 PACKAGES = dict.fromkeys(("gguf", "gguf-lora", "ollama"), ("gguf", "xllamacpp"))
