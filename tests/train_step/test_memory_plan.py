@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from parley.train_step.matmul import uses_onednn
-from parley.train_step.memory_plan import GIB, LIBRARY_BYTES, SAVED_POLICIES, make_plan, step_tokens
+from parley.train_step.memory_plan import (
+    GIB,
+    LIBRARY_BYTES,
+    SAVED_POLICIES,
+    DeviceMemory,
+    make_plan,
+    step_tokens,
+)
 from parley.train_step.workspace import Workspace, workspace_bytes
 
 LENGTHS = np.array([100])
@@ -110,3 +117,13 @@ def test_the_free_memory_of_a_gpu_includes_what_torch_holds_and_a_part_of_it_sta
     assert plan.predicted_bytes - fixed == (
         workspace_bytes(bound, plan) + plan.logits_rows * 1000 * 4 + 4 * 4 * plan.tokens
     )
+
+
+def test_a_plan_that_the_host_cannot_hold_is_never_chosen(bound: Any) -> None:
+    """Not even where no plan fits the device."""
+    names = (*("layers", "dtype", "linears", "flat", "hidden_size"), "head_VD")
+    on_gpu: Any = SimpleNamespace(**{name: getattr(bound, name) for name in names})
+    device = DeviceMemory(torch.device("cuda"), usable_bytes=0, held_bytes=0, host_bytes=0)
+    plan = make_plan(on_gpu, "auto", np.array([100_000]), 1, 2, device)
+    assert not plan.offload
+    assert plan.predicted_bytes > 2**25  # what the step really takes, not the limit

@@ -69,8 +69,8 @@ def _print(planned: RunPlan) -> None:
     for estimate in planned.estimates[:1]:
         for note in estimate.notes:
             print_text(out, note)
-    if planned.plain_because and planned.plain_because != "engine: plain":
-        print_text(out, f"plain path: {planned.plain_because}")
+    if planned.not_fused_because and not planned.not_fused_because.startswith("engine: "):
+        print_text(out, f"no fused step: {planned.not_fused_because}")
     for note in planned.notes:
         print_text(out, note, "yellow")
     print_text(out, f"time: about {duration(planned.seconds)} of training, {planned.time_basis}")
@@ -104,7 +104,7 @@ def _memory_table(planned: RunPlan) -> Table:
 
 
 def _title(estimate: MemoryEstimate) -> str:
-    return estimate.path if estimate.path == "plain" else f"{estimate.path}, memory {estimate.memory}"
+    return estimate.path if not estimate.memory else f"{estimate.path}, memory {estimate.memory}"
 
 
 def _size(size: int) -> str:

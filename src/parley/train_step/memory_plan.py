@@ -137,7 +137,8 @@ def make_plan(
     plans = list(_candidates(bound, length_N, documents, cuda=device.device.type == "cuda"))
     if memory == "low":
         plans = plans[-1:]
-    counted = [_count(plan, bound, device, allowed, state_bytes) for plan in plans]
+    possible = [plan for plan in plans if not plan.offload or _host_bytes(plan, bound) <= device.host_bytes]
+    counted = [_count(plan, bound, device, allowed, state_bytes) for plan in possible]
     fitting = (plan for plan in counted if plan.predicted_bytes <= allowed)
     return next(fitting, min(counted, key=lambda plan: plan.predicted_bytes))
 
@@ -186,8 +187,6 @@ def _pass_sizes(step: int, longest: int) -> list[int]:
 def _count(plan: MemoryPlan, bound: BoundModel, device: DeviceMemory, allowed: int, state_bytes: float) -> MemoryPlan:
     """`plan` with its predicted peak."""
     predicted = device.held_bytes + sum(buffer_bytes(plan, bound, device.device, state_bytes).values())
-    if plan.offload and _host_bytes(plan, bound) > device.host_bytes:
-        predicted = allowed + 1  # does not fit into host memory
     return replace(plan, predicted_bytes=predicted, allowed_bytes=allowed)
 
 

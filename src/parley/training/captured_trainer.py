@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from trl import SFTConfig
 
 from parley.data.packing import DOCUMENTS, Document
 from parley.library_compat.trl import count_tokens, metrics
@@ -20,6 +21,25 @@ from parley.training.packed_trainer import METRICS, PackedTrainer
 logger = logging.getLogger(__name__)
 
 MAX_PASS_TOKENS = 16384  # more are no faster, and activations are saved whole
+
+
+def unsupported_captured_option(args: SFTConfig) -> str | None:
+    """The first option in `args` that the captured step does not implement."""
+    for unsupported, reason in (
+        (args.fp16, "fp16"),
+        (args.loss_type != "nll", f"loss {args.loss_type}"),
+        (args.use_liger_kernel, "Liger kernels"),
+        (args.torch_compile, "torch_compile"),
+        (args.activation_offloading, "activation offloading"),
+    ):
+        if unsupported:
+            return reason
+    return None
+
+
+def captured_pass_tokens(longest: int, rows: int) -> int:
+    """Tokens of a pass, where the longest row has `longest` and a step `rows` rows."""
+    return max(longest, min(longest * rows, MAX_PASS_TOKENS))
 
 
 class CapturedTrainer(PackedTrainer):
@@ -53,15 +73,11 @@ class CapturedTrainer(PackedTrainer):
 
     def _check_captured_options(self) -> None:
         """Raises Unsupported for an option that the captured step does not implement."""
-        args = self.args
+        if (reason := unsupported_captured_option(self.args)) is not None:
+            raise Unsupported(reason)
         for unsupported, reason in (
-            (args.fp16, "fp16"),
-            (args.loss_type != "nll", f"loss {args.loss_type}"),
             (self.compute_loss_func is not None, "a loss function of its own"),
             (self.accelerator.num_processes > 1, "several processes"),
-            (args.use_liger_kernel, "Liger kernels"),
-            (args.torch_compile, "torch_compile"),
-            (args.activation_offloading, "activation offloading"),
             (vars(self.model.config).get("output_router_logits", False), "the router's auxiliary loss"),
         ):
             if unsupported:
@@ -70,7 +86,7 @@ class CapturedTrainer(PackedTrainer):
     def _pass_tokens(self) -> int:
         longest = int(self.row_lengths().max())
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return max(longest, min(longest * rows, MAX_PASS_TOKENS))
+        return captured_pass_tokens(longest, rows)
 
     # ---- Training ----
 

@@ -20,7 +20,10 @@ UNITS = {"g": GIB, "gib": GIB, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**
 
 @dataclass(frozen=True)
 class PlanDevice:
-    """Memory in bytes. `free_bytes`: what is left by other processes; `context_bytes`: what CUDA takes by itself."""
+    """Memory in bytes. `free_bytes`: what is left by other processes; `context_bytes`: what CUDA takes by itself;
+    `host_bytes`: what offloaded activations may take of the host, which is assumed to have as much memory as a GPU that
+    is not here.
+    """
 
     name: str
     type: str
@@ -28,6 +31,7 @@ class PlanDevice:
     free_bytes: int
     context_bytes: int
     bf16: bool
+    host_bytes: int
 
     @property
     def usable_bytes(self) -> int:
@@ -47,11 +51,14 @@ def parse_memory(text: str) -> int:
 def planned_device(device: torch.device, gpu_bytes: int | None) -> PlanDevice:
     """The device of a run here, or with `gpu_bytes` a GPU of so much memory with nothing else on it."""
     if gpu_bytes is not None:
-        return PlanDevice(f"a GPU of {gpu_bytes / GIB:.1f} GiB", "cuda", gpu_bytes, gpu_bytes, CONTEXT_BYTES, True)
+        return PlanDevice(
+            f"a GPU of {gpu_bytes / GIB:.1f} GiB", "cuda", gpu_bytes, gpu_bytes, CONTEXT_BYTES, True, gpu_bytes
+        )
+    memory = psutil.virtual_memory()
+    host = int(memory.available * (1 - RESERVE))
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         # This process has a context of its own already, which is no longer part of what is free.
         free = min(free + torch.cuda.memory_reserved(device) + CONTEXT_BYTES, total)
-        return PlanDevice(device_name(device), "cuda", total, free, CONTEXT_BYTES, torch.cuda.is_bf16_supported())
-    memory = psutil.virtual_memory()
-    return PlanDevice(device_name(device), "cpu", memory.total, memory.available, 0, True)
+        return PlanDevice(device_name(device), "cuda", total, free, CONTEXT_BYTES, torch.cuda.is_bf16_supported(), host)
+    return PlanDevice(device_name(device), "cpu", memory.total, memory.available, 0, True, host)

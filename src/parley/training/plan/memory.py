@@ -19,13 +19,14 @@ from parley.models.meta_model import base_bytes
 from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import BoundModel
 from parley.train_step.memory_plan import LIBRARY_BYTES, DeviceMemory, MemoryPlan, buffer_bytes, make_plan
+from parley.training.captured_trainer import captured_pass_tokens
 from parley.training.plan.device import PlanDevice
 from parley.training.plan.plain_memory import PassShape, pass_bytes
 
 # What PyTorch's allocator holds beside tensors, in blocks that are split or rounded up: a share of the weights, which
 # are loaded once, and of everything else.
 WEIGHT_SLACK = 0.005
-SLACK = {"fused": 0.03, "plain": 0.1}
+SLACK = {"fused": 0.03, "captured": 0.1, "plain": 0.1}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Batches:
 class MemoryEstimate:
     """Peak memory of one path in bytes, by what it is for; `notes` say how the path carries a step out."""
 
-    path: Literal["fused", "plain"]
+    path: Literal["fused", "captured", "plain"]
     memory: str
     parts: dict[str, int]
     notes: list[str] = field(default_factory=list)
@@ -73,7 +74,7 @@ def fused_estimate(
     weights, adapter = base_bytes(model), bound.flat.weight_Z.element_size() * _flat_numel(bound)
     target = torch.device(device.type)
     held = weights + 2 * adapter
-    limits = DeviceMemory(target, device.usable_bytes, held, device.free_bytes)
+    limits = DeviceMemory(target, device.usable_bytes, held, device.host_bytes)
     plan = make_plan(bound, memory, batches.length_N, batches.rows_per_step, state_bytes, limits)
     parts = {
         "base weights": weights,
@@ -92,30 +93,48 @@ def fused_estimate(
     )
 
 
+def captured_estimate(
+    model: Any, batches: Batches, state_bytes: float, compute_dtype: torch.dtype | None, device: PlanDevice
+) -> MemoryEstimate:
+    """The largest pass of the captured path, which saves all activations and needs no attention mask."""
+    tokens = captured_pass_tokens(int(batches.length_N.max()), batches.rows_per_step)
+    in_all = float(batches.length_N.mean()) * batches.rows_per_step
+    shape = PassShape(1, tokens, False, compute_dtype, False, accumulated=in_all > tokens)
+    notes = [f"captured path: packed rows of up to {tokens:,} tokens; all activations saved"]
+    parts = _autograd_parts(model, state_bytes, shape, device)
+    return MemoryEstimate(
+        "captured", "", _with_overheads(parts, "captured", device), notes, passes=max(1.0, in_all / tokens)
+    )
+
+
 def plain_estimate(
     model: Any, batches: Batches, state_bytes: float, compute_dtype: torch.dtype | None, checkpointing: bool,
     device: PlanDevice,
 ) -> MemoryEstimate:  # fmt: skip
     """The largest pass that the plain path may run on `device`."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     runs, padded = plain_passes(model, batches)
     rows, length = max(runs, key=lambda run: run[0] * run[1])
     shape = PassShape(
         rows, length, padded or batches.rows_per_step > 1, compute_dtype, checkpointing, accumulated=len(runs) > 1
     )
-    parts = {
-        "base weights": base_bytes(model),
-        "trained weights": sum(parameter.nbytes for parameter in trained),
-        "optimizer state": int(state_bytes * sum(parameter.numel() for parameter in trained)),
-        "gradients, activations and loss": pass_bytes(model, shape),
-        "library buffers": LIBRARY_BYTES if device.type == "cuda" else 0,
-    }
+    parts = _autograd_parts(model, state_bytes, shape, device)
     how = f"{rows} padded rows of {length:,} tokens" if padded else f"packed rows of up to {length:,} tokens"
     recomputed = "activations recomputed layer by layer" if checkpointing else "all activations saved"
     notes = [f"plain path: {how}; {recomputed}"]
     return MemoryEstimate(
         "plain", "", _with_overheads(parts, "plain", device), notes, passes=len(runs), recompute=float(checkpointing)
     )
+
+
+def _autograd_parts(model: Any, state_bytes: float, shape: PassShape, device: PlanDevice) -> dict[str, int]:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return {
+        "base weights": base_bytes(model),
+        "trained weights": sum(parameter.nbytes for parameter in trained),
+        "optimizer state": int(state_bytes * sum(parameter.numel() for parameter in trained)),
+        "gradients, activations and loss": pass_bytes(model, shape),
+        "library buffers": LIBRARY_BYTES if device.type == "cuda" else 0,
+    }
 
 
 def plain_passes(model: Any, batches: Batches) -> tuple[list[tuple[int, int]], bool]:

@@ -17,16 +17,20 @@ from parley.models.adapter_files import read_adapter_fields
 from parley.models.device import DTYPES, pick_device, pick_dtype
 from parley.models.load import load_config, load_tokenizer
 from parley.models.meta_model import meta_model
+from parley.models.packing_isolation import why_not_packed
 from parley.models.resolve import adapter_chain, model_folder
 from parley.train_step.bind import Unsupported, bind
 from parley.training.arguments import sft_config
+from parley.training.captured_trainer import unsupported_captured_option
 from parley.training.fused_trainer import unsupported_option
 from parley.training.optimizer_memory import state_bytes
 from parley.training.plan.device import PlanDevice, parse_memory, planned_device
-from parley.training.plan.memory import Batches, MemoryEstimate, fused_estimate, plain_estimate
+from parley.training.plan.memory import Batches, MemoryEstimate, captured_estimate, fused_estimate, plain_estimate
 from parley.training.plan.step_time import describe_basis, earlier_rate, model_work, step_seconds
 from parley.training.prepare_training import planned_steps
 
+# What transformers' code raises on fake tensors in families whose course depends on values.
+UNCOUNTED = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError)
 GPU_OPTIMIZER, CPU_OPTIMIZER = "adamw_8bit", "adamw_torch_fused"  # of optim: auto, as in arguments.sft_config
 TOKENIZER_BYTES = 20 * 2**20  # beside the weights in each folder; 17 MB for a vocabulary of 128,256
 
@@ -50,7 +54,7 @@ class RunPlan:
     device: str
     device_bytes: int
     free_bytes: int
-    plain_because: str | None
+    not_fused_because: str | None
     estimates: list[MemoryEstimate]
     rows: int | None
     longest_row: int
@@ -115,7 +119,7 @@ def plan_for(config: RunConfig, data: Data, device: PlanDevice) -> RunPlan:
         device=device.name,
         device_bytes=device.total_bytes,
         free_bytes=device.free_bytes,
-        plain_because=planner.plain_because,
+        not_fused_because=planner.not_fused_because,
         estimates=estimates,
         rows=data.rows,
         longest_row=int(data.length_N.max()),
@@ -155,7 +159,7 @@ class Planner:
             config.training.gradient_accumulation_steps,
             config.model.max_seq_length,
         )
-        self.bound, self.plain_because = self._bind()
+        self.bound, self.not_fused_because = self._bind()
 
     def _weight_dtype(self) -> torch.dtype:
         name = self.config.model.dtype
@@ -187,8 +191,8 @@ class Planner:
         return self.model.get_input_embeddings(), self.model.get_output_embeddings()
 
     def _bind(self) -> tuple[Any, str | None]:
-        if self.config.training.engine == "plain":
-            return None, "engine: plain"
+        if self.config.training.engine != "auto":
+            return None, f"engine: {self.config.training.engine}"
         if (reason := unsupported_option(self.args)) is not None:
             return None, reason
         try:
@@ -204,20 +208,35 @@ class Planner:
     def estimates(self) -> list[MemoryEstimate]:
         """The path that the run takes, then the others that it could take."""
         choices = dict.fromkeys((self.config.training.memory, "auto", "low"))
-        fused = [self._fused(choice) for choice in choices] if self.bound is not None else []
+        fast = [self._fused(choice) for choice in choices] if self.bound is not None else self._captured()
         plain = self._plain()
-        return fused if plain is None else [*fused, plain]
+        return fast if plain is None else [*fast, plain]
 
     def taken(self) -> MemoryEstimate:
         """The path that the run takes."""
         if self.bound is not None:
             return self._fused(self.config.training.memory)
-        plain = self._plain()
-        assert plain is not None, "a plan without any path is an error"
-        return plain
+        estimate = next(iter(self._captured()), None) or self._plain()
+        assert estimate is not None, "a plan without any path is an error"
+        return estimate
 
     def _fused(self, memory: Any) -> MemoryEstimate:
         return fused_estimate(self.model, self.bound, memory, self.batches, self.state_bytes, self.device)
+
+    def _captured(self) -> list[MemoryEstimate]:
+        """The captured path's, where a run that has no fused step would take it."""
+        engine = self.config.training.engine
+        if engine == "plain" or (engine == "auto" and self.device.type != "cuda"):
+            return []
+        if unsupported_captured_option(self.args) is not None or self.compute_dtype == torch.float16:
+            return []
+        if why_not_packed(self.model, self.batches.max_length) is not None:
+            return []
+        try:
+            return [captured_estimate(self.model, self.batches, self.state_bytes, self.compute_dtype, self.device)]
+        except UNCOUNTED as error:
+            self.notes.append(f"the captured path could not be counted for this model ({type(error).__name__})")
+            return []
 
     def _plain(self) -> MemoryEstimate | None:
         checkpointing = bool(self.config.training.gradient_checkpointing)
@@ -225,8 +244,7 @@ class Planner:
             return plain_estimate(
                 self.model, self.batches, self.state_bytes, self.compute_dtype, checkpointing, self.device
             )
-        except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError) as error:
-            # transformers' code for some families depends on values, which a plan does not have.
+        except UNCOUNTED as error:
             kind = type(error).__name__
             if self.bound is None:
                 raise ModelError(

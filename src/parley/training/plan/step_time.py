@@ -40,8 +40,12 @@ DEVICES = {
 }
 UNKNOWN_GPU = "A100"  # assumed for a GPU that is given by its memory alone
 CPU_PEAK = (100e9, 20e9)  # a core's worth is measured in neither; two cores of 2025
-EFFICIENCY = {"fused": 0.45, "plain": 0.3}
-LAYER_SECONDS = {"fused": 0.25e-3, "plain": 8e-3}  # the least for a layer's launches, forward and backward
+EFFICIENCY = {"fused": 0.45, "captured": 0.35, "plain": 0.3}
+LAYER_SECONDS = {
+    "fused": 0.25e-3,
+    "captured": 0.5e-3,
+    "plain": 8e-3,
+}  # the least for a layer's launches, forward and backward
 MOST_RUNS = 200  # folders that are looked into
 
 
