@@ -40,6 +40,7 @@ SHAPES = {
            "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": False},
 }  # fmt: skip
 SHARD_TENSORS = 32
+POOL = 2**24 + 5  # no multiple of a row, so that rows differ
 PROBE_BYTES = 2**28
 
 
@@ -60,13 +61,15 @@ def write_base(shape: str, folder: Path, tokenizer: Any) -> None:
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config).state_dict()
     names = [name for name in state if not (config.tie_word_embeddings and name == "lm_head.weight")]
-    generator, places = torch.Generator().manual_seed(0), dict[str, str]()
+    # Every tensor is cut from the same random values: drawing 8 billion of them would take longer than the export.
+    values = torch.empty(POOL).normal_(std=0.02, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    places: dict[str, str] = {}
     for start in range(0, len(names), SHARD_TENSORS):
         shard = {}
         for name in names[start : start + SHARD_TENSORS]:
-            value = torch.empty(state[name].shape, dtype=torch.bfloat16)
-            value = value.fill_(1.0) if value.dim() == 1 else value.normal_(std=0.02, generator=generator)
-            shard[name] = value
+            shape = state[name].shape
+            drawn = values.repeat(shape.numel() // POOL + 1)[: shape.numel()].reshape(shape).clone()
+            shard[name] = drawn if len(shape) > 1 else torch.ones(shape, dtype=torch.bfloat16)
         file = f"model-{start:05}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(shard, file))

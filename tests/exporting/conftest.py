@@ -30,7 +30,7 @@ def build_run(
 ) -> Callable[..., Path]:
     """`build_run("llama", use_dora=True)`: a finished run on a tiny model; its adapter has random values."""
 
-    def build(family: str | Path, settings: dict[str, Any] | None = None, **lora: Any) -> Path:
+    def build(family: str | Path, *, data: str | None = None, **lora: Any) -> Path:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,8 +42,8 @@ def build_run(
         config = RunConfig.create(
             {
                 "output": str(output),
-                "model": {"name": str(base), "device": "cpu", **(settings or {})},
-                "data": {"source": str(rows), "heldout_rows": 4},
+                "model": {"name": str(base), "device": "cpu"},
+                "data": {"source": data or str(rows), "heldout_rows": 4},
             }
         )
         folder = RunFolder.create(config)

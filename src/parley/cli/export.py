@@ -58,6 +58,7 @@ def export(
         print_text(out, note)
     out.print(_table(exports))
     for each in exports:
+        print_text(out, f"written: {each.folder}", "dim", wrap=False)
         if each.command is not None:
             print_text(out, f"{each.record.name}: {each.command}", wrap=False)
     failed = [each for each in exports if not each.passed]
@@ -85,7 +86,7 @@ def _table(exports: list[Export]) -> Table:
         status = record.status if record.status == "verified" else _UNVERIFIED
         shown = size / GIB
         facts = [("size", f"{shown:.2f} GiB" if shown >= 1 else f"{size / 2**20:.1f} MiB"), *figures]
-        for name, value in [*facts, ("", status), ("written", str(each.folder))]:
+        for name, value in [*facts, ("result", status)]:
             rows.setdefault(name, [""] * len(exports))[index] = value
     for name, cells in rows.items():
         table.add_row(name, *cells)

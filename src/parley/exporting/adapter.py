@@ -17,6 +17,7 @@ from parley.exporting.reader import Reader
 from parley.exporting.readers import TransformersReader
 from parley.exporting.reference import Reference
 from parley.exporting.trained_model import TrainedModel
+from parley.library_compat.tokenizers import save_tokenizer
 from parley.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_fields, read_adapter_weights
 
 UNROUNDED = Marks(flips=0, mean_kl=1e-6, worst_kl=1e-4, loss=1e-4, answers=0.95, logit=1e-3)
@@ -65,7 +66,7 @@ class AdapterExporter:
         # A checkpoint's folder holds an optimizer's state and more beside these.
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(trained.adapters[-1] / name, folder / name)
-        trained.tokenizer.save_pretrained(folder)
+        save_tokenizer(trained.tokenizer, folder)
 
     def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:
         return AdapterReader(folder, str(trained.base_folder), reference.dtype)

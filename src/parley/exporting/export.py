@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,9 @@ from parley.exporting.exporter import Exporter
 from parley.exporting.record import ExportRecord
 from parley.exporting.reference import Reference, measure_reference
 from parley.exporting.registry import exporter_of
+from parley.exporting.report_section import add_to_report
 from parley.exporting.trained_model import TrainedModel, open_run
+from parley.text import print_text
 from parley.training.run_folder import is_disk_full
 
 EXPORTS = "exports"
@@ -71,12 +73,15 @@ def export(
     places = _places(trained, jobs, output)
     for exporter, kind in jobs:
         exporter.check(trained, kind)
-    return [
-        exported
-        for exported in _Exports(trained, verify, console).all(
-            (exporter, kind, place) for (exporter, kind), place in zip(jobs, places, strict=True)
-        )
-    ]
+    run_exports = _Exports(trained, verify, console)
+    done: list[Export] = []
+    try:
+        for (exporter, kind), place in zip(jobs, places, strict=True):
+            done.append(run_exports.one(exporter, kind, place))
+    finally:  # those that are finished stay when a later one fails
+        if done and (missing := add_to_report(trained.folder, [each.record for each in done])) is not None:
+            print_text(console, missing)
+    return done
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:
@@ -128,10 +133,6 @@ class _Exports:
     def reference(self) -> Reference:
         with self.console.status("measuring the trained model"):
             return measure_reference(self.trained)
-
-    def all(self, jobs: Iterable[tuple[Exporter, str | None, Path]]) -> Iterable[Export]:
-        for exporter, quant, place in jobs:
-            yield self.one(exporter, quant, place)
 
     def one(self, exporter: Exporter, quant: str | None, place: Path) -> Export:
         trained = self.trained

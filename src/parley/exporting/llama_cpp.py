@@ -83,7 +83,10 @@ class LlamaCppReader:
 
     def _answer(self, messages: list[Message], max_new_tokens: int) -> str:
         request = {"prompt": self._rendered(messages), "temperature": 0, "max_tokens": max_new_tokens}
-        return str(self._server.handle_completions(request)["choices"][0]["text"])
+        response = self._server.handle_completions(request)
+        if "choices" not in response:  # an error of the server counts as another answer, and is shown as one
+            return f"(llama.cpp: {one_line(json.dumps(response))})"
+        return str(response["choices"][0]["text"])
 
     def ends_answers(self, token: int) -> bool:
         return self._model.ends_answers(token)

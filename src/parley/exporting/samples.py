@@ -15,8 +15,8 @@ from parley.evaluation.demo_scoring import heldout_questions
 from parley.evaluation.questions import last_question
 from parley.exporting.trained_model import TrainedModel
 
-SCORED_WORK = 6e11
-"""Parameters times tokens that are scored: about 20 s of float32 on two cores."""
+SCORED_WORK = 4e11
+"""Parameters times tokens that are scored: about 15 s of float32 on two cores."""
 ANSWER_WORK = 8e10
 """Parameters times tokens that are generated."""
 LEAST_SCORED, LEAST_ANSWERED = 256, 64  # tokens, however large the model is

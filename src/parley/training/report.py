@@ -127,6 +127,16 @@ class MaskExample(Figures):
     pieces: list[tuple[Text, bool]]
 
 
+class ExportSummary(Figures):
+    """An export of the run: what was measured, as name and value, and answers that differ from the trained model's."""
+
+    name: Text
+    status: Text
+    failure: Text | None = None
+    rows: list[tuple[Text, Text]] = Field(default_factory=list)
+    differences: list[tuple[Text, Text, Text]] = Field(default_factory=list)  # question, trained, exported
+
+
 class Report(Figures):
     title: Text
     created: str = ""
@@ -145,6 +155,7 @@ class Report(Figures):
     examples: list[MaskExample] = Field(default_factory=list)
     settings_yaml: Text = ""
     versions: dict[str, Text] = Field(default_factory=dict)
+    exports: list[ExportSummary] = Field(default_factory=list)
     next_commands: list[Text] = Field(default_factory=list)
     notes: list[Text] = Field(default_factory=list)
 

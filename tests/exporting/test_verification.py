@@ -1,0 +1,148 @@
+"""An export that is not the trained model fails the comparison, and says where first."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import parley
+from parley.exporting import comparison, merge
+from parley.exporting.comparison import Marks
+from parley.exporting.export import Export
+from parley.training.report import Report, write_report
+
+
+def exported(run: Path, to: str, quant: str, tmp_path: Path) -> Export:
+    (done,) = parley.export(run, to, quant, output=tmp_path / "out")
+    return done
+
+
+def failure(done: Export) -> str:
+    assert done.record.status == "failed"
+    assert not done.passed
+    assert done.record.figures is not None
+    assert done.record.figures.failure is not None
+    assert "**UNVERIFIED**" in (done.folder / "README.md").read_text(encoding="utf-8")
+    assert json.loads((done.folder / "export.json").read_text())["status"] == "failed"
+    return done.record.figures.failure
+
+
+def test_rows_that_are_not_permuted(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parley.exporting.gguf.architectures.permuted", lambda value, heads: value)
+    assert "passes, worst in held-out row" in failure(exported(run, "gguf", "f32", tmp_path))
+
+
+def test_an_adapter_that_was_left_out(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge.MergedWeights, "get", lambda self, name: self.base.get(name))
+    assert "passes, worst in held-out row" in failure(exported(run, "merged", "f32", tmp_path))
+
+
+def test_a_template_of_another_model(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "parley.exporting.gguf.vocabulary._template",
+        lambda tokenizer: tokenizer.chat_template.replace("\\n\\n", "\\n"),
+    )
+    line = failure(exported(run, "gguf", "f32", tmp_path))
+    assert line.startswith("conversation 1 ('What be ")
+    assert ": its prompt is token " in line
+
+
+def test_merges_in_another_order(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = json.loads
+
+    def reversed_merges(text: str, **options: Any) -> Any:
+        value = original(text, **options)
+        if isinstance(value, dict) and "merges" in value.get("model", {}):
+            value["model"]["merges"] = value["model"]["merges"][::-1]
+        return value
+
+    monkeypatch.setattr("parley.exporting.gguf.vocabulary.json.loads", reversed_merges)
+    assert ": its prompt is " in failure(exported(run, "gguf", "f32", tmp_path))
+
+
+def test_an_end_token_that_no_longer_ends(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parley.exporting.llama_cpp.LlamaCppReader.ends_answers", lambda self, token: False)
+    assert "answers would not end at token" in failure(exported(run, "gguf", "f32", tmp_path))
+
+
+def test_other_answers(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(self: Any, prompts: Any, count: int) -> list[str]:
+        return [""] * len(prompts)
+
+    monkeypatch.setattr("parley.exporting.llama_cpp.LlamaCppReader.answers", silent)
+    done = exported(run, "gguf", "f32", tmp_path)
+    assert failure(done).startswith("4 of 4 answers differ, at most 1 may; first conversation 1")
+    assert done.record.figures is not None
+    assert [each.export for each in done.record.figures.differences] == [""] * 4
+
+
+def test_weights_that_are_not_finite(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Any, rows: Any) -> Any:
+        return (torch.full((len(row.positions), 384), torch.nan) for row in rows)
+
+    monkeypatch.setattr("parley.exporting.readers.TransformersReader.logits", broken)
+    assert "its probabilities are not finite" in failure(exported(run, "merged", "f32", tmp_path))
+
+
+def figures_of(trained_SV: Tensor, export_SV: Tensor) -> Any:
+    from parley.exporting.samples import ScoredRow
+
+    return comparison._row(trained_SV, export_SV, ScoredRow([0] * (len(trained_SV) + 1), list(range(len(trained_SV)))))
+
+
+def test_the_figures_are_those_of_their_names() -> None:
+    trained_SV = torch.tensor([[2.0, 0.0, 0.0], [0.0, 1.0, 0.9]])
+    export_SV = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.9, 1.0]])
+    row = figures_of(trained_SV, export_SV)
+    wanted = torch.nn.functional.kl_div(
+        export_SV.log_softmax(-1), trained_SV.log_softmax(-1), reduction="none", log_target=True
+    ).sum(-1)
+    torch.testing.assert_close(row.kl, wanted)
+    assert row.top1.tolist() == [False, False]
+    assert row.flip.tolist() == [True, False]  # 0.9 is nearly as likely as 1.0
+    torch.testing.assert_close(row.logit, torch.tensor([2.0, 0.1]))
+    torch.testing.assert_close(row.loss, -export_SV.log_softmax(-1)[:, 0])
+    torch.testing.assert_close(row.loss_trained, -trained_SV.log_softmax(-1)[:, 0])
+
+
+@pytest.mark.parametrize("figure", ["mean_kl", "worst_kl", "loss", "flips", "logit"])
+def test_each_mark_is_held(figure: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = Marks(flips=1, mean_kl=9, worst_kl=9, loss=9, answers=0, logit=9).model_copy(update={figure: -9.0})
+    monkeypatch.setattr("parley.exporting.merged.MergedExporter.marks", lambda self, trained, quant: marks)
+    assert "-9 passes" in failure(exported(run, "merged", "f32", tmp_path))
+
+
+def test_the_report_has_a_section_of_exports(build_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build_run("llama")
+    write_report(run, Report(title="a run"))
+    parley.export(run, "adapter")
+    monkeypatch.setattr("parley.exporting.gguf.architectures.permuted", lambda value, heads: value)
+    parley.export(run, "gguf", "f16")
+    report = Report.model_validate_json((run / "report.json").read_text(encoding="utf-8"))
+    assert [(each.name, each.status) for each in report.exports] == [("adapter", "verified"), ("gguf-f16", "failed")]
+    assert report.exports[1].failure
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "gguf-f16: failed" in page
+    assert "Answers that differ" in page
+
+
+def test_without_the_run_s_data_the_golden_conversations_are_compared(
+    build_run: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    data = tmp_path / "rows.jsonl"
+    shutil.copy(rows, data)
+    run = build_run("llama", data=str(data))
+    data.unlink()
+    done = exported(run, "merged", "f32", tmp_path)
+    assert done.record.status == "verified"
+    assert done.record.figures is not None
+    assert done.record.figures.source == "golden conversations"
+    assert any("compared on the golden conversations" in note for note in done.record.notes)
