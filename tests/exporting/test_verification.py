@@ -15,6 +15,7 @@ import parley
 from parley.exporting import comparison, merge
 from parley.exporting.comparison import Marks
 from parley.exporting.export import Export
+from parley.exporting.registry import exporter_of
 from parley.training.report import Report, write_report
 
 
@@ -88,6 +89,23 @@ def test_weights_that_are_not_finite(run: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("parley.exporting.readers.TransformersReader.logits", broken)
     assert "its probabilities are not finite" in failure(exported(run, "merged", "f32", tmp_path))
+
+
+@pytest.mark.parametrize(("to", "file"), [("gguf", "tuned-f32.gguf"), ("merged", "model.safetensors")])
+def test_a_file_that_its_reader_refuses(
+    to: str, file: str, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = exporter_of(to)
+    write = type(exporter).write
+
+    def cut(self: Any, trained: Any, folder: Path, quant: str | None) -> None:
+        write(self, trained, folder, quant)
+        (folder / file).write_bytes((folder / file).read_bytes()[:5000])
+
+    monkeypatch.setattr(type(exporter), "write", cut)
+    done = exported(run, to, "f32", tmp_path)
+    assert failure(done).startswith("cannot be read: ")
+    assert (done.folder / file).is_file()
 
 
 def figures_of(trained_SV: Tensor, export_SV: Tensor) -> Any:

@@ -11,9 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from safetensors import SafetensorError
 
-from parley.errors import RunError, UsageError
+from parley.errors import ModelError, RunError, UsageError
 from parley.exporting.card import write_card
-from parley.exporting.comparison import compare
+from parley.exporting.comparison import Figures, Marks, compare
 from parley.exporting.exporter import Exporter
 from parley.exporting.record import ExportRecord
 from parley.exporting.reference import Reference, measure_reference
@@ -153,8 +153,7 @@ class _Exports:
             if self.verify:
                 with self.console.status(f"comparing {record.name}"):
                     record.marks = exporter.marks(trained, quant)
-                    with exporter.open(trained, folder, self.reference) as reader:
-                        record.figures = compare(self.reference, reader, record.marks)
+                    record.figures = self._compared(exporter, folder, record.marks)
                 record.status = "verified" if record.figures.passed else "failed"
             record.notes = list(trained.notes)
             write_card(folder, record)
@@ -165,6 +164,13 @@ class _Exports:
         finally:
             trained.notes = shared
         return Export(place, record, exporter.command(trained, place))
+
+    def _compared(self, exporter: Exporter, folder: Path, marks: Marks) -> Figures:
+        try:
+            with exporter.open(self.trained, folder, self.reference) as reader:
+                return compare(self.reference, reader, marks)
+        except ModelError as error:  # the files are kept, as after any other difference
+            return Figures(program="none", source=self.reference.samples.source, failure=f"cannot be read: {error}")
 
 
 def write_folder(place: Path, write: Callable[[Path], None]) -> None:

@@ -10,10 +10,12 @@ from typing import Any, Self
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from parley.data.example import Message
+from parley.errors import ModelError, one_line
 from parley.exporting.reference import transformers_logits
 from parley.exporting.samples import ScoredRow
 
@@ -24,8 +26,11 @@ class TransformersReader:
     """A folder that transformers alone loads, in float32."""
 
     def __init__(self, folder: Path, dtype: torch.dtype) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model: Any = self._load(folder, dtype)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            self.model: Any = self._load(folder, dtype)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            raise ModelError(f"{self.program} refuses it ({one_line(error)})") from None
 
     @property
     def program(self) -> str:
