@@ -16,7 +16,7 @@ def test_every_export_is_a_column_with_its_figures(parley: Callable[..., Any], r
     assert ended.code == 0, ended.err
     assert ended.err == ""
     lines = {line.split("  ")[0].strip(): line for line in ended.out.splitlines()}
-    assert ended.out.splitlines()[-1].startswith("written: ")
+    assert f"written: {tmp_path / 'out' / 'gguf-f16'}" in ended.out
     assert lines["result"].split() == ["result", "verified", "verified"]
     assert "1 of 1" in ended.out
     assert (tmp_path / "out" / "gguf-f16" / "tuned-f16.gguf").is_file()
