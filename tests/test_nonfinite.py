@@ -58,8 +58,8 @@ def add_callback(monkeypatch: pytest.MonkeyPatch, callback: TrainerCallback) -> 
     """Let the trainer of a run have a further callback."""
     build_trainer = parley.pipeline.build_trainer
 
-    def build(setup: Any, args: Any, callbacks: list[Any]) -> Any:
-        return build_trainer(setup, args, [*callbacks, callback])
+    def build(setup: Any, args: Any, callbacks: list[Any], signals: Any) -> Any:
+        return build_trainer(setup, args, [*callbacks, callback], signals)
 
     monkeypatch.setattr(parley.pipeline, "build_trainer", build)
 

@@ -235,7 +235,13 @@ class TrainingSection(OpenSection):
     optim: str = Field("auto", description="auto: 8-bit AdamW on CUDA, fused AdamW elsewhere.")
     gradient_checkpointing: bool = True
     logging_steps: float = Field(1, gt=0)
-    save_steps: float = Field(500, gt=0)
+    save_steps: Literal["auto"] | Annotated[float, Field(gt=0)] = Field(
+        "auto",
+        description="auto: a checkpoint every 50 steps, or less often where saving would take over 2% of the time.",
+    )
+    deterministic: bool = Field(
+        False, description="The same bits from run to run on a GPU too, at some cost in speed; a CPU gives them anyway."
+    )
     eval_steps: float | None = Field(
         None, gt=0, description="Held-out loss every so many steps, or this share of all steps below 1; null: never."
     )

@@ -38,6 +38,7 @@ from parley.training.arguments import sft_config
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import check_settings
 from parley.training.checkpoint import write_fault
+from parley.training.determinism import fix_cublas_workspaces
 from parley.training.last_good_weights import LastGoodWeights
 from parley.training.option_effects import check_tokens, without_effect
 from parley.training.prepare_training import (
@@ -55,7 +56,7 @@ from parley.training.resume_run import ResumedRun, open_to_resume
 from parley.training.run_folder import RunFolder
 from parley.training.run_outcome import recorded_outcome
 from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
-from parley.training.signals import StopCallback, StopSignals
+from parley.training.signals import StopSignals
 from parley.training.step_faults import StepFaultLog
 from parley.training.step_monitor import NonfiniteStepError
 from parley.training.terminal_summary import print_summary
@@ -125,6 +126,8 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
     if resumed is None:
         RunFolder.check_output(config.output)
     args, notes = _training_arguments(config)
+    if config.training.deterministic:
+        fix_cublas_workspaces()
 
     setup = prepare_training(config, console, timer)
     check_tokens(args, setup.tokenizer, "training.")
@@ -175,9 +178,7 @@ def _run(
     validation = Validation(config.training, folder.best, console)
     answering = AnswersDuringTraining(setup, questions, log, progress.console)
     last_good = LastGoodWeights()
-    trainer = build_trainer(
-        setup, args, [log, progress, answering, last_good, *validation.callbacks, StopCallback(signals)]
-    )
+    trainer = build_trainer(setup, args, [log, progress, answering, last_good, *validation.callbacks], signals)
     trainer.monitor.listeners.append(StepFaultLog(log, folder.nonfinite, setup.tokenizer, progress.progress.console))
     setup.model = trainer.model  # TRL may have wrapped it
     timer.end("trainer")

@@ -12,6 +12,7 @@ from parley.config import RunConfig, TrainingSection, unknown_key
 from parley.errors import UsageError, one_line
 from parley.training.check_settings import check_types
 from parley.training.option_effects import check_choices, check_options
+from parley.training.save_cadence import SAVE_STEPS
 from parley.training.sft_config import SFTConfig, has_bf16
 
 # Fields that would contradict what the run decides elsewhere, and where to say it instead.
@@ -34,7 +35,7 @@ ELSEWHERE = {
     "data_seed": "training.seed",
 }
 # Settings of the training section that are Parley's own.
-OWN = {"engine", "memory", "early_stopping", "keep", "nonfinite", "nonfinite_limit"}
+OWN = {"deterministic", "engine", "memory", "early_stopping", "keep", "nonfinite", "nonfinite_limit"}
 # Fields that a run's own commands do not read, with the reason.
 UNREAD = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),
@@ -71,6 +72,9 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
     if values["optim"] == "auto":
         values["optim"] = "adamw_8bit" if device.type == "cuda" else "adamw_torch_fused"
         notes.append(f"optimizer: {'8-bit' if device.type == 'cuda' else 'fused'} AdamW")
+    if values["save_steps"] == "auto":
+        values["save_steps"] = _save_steps(values)
+        notes.append(f"checkpoints: every {values['save_steps']} steps, where that takes little of the time")
     defaults: dict[str, Any] = {
         **precision(device, values),
         "report_to": "none",
@@ -95,6 +99,14 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
         raise UsageError(f"training: {one_line(error, 400)}") from None
     check_options(args, "training.")
     return args, notes
+
+
+def _save_steps(values: dict[str, Any]) -> int:
+    """For save_steps: auto. transformers wants a multiple of eval_steps where the best checkpoint is loaded."""
+    every = values["eval_steps"]
+    if not values.get("load_best_model_at_end") or every is None or every < 1:
+        return SAVE_STEPS
+    return int(every) * max(1, round(SAVE_STEPS / every))
 
 
 class Secret(str):

@@ -11,6 +11,7 @@ import logging
 import random
 import shutil
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import has_length
 
-from parley.errors import RunError, UsageError
+from parley.errors import RunError, UsageError, one_line
 from parley.library_compat.tokenizers import save_tokenizer
 from parley.library_compat.transformers import (
     checkpoint_parent,
@@ -30,6 +31,7 @@ from parley.library_compat.transformers import (
 )
 from parley.library_compat.trl import metrics, set_tokens_seen, tokens_seen
 from parley.training import checkpoint as files
+from parley.training.determinism import deterministic_algorithms, fix_cublas_workspaces
 from parley.training.resume_state import (
     ResumeState,
     check_data_unchanged,
@@ -47,9 +49,19 @@ NEEDED = (files.TRAINER_STATE, files.OPTIMIZER, "scheduler.pt")
 
 
 class CheckpointingTrainer(Trainer):
-    """Put before a Trainer's class. `resumed` is the state of the checkpoint that training continues from."""
+    """Put before a Trainer's class.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    Args:
+        deterministic: train with torch's deterministic algorithms, so that a GPU gives the same bits from run to run.
+
+    `resumed` is the state of the checkpoint that training continues from; `save_seconds` is what the last one took.
+    """
+
+    def __init__(self, *args: Any, deterministic: bool = False, **kwargs: Any) -> None:
+        self.deterministic = deterministic
+        self.save_seconds = 0.0
+        if deterministic:
+            fix_cublas_workspaces()
         self.resumed: ResumeState | None = None
         self._counters_pending = False
         self._epoch = self._batches_in_epoch = 0
@@ -73,11 +85,22 @@ class CheckpointingTrainer(Trainer):
                 undisturbed one.
         """
         if resume_from_checkpoint is None or resume_from_checkpoint is False:
-            return super().train(None, *args, **kwargs)
+            return self._train(None, *args, **kwargs)
         folder = Path(self.args.output_dir)
         path = newest_checkpoint(folder) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
         self.read_checkpoint(path)
-        return super().train(str(path), *args, **kwargs)
+        return self._train(str(path), *args, **kwargs)
+
+    def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
+        if not self.deterministic:
+            return super().train(checkpoint, *args, **kwargs)
+        with deterministic_algorithms():
+            try:
+                return super().train(checkpoint, *args, **kwargs)
+            except RuntimeError as error:
+                if "deterministic" not in str(error):
+                    raise
+                raise UsageError(f"deterministic: {one_line(error)}; set it to False for this model") from error
 
     def read_checkpoint(self, path: Path) -> None:
         """Verify a checkpoint and compare its settings and rows with these; `train` then resumes from it.
@@ -133,6 +156,7 @@ class CheckpointingTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write a checkpoint beside its place and rename it. Raises RunError in one line where that cannot be done."""
+        started = perf_counter()
         if self.hp_search_backend is None and trial is None:
             self.store_flos()
         parent = checkpoint_parent(self, trial)
@@ -160,6 +184,7 @@ class CheckpointingTrainer(Trainer):
         if self.args.should_save:
             kept = [target, *([Path(self.state.best_model_checkpoint)] if self.state.best_model_checkpoint else [])]
             files.rotate(parent, self.args.save_total_limit, kept)
+        self.save_seconds = perf_counter() - started
 
     def _write_unfinished(self, folder: Path) -> None:
         if self.args.should_save:
@@ -251,7 +276,7 @@ class CheckpointingTrainer(Trainer):
 
     def recorded_settings(self) -> dict[str, Any]:
         """Settings of the trainer itself that decide what a step computes."""
-        return {}
+        return {"deterministic": self.deterministic}
 
     def _exact_settings(self) -> dict[str, Any]:
         return exact_settings(self.args, self.model, **self.recorded_settings())

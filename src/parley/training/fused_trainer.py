@@ -213,7 +213,7 @@ class FusedTrainer(CapturedTrainer):
         return None if self.fused_step is None else dataclasses.asdict(self.fused_step.plan)
 
     def recorded_settings(self) -> dict[str, Any]:
-        return {"engine": self.engine, "memory": self.memory}
+        return super().recorded_settings() | {"engine": self.engine, "memory": self.memory}
 
     @property
     def _rows_per_step(self) -> int:

@@ -20,12 +20,14 @@ from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Resources
 from parley.training.resource_usage import device_name, memory_peak, memory_total
 from parley.training.run_folder import RunFolder
+from parley.training.save_cadence import SaveCadence
+from parley.training.signals import StopCallback, StopSignals
 from parley.training.trainer import SFTTrainer
 
 LOGIT_TOKENS = 64  # of the first row: logits of a whole row of a large vocabulary may not fit
 
 
-def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any]) -> SFTTrainer:
+def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any], signals: StopSignals) -> SFTTrainer:
     """Raises UsageError for settings that TRL's constructor refuses."""
     try:
         trainer = SFTTrainer(
@@ -39,11 +41,15 @@ def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any]) -
             memory=setup.config.training.memory,
             nonfinite=setup.config.training.nonfinite,
             nonfinite_limit=setup.config.training.nonfinite_limit,
+            deterministic=setup.config.training.deterministic,
         )
     except ParleyError:
         raise
     except REFUSALS as error:
         raise setting_error("", error) from error
+    if setup.config.training.save_steps == "auto" and not args.load_best_model_at_end:
+        trainer.add_callback(SaveCadence(trainer))
+    trainer.add_callback(StopCallback(signals))  # after those that decide whether to save
     trainer.remove_callback(PrinterCallback)  # the progress line shows its figures
     for callback in trainer.callback_handler.callbacks:
         # It would be chosen when training begins, and the evaluation before would write to ./runs and go on doing so.

@@ -53,6 +53,7 @@ class SFTTrainer(FusedTrainer):
 
     Args:
         engine, memory: see FusedTrainer.
+        deterministic: see CheckpointingTrainer.
         nonfinite, nonfinite_limit: see PackedTrainer.
         tokenizer: older name of `processing_class`.
         train_on: as data.train_on: "all" assistant turns, the "last", "inputs", "nothing", or a list of roles.

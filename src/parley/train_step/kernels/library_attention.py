@@ -35,12 +35,14 @@ def applies(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape) -> bool:
 def _runs(batch: DeviceBatch, shape: AttentionShape) -> Iterator[tuple[slice, Tensor | None, int]]:
     """Each long document as (its rows, None, its length); the short ones between them as (rows, boundaries, longest).
 
-    cuDNN's operator has no window, so that with one even long documents go to the flash kernels.
+    cuDNN's operator has no window, so that with one even long documents go to the flash kernels; and its backward pass
+    adds in no fixed order, so that they do with torch's deterministic algorithms, which the flash kernels follow.
     """
     assert batch.lengths is not None
     begin, short = 0, [0]
+    by_cudnn = shape.window is None and not torch.are_deterministic_algorithms_enabled()
     for length in (*batch.lengths, None):  # None flushes the last run
-        by_itself = length is not None and length >= LONG_DOCUMENT and shape.window is None
+        by_itself = length is not None and length >= LONG_DOCUMENT and by_cudnn
         if (by_itself or length is None) and len(short) > 1:
             # The library's kernels take cumulative lengths as int32 on the device.
             boundaries = torch.tensor(short, dtype=torch.int32).to(batch.ids_T.device, non_blocking=True)
