@@ -28,7 +28,7 @@ def test_the_optimizer_follows_the_device_and_is_said() -> None:
     args, notes = sft_config(config(), Path("out"), CPU)
     assert args.optim == "adamw_torch_fused"
     assert notes[0] == "optimizer: fused AdamW"
-    args, notes = sft_config(config("training.optim=sgd"), Path("out"), CPU)
+    args, notes = sft_config(config("training.optim=sgd", "training.save_steps=9"), Path("out"), CPU)
     assert (args.optim, notes) == ("sgd", [])
 
 
