@@ -42,15 +42,20 @@ def exact_gradient(model: PeftModel, examples: list[Document]) -> tuple[float, t
             dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="cuda")
             dense.weight = torch.nn.Parameter(weight, requires_grad=False)
             model.set_submodule(path, dense)
+    return autograd_gradient(model, examples)
+
+
+def autograd_gradient(model: PeftModel, examples: list[Document]) -> tuple[float, torch.Tensor]:
+    """Through transformers, PEFT and autograd, one document at a time."""
     count = sum(example.supervised_tokens for example in examples)
     total = 0.0
     for example in examples:
-        logits_LV = model(torch.tensor(example.ids_L, device="cuda").long()[None]).logits[0, :-1]
+        logits_LV = model(torch.tensor(example.ids_L, device="cuda").long()[None]).logits[0, :-1].float()
         target_L = torch.tensor(example.label_L[1:], device="cuda").long()
         loss = functional.cross_entropy(logits_LV, target_L, ignore_index=IGNORE_INDEX, reduction="sum") / count
         loss.backward()
         total += loss.item()
-    return total, torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return total, torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad])
 
 
 def fused_gradient(step: FusedStep, model: PeftModel, examples: list[Document]) -> tuple[float, torch.Tensor]:

@@ -43,8 +43,12 @@ def adapted(model: Any, seed: int = 0, **lora: Any) -> PeftModel:
 
 
 def load(folder: Path, family: str = "llama") -> Any:
-    windows = {"sliding_window": 16} if family in ("mistral", "gemma2", "gemma3") else {}  # shorter than the prompts
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **windows)
+    settings: dict[str, Any] = {}
+    if family in ("mistral", "gemma2", "gemma3"):
+        settings["sliding_window"] = 16  # shorter than the prompts
+    if family == "gemma2":  # transformers 5.17 would take an attention without soft caps
+        settings["attn_implementation"] = "eager"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **settings)
     model.generation_config.eos_token_id = None
     return model.eval()
 

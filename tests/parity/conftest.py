@@ -28,6 +28,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+# transformers 5.17 runs Gemma 2 through an attention without soft caps unless told otherwise.
+ATTENTION = {"gemma2": "eager"}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": LLAMA3},
     "mistral": {"sliding_window": 7},
@@ -79,7 +81,7 @@ def family(
         tie_word_embeddings=False,
         **sizes | FAMILIES[name],
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=ATTENTION.get(name))
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
     if nf4 is not None:

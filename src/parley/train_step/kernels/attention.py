@@ -23,6 +23,7 @@ from torch import Tensor
 from parley.train_step.kernels import library_attention
 from parley.train_step.kernels.precompile import kernel
 from parley.train_step.kernels.split_reduction import FULL_OCCUPANCY, is_last_to_arrive
+from parley.train_step.kernels.tanh import tanh
 from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import DeviceBatch
 
@@ -39,15 +40,10 @@ def _in_head(e, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
-
-
-@triton.jit
 def _capped(s, softcap, SOFTCAP: tl.constexpr):
     """Scores in units of log2(e), and the derivative of the soft cap there."""
     if SOFTCAP:
-        t = _tanh(s / softcap)
+        t = tanh(s / softcap)
         return t * softcap * LOG2_E, 1.0 - t * t
     return s * LOG2_E, 1.0
 

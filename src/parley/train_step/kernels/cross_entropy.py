@@ -14,6 +14,7 @@ from torch import Tensor
 
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.train_step.kernels.precompile import kernel
+from parley.train_step.kernels.tanh import tanh
 from parley.train_step.ops import LogitTransform
 
 
@@ -23,7 +24,7 @@ def _load_logits(products, inside, factor, softcap, SOFTCAP: tl.constexpr):
     z = tl.load(products, mask=inside, other=0.0).to(tl.float32) * factor
     slope = factor
     if SOFTCAP:
-        t = 1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0)  # tanh
+        t = tanh(z / softcap)
         z, slope = t * softcap, factor * (1.0 - t * t)
     return tl.where(inside, z, -1e30), slope
 

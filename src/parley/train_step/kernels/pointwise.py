@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from parley.train_step.kernels.precompile import kernel
+from parley.train_step.kernels.tanh import tanh
 from parley.train_step.ops import AttentionShape, QkNorm, RopeTable
 from parley.train_step.packed_batch import DeviceBatch
 
@@ -101,22 +102,17 @@ def _qk_norm_backward(
 
 
 @triton.jit
-def _tanh(x):
-    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)  # exact at both ends: exp is 0 or infinite there
-
-
-@triton.jit
 def _activation(gate, GELU: tl.constexpr):
     """SiLU, or GELU by its tanh approximation (arXiv 1606.08415)."""
     if GELU:
-        return 0.5 * gate * (1.0 + _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
+        return 0.5 * gate * (1.0 + tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)))
     return gate / (1.0 + tl.exp(-gate))
 
 
 @triton.jit
 def _activation_derivative(gate, GELU: tl.constexpr):
     if GELU:
-        t = _tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))
+        t = tanh(0.7978845608028654 * (gate + 0.044715 * gate * gate * gate))
         inner = 0.7978845608028654 * (1.0 + 0.134145 * gate * gate)
         return 0.5 * (1.0 + t) + 0.5 * gate * (1.0 - t * t) * inner
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))

@@ -23,6 +23,7 @@ from torch import Tensor
 from parley.inference.cuda.kernels.dependent_launch import launch_dependents, pdl_options, wait_for_previous
 from parley.train_step.kernels.precompile import kernel
 from parley.train_step.kernels.split_reduction import is_last_to_arrive
+from parley.train_step.kernels.tanh import tanh
 from parley.train_step.ops import AttentionShape, QkNorm, RopeTable
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -72,7 +73,7 @@ def _scores(products, scale, softcap, SOFTCAP: tl.constexpr):
     """Scaled and capped, in units of log2(e)."""
     s = products * scale
     if SOFTCAP:
-        s = softcap * (1.0 - 2.0 / (tl.exp(2.0 * s / softcap) + 1.0))  # softcap tanh(s / softcap)
+        s = softcap * tanh(s / softcap)
     return s * LOG2_E
 
 
