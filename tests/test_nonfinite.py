@@ -257,3 +257,17 @@ def test_a_loss_spike_is_in_the_log_and_the_report_with_its_rows(
     assert len(fault.rows) == 4
     assert all(re.fullmatch(r"rows\.jsonl line \d+", row) for row in fault.rows)
     assert "Steps to look at" in (result.folder.path / "report.html").read_text()
+
+
+def test_a_run_that_stopped_is_resumed_without_the_step(configured: Callable[..., RunConfig], poisoned: None) -> None:
+    config = configured("training.save_steps=1")
+    error, run, _ = failed(config)
+    assert f"parley train --resume {run} --set training.nonfinite=skip" in str(error)
+    (stopped_at,) = {line["step"] for line in lines_of(run / "nonfinite.jsonl")}
+    assert stopped_at > 1
+    config.training.nonfinite = "skip"
+    result = train(config, QUIET, resume=run)
+    assert {line["step"] for line in lines_of(run / "nonfinite.jsonl")} == {stopped_at}
+    assert len(lines_of(run / "nonfinite.jsonl")) == 4  # not twice
+    assert [fault.step for fault in result.report.step_faults] == [stopped_at]
+    assert result.report.after is not None

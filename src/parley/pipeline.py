@@ -179,7 +179,8 @@ def _run(
     answering = AnswersDuringTraining(setup, questions, log, progress.console)
     last_good = LastGoodWeights()
     trainer = build_trainer(setup, args, [log, progress, answering, last_good, *validation.callbacks], signals)
-    trainer.monitor.listeners.append(StepFaultLog(log, folder.nonfinite, setup.tokenizer, progress.progress.console))
+    faults = StepFaultLog(log, folder.nonfinite, setup.tokenizer, progress.progress.console)
+    trainer.monitor.listeners.append(faults)
     setup.model = trainer.model  # TRL may have wrapped it
     timer.end("trainer")
     checkpoint = None if resumed is None else resumed.checkpoint
@@ -187,6 +188,7 @@ def _run(
         trainer.read_checkpoint(checkpoint)  # before the evaluations, which take longer
     if resumed is not None:
         log.resume_after(resumed.step)
+        faults.resume_after(resumed.step)
         if resumed.changed:
             folder.write_config(config)
 

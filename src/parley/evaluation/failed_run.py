@@ -33,6 +33,8 @@ class FailedRun:
         """The error to raise for a step that was not finite, once weights and report are saved."""
         training = self.setup.config.training
         skip = ", or set training.nonfinite: skip to go on without such steps" if training.nonfinite == "stop" else ""
+        if skip and any(self.folder.checkpoints.glob("checkpoint-*")):
+            skip += f": {self.folder.resume_command} --set training.nonfinite=skip"
         advice = (
             f"look at its rows in {self.folder.nonfinite}, lower training.learning_rate ({training.learning_rate:g})"
         )

@@ -17,7 +17,15 @@ from parley.training.run_folder import RunFolder
 
 FREE_SECTIONS = ("generation.", "report.")
 # Of the training section, what only this package knows; data.heldout may change the rows, which are compared.
-FREE = {"data.heldout", "model.trust_remote_code", "output", "training.early_stopping", "training.keep"}
+FREE = {
+    "data.heldout",
+    "model.trust_remote_code",
+    "output",
+    "training.early_stopping",
+    "training.keep",
+    "training.nonfinite",
+    "training.nonfinite_limit",
+}
 
 
 @dataclass

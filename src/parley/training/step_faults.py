@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from parley.data.packing import Document
 from parley.text import print_text
 from parley.training.callbacks import EventLog
 from parley.training.json_lines import append_line
+from parley.training.report import replace_file
 from parley.training.step_monitor import StepRecord
 
 
@@ -19,6 +21,14 @@ class StepFaultLog:
 
     def __init__(self, log: EventLog, path: Path, tokenizer: Any, console: Console) -> None:
         self.log, self.path, self.tokenizer, self.console = log, path, tokenizer, console
+
+    def resume_after(self, step: int) -> None:
+        """Drop the rows of steps that a resumed run takes again."""
+        if not self.path.is_file():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        replace_file(self.path, "".join(line + "\n" for line in kept), f"parley train --resume {self.path.parent}")
 
     def nonfinite(self, record: StepRecord) -> None:
         figures = {"step": record.step, "loss": record.loss, "grad_norm": record.grad_norm}
