@@ -265,6 +265,7 @@ def test_a_run_that_stopped_is_resumed_without_the_step(configured: Callable[...
     assert f"parley train --resume {run} --set training.nonfinite=skip" in str(error)
     (stopped_at,) = {line["step"] for line in lines_of(run / "nonfinite.jsonl")}
     assert stopped_at > 1
+    config = RunFolder.existing(run).config
     config.training.nonfinite = "skip"
     result = train(config, QUIET, resume=run)
     assert {line["step"] for line in lines_of(run / "nonfinite.jsonl")} == {stopped_at}
