@@ -44,20 +44,19 @@ POOL = 2**24 + 5  # no multiple of a row, so that rows differ
 PROBE_BYTES = 2**28
 
 
-def config_of(shape: str) -> LlamaConfig:
+def config_of(shape: str, layers: int | None) -> LlamaConfig:
     rope = {
         "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0 if shape == "1b" else 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
     return LlamaConfig(
-        **SHAPES[shape], vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000,
+        **SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}), vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000,
         eos_token_id=128009, pad_token_id=128004, rope_parameters=rope, dtype=torch.bfloat16,
     )  # fmt: skip
 
 
-def write_base(shape: str, folder: Path, tokenizer: Any) -> None:
+def write_base(config: LlamaConfig, folder: Path, tokenizer: Any) -> None:
     """A model at random, written a few tensors at a time: it never has to fit into memory."""
-    config = config_of(shape)
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config).state_dict()
     names = [name for name in state if not (config.tie_word_embeddings and name == "lm_head.weight")]
@@ -136,6 +135,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--scratch", type=Path, help="a folder with space for the model three times")
+    parser.add_argument("--layers", type=int, help="fewer layers than the shape has: the peak does not depend on them")
     parser.add_argument("--no-verify", dest="verify", action="store_false")
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="export-time-", dir=options.scratch))
@@ -145,7 +145,7 @@ def main() -> None:
         tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
         child = os.fork()  # so that writing the model does not count for the peak
         if child == 0:
-            write_base(options.shape, base, tokenizer)
+            write_base(config_of(options.shape, options.layers), base, tokenizer)
             write_run(base, output, options.data, tokenizer)
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0

@@ -6,6 +6,7 @@ Files are memory-mapped. Tensors that bitsandbytes quantised are dequantised to 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ NF4_STATE = ".quant_state.bitsandbytes__"
 """Between a 4-bit weight's name and its type, in the name of its packed quantization state."""
 INT8_SCALES = ".SCB"
 INT8_RANGE = 127  # an int8 row is scaled so that its largest value is 127 (LLM.int8())
+
+
+def _read_tensor(file: Path, name: str) -> Tensor:
+    # Opened for this tensor alone: pages of a mapped file stay in memory as long as it is open.
+    with safe_open(file, "pt") as opened:
+        return opened.get_tensor(name)
 
 
 class CheckpointWeights:
@@ -45,9 +52,10 @@ class CheckpointWeights:
         self.dequantized = any(NF4_STATE in name or name.endswith(INT8_SCALES) for name in self._read)
 
     def _index_safetensors(self, file: Path) -> None:
-        opened = safe_open(file, "pt")
-        for name in opened.keys():  # noqa: SIM118
-            self._read[name] = lambda name=name: opened.get_tensor(name)  # type: ignore[misc]
+        with safe_open(file, "pt") as opened:
+            names = list(opened.keys())
+        for name in names:
+            self._read[name] = partial(_read_tensor, file, name)
 
     def _index_pickle(self, file: Path) -> None:
         values = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
