@@ -50,7 +50,8 @@ def config_of(shape: str, layers: int | None) -> LlamaConfig:
         "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
     }  # fmt: skip
     return LlamaConfig(
-        **SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}), vocab_size=128256, max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000,
+        **SHAPES[shape] | ({} if layers is None else {"num_hidden_layers": layers}), vocab_size=128256,
+        max_position_embeddings=131072, rms_norm_eps=1e-5, bos_token_id=128000,
         eos_token_id=128009, pad_token_id=128004, rope_parameters=rope, dtype=torch.bfloat16,
     )  # fmt: skip
 
