@@ -1,4 +1,4 @@
-"""The demo as a newcomer sees it: the embedded model learns the manner and keeps the facts, and leaves in every form."""
+"""The demo as a newcomer sees it: the embedded model learns the manner, keeps the facts and is exported in every form."""
 
 from __future__ import annotations
 
@@ -37,20 +37,18 @@ def test_the_embedded_model_learns_to_talk_like_a_pirate(trained: tuple[Path, st
 
 
 def test_its_exports_answer_all_questions_as_it_does(trained: tuple[Path, str], tmp_path: Path) -> None:
-    targets, quants = ["merged", "gguf"], ["f32", "f16", "q8_0"]
     done = {
-        each.record.name: each.record for each in parley.export(trained[0], targets, quants, output=tmp_path / "out")
+        each.record.name: each.record
+        for each in parley.export(trained[0], ["merged", "gguf"], ["f32", "f16", "q8_0"], output=tmp_path / "out")
     }
-    same = {
-        name: (record.figures.answers_equal, record.figures.answers) for name, record in done.items() if record.figures
-    }
+    figures = {name: record.figures for name, record in done.items() if record.figures is not None}
+    same = {name: (each.answers_equal, each.answers) for name, each in figures.items()}
     assert all(record.status == "verified" for record in done.values())
     assert same["merged-f32"] == same["gguf-f32"] == same["gguf-f16"] == (100, 100)
     assert same["gguf-q8_0"][0] >= 97
-    figures = done["merged-f32"].figures
-    assert figures is not None
-    assert figures.worst_logit is not None
-    assert figures.worst_logit < 1e-4
+    worst = figures["merged-f32"].worst_logit
+    assert worst is not None
+    assert worst < 1e-4
 
 
 def test_it_is_exported_and_verified_in_every_other_form(
