@@ -1,4 +1,4 @@
-"""The demo as a newcomer sees it: the embedded model learns the manner, keeps the facts and is exported in every form."""
+"""The demo as a newcomer sees it: the embedded model learns the manner, keeps the facts and is exported in all forms."""
 
 from __future__ import annotations
 
