@@ -1,4 +1,4 @@
-"""The demo as a newcomer sees it: the embedded model learns the manner, keeps the facts and is exported in all forms."""
+"""The demo as a newcomer sees it: the embedded model learns the manner, keeps the facts, and is exported whole."""
 
 from __future__ import annotations
 
