@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from parley.models import doctor as findings_module
 from parley.models.doctor import Finding
@@ -26,6 +28,33 @@ def test_findings_are_a_table_and_a_bad_one_an_exit_code(
     as_json = parley("doctor", "--json")
     assert as_json.code == code
     assert json.loads(as_json.out) == [vars(finding) for finding in findings]
+
+
+@pytest.mark.parametrize(
+    ("family", "found"),
+    [
+        ("gemma3", "fused step and Parley's decoder"),
+        ("starcoder2", "plain path: no fused step for the starcoder2 family"),
+    ],
+)
+def test_a_model_s_training_path_is_said_beforehand(
+    parley: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    build_family: Callable[[str], Path],
+    family: str,
+    found: str,
+) -> None:
+    monkeypatch.setattr(findings_module, "diagnose", lambda: [FINE])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    findings = json.loads(parley("doctor", "--model", str(build_family(family)), "--json").out)
+    assert findings[1]["value"].startswith(found)
+
+
+def test_a_model_that_is_not_there_is_one_line(parley: Callable[..., Any], tmp_path: Path) -> None:
+    ended = parley("doctor", "--model", str(tmp_path / "gone"))
+    assert ended.code == 1
+    assert "gone" in ended.err
+    assert "Traceback" not in ended.err
 
 
 def test_this_machine_is_checked(parley: Callable[..., Any]) -> None:

@@ -17,6 +17,7 @@ STYLES = {"good": "green", "note": "yellow", "bad": "bold red"}
 
 
 def doctor(
+    model: Annotated[str | None, typer.Option(help="Say which training path this model takes.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check what this machine can do, and say what to change.
@@ -27,6 +28,10 @@ def doctor(
     from parley.models.doctor import diagnose
 
     findings = diagnose()
+    if model is not None:
+        from parley.training.path_finding import path_finding
+
+        findings.append(path_finding(model))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=1))
     else:

@@ -226,13 +226,9 @@ def _check(base: nn.Module, device_type: str) -> ModelFamily:
     """The family of `base`, if everything outside its layers is as the family declares it."""
     if not isinstance(base, PreTrainedModel):
         raise Unsupported(f"{type(base).__name__} is no transformers model")
-    config = base.config
-    family = family_of(config)
-    if family is None:
-        raise Unsupported(f"no fused step for the {config.model_type} family")
+    family = supported_family(base.config)
     if type(base).__name__ != family.architecture:  # another head, or a forward pass of its own
         raise Unsupported(f"{type(base).__name__} is not {family.architecture}")
-    _check_config(config, family)
     for name, module in base.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):  # two copies, and the adapter's switch chooses between them
             raise Unsupported(f"{name} is trained beside the adapter")
@@ -248,7 +244,11 @@ def _check(base: nn.Module, device_type: str) -> ModelFamily:
     return family
 
 
-def _check_config(config: Any, family: ModelFamily) -> None:
+def supported_family(config: Any) -> ModelFamily:
+    """The family of a configuration that the fused step computes as transformers does. Raises Unsupported."""
+    family = family_of(config)
+    if family is None:
+        raise Unsupported(f"no fused step for the {config.model_type} family")
     activation = getattr(config, family.activation_field)
     if activation != family.activation:
         raise Unsupported(f"activation {activation}")
@@ -258,6 +258,7 @@ def _check_config(config: Any, family: ModelFamily) -> None:
     for field in family.unsupported:
         if getattr(config, field):
             raise Unsupported(field)
+    return family
 
 
 def _projections(base: PreTrainedModel, family: ModelFamily) -> list[list[list[nn.Module]]]:
