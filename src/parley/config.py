@@ -27,6 +27,7 @@ _SECRET_KEY = re.compile(r"(^|_)(token|api_key|password|secret|credentials?)$", 
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PERCENTAGE = re.compile(r"\s*([+-]?\d*\.?\d+)\s*%\s*")
 LEAST_LIKENESS = 0.5  # of a misspelled key; below it a suggestion is a guess
+PREFERENCE_LEARNING_RATE = 2e-5  # by default; at 2e-4 adapters leave the reference within some steps
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -216,6 +217,11 @@ class EarlyStoppingSection(Section):
 
 
 class TrainingSection(OpenSection):
+    method: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"] = Field(
+        "sft",
+        description="sft: imitate the answers. dpo, ipo, orpo, simpo: prefer the chosen answer of a pair to the "
+        "rejected one; kto: learn from answers that are labelled one by one.",
+    )
     engine: Literal["auto", "captured", "plain"] = Field(
         "auto",
         description="auto: the fused step where it supports model and options, else on a GPU transformers' modules "
@@ -260,6 +266,13 @@ class TrainingSection(OpenSection):
     )
     nonfinite_limit: Count = Field(10, description="With nonfinite: skip, more such steps than these end the run.")
     seed: Seed = 3407
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preferences_learn_slowly(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method", "sft") != "sft":
+            return {"learning_rate": PREFERENCE_LEARNING_RATE} | values
+        return values
 
     @property
     def keeps_best(self) -> bool:

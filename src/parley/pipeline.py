@@ -13,7 +13,6 @@ from signal import Signals
 from typing import Any
 
 from rich.console import Console
-from trl import SFTConfig
 
 from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
 from parley.errors import ModelError, RunError, UsageError
@@ -39,8 +38,10 @@ from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import check_settings
 from parley.training.checkpoint import write_fault
 from parley.training.determinism import fix_cublas_workspaces
+from parley.training.fused_trainer import FusedTrainer
 from parley.training.last_good_weights import LastGoodWeights
 from parley.training.option_effects import check_tokens, without_effect
+from parley.training.preference.arguments import preference_config
 from parley.training.prepare_training import (
     TrainingSetup,
     planned_steps,
@@ -60,7 +61,6 @@ from parley.training.signals import StopSignals
 from parley.training.step_faults import StepFaultLog
 from parley.training.step_monitor import NonfiniteStepError
 from parley.training.terminal_summary import print_summary
-from parley.training.trainer import SFTTrainer
 from parley.training.validation import Validation
 
 DEMO_SETTINGS: dict[str, Any] = {
@@ -155,7 +155,7 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
 
 def _run(
     setup: TrainingSetup,
-    args: SFTConfig,
+    args: Any,
     notes: list[str],
     questions: list[Question],
     folder: RunFolder,
@@ -252,7 +252,7 @@ def _run(
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check settings and data of `train`, show mask and number of steps; loads no weights, writes nothing."""
     args, notes = _training_arguments(config)
-    for note in [*notes, *(f"training.{line}" for line in without_effect(args))]:
+    for note in [*notes, *_without_effect(config, args)]:
         print_text(console, note)
     resolve_adapter(config, console)
     model_config = load_config(config.model)
@@ -272,15 +272,20 @@ def demo(output: Path, console: Console | None = None) -> RunResult:
     return train(RunConfig.create(DEMO_SETTINGS | {"output": str(output)}), console)
 
 
-def _training_arguments(config: RunConfig) -> tuple[SFTConfig, list[str]]:
+def _training_arguments(config: RunConfig) -> tuple[Any, list[str]]:
     """TRL's arguments, checked, and notes on what was chosen. Raises UsageError or DeviceError."""
-    args, notes = sft_config(config, config.output / "checkpoints", pick_device(config.model.device))
+    make = sft_config if config.training.method == "sft" else preference_config
+    args, notes = make(config, config.output / "checkpoints", pick_device(config.model.device))
     check_settings(config, args)
     return args, notes
 
 
+def _without_effect(config: RunConfig, args: Any) -> list[str]:
+    return [f"training.{line}" for line in without_effect(args)] if config.training.method == "sft" else []
+
+
 def _stopped(
-    trainer: SFTTrainer, setup: TrainingSetup, report: Report, folder: RunFolder, log: EventLog, signal: Signals
+    trainer: FusedTrainer, setup: TrainingSetup, report: Report, folder: RunFolder, log: EventLog, signal: Signals
 ) -> RunResult:
     """The result of a run that a signal ended after a step, once its report says so."""
     report.steps = steps_of_events(log.events)

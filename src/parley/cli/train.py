@@ -27,6 +27,10 @@ def train(
     model: Annotated[str | None, typer.Option(help="Hub id or folder of the model to start from.")] = None,
     data: Annotated[str | None, typer.Option(help="Hub id, file (.json .jsonl .csv .parquet) or folder.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="sft, or a preference method: dpo, ipo, kto, orpo or simpo.", show_default=False),
+    ] = None,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -42,12 +46,13 @@ def train(
     Example: parley train --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl --output runs/mine
     """
     if resume is not None:
-        given = {"a YAML file": config, "--model": model, "--data": data, "--output": output, "--dry-run": dry_run}
+        given: dict[str, object] = {"a YAML file": config, "--model": model, "--data": data, "--output": output}
+        given |= {"--method": method, "--dry-run": dry_run}
         if extra := [name for name, value in given.items() if value]:
             raise UsageError(f"--resume continues a run with its own settings: leave {extra[0]} out; --set changes one")
         run = _resumed_config(resume, settings or [])
     else:
-        run = run_config(config, settings or [], model, data, output)
+        run = run_config(config, settings or [], model, data, output, method)
     with importing():
         quiet_libraries()
         from parley import pipeline
@@ -79,7 +84,12 @@ def _resumed_config(run: Path, settings: list[str]) -> RunConfig:
 
 
 def run_config(
-    config: Path | None, settings: list[str], model: str | None, data: str | None, output: Path | None
+    config: Path | None,
+    settings: list[str],
+    model: str | None,
+    data: str | None,
+    output: Path | None,
+    method: str | None = None,
 ) -> RunConfig:
     """The YAML file, then the named options, then --set: later ones win."""
     from parley.config import RunConfig, read_yaml
@@ -88,6 +98,7 @@ def run_config(
         raise UsageError("nothing to train: give a YAML file, or --model and --data (for a first look: parley demo)")
     # Through JSON, since an override is parsed as YAML: a name such as 1e5 stays a string.
     named = {"model.name": model, "data.source": data, "output": output and str(output)}
+    named["training.method"] = method
     overrides = [f"{key}={json.dumps(value)}" for key, value in named.items() if value is not None]
     values = read_yaml(config) if config else {}
     if not values and model is None and data is None:

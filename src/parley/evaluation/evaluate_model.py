@@ -11,9 +11,9 @@ from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.evaluation.questions import Question
 from parley.inference.generate import generate
 from parley.training.check_settings import check_best_metric
+from parley.training.fused_trainer import FusedTrainer
 from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Scores
-from parley.training.trainer import SFTTrainer
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Evaluation:
 
 
 def evaluate_model(
-    setup: TrainingSetup, trainer: SFTTrainer, questions: list[Question], console: Console
+    setup: TrainingSetup, trainer: FusedTrainer, questions: list[Question], console: Console
 ) -> Evaluation:
     """Held-out loss and answers of the model as it is now."""
     evaluation = Evaluation(heldout_scores(setup, trainer, console))
@@ -33,7 +33,7 @@ def evaluate_model(
     return evaluation
 
 
-def heldout_scores(setup: TrainingSetup, trainer: SFTTrainer, console: Console) -> Scores:
+def heldout_scores(setup: TrainingSetup, trainer: FusedTrainer, console: Console) -> Scores:
     """Held-out loss in nats per supervised token; nothing without held-out rows."""
     if setup.data.heldout is None:
         return Scores()

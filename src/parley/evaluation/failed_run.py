@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from parley.errors import TrainingError
 from parley.evaluation.run_report import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
 from parley.training.callbacks import EventLog
+from parley.training.fused_trainer import FusedTrainer
 from parley.training.last_good_weights import LastGoodWeights
 from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Report, write_report
 from parley.training.run_folder import RunFolder
 from parley.training.run_training import broken_weights
 from parley.training.step_monitor import NonfiniteStepError
-from parley.training.trainer import SFTTrainer
 from parley.training.validation import Validation
 
 
@@ -22,7 +22,7 @@ class FailedRun:
     """What is known of the run when it fails."""
 
     setup: TrainingSetup
-    trainer: SFTTrainer
+    trainer: FusedTrainer
     folder: RunFolder
     log: EventLog
     report: Report

@@ -22,7 +22,7 @@ from parley.train_step.packed_batch import DeviceBatch
 from parley.units import round_up
 
 if TYPE_CHECKING:
-    from parley.train_step.fused_step import ForwardState, FusedStep
+    from parley.train_step.fused_step import ForwardState, FusedStep, Head
 
 
 @dataclass
@@ -74,16 +74,16 @@ class GraphRunner:
         self.captured.clear()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: DeviceBatch) -> None:
-        """Forward, head and backward of `batch`, whose tensors are views of the static buffer."""
+    def run(self, batch: DeviceBatch, head: Head) -> None:
+        """Forward, `head` and backward of `batch`, whose tensors are views of the static buffer."""
         if not self.threshold.is_known:
-            self.threshold.run(batch.tokens, lambda: self.step.run_eager(batch))
+            self.threshold.run(batch.tokens, lambda: self.step.run_eager(batch, head))
             return
         captured = self.captured.get(batch.tokens)
         if captured is None:
             captured = self.captured[batch.tokens] = self._capture(batch)
         captured.forward.replay()
-        self.step.head(batch, captured.state)
+        head(batch, captured.state)
         captured.backward.replay()
 
     def _capture(self, batch: DeviceBatch) -> CapturedPass:

@@ -6,8 +6,9 @@ adapter weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
 from parley.train_step.memory_plan import MemoryPlan
 from parley.train_step.ops import Ops, RopeTable
 from parley.train_step.packed_batch import LONG_DOCUMENT, DeviceBatch, PackedBatch, StagingBuffer, pack
+from parley.train_step.slots import Slots
 from parley.train_step.workspace import Workspace, retain_freed_memory
 from parley.units import round_up
 
@@ -40,6 +42,10 @@ class ForwardState:
     dh_TDP: Tensor
     saved: list[SavedActivations]
     supervised: SupervisedRows | None = None  # where the last layer's output has only these rows
+
+
+Head = Callable[[DeviceBatch, ForwardState], Any]
+"""From a pass's last hidden states to their gradient in its ForwardState."""
 
 
 class FusedStep:
@@ -99,6 +105,50 @@ class FusedStep:
                 self._pass(batch, 1.0 / supervised_tokens)
 
     @torch.no_grad()
+    def forward_backward_sums(
+        self, documents: Sequence[Document], slots: Slots, gradient: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The gradient of a function of sums of log-probabilities, such as a preference loss.
+
+        The function's derivative by each sum is all that the backward pass needs of it: the head's gradient is linear
+        in its rows, so their weights are multiplied in between head and backward, and both run once.
+
+        Args:
+            slots: the sum that each supervised token of `documents` belongs to, and the number of sums.
+            gradient: from the sums, (slots.count,) in fp32, to the function's derivative by each.
+
+        Returns the sums. Where `documents` take several passes, an additional forward pass computes the sums first.
+        """
+        runs = split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens)
+        derivative: Tensor | None = None
+        if len(runs) > 1:
+            sums = self.forward_sums(documents, slots)
+            derivative = gradient(sums)
+        self.bound.flat.grad_Z.zero_()
+        self.metrics_3.zero_()
+        for run in runs:
+            batch, slot_S = self._pack(documents[run]), slots.of(run)
+            assert len(slot_S) == len(batch.row_S), "every supervised token has its slot"
+            head = _WeightedHead(self, slot_S.to(self.bound.device), slots.count, gradient, derivative)
+            if len(batch.row_S):
+                self._pass(batch, 1.0, head)
+                sums = head.sums if derivative is None else sums
+        return sums
+
+    @torch.no_grad()
+    def forward_sums(self, documents: Sequence[Document], slots: Slots) -> Tensor:
+        """Sums of log-probabilities by slot, (slots.count,) in fp32; gradients are left as they are."""
+        sums = torch.zeros(slots.count, device=self.bound.device)
+        self.metrics_3.zero_()
+        for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
+            packed = self._pack(documents[run])
+            if len(packed.row_S):
+                batch = self._upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
+                loss_S = self.head(batch, self.forward(batch), want_gradient=False)
+                sums.index_add_(0, slots.of(run).to(sums.device), -loss_S)
+        return sums
+
+    @torch.no_grad()
     def forward_only(self, documents: Sequence[Document]) -> Tensor:
         """`metrics_3` of `documents`, for evaluation; gradients are left as they are."""
         self.metrics_3.zero_()
@@ -106,7 +156,7 @@ class FusedStep:
             packed = self._pack(documents[run])
             if len(packed.row_S):
                 batch = self._upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
-                self.head(batch, self.forward(batch))
+                self.head(batch, self.forward(batch), want_gradient=False)
         return self.metrics_3.clone()
 
     def idle_buffers(self) -> list[Tensor]:
@@ -160,16 +210,17 @@ class FusedStep:
         self.reserve(tokens, max(packed.lengths))
         return self.staging.upload(packed.padded(tokens), scale, None if graphed else packed.lengths)
 
-    def _pass(self, packed: PackedBatch, scale: float) -> None:
+    def _pass(self, packed: PackedBatch, scale: float, head: Head | None = None) -> None:
+        head = head or self.head
         if self.graphs is not None and self.graphs.takes(len(packed.ids_T)):
-            self.graphs.run(self._upload(packed, scale, self.graphs.tokens_for(len(packed.ids_T)), graphed=True))
+            self.graphs.run(self._upload(packed, scale, self.graphs.tokens_for(len(packed.ids_T)), graphed=True), head)
             return
-        self.run_eager(self._upload(packed, scale, round_up(len(packed.ids_T), self.row_multiple)))
+        self.run_eager(self._upload(packed, scale, round_up(len(packed.ids_T), self.row_multiple)), head)
 
-    def run_eager(self, batch: DeviceBatch) -> None:
+    def run_eager(self, batch: DeviceBatch, head: Head | None = None) -> None:
         """A whole pass without a graph."""
         state = self.forward(batch)
-        self.head(batch, state)
+        (head or self.head)(batch, state)
         self.backward(batch, state)
 
     def forward(self, batch: DeviceBatch) -> ForwardState:
@@ -201,14 +252,15 @@ class FusedStep:
             return None
         return SupervisedRows(functional.pad(batch.row_S.long(), (0, padding)), count)
 
-    def head(self, batch: DeviceBatch, state: ForwardState) -> None:
+    def head(self, batch: DeviceBatch, state: ForwardState, *, want_gradient: bool = True) -> Tensor:
+        """The gradient of the last layer's output into `state`. Returns the loss of each supervised row, (S,)."""
         supervised = state.supervised
         row_S = batch.row_S
         if supervised is not None:  # the last layer's output has these rows alone, in order
             row_S = torch.arange(supervised.count, device=row_S.device)
-        loss_and_gradient(
+        return loss_and_gradient(
             self.ops, self.bound, batch, row_S, state.h_TD, state.delta_TD, state.dh_TDP, self.logits_SV,
-            self.metrics_3,
+            self.metrics_3, want_gradient=want_gradient,
         )  # fmt: skip
 
     def backward(self, batch: DeviceBatch, state: ForwardState) -> None:
@@ -224,6 +276,36 @@ class FusedStep:
 
     def _context(self, batch: DeviceBatch) -> PassContext:
         return PassContext(self.ops, self.matrices, self.rope, batch, self.workspace, batch.tokens)
+
+
+class _WeightedHead:
+    """The head of `FusedStep.forward_backward_sums`: each supervised row is weighted by the derivative of its sum.
+
+    `sums` are of this pass's rows; `derivative` is given where they are not those of the whole step.
+    """
+
+    def __init__(
+        self,
+        step: FusedStep,
+        slot_S: Tensor,
+        count: int,
+        gradient: Callable[[Tensor], Tensor],
+        derivative: Tensor | None,
+    ) -> None:
+        self.step, self.slot_S, self.gradient, self.derivative = step, slot_S, gradient, derivative
+        self.sums = torch.zeros(count, device=slot_S.device)
+
+    def __call__(self, batch: DeviceBatch, state: ForwardState) -> None:
+        loss_S = self.step.head(batch, state)
+        self.sums.zero_().index_add_(0, self.slot_S, -loss_S)
+        derivative = self.gradient(self.sums) if self.derivative is None else self.derivative
+        # The head's gradient is of the summed loss, which is minus the summed log-probability.
+        weight_S1 = -derivative[self.slot_S][:, None]
+        if state.supervised is not None:  # the gradient has the supervised rows alone, in order
+            state.dh_TDP[: len(weight_S1)] *= weight_S1
+        else:
+            row_S = batch.row_S.long()
+            state.dh_TDP.index_copy_(0, row_S, (state.dh_TDP[row_S] * weight_S1).to(state.dh_TDP.dtype))
 
 
 def _dummy_batch(tokens: int, longest: int) -> PackedBatch:

@@ -198,9 +198,9 @@ class Ops(Protocol):
 
     def cross_entropy(
         self, logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor, transform: LogitTransform
-    ) -> None:
+    ) -> Tensor:
         """Replace the head's products by the gradient of `scale` times the summed loss, in place.
 
         Adds to the fp32 `metrics_3` the summed loss, the number of targets that were the most likely token, and the
-        summed entropy. Rows whose target is -100 are ignored.
+        summed entropy. Rows whose target is -100 are ignored. Returns each row's loss in fp32, (S,).
         """

@@ -159,7 +159,7 @@ def _activate(x_TF: Tensor, activation: str) -> Tensor:
 
 def cross_entropy(
     logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor, transform: LogitTransform
-) -> None:
+) -> Tensor:
     z_SV = logits_SV.float() * transform.scale
     if transform.softcap is not None:
         z_SV = torch.tanh(z_SV / transform.softcap) * transform.softcap
@@ -169,7 +169,8 @@ def cross_entropy(
     log_p_SV = functional.log_softmax(z_SV, dim=-1)
     p_SV = log_p_SV.exp()
     correct_S1 = log_p_SV.argmax(-1, keepdim=True) == index_S1
-    metrics_3[0] -= (log_p_SV.gather(1, index_S1) * supervised_S1).sum()
+    loss_S = -(log_p_SV.gather(1, index_S1) * supervised_S1)[:, 0]
+    metrics_3[0] += loss_S.sum()
     metrics_3[1] += (correct_S1 & supervised_S1).sum()
     metrics_3[2] -= (p_SV * log_p_SV * supervised_S1).sum()
     p_SV.scatter_add_(1, index_S1, p_SV.new_full(index_S1.shape, -1.0))
@@ -177,3 +178,4 @@ def cross_entropy(
     if transform.softcap is not None:
         p_SV *= 1 - (z_SV / transform.softcap).square()  # the derivative of c tanh(z / c)
     logits_SV.copy_(p_SV)
+    return loss_S

@@ -57,15 +57,21 @@ RANGES = {
     "router_aux_loss_coef": Range(0, 1e6),
     "warmup_ratio": Range(0, 1),
     "torch_empty_cache_steps": Range(1, MAX_COUNT),
+    "beta": Range(1e-9, 1e6),
+    "simpo_gamma": Range(0, 1e6),
+    "cpo_alpha": Range(0, 1e6),
+    "label_smoothing": Range(0, 0.5),
+    "desirable_weight": Range(0, 1e6),
+    "undesirable_weight": Range(0, 1e6),
 }
 
 
-def check_types(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of SFTConfig's fields, each converted to the type that SFTConfig declares ("1e-8" to 1e-8).
+def check_types(values: dict[str, Any], config: type[TrainingArguments] = SFTConfig) -> dict[str, Any]:
+    """`values` of the fields of `config`, each converted to the type that it declares ("1e-8" to 1e-8).
 
     Raises UsageError for the first that cannot be, or that is out of its range.
     """
-    declared = {name: field.type for name, field in SFTConfig.__dataclass_fields__.items()}
+    declared = {name: field.type for name, field in config.__dataclass_fields__.items()}
     converted = {name: _converted(name, value, declared[name]) for name, value in values.items()}
     for name in PATHS:
         if isinstance(converted.get(name), str):

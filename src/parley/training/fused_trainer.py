@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers.training_args import OptimizerNames
+from transformers.training_args import OptimizerNames, TrainingArguments
 from trl import SFTConfig
 
 from parley.data.packing import DOCUMENTS, Document
@@ -190,7 +190,7 @@ class FusedTrainer(CapturedTrainer):
 
     def _check_options(self) -> None:
         """Raises Unsupported for an option that the fused step does not implement."""
-        if (reason := unsupported_option(self.args)) is not None:
+        if (reason := self._unsupported_option()) is not None:
             raise Unsupported(reason)
         for unsupported, reason in (
             (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed or FSDP"),
@@ -199,6 +199,9 @@ class FusedTrainer(CapturedTrainer):
         ):
             if unsupported:
                 raise Unsupported(reason)
+
+    def _unsupported_option(self) -> str | None:
+        return unsupported_option(self.args)
 
     def _plan(self, bound: BoundModel, memory: Literal["auto", "low"] | float) -> MemoryPlan:
         # Free memory may differ when a run is resumed, and another split of a step rounds differently. With another
@@ -309,13 +312,19 @@ class FusedTrainer(CapturedTrainer):
 
 def unsupported_option(args: SFTConfig) -> str | None:
     """The first option in `args` that the fused step does not implement."""
+    if args.loss_type != "nll":
+        return f"loss {args.loss_type}"
+    return unsupported_training_option(args)
+
+
+def unsupported_training_option(args: TrainingArguments) -> str | None:
+    """The same, of the options that every trainer has."""
     for unsupported, reason in (
         (args.fp16, "fp16"),
         (args.bf16_full_eval or args.fp16_full_eval, "evaluation in 16 bits"),
         (bool(args.debug), "debug"),
         (args.optim not in (*BITSANDBYTES, *TORCH), f"optimizer {OptimizerNames(args.optim).value}"),
         (args.label_smoothing_factor > 0, "label smoothing"),
-        (args.loss_type != "nll", f"loss {args.loss_type}"),
         (args.neftune_noise_alpha is not None, "NEFTune noise"),
         (args.optim_target_modules is not None, "optimizer target modules"),
     ):

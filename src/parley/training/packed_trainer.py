@@ -49,7 +49,7 @@ METRICS = {"mean_token_accuracy": 1, "entropy": 2}
 
 
 class PackedTrainer(RetryingTrainer):
-    """TRL's SFTTrainer on batches of documents, which other collators' batches pass by.
+    """Put before TRL's SFTTrainer: batches of documents, which other collators' batches pass by.
 
     A pass that runs out of memory is done again in smaller ones. The update of a step whose loss or gradient is not
     finite is not applied.

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from parley.config import RunConfig, TrainingSection
 from parley.data.doctor.diagnose import diagnose
+from parley.data.preferences import Kind, prepare_preferences
 from parley.data.prepare import Prepared, prepare
 from parley.data.preview import pieces, to_terminal
 from parley.errors import DataError, UsageError
@@ -91,19 +92,30 @@ def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepare
 
     Raises DataError.
     """
+    if config.training.method != "sft":
+        kind: Kind = "labelled" if config.training.method == "kto" else "pairs"
+        data = prepare_preferences(config.data, tokenizer, config.model.max_seq_length, kind)
+        for line in data.summary.lines():
+            print_text(console, line)
+        _check_steps(config, data)
+        return data
     data = prepare(config.data, tokenizer, config.model.max_seq_length)
     with console.status("checking the data"):
         data.diagnosis = diagnose(config.data, for_training=True)
     # The data doctor says which rows repeat others, with the cure.
     for line in (*data.summary.lines(repeats=False), *data.diagnosis.short_lines()):
         print_text(console, line)
+    _check_steps(config, data)
+    return data
+
+
+def _check_steps(config: RunConfig, data: Prepared) -> None:
     if not data.summary.streaming and planned_steps(config.training, len(data.train)) == 0:
         raise DataError(
             f"{config.data.source}: {len(data.train)} rows to train on, fewer than the "
             f"{rows_per_step(config.training)} of one step, and training.dataloader_drop_last leaves the rest out; set "
             "it to false, or lower training.per_device_train_batch_size"
         )
-    return data
 
 
 def rows_per_step(training: TrainingSection) -> int:
@@ -124,6 +136,8 @@ def planned_steps(training: TrainingSection, rows: int) -> int:
 
 
 def print_mask(data: Prepared, tokenizer: Any, console: Console) -> None:
-    """The first training row, supervised tokens in colour."""
-    for rendered in data.preview[:1]:  # a stream may have none yet
+    """The first training row, supervised tokens in colour; of a pair both answers."""
+    for origin, rendered in zip(data.preview_origins, data.preview, strict=True):  # a stream may have none yet
+        if origin != data.preview_origins[0]:
+            break
         console.print(to_terminal(pieces(tokenizer, rendered)))

@@ -1,11 +1,10 @@
-"""TRL's trainer, with work that runs out of memory done again in smaller passes (out_of_memory.py)."""
+"""Put before a trainer of TRL's: work that runs out of memory is done again in smaller passes (out_of_memory.py)."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 
-import trl
 from accelerate import DistributedType
 
 from parley.training.callbacks import EventLog
@@ -15,7 +14,7 @@ from parley.training.out_of_memory import Result, Stage, describe_reduction, ret
 logger = logging.getLogger(__name__)
 
 
-class RetryingTrainer(CheckpointingTrainer, trl.SFTTrainer):
+class RetryingTrainer(CheckpointingTrainer):
     @property
     def runs_alone(self) -> bool:
         """Whether this is the only process: others would wait for the collective operations of a repeated pass."""

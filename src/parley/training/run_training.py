@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,15 @@ import torch
 from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
-from trl import SFTConfig
 
 from parley.errors import DeviceError, ParleyError, RunError
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import REFUSALS, setting_error
 from parley.training.checkpoint import write_fault
+from parley.training.fused_trainer import FusedTrainer
 from parley.training.last_good_weights import trained_parameters
+from parley.training.preference.arguments import objective_of
+from parley.training.preference.trainers import DPOTrainer, KTOTrainer
 from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Resources
 from parley.training.resource_usage import device_name, memory_peak, memory_total
@@ -27,10 +31,11 @@ from parley.training.trainer import SFTTrainer
 LOGIT_TOKENS = 64  # of the first row: logits of a whole row of a large vocabulary may not fit
 
 
-def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any], signals: StopSignals) -> SFTTrainer:
-    """Raises UsageError for settings that TRL's constructor refuses."""
+def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals: StopSignals) -> FusedTrainer:
+    """The trainer of training.method. Raises UsageError for settings that TRL's constructor refuses."""
+    make = _trainer_class(setup.config.training.method, args)
     try:
-        trainer = SFTTrainer(
+        trainer = make(
             model=setup.model,
             args=args,
             train_dataset=setup.data.train,
@@ -58,8 +63,17 @@ def build_trainer(setup: TrainingSetup, args: SFTConfig, callbacks: list[Any], s
     return trainer
 
 
+def _trainer_class(method: str, args: Any) -> Callable[..., FusedTrainer]:
+    match method:
+        case "sft":
+            return SFTTrainer
+        case "kto":
+            return KTOTrainer
+    return partial(DPOTrainer, objective=objective_of(method, args))
+
+
 def run_training(
-    trainer: SFTTrainer,
+    trainer: FusedTrainer,
     setup: TrainingSetup,
     folder: RunFolder,
     log: EventLog,
@@ -89,7 +103,7 @@ def run_training(
         progress.close()
 
 
-def training_resources(trainer: SFTTrainer, log: EventLog, memory_before: float, seconds: float) -> Resources:
+def training_resources(trainer: FusedTrainer, log: EventLog, memory_before: float, seconds: float) -> Resources:
     """Of training, which took `seconds` in this process; `memory_before` (GiB) was measured before it."""
     seconds += log.seconds_before
     device = trainer.args.device

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 import trl
+from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +43,17 @@ class SFTConfig(trl.SFTConfig):
             self.warmup_steps = self.warmup_ratio
         if self.max_seq_length is not None:
             self.max_length = self.max_seq_length
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and not self.use_cpu and has_bf16()
-        for name in unavailable_formats(self):
-            logger.warning("%s=True: this device has no %s; training in float32", name, name)
-            setattr(self, name, False)
+        drop_unavailable_formats(self)
         super().__post_init__()
+
+
+def drop_unavailable_formats(args: TrainingArguments) -> None:
+    """Decide `bf16` where it has no value, and drop what the device lacks with a warning."""
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and not args.use_cpu and has_bf16()
+    for name in unavailable_formats(args):
+        logger.warning("%s=True: this device has no %s; training in float32", name, name)
+        setattr(args, name, False)
 
 
 def has_bf16() -> bool:
@@ -55,7 +61,7 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
 
 
-def unavailable_formats(args: trl.SFTConfig) -> list[str]:
+def unavailable_formats(args: TrainingArguments) -> list[str]:
     """Those of bf16 and fp16 that `args` wants and the device lacks. A CPU has bf16 once `use_cpu` asks for the CPU."""
     on_gpu = torch.cuda.is_available() and not args.use_cpu
     lacking = []

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+import trl
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import TrainableTokensWrapper
@@ -48,7 +49,7 @@ PACKING_OVERLONG: dict[str, Overlong] = {"bfd": "truncate", "bfd_split": "split"
 IMAGE_COLUMNS = ("image", "images")
 
 
-class SFTTrainer(FusedTrainer):
+class SFTTrainer(FusedTrainer, trl.SFTTrainer):
     """Supervised fine-tuning on the assistant's words. Takes what TRL's SFTTrainer takes, and:
 
     Args:

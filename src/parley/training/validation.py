@@ -12,7 +12,7 @@ from parley.config import TrainingSection
 from parley.text import print_text
 from parley.training.best_weights import BestWeights
 from parley.training.early_stopping import EarlyStopping, evaluations
-from parley.training.trainer import SFTTrainer
+from parley.training.fused_trainer import FusedTrainer
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Validation:
     def callbacks(self) -> list[TrainerCallback]:
         return [callback for callback in (self.early_stopping, self.best) if callback is not None]
 
-    def finish(self, trainer: SFTTrainer) -> tuple[int, list[str]]:
+    def finish(self, trainer: FusedTrainer) -> tuple[int, list[str]]:
         """Put the weights to keep into the model. Returns their step, and notes for the report."""
         step = trainer.state.global_step
         notes = []
@@ -53,7 +53,7 @@ class Validation:
         print_text(self.console, note[0])
         return note[1], [*notes, note[0]]
 
-    def _keep_best(self, trainer: SFTTrainer, best_weights: BestWeights) -> tuple[str, int]:
+    def _keep_best(self, trainer: FusedTrainer, best_weights: BestWeights) -> tuple[str, int]:
         evaluated = evaluations(trainer.state)
         best = best_weights.restore(trainer.model, trainer.state)
         if best is None:

@@ -72,7 +72,7 @@ def _cross_entropy(
 
 def cross_entropy(
     logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor, transform: LogitTransform
-) -> None:
+) -> Tensor:
     rows, vocabulary = logits_SV.shape
     metric_3S = torch.zeros(3, rows, dtype=torch.float32, device=logits_SV.device)
     block = min(triton.next_power_of_2(vocabulary), 8192)
@@ -81,3 +81,4 @@ def cross_entropy(
         IGNORE_INDEX=IGNORE_INDEX, SOFTCAP=transform.softcap is not None, BLOCK=block, num_warps=16,
     )  # fmt: skip
     metrics_3 += metric_3S.sum(1)
+    return metric_3S[0]

@@ -1,0 +1,61 @@
+"""`parley.DPOConfig` and `parley.KTOConfig`: TRL's, with a number format that the device has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import trl
+
+from parley.training.sft_config import drop_unavailable_formats
+
+
+@dataclass
+class DPOConfig(trl.DPOConfig):
+    """TRL's DPOConfig, which a script for a GPU can construct on a CPU too; with the options of ORPO and SimPO.
+
+    `bf16` and `logging_nan_inf_filter` differ from TRL's as in parley.SFTConfig.
+    """
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision; without a value, where the GPU has it."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
+    )
+    simpo_gamma: float = field(default=0.5, metadata={"help": "Target reward margin of SimPO."})
+    cpo_alpha: float = field(
+        default=0.0, metadata={"help": "SimPO: weight of the chosen answers' cross-entropy (1.0 in trl.CPOConfig)."}
+    )
+
+    def __post_init__(self) -> None:
+        drop_unavailable_formats(self)
+        super().__post_init__()
+
+
+@dataclass
+class KTOConfig(trl.KTOConfig):
+    """TRL's KTOConfig; `bf16` and `logging_nan_inf_filter` differ from TRL's as in parley.SFTConfig."""
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision; without a value, where the GPU has it."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
+    )
+
+    def __post_init__(self) -> None:
+        drop_unavailable_formats(self)
+        super().__post_init__()
+
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "dpo": {"beta": 0.1},
+    "ipo": {"beta": 0.1, "loss_type": ["ipo"]},
+    "kto": {"beta": 0.1},
+    "orpo": {"beta": 0.1},
+    "simpo": {"beta": 2.0, "simpo_gamma": 1.0},
+}
+"""By training.method, what is used in place of a missing setting. SimPO's are from its paper (gamma / beta = 0.5)."""

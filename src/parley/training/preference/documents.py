@@ -1,0 +1,113 @@
+"""Documents of a preference step: what is chosen, rejected, desirable or undesirable, and the sums a loss reads.
+
+Shape suffixes (legend in docs/design.md): L tokens of one document.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.packing import DOCUMENTS, ORIGIN, Document
+from parley.train_step.slots import Slots
+
+Role = Literal["chosen", "rejected", "desirable", "undesirable", "mismatched"]
+
+
+@dataclass(frozen=True)
+class PreferenceDocument(Document):
+    """A prompt with one of its answers.
+
+    role: "mismatched" is KTO's: a prompt with another row's answer, which estimates the divergence from the reference.
+    prompt_L: True for supervised tokens that are no part of the answer (ORPO's loss reads the prompt, too); None where
+        there are none.
+    """
+
+    role: Role = "chosen"
+    prompt_L: NDArray[np.bool_] | None = None
+
+    def with_supervised_prompt(self) -> PreferenceDocument:
+        """The same, with every token supervised."""
+        return replace(self, label_L=self.ids_L, prompt_L=self.label_L == IGNORE_INDEX)
+
+    @property
+    def answer_tokens(self) -> int:
+        """Supervised tokens of the answer. The first token of a document is never predicted."""
+        prompt = 0 if self.prompt_L is None else int(self.prompt_L[1:].sum())
+        return self.supervised_tokens - prompt
+
+
+def slots_of(documents: Sequence[PreferenceDocument]) -> Slots:
+    """Slot n for the answer of document n; behind those of all answers, slot N + n for its supervised prompt."""
+    count, by_document = len(documents), []
+    for index, document in enumerate(documents):
+        supervised_L = document.label_L[1:] != IGNORE_INDEX
+        slot = np.full(int(supervised_L.sum()), index, dtype=np.int64)
+        if document.prompt_L is not None:
+            slot += count * document.prompt_L[1:][supervised_L]
+        by_document.append(slot)
+    return Slots(by_document, 2 * count)
+
+
+class PairCollator:
+    """Rows of pairs to `{"documents": [chosen, rejected, chosen, rejected, ...]}`.
+
+    supervise_prompt: the loss reads the prompt of the chosen answer, too.
+    """
+
+    def __init__(self, supervise_prompt: bool = False) -> None:
+        self.supervise_prompt = supervise_prompt
+
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, list[Document]]:
+        documents: list[Document] = []
+        for row in rows:
+            chosen, rejected = _document(row, "chosen_"), _document(row, "rejected_")
+            documents += [chosen.with_supervised_prompt() if self.supervise_prompt else chosen, rejected]
+        return {DOCUMENTS: documents}
+
+
+class LabelledCollator:
+    """Rows with a label to documents: those of the rows, and behind them as many mismatched ones.
+
+    A mismatched document is a row's prompt with the answer of the row before it, as in TRL's KTOTrainer.
+
+    mismatched: False leaves them out.
+    """
+
+    def __init__(self, mismatched: bool = True) -> None:
+        self.mismatched = mismatched
+
+    def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, list[Document]]:
+        rows = list(rows)
+        documents = [replace(_document(row, ""), role=_label_role(row)) for row in rows]
+        mismatched: list[PreferenceDocument] = []
+        if self.mismatched:
+            mismatched = [_mismatched(documents[index], documents[index - 1]) for index in range(len(documents))]
+        return {DOCUMENTS: [*documents, *mismatched]}
+
+
+def _label_role(row: dict[str, Any]) -> Role:
+    return "desirable" if row["desirable"] else "undesirable"
+
+
+def _document(row: dict[str, Any], side: Literal["chosen_", "rejected_", ""]) -> PreferenceDocument:
+    ids, labels = row[f"{side}input_ids"], row[f"{side}labels"]
+    document = PreferenceDocument(np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32))
+    return replace(document, origin=row.get(ORIGIN, ""), role="rejected" if side == "rejected_" else "chosen")
+
+
+def _mismatched(prompt: PreferenceDocument, answer: PreferenceDocument) -> PreferenceDocument:
+    head = _answer_start(prompt)
+    tail = _answer_start(answer)
+    ids_L = np.concatenate([prompt.ids_L[:head], answer.ids_L[tail:]])
+    label_L = np.concatenate([np.full(head, IGNORE_INDEX, dtype=np.int32), answer.label_L[tail:]])
+    return PreferenceDocument(ids_L, label_L, prompt.origin, "mismatched")
+
+
+def _answer_start(document: PreferenceDocument) -> int:
+    return int(np.argmax(document.label_L != IGNORE_INDEX))

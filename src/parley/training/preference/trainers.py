@@ -1,0 +1,184 @@
+"""`parley.DPOTrainer` and `parley.KTOTrainer`: TRL's trainers on the packed step, with Parley's masks.
+
+What differs from TRL's is in docs/how-to/preferences.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase, TrainingArguments
+
+from parley.config import DataSection, Overlong
+from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.packing import PaddedCollator
+from parley.data.preferences import Kind, render_preferences
+from parley.data.summary import DataSummary
+from parley.data.supervision import TrainOn
+from parley.errors import UsageError
+from parley.training.preference.config import DPOConfig, KTOConfig
+from parley.training.preference.documents import LabelledCollator, PairCollator
+from parley.training.preference.losses import ORPO, Objective, dpo_objective, kto_objective
+from parley.training.preference.preference_trainer import PreferenceTrainer
+from parley.training.trainer import logger, restore_adapters
+
+
+class _Prepares(PreferenceTrainer):
+    """What both trainers share: their arguments, and the rendering of their rows.
+
+    Args, beside those of TRL's trainer:
+        engine, memory: see FusedTrainer.
+        nonfinite, nonfinite_limit: see PackedTrainer.
+        tokenizer: older name of `processing_class`.
+        train_on, overlong: as in parley.SFTTrainer; an overlong pair is dropped without a value.
+    """
+
+    kind: Kind
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: torch.nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Callable[..., Any] | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        *positional: Any,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        train_on: TrainOn = "all",
+        overlong: Overlong = "drop",
+        **kwargs: Any,
+    ) -> None:
+        if tokenizer is not None and processing_class is not None:
+            raise UsageError("got both tokenizer and processing_class; pass one of them")
+        if data_collator is not None:
+            raise UsageError("data_collator: preference rows come with their own collator; leave it out")
+        if train_dataset is not None and not isinstance(train_dataset, Dataset):
+            raise UsageError("train_dataset is a stream; preference pairs are rendered before training: load it whole")
+        args = self._own_args(args, model)
+        self.train_on, self.overlong, self.max_tokens = train_on, overlong, args.max_length
+        self.data_summaries: dict[str, DataSummary] = {}
+        self.objective = self._objective(args)
+        precomputes, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
+        adapted = isinstance(model, PeftModel) or "peft_config" in kwargs
+        if ref_model is None and not adapted:
+            # TRL would load a second model from disk; the reference is a copy of the weights that are trained.
+            args.precompute_ref_log_probs = True
+        originals = (
+            {} if isinstance(model, str) else {n: p.data for n, p in model.named_parameters() if p.requires_grad}
+        )
+        try:
+            super().__init__(
+                model,
+                ref_model,
+                args,
+                self._collator(),
+                train_dataset,
+                eval_dataset,
+                processing_class or tokenizer,
+                *positional,
+                **kwargs,
+            )
+        finally:  # also where the data set is refused: the model is the caller's
+            if not isinstance(model, str):
+                restore_adapters(model, originals)
+        self.args.precompute_ref_log_probs = precomputes
+        self.reference_model = self.ref_model
+        self.padded_collator = PaddedCollator(_pad)
+
+    def _own_args(self, args: TrainingArguments | None, model: Any) -> Any:
+        raise NotImplementedError
+
+    def _objective(self, args: Any) -> Objective:
+        raise NotImplementedError
+
+    def _collator(self) -> Callable[..., Any]:
+        raise NotImplementedError
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str
+    ) -> Dataset:
+        """Render rows into ids and labels of both answers; those that have them already stay as they are."""
+        if any(name.endswith("input_ids") for name in dataset.column_names):
+            return dataset
+        section = DataSection(train_on=self.train_on, overlong=self.overlong, bad_rows="error")
+        longest = self.max_tokens or processing_class.model_max_length
+        rows, summary = render_preferences(
+            dataset, processing_class, section, longest, kind=self.kind, where=dataset_name
+        )
+        self.data_summaries[dataset_name] = summary
+        for line in summary.dropped_line(), summary.shortened_line() if summary.shortened.count else "":
+            if line and (summary.dropped or summary.shortened.count):
+                logger.warning("%s: %s", dataset_name, line)
+        return rows
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        """Reference log-probabilities are measured when a step first needs them, and kept."""
+        return dataset
+
+
+class DPOTrainer(_Prepares, trl.DPOTrainer):
+    """Direct preference optimization. Takes what TRL's DPOTrainer takes.
+
+    Args, beside those of _Prepares:
+        objective: a loss of parley.training.preference.losses in place of the one that `args` describe.
+    """
+
+    kind = "pairs"
+
+    def __init__(self, *args: Any, objective: Objective | None = None, **kwargs: Any) -> None:
+        self._given_objective = objective
+        super().__init__(*args, **kwargs)
+
+    def _own_args(self, args: TrainingArguments | None, model: Any) -> Any:
+        return copy.deepcopy(args) if args is not None else DPOConfig(f"{_name(model)}-DPO")
+
+    def _objective(self, args: Any) -> Objective:
+        return self._given_objective or dpo_objective(args)
+
+    def _collator(self) -> Callable[..., Any]:
+        return PairCollator(supervise_prompt=isinstance(self.objective, ORPO))
+
+
+class KTOTrainer(_Prepares, trl.KTOTrainer):
+    """Kahneman-Tversky optimization, from answers that are labelled one by one. Takes what TRL's KTOTrainer takes."""
+
+    kind = "labelled"
+
+    def _own_args(self, args: TrainingArguments | None, model: Any) -> Any:
+        return copy.deepcopy(args) if args is not None else KTOConfig(f"{_name(model)}-KTO")
+
+    def _objective(self, args: Any) -> Objective:
+        self.calculate_kl = args.loss_type == "kto"
+        return kto_objective(args)
+
+    def _collator(self) -> Callable[..., Any]:
+        return LabelledCollator(mismatched=self.calculate_kl)
+
+
+def _name(model: Any) -> str:
+    name = model if isinstance(model, str) else model.config.name_or_path
+    return name.rstrip("/").rpartition("/")[2] or "model"
+
+
+def _pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """`input_ids`, `labels` and `attention_mask`, each (B, L), padded at the end."""
+
+    def padded(values: list[list[int]], padding: int) -> torch.Tensor:
+        return torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(value) for value in values], batch_first=True, padding_value=padding
+        )
+
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": padded(ids, 0),
+        "labels": padded([row["labels"] for row in rows], IGNORE_INDEX),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+    }
