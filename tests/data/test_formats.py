@@ -303,7 +303,7 @@ def test_columns_that_nobody_reads_are_named() -> None:
         ({"messages": [USER, ASSISTANT], "images": ["cat.png"]}, "row 1: has 'images'; Parley trains on text alone"),
         ({"prompt": "q", "completion": "a", "audio": {"path": "x"}}, "row 1: has 'audio'"),
         ({"messages": [USER, ASSISTANT], "label": False}, "label is false, an undesired answer"),
-        ({"prompt": "q", "completion": "a", "label": False}, "train on preferences"),
+        ({"prompt": "q", "completion": "a", "label": False}, "training.method: kto"),
         ({"prompt": "q", "chosen": "GOOD", "rejected": "BAD"}, "is a preference pair (columns prompt, chosen"),
         ({"chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]}, "is a preference pair"),
         ({"role": "user", "content": "q"}, "is a single turn; wanted a conversation a row"),

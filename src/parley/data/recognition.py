@@ -160,7 +160,7 @@ def _refuse_what_training_cannot_see(row: Row, fields: Fields) -> None:
     if row.get("label") is False:
         raise DataError(
             f"{fields.origin}: label is false, an undesired answer of an unpaired preference set (KTO), which "
-            "supervised fine-tuning would learn; remove such rows, or train on preferences"
+            "supervised fine-tuning would learn; remove such rows, or set training.method: kto"
         )
 
 
@@ -169,7 +169,7 @@ def _unknown(origin: str, row: Row, data: DataSection) -> DataError:
         if row.get("chosen") is not None and row.get("rejected") is not None:
             return DataError(
                 f"{origin}: is a preference pair (columns {listed(row)}); supervised fine-tuning learns from one "
-                "answer: name it, data.columns={completion: chosen}, or train on preferences"
+                "answer: name it, data.columns={completion: chosen}, or set training.method: dpo"
             )
         if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
             return DataError(

@@ -41,7 +41,11 @@ def heldout_scores(setup: TrainingSetup, trainer: FusedTrainer, console: Console
         metrics = trainer.evaluate()
     # The first evaluation comes before the first step, and tells which metrics there are.
     check_best_metric(trainer.args, metrics)
-    return Scores(heldout_loss=metrics["eval_loss"], heldout_tokens=metrics["eval_supervised_tokens"])
+    return Scores(
+        heldout_loss=metrics["eval_loss"],
+        heldout_tokens=metrics["eval_supervised_tokens"],
+        preference_accuracy=metrics.get("eval_rewards/accuracies"),
+    )
 
 
 def answer_questions(

@@ -73,7 +73,7 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
         values["optim"] = "adamw_8bit" if device.type == "cuda" else "adamw_torch_fused"
         notes.append(f"optimizer: {'8-bit' if device.type == 'cuda' else 'fused'} AdamW")
     if values["save_steps"] == "auto":
-        values["save_steps"] = _save_steps(values)
+        values["save_steps"] = save_steps(values)
         notes.append(f"checkpoints: every {values['save_steps']} steps, where that takes little of the time")
     defaults: dict[str, Any] = {
         **precision(device, values),
@@ -101,7 +101,7 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
     return args, notes
 
 
-def _save_steps(values: dict[str, Any]) -> int:
+def save_steps(values: dict[str, Any]) -> int:
     """For save_steps: auto. transformers wants a multiple of eval_steps where the best checkpoint is loaded."""
     every = values["eval_steps"]
     if not values.get("load_best_model_at_end") or every is None or every < 1:

@@ -155,6 +155,9 @@ class ProgressLine(TrainerCallback):
             return
         last = self.log.steps[-1]
         loss = f"loss {last['loss']:.3f}" if "loss" in last else "no finite loss"
+        if "rewards/margins" in last:
+            loss += f" · margin {last['rewards/margins']:.2f} · accuracy {last['rewards/accuracies']:.2f}"
+            loss += f" · KL {last['kl']:.2f}" if "kl" in last else ""
         figures = f"{loss}{self._heldout} · {last['tokens_per_s']:,.0f} tokens/s"
         figures += f" · {last['memory_gib']:.2f} GiB"
         self.progress.update(self.task, completed=state.global_step, figures=figures)

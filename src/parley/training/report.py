@@ -54,6 +54,7 @@ class Scores(Figures):
     accuracy: float | None = None
     heldout_loss: float | None = None
     heldout_tokens: int | None = None
+    preference_accuracy: float | None = None
 
 
 class Turn(BaseModel):
@@ -225,6 +226,7 @@ def score_changes(report: Report) -> list[ScoreChange]:
     for name, field, note in (
         ("Style", "style_rate", "answers in the new style"),
         ("Accuracy", "accuracy", "held-out answers that are right"),
+        ("Preference accuracy", "preference_accuracy", "held-out pairs whose chosen answer has the higher reward"),
         ("Held-out loss", "heldout_loss", _heldout_note(before, after)),
     ):
         old, new = getattr(before, field), getattr(after, field)

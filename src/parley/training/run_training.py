@@ -38,7 +38,7 @@ def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals
         trainer = make(
             model=setup.model,
             args=args,
-            train_dataset=setup.data.train,
+            train_dataset=_in_order(setup),
             eval_dataset=setup.data.heldout,
             processing_class=setup.tokenizer,
             callbacks=callbacks,
@@ -61,6 +61,12 @@ def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(args.output_dir).parent / "tensorboard")
     return trainer
+
+
+def _in_order(setup: TrainingSetup) -> Any:
+    """The training rows. KTO's trainer takes them as they come, so that they are shuffled here."""
+    rows, training = setup.data.train, setup.config.training
+    return rows.shuffle(seed=training.seed) if training.method == "kto" else rows
 
 
 def _trainer_class(method: str, args: Any) -> Callable[..., FusedTrainer]:

@@ -43,6 +43,7 @@ def _comparison(report: Report) -> Table:
     table = Table("", "before", "after", title="before and after training", title_justify="left")
     rates = {
         "answers in style": (before.style_rate, after.style_rate),
+        "preference accuracy": (before.preference_accuracy, after.preference_accuracy),
         "right answers": (before.accuracy, after.accuracy),
     }
     for name, (old, new) in rates.items():

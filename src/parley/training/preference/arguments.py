@@ -13,7 +13,7 @@ import torch
 
 from parley.config import RunConfig, TrainingSection, unknown_key
 from parley.errors import UsageError, one_line
-from parley.training.arguments import ELSEWHERE, OWN, UNREAD, Secret, precision
+from parley.training.arguments import ELSEWHERE, OWN, UNREAD, Secret, precision, save_steps
 from parley.training.check_settings import check_types
 from parley.training.preference.config import METHOD_DEFAULTS, DPOConfig, KTOConfig
 from parley.training.preference.losses import ORPO, Objective, SimPO, dpo_objective, kto_objective
@@ -51,6 +51,9 @@ def preference_config(
         values.pop(name, None)
     if values["optim"] == "auto":
         values["optim"] = "adamw_8bit" if device.type == "cuda" else "adamw_torch_fused"
+    if values["save_steps"] == "auto":
+        values["save_steps"] = save_steps(values)
+        notes.append(f"checkpoints: every {values['save_steps']} steps, where that takes little of the time")
     if isinstance(values.get("loss_type"), str) and method == "dpo":
         values["loss_type"] = [values["loss_type"]]
     defaults: dict[str, Any] = {
