@@ -123,6 +123,8 @@ def kill_and_resume(
     code = wait(child)
     allowed = {0, -number} if number == signal.SIGKILL else {0, 128 + number}
     begun = (output / "run.yaml").is_file()
+    if not begun:
+        allowed.add(-number)  # while the program was starting
     happened = f"{number.name}{' while saving' if saving else ''}, exit {code}"
     if code not in allowed:
         return happened, f"exit code {code}"

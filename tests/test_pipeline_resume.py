@@ -181,6 +181,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_used(
     text = said.file.getvalue()  # type: ignore[attr-defined]
     assert "checkpoint-5 is damaged (adapter_model.safetensors has " in text
     assert "continues after step 4" in text
+    assert "step 0/" not in text
 
 
 def test_steps_and_saving_may_change_and_are_written_down(configured: Callable[..., RunConfig]) -> None:

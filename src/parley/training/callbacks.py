@@ -151,7 +151,7 @@ class ProgressLine(TrainerCallback):
     ) -> None:
         if self._training and "eval_loss" in (logs or {}) and state.global_step > 0:
             self._show_heldout(state)
-        if not self.log.steps:
+        if not self.log.steps or not self._training:  # a resumed run evaluates before it trains, with steps in its log
             return
         last = self.log.steps[-1]
         loss = f"loss {last['loss']:.3f}" if "loss" in last else "no finite loss"
