@@ -75,7 +75,7 @@ def prepared(tmp_path: Path, tiny_tokenizer: Any) -> Any:
 def test_they_go_to_the_trainer_as_they_are(prepared: Any) -> None:
     rows = [{"input_ids": IDS, "labels": [IGNORE_INDEX, 6, 7, 8]}, {"input_ids": list(range(5, 14))}]
     data = prepared(*rows)
-    assert data.train[:] == {"input_ids": [IDS], "labels": [[IGNORE_INDEX, 6, 7, 8]]}
+    assert data.train.remove_columns("origin")[:] == {"input_ids": [IDS], "labels": [[IGNORE_INDEX, 6, 7, 8]]}
     assert data.summary.format == "tokens"
     assert data.summary.dropped["longer than 8 tokens"].first == ["rows.jsonl line 2"]
     assert data.summary.supervised_tokens == 3

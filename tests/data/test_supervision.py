@@ -12,8 +12,7 @@ from parley.config import DataSection
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.example import Example
 from parley.data.prepare import prepare
-from parley.data.render import AS_TEXT, AS_TOKENS, UNCLOSED, RenderOptions, render, render_example, unwritten
-from parley.errors import DataError
+from parley.data.render import AS_TEXT, AS_TOKENS, UNCLOSED, WEIGHTED, RenderOptions, render, render_example, unwritten
 
 USER, ANSWER = {"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Ahoy!"}
 BYE = {"role": "assistant", "content": "Farewell."}
@@ -87,11 +86,82 @@ def test_no_token_reaches_from_an_excluded_span(tiny_tokenizer: Any) -> None:
         assert "assistant<|eot_id|>"[border:].endswith(got)
 
 
-def test_fractions_are_refused(tiny_tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"turn 2 has the loss weight 0\.5; the training step takes 0 and 1 alone"):
-        render(tiny_tokenizer, [USER, ANSWER | {"weight": 0.5}])
-    with pytest.raises(DataError, match=r"loss weight 0\.25"):
-        render(tiny_tokenizer, [USER, ANSWER | {"weight_spans": [[0, 2, 0.25]]}])
+def weighted(tokenizer: Any, rendered: Any) -> list[tuple[str, float]]:
+    """Runs of supervised tokens of one weight."""
+    assert rendered.weights is not None
+    runs: list[tuple[list[int], float]] = []
+    for token, chosen, weight in zip(rendered.input_ids, rendered.mask, rendered.weights, strict=True):
+        if not chosen:
+            continue
+        if not runs or runs[-1][1] != weight:
+            runs.append(([], weight))
+        runs[-1][0].append(token)
+    return [(tokenizer.decode(ids), weight) for ids, weight in runs]
+
+
+AHOY_BYE = {"role": "assistant", "content": "AHOY bye"}
+
+
+@pytest.mark.parametrize(
+    ("turns", "options", "wanted"),
+    [
+        ([USER, GOOD | {"weight": 0.5}, USER, BYE], {}, [("GOOD<|eot_id|>", 0.5), ("Farewell.<|eot_id|>", 1.0)]),
+        ([USER, GOOD | {"weight": 0.5}, USER, BYE | {"weight": 0.25}], {"train_on": "last"},
+         [("GOOD<|eot_id|>", 0.5), ("Farewell.<|eot_id|>", 0.25)]),
+        ([USER, GOOD | {"weight": 0.5}], {"end_tokens": "none"}, [("GOOD", 0.5)]),
+        ([USER, AHOY_BYE | {"weight_spans": [[4, 8, 0.25]]}], {}, [("AHOY", 1.0), (" bye", 0.25), ("<|eot_id|>", 1.0)]),
+        ([USER, AHOY_BYE | {"weight_spans": [[4, 8, 1]], "weight": 0.5}], {},
+         [("AHOY", 0.5), (" bye", 1.0), ("<|eot_id|>", 0.5)]),
+        ([USER, AHOY_BYE | {"weight_spans": [[0, 4, 0.25]], "weight": 0}], {}, [("AHOY", 0.25)]),
+        ([USER, AHOY_BYE | {"weight_spans": [[0, 4, 0], [4, 8, 0.75]]}], {}, [(" bye", 0.75), ("<|eot_id|>", 1.0)]),
+        ([USER, {"role": "assistant", "content": "<|eot_id|> x"} | {"weight": 0.5}, USER, BYE], {},
+         [("<|eot_id|> x<|eot_id|>", 0.5), ("Farewell.<|eot_id|>", 1.0)]),
+    ],
+)  # fmt: skip
+def test_fractional_weights_of_turns_and_spans(tiny_tokenizer: Any, turns: Any, options: Any, wanted: Any) -> None:
+    rendered = render(tiny_tokenizer, turns, **options)
+    assert weighted(tiny_tokenizer, rendered) == wanted
+    assert WEIGHTED in rendered.notes
+    ids, mask = rendered.input_ids, rendered.mask
+    ones = render(tiny_tokenizer, [_with_weights_rounded_up(turn) for turn in turns], **options)
+    assert (ones.input_ids, ones.mask, ones.weights) == (ids, mask, None)
+
+
+def _with_weights_rounded_up(turn: dict[str, Any]) -> dict[str, Any]:
+    spans = [[start, end, float(value > 0)] for start, end, value in turn.get("weight_spans", [])]
+    weight = {"weight": float(turn["weight"] > 0)} if "weight" in turn else {}
+    return turn | weight | ({"weight_spans": spans} if spans else {})
+
+
+def test_of_all_inputs_a_turn_may_count_less(tiny_tokenizer: Any) -> None:
+    rendered = render(tiny_tokenizer, [USER | {"weight": 0.5}, ANSWER], train_on="inputs")
+    halves = [text for text, weight in weighted(tiny_tokenizer, rendered) if weight == 0.5]
+    assert halves == ["Hello?<|eot_id|>"]
+
+
+def test_fractional_weights_reach_the_data_set_and_the_summary(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    parts = [{"type": "text", "text": "AHOY"}, {"type": "text", "text": " bye", "weight": 0.25}]
+    turns = [[USER, ANSWER], [USER, {"role": "assistant", "content": parts}], [USER, BYE | {"weight": 0.5}]]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+    for streaming in (False, True):
+        section = DataSection(source=str(path), heldout_rows=0, streaming=streaming, overlong="truncate-start")
+        data = prepare(section, tiny_tokenizer, 12)
+        plain, spans, whole = [row["loss_weights"] for row in data.train]
+        assert plain is None
+        assert (len(spans), len(whole)) == (12, 12)
+        assert spans[-5:] == [1.0, 0.25, 0.25, 0.25, 1.0]
+        assert set(whole[-5:]) == {0.5}
+        (line,) = [line for line in data.summary.lines() if WEIGHTED in line]
+        assert line.startswith(f"{WEIGHTED}: 2 ")
+
+
+def test_without_weights_there_is_no_column_of_them(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": [USER, ANSWER | {"weight": 1}]}))
+    data = prepare(DataSection(source=str(path), heldout_rows=0), tiny_tokenizer, 512)
+    assert set(data.train.column_names) == {"input_ids", "labels", "origin"}
+    assert not any(WEIGHTED in line for line in data.summary.lines())
 
 
 def test_train_on(tiny_tokenizer: Any) -> None:

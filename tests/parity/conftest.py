@@ -117,13 +117,14 @@ def examples(lengths: tuple[int, ...] = (1, 17, 5, 29), seed: int = 0) -> list[D
 
 
 def plain(model: PeftModel, documents: list[Document]) -> tuple[float, dict[str, torch.Tensor]]:
-    """Summed loss, and the gradient of its mean over supervised tokens, through transformers, PEFT and autograd."""
-    count = sum(document.supervised_tokens for document in documents)
+    """Summed loss, and the gradient of its weighted mean over supervised tokens, by transformers, PEFT and autograd."""
+    count = sum(document.loss_weight for document in documents)
     loss = torch.zeros(())
     for document in documents:
         logits_LV = model(torch.tensor(document.ids_L).long()[None]).logits[0, :-1]
         target_L = torch.tensor(document.label_L[1:]).long()
-        loss = loss + functional.cross_entropy(logits_LV, target_L, ignore_index=-100, reduction="sum")
+        loss_L = functional.cross_entropy(logits_LV, target_L, ignore_index=-100, reduction="none")
+        loss = loss + loss_L @ torch.tensor(document.with_weights().weight_L[1:])
     (loss / count).backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

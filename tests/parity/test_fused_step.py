@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import parley.train_step.fused_step as step_module
+from parley.data.packing import loss_weight
 from parley.train_step.bind import Unsupported, bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.lm_head import loss_and_gradient
@@ -45,6 +46,24 @@ def test_every_family_and_choice_of_projections(
     step.bound.flat.expose_gradients()
     assert float(step.metrics_3[0]) == pytest.approx(loss, rel=TOLERANCE)
     assert worst(model, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(tokens=20), MemoryPlan(logits_rows=4)])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_loss_weights(build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str, plan: MemoryPlan) -> None:
+    model, documents = build_adapted(name), make_examples()
+    for index in (1, 3):  # the others have none
+        weight_L = np.linspace(0.1, 1, len(documents[index].ids_L), dtype=np.float32)
+        documents[index] = replace(documents[index], weight_L=weight_L)
+    loss, wanted = plain_gradient(model, documents)
+    step = FusedStep(bind(model), plan)
+    step.forward_backward(documents, loss_weight(documents))
+    step.bound.flat.expose_gradients()
+    assert float(step.metrics_3[0]) == pytest.approx(loss, rel=TOLERANCE)
+    assert worst(model, wanted) < TOLERANCE
+    grad_Z = step.bound.flat.grad_Z.clone()
+    assert float(step.forward_only(documents)[0]) == pytest.approx(loss, rel=TOLERANCE)
+    assert torch.equal(step.bound.flat.grad_Z, grad_Z)
 
 
 @pytest.mark.parametrize("nf4", ["single", "double"])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parley.data.control_tokens import IGNORE_INDEX
-from parley.data.packing import Document
+from parley.data.packing import Document, loss_weight
 from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import CapturedStep, GraphSize, packed_logits
@@ -52,14 +54,15 @@ def documents(lengths: tuple[int, ...] = (1, 17, 5, 150, 29)) -> list[Document]:
 
 def wanted_loss(model: Any, examples: list[Document], smoothing: float = 0.0) -> float:
     """Through autograd, one document at a time; the gradients are in `grad`."""
-    count = sum(example.supervised_tokens for example in examples)
+    count = sum(example.loss_weight for example in examples)
     total = 0.0
     for example in examples:
         logits_LV = model(torch.tensor(example.ids_L).long()[None]).logits[0, :-1]
         target_L = torch.tensor(example.label_L[1:]).long()
-        loss = functional.cross_entropy(
-            logits_LV, target_L, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=smoothing
+        loss_L = functional.cross_entropy(
+            logits_LV, target_L, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=smoothing
         )
+        loss = loss_L @ torch.tensor(example.with_weights().weight_L[1:])
         (loss / count).backward()
         total += loss.item()
     return total
@@ -71,7 +74,7 @@ def check(model: Any, examples: list[Document], *, smoothing: float = 0.0, token
     model.zero_grad()
     step = CapturedStep(model, tokens=tokens, smoothing=smoothing)
     for _ in range(2):  # a second step starts from nothing
-        step.forward_backward(examples, sum(example.supervised_tokens for example in examples))
+        step.forward_backward(examples, loss_weight(examples))
     assert float(step.metrics_3[0]) == pytest.approx(loss, rel=1e-5)
     got = dict(model.named_parameters())
     error = torch.stack([(got[name].grad - gradient).norm() for name, gradient in wanted.items()]).norm()
@@ -105,6 +108,19 @@ def test_options_of_peft(lora: dict[str, Any], tokens: int) -> None:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
     check(model, documents(), tokens=tokens)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("tokens", [1000, 40])
+def test_loss_weights(smoothing: float, tokens: int) -> None:
+    examples = documents()
+    for index in (1, 3):  # the others have none
+        weight_L = np.linspace(0.1, 1, len(examples[index].ids_L), dtype=np.float32)
+        examples[index] = replace(examples[index], weight_L=weight_L)
+    model = build("llama")
+    step = check(model, examples, smoothing=smoothing, tokens=tokens)
+    weighted_3 = step.forward_only(examples)
+    assert float(weighted_3[0]) == pytest.approx(wanted_loss(model, examples, smoothing), rel=1e-5)
 
 
 def test_label_smoothing() -> None:

@@ -22,7 +22,7 @@ from parley.train_step.memory_plan import make_plan
 from parley.training.trainer import SFTTrainer
 
 
-def rows(count: int = 48) -> Dataset:
+def make_rows(count: int = 48) -> Dataset:
     rng = np.random.default_rng(0)
     made = []
     for _ in range(count):
@@ -38,6 +38,7 @@ def trainer(
     steps: int = 6,
     dropout: float = 0.0,
     settings: dict[str, Any] | None = None,
+    rows: Dataset | None = None,
     **kwargs: Any,
 ) -> SFTTrainer:
     torch.manual_seed(0)
@@ -67,7 +68,7 @@ def trainer(
         "seed": 0,
     }
     args = SFTConfig(output_dir=str(folder), **(defaults | (settings or {})))
-    return SFTTrainer(model, args, train_dataset=rows(), processing_class=tokenizer, **kwargs)
+    return SFTTrainer(model, args, train_dataset=rows or make_rows(), processing_class=tokenizer, **kwargs)
 
 
 class LastGradient(TrainerCallback):
@@ -81,7 +82,7 @@ class LastGradient(TrainerCallback):
 
 def trl_trainer(tokenizer: Any, made: SFTTrainer) -> trl.SFTTrainer:
     """TRL's own trainer of the same model, data and arguments."""
-    return trl.SFTTrainer(made.model, made.args, train_dataset=rows(), processing_class=tokenizer)
+    return trl.SFTTrainer(made.model, made.args, train_dataset=make_rows(), processing_class=tokenizer)
 
 
 def steps_of(trained: SFTTrainer) -> list[dict[str, float]]:
@@ -104,6 +105,92 @@ def test_learns_what_the_plain_path_learns(tiny_tokenizer: Any, tmp_path: Path) 
         for figure in ("loss", "grad_norm", "learning_rate", "mean_token_accuracy", "entropy", "num_tokens"):
             assert ours[figure] == pytest.approx(theirs[figure], rel=1e-3), figure
     torch.testing.assert_close(weights(fast), weights(plain), rtol=1e-2, atol=1e-4)
+
+
+def weighted_rows() -> Dataset:
+    """Every third row with fractional loss weights."""
+    made = make_rows().to_list()
+    for row in made[::3]:
+        row["loss_weights"] = np.linspace(0.05, 0.5, len(row["input_ids"]), dtype=np.float32).tolist()
+    for row in made:
+        row.setdefault("loss_weights", None)
+    return Dataset.from_list(made)
+
+
+PLAIN = {"engine": "plain"}
+KEEP = {"skip_prepare_dataset": True}
+
+
+@pytest.mark.parametrize(
+    ("settings", "options"),
+    [
+        ({}, PLAIN),
+        ({}, {"engine": "captured"}),
+        ({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}, PLAIN),
+        ({"label_smoothing_factor": 0.0, "neftune_noise_alpha": None}, PLAIN | {"padded": True}),
+    ],
+)
+def test_loss_weights_on_every_path(
+    tiny_tokenizer: Any, tmp_path: Path, settings: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, gradient, weights and held-out loss as on the fused step, and other ones than without the weights."""
+    padded = options.get("padded", False)
+    made = []
+    for index, extra in enumerate(({}, {name: value for name, value in options.items() if name != "padded"})):
+        settings = settings | {"dataset_kwargs": KEEP}
+        one = trainer(
+            tiny_tokenizer, tmp_path / str(index), settings=settings, rows=weighted_rows(),
+            eval_dataset=weighted_rows(), **extra,
+        )  # fmt: skip
+        if padded and index:
+            one.__dict__["padded_because"] = "a test asks for it"
+        one.train()
+        made.append((one, one.evaluate()))
+    (fused, of_fused), (other, of_other) = made
+    assert fused.fused_step is not None
+    assert other.fused_step is None
+    for ours, theirs in zip(steps_of(fused), steps_of(other), strict=True):
+        for figure in ("loss", "grad_norm", "mean_token_accuracy", "entropy"):
+            assert ours[figure] == pytest.approx(theirs[figure], rel=1e-3), figure
+    torch.testing.assert_close(weights(fused), weights(other), rtol=1e-2, atol=1e-4)
+    for figure in ("eval_loss", "eval_mean_token_accuracy", "eval_supervised_tokens"):
+        assert of_fused[figure] == pytest.approx(of_other[figure], rel=1e-3), figure
+    unweighted = trainer(tiny_tokenizer, tmp_path / "ones", steps=1, settings={"dataset_kwargs": KEEP})
+    unweighted.train()
+    assert steps_of(unweighted)[0]["loss"] != pytest.approx(steps_of(fused)[0]["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "named"),
+    [
+        ({"loss_type": "dft"}, {}, "loss_type=dft"),
+        pytest.param(
+            {},
+            {"compute_loss_func": lambda *args, **kwargs: None},
+            "compute_loss_func",
+            marks=pytest.mark.filterwarnings("ignore:`compute_loss_func`:FutureWarning"),
+        ),
+        ({}, {"data_collator": lambda rows: rows}, "a data_collator of its own"),
+    ],
+)
+def test_losses_that_follow_no_weights_are_refused(
+    tiny_tokenizer: Any, tmp_path: Path, settings: Any, options: Any, named: str
+) -> None:
+    with pytest.raises(UsageError, match=f"loss weights between 0 and 1, which {named} does not follow"):
+        trainer(tiny_tokenizer, tmp_path, settings=settings | {"dataset_kwargs": KEEP}, rows=weighted_rows(), **options)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
+def test_loss_weights_survive_trl_s_packing(tiny_tokenizer: Any, tmp_path: Path, strategy: str) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ahoy"}]
+    half = [messages[0], messages[1] | {"weight": 0.5}]
+    packed = trainer(
+        tiny_tokenizer, tmp_path, settings={"packing": True, "max_length": 64, "packing_strategy": strategy},
+        rows=Dataset.from_list([{"messages": m} for m in (messages, half) * 6]),
+    )  # fmt: skip
+    documents = packed.data_collator(list(packed.train_dataset))["documents"]
+    found = {float(w) for d in documents for w, label in zip(d.weight_L, d.label_L, strict=True) if label != -100}
+    assert found == {0.5, 1.0}
 
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])
@@ -181,7 +268,7 @@ def test_noise_reaches_the_embeddings_of_the_plain_path(tiny_tokenizer: Any, tmp
 
 
 def test_evaluation_binds_nothing(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    made = trainer(tiny_tokenizer, tmp_path, eval_dataset=rows(4))
+    made = trainer(tiny_tokenizer, tmp_path, eval_dataset=make_rows(4))
     plain = made.evaluate()
     assert made.fused_step is None
     assert made.plain_because is None
@@ -217,10 +304,10 @@ def test_a_stream_that_ends_within_a_step_trains_on_what_is_left(
     counted = []
     for count in (11, 3):  # rows; a step takes 8, in 4 micro-batches
         trained = trainer(tiny_tokenizer, tmp_path, 2, engine=engine)
-        trained.train_dataset = rows(count).to_iterable_dataset()
+        trained.train_dataset = make_rows(count).to_iterable_dataset()
         trained.train()
         counted.append((trained.state.global_step, steps_of(trained)[-1]["num_tokens"]))
-    tokens = [len(row["input_ids"]) for row in rows(11)]
+    tokens = [len(row["input_ids"]) for row in make_rows(11)]
     assert counted == [(2, sum(tokens)), (2, 2 * sum(tokens[:3]))]
 
 
@@ -242,7 +329,7 @@ def test_held_out_loss_is_the_plain_path_s_also_of_longer_rows_and_of_the_base(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     ids = list(range(90))  # longer than any training row
-    heldout = Dataset.from_list([{"input_ids": ids, "labels": ids}, *rows(5)])
+    heldout = Dataset.from_list([{"input_ids": ids, "labels": ids}, *make_rows(5)])
     measured = []
     for engine in ("auto", "plain"):
         trained = trainer(tiny_tokenizer, tmp_path / engine, engine=engine, eval_dataset=heldout)
@@ -261,7 +348,7 @@ def test_held_out_loss_is_the_plain_path_s_also_of_longer_rows_and_of_the_base(
 def test_an_optimizer_handed_in_keeps_the_plain_path_also_when_asked_for_held_out_loss(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    trained = trainer(tiny_tokenizer, tmp_path, steps=1, eval_dataset=rows(4))
+    trained = trainer(tiny_tokenizer, tmp_path, steps=1, eval_dataset=make_rows(4))
     trained.optimizer = torch.optim.SGD([p for p in trained.model.parameters() if p.requires_grad], lr=0.1)
     trained.evaluate()
     trained.train()
@@ -299,7 +386,7 @@ def test_documents_that_a_packed_row_would_not_isolate_are_padded(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    data = rows(16)
+    data = make_rows(16)
     losses, count = 0.0, 0
     for row in data.select(range(8)):
         labels = torch.tensor(row["labels"][1:])
@@ -358,7 +445,11 @@ def test_an_optimizer_state_of_other_parameters_is_one_clear_line(
     base = other.model.unload()
     lora = LoraConfig(r=rank, target_modules=targets or LLAMA_PROJECTIONS, task_type="CAUSAL_LM")
     other = SFTTrainer(
-        get_peft_model(base, lora), other.args, train_dataset=rows(), processing_class=tiny_tokenizer, engine=engine
+        get_peft_model(base, lora),
+        other.args,
+        train_dataset=make_rows(),
+        processing_class=tiny_tokenizer,
+        engine=engine,
     )
     other.create_optimizer_and_scheduler(6)
     with pytest.raises(RunError, match=said) as caught:
@@ -444,9 +535,9 @@ def test_options_that_the_fused_step_does_not_follow_are_named(
 def test_names_of_the_version_before_are_read(tiny_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.warns(FutureWarning, match="DocumentCollator"):
         collator = PackedCollator()
-    row = collator(rows(2))
+    row = collator(make_rows(2))
     assert {name: value.shape for name, value in row.items()} == dict.fromkeys(
-        ("input_ids", "labels", "position_ids"), (1, sum(len(row["input_ids"]) for row in rows(2)))
+        ("input_ids", "labels", "position_ids"), (1, sum(len(row["input_ids"]) for row in make_rows(2)))
     )
     made = trainer(tiny_tokenizer, tmp_path, data_collator=collator)
     with pytest.warns(FutureWarning, match="bind_fused_step"):
@@ -466,8 +557,11 @@ def test_the_plan_knows_the_step_s_rows_and_the_optimizer_s_state(
         return make_plan(bound, memory, lengths, documents, state_bytes)
 
     monkeypatch.setattr("parley.training.fused_trainer.make_plan", recorded)
-    lengths = sorted(len(row["input_ids"]) for row in rows())
-    for optim, data, state_bytes in (("adamw_8bit", rows(), 2), ("adamw_torch", rows().to_iterable_dataset(), 8)):
+    lengths = sorted(len(row["input_ids"]) for row in make_rows())
+    for optim, data, state_bytes in (
+        ("adamw_8bit", make_rows(), 2),
+        ("adamw_torch", make_rows().to_iterable_dataset(), 8),
+    ):
         made = trainer(tiny_tokenizer, tmp_path, settings={"optim": optim, "max_length": 33}, memory="low")
         made.train_dataset = data
         made.bind_fused_step()
@@ -489,6 +583,8 @@ def test_a_model_whose_forward_knows_no_token_counts_has_the_same_loss(tiny_toke
     for accepts in (True, False):
         made = trainer(tiny_tokenizer, tmp_path, 1, engine="plain", settings={"max_length": 30})
         made.model.get_base_model().accepts_loss_kwargs = accepts
-        made = SFTTrainer(made.model, made.args, train_dataset=rows(), processing_class=tiny_tokenizer, engine="plain")
+        made = SFTTrainer(
+            made.model, made.args, train_dataset=make_rows(), processing_class=tiny_tokenizer, engine="plain"
+        )
         losses.append(made.train().training_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -6,14 +6,14 @@ import json
 import secrets
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from parley.data.control_tokens import ControlTokens, control_tokens
-from parley.data.text_regions import Span
+from parley.data.text_regions import Span, WeightedSpan
 from parley.errors import DataError
 
 
@@ -21,7 +21,8 @@ from parley.errors import DataError
 class MaskedText:
     """A text to encode with its supervised spans, in order.
 
-    excluded: not supervised, even where a token reaches from them into a supervised span.
+    excluded: not supervised, even where a token reaches from them into a supervised span with more than white space.
+    weighted: loss weights of supervised spans, which are 1 elsewhere; later ones override earlier ones.
     plain: control tokens that are encoded as the characters they are.
     head, tail: token ids before the text, not supervised, and after it, supervised where the text is.
     notes: what the summary counts this row under.
@@ -30,6 +31,7 @@ class MaskedText:
     text: str
     spans: list[Span]
     excluded: list[Span] = field(default_factory=list)
+    weighted: list[WeightedSpan] = field(default_factory=list)
     plain: list[Span] = field(default_factory=list)
     head: list[int] = field(default_factory=list)
     tail: list[int] = field(default_factory=list)
@@ -38,15 +40,20 @@ class MaskedText:
 
 @dataclass(frozen=True)
 class Rendered:
-    """Token ids of one row, (L,), and which of them are supervised, (L,). `notes`: as in MaskedText."""
+    """Token ids of one row, (L,), and which of them are supervised, (L,), with their loss weights, (L,).
+
+    `weights` is None where all are 1. `notes`: as in MaskedText.
+    """
 
     input_ids: list[int]
     mask: list[bool]
+    weights: list[float] | None = None
     notes: list[str] = field(default_factory=list, compare=False)
 
     def part(self, start: int, stop: int | None) -> Rendered:
         """The tokens from `start` to before `stop`."""
-        return Rendered(self.input_ids[start:stop], self.mask[start:stop], self.notes)
+        weights = self.weights and self.weights[start:stop]
+        return Rendered(self.input_ids[start:stop], self.mask[start:stop], weights, self.notes)
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[MaskedText]) -> list[Rendered | DataError]:
@@ -74,34 +81,58 @@ def encode_texts(tokenizer: Any, texts: Sequence[MaskedText]) -> list[Rendered |
 
 
 def _masked(text: MaskedText, ids: list[int], chars: Callable[[int], Any], control: frozenset[int]) -> Rendered:
-    mask = token_mask(ids, chars, text.spans, text.excluded, control)
+    mask = token_mask(ids, chars, text, control)
     mask = [False] * len(text.head) + mask + [bool(text.spans)] * len(text.tail)
-    return Rendered(text.head + ids + text.tail, mask, text.notes)
+    weights = token_weights(len(ids), chars, text) if text.weighted else None
+    if weights is not None:
+        weights = [1.0] * len(text.head) + weights + [1.0] * len(text.tail)
+    return Rendered(text.head + ids + text.tail, mask, weights, text.notes)
 
 
-def token_mask(
-    ids: list[int],
-    chars: Callable[[int], Any],
-    spans: Sequence[Span],
-    excluded: Sequence[Span],
-    control: frozenset[int],
-) -> list[bool]:
+def token_mask(ids: list[int], chars: Callable[[int], Any], text: MaskedText, control: frozenset[int]) -> list[bool]:
     """Tokens that overlap a span and no excluded one. A token reaches from its predecessor's end, as offsets may leave
     white space out.
 
     `chars` gives the offsets of a token; asking for the few that matter is quicker than a list of all.
     """
     mask = [False] * len(ids)
-    tokens = range(len(ids))
-    for wanted, edges in [*((True, span) for span in spans), *((False, span) for span in excluded)]:
-        start, end = edges
-        first, stop = (bisect_right(tokens, edge, key=lambda token: chars(token)[1]) for edge in (start, end))
-        if stop < len(ids) and (chars(stop)[0] < end if not wanted else stop == 0 or chars(stop - 1)[1] < end):
+    for start, end in text.spans:
+        first, stop = _tokens_at(len(ids), chars, start, end)
+        if stop < len(ids) and (stop == 0 or chars(stop - 1)[1] < end):
             stop += 1  # a token across the end
-        if wanted and first < stop and ids[first] in control and chars(first)[0] < start:
+        if first < stop and ids[first] in control and chars(first)[0] < start:
             first += 1  # a header's control token that takes in white space after it
-        mask[first:stop] = [wanted] * (stop - first)
+        mask[first:stop] = [True] * (stop - first)
+    for start, end in text.excluded:
+        first, stop = _overlapping(len(ids), chars, start, end)
+        # The space between an excluded word and a supervised one is often the first character of the latter's token.
+        if first < stop and chars(stop - 1)[1] > end and text.text[chars(stop - 1)[0] : end].isspace():
+            stop -= 1
+        if first < stop and chars(first)[0] < start and text.text[start : chars(first)[1]].isspace():
+            first += 1
+        mask[first:stop] = [False] * (stop - first)
     return mask
+
+
+def token_weights(count: int, chars: Callable[[int], Any], text: MaskedText) -> list[float]:
+    """The loss weights of `count` tokens, (L,). A token across an edge has the later span's."""
+    weights = [1.0] * count
+    for start, end, weight in text.weighted:
+        first, stop = _overlapping(count, chars, start, end)
+        weights[first:stop] = [weight] * (stop - first)
+    return weights
+
+
+def _tokens_at(count: int, chars: Callable[[int], Any], start: int, end: int) -> tuple[int, int]:
+    """The first token that ends after character `start`, and the first that ends after `end`."""
+    first, stop = (bisect_right(range(count), edge, key=lambda token: chars(token)[1]) for edge in (start, end))
+    return first, stop
+
+
+def _overlapping(count: int, chars: Callable[[int], Any], start: int, end: int) -> tuple[int, int]:
+    """From the first to after the last token that has a character of [start, end)."""
+    first, stop = _tokens_at(count, chars, start, end)
+    return first, stop + (stop < count and chars(stop)[0] < end)
 
 
 def plain_control_tokens(tokenizer: Any, text: MaskedText) -> list[int]:
@@ -137,7 +168,8 @@ def _encode_plain(tokenizer: Any, text: MaskedText, control: ControlTokens) -> R
         raise DataError("the tokenizer cannot encode control tokens as plain text; set data.control_tokens: tokens")
     spans = [(shifted(start), shifted(end)) for start, end in text.spans]
     excluded = [(shifted(start), shifted(end)) for start, end in text.excluded]
-    there = MaskedText("", spans, excluded, head=text.head, tail=text.tail, notes=text.notes)
+    weighted = [(shifted(start), shifted(end), weight) for start, end, weight in text.weighted]
+    there = replace(text, text="".join(parts), spans=spans, excluded=excluded, weighted=weighted)
     return _masked(there, ids, encoding.token_to_chars, control.ids)
 
 

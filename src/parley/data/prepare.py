@@ -26,7 +26,7 @@ from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
 from parley.data.heldout_split import heldout_section, is_heldout, sampled_rows
-from parley.data.packing import ORIGIN
+from parley.data.packing import LOSS_WEIGHTS, ORIGIN
 from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
 from parley.data.render import Rendered, pin_date, pin_settings
 from parley.data.sources import Rows, located, read_rows
@@ -34,6 +34,7 @@ from parley.data.summary import DataSummary
 from parley.errors import DataError
 
 FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), ORIGIN: Value("string")})
+WEIGHTS = List(Value("float32"))
 PREVIEWED = 8
 STREAM_BATCH = 16
 ARROW_BATCH = 4096
@@ -47,7 +48,8 @@ STREAM_HELDOUT = 64
 @dataclass
 class Prepared:
     """Data ready to train on. `train` and `heldout` have columns input_ids and labels, each (T,), with labels
-    IGNORE_INDEX where not supervised, and the row's origin. `heldout_examples` are in the order of `heldout`'s rows;
+    IGNORE_INDEX where not supervised, and the row's origin; where a row has loss weights other than 1, also a column of
+    them, (T,), null in rows without. `heldout_examples` are in the order of `heldout`'s rows;
     `preview` and `preview_origins` are the first training rows; `bad_rows` are those skipped; `diagnosis` is what the
     data doctor found, where it was asked.
     """
@@ -154,12 +156,19 @@ class _TokenColumns:
     def dataset(self) -> Dataset:
         if self.pending or not self.tables:
             self._to_arrow()
-        return concatenate_datasets(self.tables)
+        tables = self.tables
+        if any(LOSS_WEIGHTS in table.column_names for table in tables):
+            without = ((table, LOSS_WEIGHTS not in table.column_names) for table in tables)
+            tables = [_with_weights(table, [None] * len(table)) if lacks else table for table, lacks in without]
+        return concatenate_datasets(tables)
 
     def _to_arrow(self) -> None:
         columns = {name: [row[name] for row in self.pending] for name in FEATURES}
         features = None if self.pending else FEATURES  # int32 arrays carry their type: five times as fast
-        self.tables.append(Dataset.from_dict(columns, features=features))
+        table = Dataset.from_dict(columns, features=features)
+        if any(LOSS_WEIGHTS in row for row in self.pending):
+            table = _with_weights(table, [row.get(LOSS_WEIGHTS) for row in self.pending])
+        self.tables.append(table)
         self.pending = []
 
 
@@ -276,13 +285,16 @@ class RowRenderer:
 
         def columns() -> Iterator[dict[str, Any]]:
             for example, rendered in training_rows():
-                yield from (_columns(part, example.origin) for part in self._parts(rendered))
+                for part in self._parts(rendered):
+                    yield {LOSS_WEIGHTS: None, **_columns(part, example.origin)}
 
         # No read-ahead on streams: the first batch would wait for 1,280 rows, and rows not yet used would be counted.
         shown = list(islice(training_rows(), PREVIEWED))
         self._check_any()
         self.summary.heldout, self.summary.unread = len(examples), list(self.format.unread)
-        train = IterableDataset.from_generator(columns, features=FEATURES)
+        # Whether a later row has loss weights is not known yet.
+        features = Features({**FEATURES, LOSS_WEIGHTS: WEIGHTS})
+        train = IterableDataset.from_generator(columns, features=features)
         preview, origins = [rendered for _, rendered in shown], [example.origin for example, _ in shown]
         heldout_rows_T = heldout.dataset() if examples else None
         # No digests: the rows of a stream are not known before training, so repeats cannot be counted.
@@ -347,7 +359,14 @@ def _columns(rendered: Rendered, origin: str) -> dict[str, Any]:
     supervised_T = np.frombuffer(bytes(rendered.mask), dtype=np.bool_)
     labels_T = np.where(supervised_T, ids_T, np.int32(IGNORE_INDEX))
     # Arrow holds UTF-8; a file's name may be none.
-    return {"input_ids": ids_T, "labels": labels_T, ORIGIN: origin.encode(errors="replace").decode()}
+    columns = {"input_ids": ids_T, "labels": labels_T, ORIGIN: origin.encode(errors="replace").decode()}
+    if rendered.weights is not None:
+        columns[LOSS_WEIGHTS] = np.array(rendered.weights, dtype=np.float32)
+    return columns
+
+
+def _with_weights(table: Dataset, weights: list[Any]) -> Dataset:
+    return table.add_column(LOSS_WEIGHTS, weights, feature=WEIGHTS)
 
 
 def _with_progress(outcomes: Iterator[Any], count: int) -> Iterator[Any]:

@@ -42,6 +42,7 @@ Tools = list[dict[str, Any]]
 
 AS_TEXT = "rows with control tokens in their text, encoded as plain text"
 AS_TOKENS = "rows with control tokens in their text, which the model reads as control tokens"
+WEIGHTED = "rows with loss weights between 0 and 1"
 UNCLOSED = "rows whose turns the chat template never ends, so that the model does not learn to stop"
 
 
@@ -177,7 +178,10 @@ def _conversation(
         notes.append(UNCLOSED)
     if in_content:
         notes.append(AS_TEXT if plain else AS_TOKENS)
-    return MaskedText(conversation.text, supervision.spans, supervision.excluded, plain, notes=notes)
+    if supervision.weighted:
+        notes.append(WEIGHTED)
+    spans, excluded, weighted = supervision.spans, supervision.excluded, supervision.weighted
+    return MaskedText(conversation.text, spans, excluded, weighted, plain, notes=notes)
 
 
 def _plain_text(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from parley.data.assistant_spans import RenderedConversation, Span, Turn
 from parley.data.example import WEIGHT, WEIGHT_SPANS, Message
+from parley.data.text_regions import WeightedSpan
 from parley.data.traced_text import UNKNOWN
 from parley.errors import DataError
 
@@ -38,6 +39,8 @@ class Supervision:
 
     spans: list[Span]
     excluded: list[Span]
+    weighted: list[WeightedSpan]
+    """Loss weights of supervised text that is not within these alone is 1; later ones override earlier ones."""
     closed: bool
     """False where no supervised turn has an end of turn."""
 
@@ -45,24 +48,23 @@ class Supervision:
 def supervise(
     conversation: RenderedConversation, messages: Sequence[Message], options: RenderOptions, first: int = 0
 ) -> Supervision:
-    """What is supervised of a conversation from message `first` on. `messages` carry the loss keys.
-
-    Raises DataError for a fractional weight, which the training step does not take.
-    """
+    """What is supervised of a conversation from message `first` on. `messages` carry the loss keys."""
     chosen = _chosen(messages, options.train_on, first)
     turns = [_Supervised.of(conversation, messages, index, index in chosen) for index in range(first, len(messages))]
+    weighted = [span for turn in turns for span in turn.weighted]
     if options.train_on == "inputs":
         own = [start for index in range(first, len(messages)) for start, _ in conversation.regions[index][:1]]
         spans = [(min(own, default=0) if first else 0, len(conversation.text))]
         excluded = [span for turn in turns for span in (turn.turn.spans if turn.silenced else turn.excluded)]
-        return Supervision(spans, excluded, closed=True)
+        return Supervision(spans, excluded, weighted, closed=True)
     last = max((number for number, turn in enumerate(turns) if turn.spans), default=None)
     spans, excluded = [], []
     for number, turn in enumerate(turns):
         spans += turn.with_end_tokens(options.end_tokens, number == last)
         excluded += turn.excluded
     supervised = [turn for turn in turns if turn.spans and turn.role == "assistant"]
-    return Supervision(sorted(spans), excluded, not supervised or any(turn.turn.closed for turn in supervised))
+    closed = not supervised or any(turn.turn.closed for turn in supervised)
+    return Supervision(sorted(spans), excluded, weighted, closed)
 
 
 def _chosen(messages: Sequence[Message], train_on: TrainOn, first: int) -> set[int]:
@@ -82,6 +84,7 @@ class _Supervised:
     turn: Turn
     spans: list[Span]
     excluded: list[Span]
+    weighted: list[WeightedSpan]
     silenced: bool
 
     @classmethod
@@ -90,19 +93,23 @@ class _Supervised:
     ) -> _Supervised:
         message = messages[index]
         weight, pieces = message.get(WEIGHT), message.get(WEIGHT_SPANS) or []
-        for value in [weight, *(value for _, _, value in pieces)]:
-            _check_weight(value, index)
         supervised = chosen if weight is None else bool(weight)
         assistant = message["role"] == "assistant"
         # `conversation.turn` may render the conversation again, so it is skipped where the spans are not needed.
         # Assistant turns need them for `end_tokens: all`, weighted turns to be excluded.
         if not (supervised or pieces or weight is not None or assistant):
-            return cls(message["role"], Turn([], None, False), [], [], False)
+            return cls(message["role"], Turn([], None, False), [], [], [], False)
         turn = conversation.turn(index)
-        included = [span for s, e, value in pieces if value for span in _spans_in_text(conversation, index, s, e)]
-        excluded = [span for s, e, value in pieces if not value for span in _spans_in_text(conversation, index, s, e)]
+        parts = [(*span, value) for s, e, value in pieces for span in _spans_in_text(conversation, index, s, e)]
+        included = [(start, end) for start, end, value in parts if value]
+        excluded = [(start, end) for start, end, value in parts if not value]
+        # The message's weight also covers its end of turn; the weights of its parts come after it and override it.
+        whole = [(*span, weight) for span in turn.spans] if weight else []
+        weighted = [(*span, value) for *span, value in [*whole, *parts] if value]
+        if all(value == 1 for *_, value in weighted):
+            weighted = []
         silenced = weight == 0 and not included
-        return cls(message["role"], turn, turn.spans if supervised else included, excluded, silenced)
+        return cls(message["role"], turn, turn.spans if supervised else included, excluded, weighted, silenced)
 
     def with_end_tokens(self, policy: EndTokens, last: bool) -> Iterator[Span]:
         end = self.turn.end_token
@@ -117,15 +124,6 @@ class _Supervised:
                 yield start, stop
             elif start < end[0]:
                 yield start, end[0]
-
-
-def _check_weight(value: Any, index: int) -> None:
-    # Labels are token ids or IGNORE_INDEX; the loss has no weight per token.
-    if value is not None and value not in (0, 1):
-        raise DataError(
-            f"turn {index + 1} has the loss weight {value:g}; the training step takes 0 and 1 alone: round it, or "
-            "leave the row out"
-        )
 
 
 def _spans_in_text(conversation: RenderedConversation, index: int, start: int, end: int) -> Iterator[Span]:

@@ -55,6 +55,7 @@ class _MaskedLayout:
     rendered: MaskedText
     spans: list[tuple[_Edge, _Edge]]
     excluded: list[tuple[_Edge, _Edge]]
+    weighted: list[tuple[_Edge, _Edge, float]]
     control_tokens: int
 
     def filled(self, contents: Sequence[str], control: ControlTokens) -> MaskedText | None:
@@ -71,6 +72,7 @@ class _MaskedLayout:
             text=text,
             spans=[(start.at(ends), end.at(ends)) for start, end in self.spans],
             excluded=[(start.at(ends), end.at(ends)) for start, end in self.excluded],
+            weighted=[(start.at(ends), end.at(ends), weight) for start, end, weight in self.weighted],
         )
 
 
@@ -116,11 +118,16 @@ class TextLayouts:
         if rendered.text != layout.text(values) or rendered.plain:
             return None
         fields = _field_spans(layout)
-        spans, excluded = ([_edges(span, fields) for span in group] for group in (rendered.spans, rendered.excluded))
-        if None in spans or None in excluded:
+        edges = [
+            [_edges(span, fields) for span in group]
+            for group in (rendered.spans, rendered.excluded, [(start, end) for start, end, _ in rendered.weighted])
+        ]
+        if any(None in group for group in edges):
             return None
+        spans, excluded, weighted = ([edge for edge in group if edge] for group in edges)
+        weights = [(*edge, weight) for edge, (_, _, weight) in zip(weighted, rendered.weighted, strict=True)]
         count = len(self.control.pattern.findall(rendered.text))
-        return _MaskedLayout(layout, rendered, [e for e in spans if e], [e for e in excluded if e], count)
+        return _MaskedLayout(layout, rendered, spans, excluded, weights, count)
 
 
 def _shape_of(messages: list[Message], first: int) -> Shape | None:

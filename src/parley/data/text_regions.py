@@ -17,6 +17,8 @@ from parley.data.template import RenderedText
 from parley.data.traced_text import TEMPLATE, Source
 
 Span = tuple[int, int]
+WeightedSpan = tuple[int, int, float]
+"""Start, end and loss weight."""
 """Characters [start, end) of the rendered text."""
 
 _NOT_GENERATED = {"role", "name", "id", "tool_call_id", "tool_responses"}

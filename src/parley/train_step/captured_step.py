@@ -90,14 +90,14 @@ class CapturedStep:
         if self.uses_graphs and any(isinstance(module, Linear8bitLt) for module in model.modules()):
             self._do_without_graphs("8-bit products look for outliers on the host")
 
-    def forward_backward(self, documents: Sequence[Document], supervised_tokens: int) -> None:
-        """The gradient of one optimizer step: of the summed loss divided by `supervised_tokens`."""
+    def forward_backward(self, documents: Sequence[Document], divisor: float) -> None:
+        """The gradient of one optimizer step: of the summed loss divided by `divisor`, the sum of its weights."""
         torch._foreach_zero_(self.gradients)
         for parameter, gradient in zip(self.trained, self.gradients, strict=True):
             parameter.grad = gradient
         self.metrics_3.zero_()
         for packed in self._passes(documents):
-            self._pass(packed, 1.0 / supervised_tokens)
+            self._pass(packed, 1.0 / divisor)
 
     @torch.no_grad()
     def forward_only(self, documents: Sequence[Document]) -> Tensor:
@@ -122,7 +122,7 @@ class CapturedStep:
 
     def _pass(self, packed: PackedBatch, scale: float) -> None:
         size = GraphSize(len(packed.ids_T), len(packed.row_S))
-        if not self.uses_graphs:
+        if not self.uses_graphs or packed.weight_S is not None:  # a graph reads no loss weights
             self._run_eager(packed, size, scale)
             return
         if not self.threshold.pays(size.tokens):
@@ -188,8 +188,8 @@ class CapturedStep:
                 packed_batch=batch,
             ).logits[0]
         if self.smoothing:
-            return smoothed_loss(logits_SV, batch.target_S, batch.scale, self.metrics_3, self.smoothing)
-        return SupervisedLoss.apply(logits_SV, batch.target_S, batch.scale, self.metrics_3)
+            return smoothed_loss(logits_SV, batch.target_S, batch.scale, self.metrics_3, self.smoothing, batch.weight_S)
+        return SupervisedLoss.apply(logits_SV, batch.target_S, batch.scale, self.metrics_3, batch.weight_S)
 
     def _upload(self, packed: PackedBatch, size: GraphSize, scale: float, *, graphed: bool) -> DeviceBatch:
         """`packed` on the device, padded to `size`. Drops the graphs if the buffer that they read had to move."""

@@ -43,6 +43,15 @@ class ForwardState:
     saved: list[SavedActivations]
     supervised: SupervisedRows | None = None  # where the last layer's output has only these rows
 
+    def weight_gradient(self, batch: DeviceBatch, weight_S: Tensor) -> None:
+        """Multiply each supervised row's loss by its weight, after the head: the gradient is linear in the rows."""
+        weight_S1 = weight_S[:, None]
+        if self.supervised is not None:  # the gradient has the supervised rows alone, in order
+            self.dh_TDP[: len(weight_S1)] *= weight_S1
+        else:
+            row_S = batch.row_S.long()
+            self.dh_TDP.index_copy_(0, row_S, (self.dh_TDP[row_S] * weight_S1).to(self.dh_TDP.dtype))
+
 
 Head = Callable[[DeviceBatch, ForwardState], Any]
 """From a pass's last hidden states to their gradient in its ForwardState."""
@@ -51,8 +60,8 @@ Head = Callable[[DeviceBatch, ForwardState], Any]
 class FusedStep:
     """Computes the gradient of an optimizer step's documents into `bound.flat.grad_Z`; its metrics stay on the device.
 
-    After `forward_backward`, `metrics_3` holds, over the step's supervised tokens: the summed loss, how many were the
-    most likely token, and the summed entropy.
+    After `forward_backward`, `metrics_3` holds, over the step's supervised tokens: the summed loss (weighted), how many
+    were the most likely token, and the summed entropy.
     """
 
     def __init__(self, bound: BoundModel, plan: MemoryPlan, ops: Ops | None = None) -> None:
@@ -95,14 +104,14 @@ class FusedStep:
         self._use_plan(replace(self.plan, tokens=tokens))
 
     @torch.no_grad()
-    def forward_backward(self, documents: Sequence[Document], supervised_tokens: int) -> None:
-        """The gradient of one optimizer step: of the summed loss divided by `supervised_tokens`."""
+    def forward_backward(self, documents: Sequence[Document], divisor: float) -> None:
+        """The gradient of one optimizer step: of the summed loss divided by `divisor`, the sum of its weights."""
         self.bound.flat.grad_Z.zero_()
         self.metrics_3.zero_()
         for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
             batch = self._pack(documents[run])
             if len(batch.row_S):
-                self._pass(batch, 1.0 / supervised_tokens)
+                self._pass(batch, 1.0 / divisor)
 
     @torch.no_grad()
     def forward_backward_sums(
@@ -258,10 +267,16 @@ class FusedStep:
         row_S = batch.row_S
         if supervised is not None:  # the last layer's output has these rows alone, in order
             row_S = torch.arange(supervised.count, device=row_S.device)
-        return loss_and_gradient(
+        before = self.metrics_3[0].clone() if batch.weight_S is not None else None
+        loss_S = loss_and_gradient(
             self.ops, self.bound, batch, row_S, state.h_TD, state.delta_TD, state.dh_TDP, self.logits_SV,
             self.metrics_3, want_gradient=want_gradient,
         )  # fmt: skip
+        if batch.weight_S is not None:
+            self.metrics_3[0] = before + loss_S @ batch.weight_S
+            if want_gradient:
+                state.weight_gradient(batch, batch.weight_S)
+        return loss_S
 
     def backward(self, batch: DeviceBatch, state: ForwardState) -> None:
         context, dh_TDP, supervised = self._context(batch), state.dh_TDP, state.supervised
@@ -300,12 +315,7 @@ class _WeightedHead:
         self.sums.zero_().index_add_(0, self.slot_S, -loss_S)
         derivative = self.gradient(self.sums) if self.derivative is None else self.derivative
         # The head's gradient is of the summed loss, which is minus the summed log-probability.
-        weight_S1 = -derivative[self.slot_S][:, None]
-        if state.supervised is not None:  # the gradient has the supervised rows alone, in order
-            state.dh_TDP[: len(weight_S1)] *= weight_S1
-        else:
-            row_S = batch.row_S.long()
-            state.dh_TDP.index_copy_(0, row_S, (state.dh_TDP[row_S] * weight_S1).to(state.dh_TDP.dtype))
+        state.weight_gradient(batch, -derivative[self.slot_S])
 
 
 def _dummy_batch(tokens: int, longest: int) -> PackedBatch:

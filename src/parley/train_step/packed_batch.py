@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from parley.data.control_tokens import IGNORE_INDEX
-from parley.data.packing import Document
+from parley.data.packing import Document, with_weights
 from parley.units import round_up
 
 LONG_DOCUMENT = 2048  # tokens from which on attention's arithmetic outweighs a library's launch overhead
@@ -29,7 +29,7 @@ class PackedBatch:
 
     `start_T` and `end_T` give, for each token, the first row of its document and the row after its last.
     `row_S` are the rows whose next token is supervised, `target_S` those tokens. `position_T` are rows of the rotary
-    tables.
+    tables. `weight_S` are loss weights, None where all are 1.
     """
 
     ids_T: Ints
@@ -39,6 +39,7 @@ class PackedBatch:
     row_S: Ints
     target_S: Ints
     lengths: tuple[int, ...]
+    weight_S: NDArray[np.float32] | None = None
 
     def padded(self, tokens: int) -> PackedBatch:
         """The same documents in a row of `tokens`. Each padding token is an unsupervised document of its own."""
@@ -54,6 +55,7 @@ class PackedBatch:
             self.row_S,
             self.target_S,
             self.lengths + (1,) * padding,
+            self.weight_S,
         )
 
     def with_two_rope_rows(self, switch: int) -> PackedBatch:
@@ -79,17 +81,19 @@ class PackedBatch:
             row_T[self.row_S],
             self.target_S,
             tuple(lengths_N.tolist()),
+            self.weight_S,
         )
 
 
 def pack(documents: Iterable[Document]) -> PackedBatch:
     """Lay `documents` end to end."""
-    documents = list(documents)
+    documents = with_weights(list(documents))
     lengths_N = np.array([len(d.ids_L) for d in documents], dtype=np.int32)
     start_T, end_T = _boundaries(lengths_N)
     target_T = np.roll(np.concatenate([d.label_L for d in documents]), -1)
     target_T[np.cumsum(lengths_N) - 1] = IGNORE_INDEX  # no row predicts the first token of a document
     (row_S,) = np.nonzero(target_T != IGNORE_INDEX)
+    weights = [d.weight_L for d in documents if d.weight_L is not None]
     return PackedBatch(
         np.concatenate([d.ids_L for d in documents]),
         np.arange(len(start_T), dtype=np.int32) - start_T,
@@ -98,6 +102,8 @@ def pack(documents: Iterable[Document]) -> PackedBatch:
         row_S.astype(np.int32),
         target_T[row_S],
         tuple(lengths_N.tolist()),
+        # A row has the weight of the token after it, which it predicts.
+        np.concatenate(weights)[row_S + 1] if weights else None,
     )
 
 
@@ -117,8 +123,9 @@ class DeviceBatch:
     end_T: Tensor
     row_S: Tensor
     target_S: Tensor
-    scale: Tensor  # 0-dim fp32: one over the supervised tokens of the whole optimizer step
+    scale: Tensor  # 0-dim fp32: one over the summed loss weights of the whole optimizer step
     lengths: tuple[int, ...] | None  # None under a CUDA graph, where only the device knows them
+    weight_S: Tensor | None = None  # loss weights in fp32; not in the static copy, so not for a captured graph
 
     @property
     def tokens(self) -> int:
@@ -166,7 +173,9 @@ class StagingBuffer:
         if self.uploaded is not None:
             self.uploaded.record()
         scale_1, ids_T, position_T, start_T, end_T, row_S, target_S = (self.static[span] for span in spans)
-        return DeviceBatch(ids_T, position_T, start_T, end_T, row_S, target_S, scale_1.view(torch.float32)[0], lengths)
+        weight_S = None if batch.weight_S is None else torch.from_numpy(batch.weight_S).to(self.device)
+        scale = scale_1.view(torch.float32)[0]
+        return DeviceBatch(ids_T, position_T, start_T, end_T, row_S, target_S, scale, lengths, weight_S)
 
 
 def _capacity(tokens: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from trl import SFTConfig
 
-from parley.data.packing import DOCUMENTS, Document
+from parley.data.packing import DOCUMENTS, Document, loss_weight
 from parley.library_compat.trl import count_tokens, metrics
 from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import Unsupported
@@ -91,27 +91,28 @@ class CapturedTrainer(PackedTrainer):
     # ---- Training ----
 
     def _step_on_documents(
-        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
+        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int, divisor: float
     ) -> torch.Tensor:
         step = self.captured_step
         if step is None:
-            return super()._step_on_documents(model, documents, supervised)
+            return super()._step_on_documents(model, documents, supervised, divisor)
         self.model.train()
         count = max(supervised, 1)
-        self._retry_captured("training", documents, lambda: step.forward_backward(documents, count))
+        self._retry_captured("training", documents, lambda: step.forward_backward(documents, divisor))
         if self.captured_step is None:  # memory ran out for a single document
-            return super()._step_on_documents(model, documents, supervised)
-        metrics_3 = step.metrics_3 / count
+            return super()._step_on_documents(model, documents, supervised, divisor)
+        metrics_3 = step.metrics_3
         for name, index in METRICS.items():
-            metrics(self, "train")[name].append(metrics_3[index])
+            metrics(self, "train")[name].append(metrics_3[index] / count)
         count_tokens(self, sum(len(document.ids_L) for document in documents))
-        return metrics_3[0]
+        return metrics_3[0] / divisor
 
     def rehearse_step(self, model: torch.nn.Module, documents: Sequence[Document]) -> None:
         if self.captured_step is None:
             super().rehearse_step(model, documents)
         else:
-            self._step_on_documents(model, documents, sum(document.supervised_tokens for document in documents))
+            supervised = sum(document.supervised_tokens for document in documents)
+            self._step_on_documents(model, documents, supervised, loss_weight(documents))
 
     def _retry_captured(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Any]) -> Any:
         """`attempt()`, with passes halved while memory runs out; the plain path where one document does not fit."""
@@ -151,10 +152,10 @@ class CapturedTrainer(PackedTrainer):
         documents, step = inputs.get(DOCUMENTS), self.captured_step
         if documents is None or step is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        count = sum(document.supervised_tokens for document in documents)
         metrics_3 = self._retry_captured("evaluation", documents, lambda: step.forward_only(documents))
         if metrics_3 is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self.sums_4[:3] += metrics_3
-        self.sums_4[3] += count
-        return metrics_3[0] / max(count, 1), None, None
+        self.sums_5[:3] += metrics_3
+        self.sums_5[3] += sum(document.supervised_tokens for document in documents)
+        self.sums_5[4] += sum(document.loss_weight for document in documents)
+        return metrics_3[0] / loss_weight(documents), None, None

@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from transformers.training_args import OptimizerNames, TrainingArguments
 from trl import SFTConfig
 
-from parley.data.packing import DOCUMENTS, Document
+from parley.data.packing import DOCUMENTS, Document, loss_weight
 from parley.errors import RunError, one_line
 from parley.library_compat.trl import count_tokens, metrics
 from parley.train_step.bind import BoundModel, Unsupported, bind
@@ -226,22 +226,22 @@ class FusedTrainer(CapturedTrainer):
     # ---- Training ----
 
     def _step_on_documents(
-        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
+        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int, divisor: float
     ) -> torch.Tensor:
         step = self.fused_step
         if step is None:
-            return super()._step_on_documents(model, documents, supervised)
+            return super()._step_on_documents(model, documents, supervised, divisor)
         if not self.model.training:
             self.model.train()
         count = max(supervised, 1)
-        self._retry_fused("training", documents, lambda: step.forward_backward(documents, count))
+        self._retry_fused("training", documents, lambda: step.forward_backward(documents, divisor))
         step.bound.flat.drop_frozen_gradients()
         step.bound.flat.expose_gradients()
-        metrics_3 = step.metrics_3 / count
+        metrics_3 = step.metrics_3
         for name, index in METRICS.items():
-            metrics(self, "train")[name].append(metrics_3[index])
+            metrics(self, "train")[name].append(metrics_3[index] / count)
         count_tokens(self, sum(len(document.ids_L) for document in documents))
-        return metrics_3[0]
+        return metrics_3[0] / divisor
 
     def rehearse(self, model: torch.nn.Module) -> None:
         if self.fused_step is None:
@@ -303,11 +303,11 @@ class FusedTrainer(CapturedTrainer):
         documents, step = inputs.get(DOCUMENTS), self.fused_step
         if documents is None or step is None or not adapters_enabled(self.model):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        count = sum(document.supervised_tokens for document in documents)
         metrics_3 = self._retry_fused("evaluation", documents, lambda: step.forward_only(documents))
-        self.sums_4[:3] += metrics_3
-        self.sums_4[3] += count
-        return metrics_3[0] / max(count, 1), None, None
+        self.sums_5[:3] += metrics_3
+        self.sums_5[3] += sum(document.supervised_tokens for document in documents)
+        self.sums_5[4] += sum(document.loss_weight for document in documents)
+        return metrics_3[0] / loss_weight(documents), None, None
 
 
 def unsupported_option(args: SFTConfig) -> str | None:

@@ -119,10 +119,10 @@ def split_rows(batch: dict[str, Any], parts: int) -> list[dict[str, Any]]:
 
 @dataclass
 class EvaluatedRows:
-    """What a pass of evaluation gives: sums over its supervised tokens (of loss, accuracy and entropy, and their
-    number), and logits and labels where they are wanted."""
+    """What a pass of evaluation gives: sums over its supervised tokens (of loss, accuracy and entropy, their number and
+    their loss weights), and logits and labels where they are wanted."""
 
-    sums_4: torch.Tensor
+    sums_5: torch.Tensor
     logits: Any
     labels: Any
 

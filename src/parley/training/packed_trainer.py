@@ -22,7 +22,16 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from parley.data.control_tokens import IGNORE_INDEX
-from parley.data.packing import DOCUMENTS, Document, PaddedCollator, padding_free_row, split_by_tokens
+from parley.data.packing import (
+    DOCUMENTS,
+    LOSS_WEIGHTS,
+    Document,
+    PaddedCollator,
+    loss_weight,
+    padding_free_row,
+    split_by_tokens,
+    with_weights,
+)
 from parley.errors import UsageError
 from parley.library_compat.trl import copy_figures, metrics, restore_figures, tokens_seen
 from parley.models.packing_isolation import why_not_packed
@@ -41,6 +50,7 @@ from parley.training.rehearsal import rehearse_passes, rehearse_saving, row_leng
 from parley.training.retrying_trainer import RetryingTrainer
 from parley.training.step_checks import StepChecks
 from parley.training.step_monitor import StepMonitor, drop_nonfinite, fetch
+from parley.training.weighted_loss import WeightedLoss, check_loss_weights
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +74,7 @@ class PackedTrainer(RetryingTrainer):
 
     data_collator: Any
     max_tokens: int | None = None  # of one document
+    compute_loss_func: Callable[..., torch.Tensor] | None
     padded_collator: PaddedCollator | None = None  # of one row a document; None beside a collator of the user's own
 
     def __init__(
@@ -76,7 +87,8 @@ class PackedTrainer(RetryingTrainer):
         self._padded_rows = sys.maxsize  # the same for padded batches
         self._eval_parts = 1  # passes into which a batch of an evaluation is split
         self._rehearsed = False
-        self.sums_4 = torch.zeros(4)  # of an evaluation: loss, figures as in FusedStep.metrics_3, supervised tokens
+        # Of an evaluation: loss, figures as in FusedStep.metrics_3, supervised tokens, their loss weights.
+        self.sums_5 = torch.zeros(5)
         self._flops_per_token: float | None = None
         super().__init__(*args, **kwargs)
         # TRL's compute_loss divides by the tokens of the whole step, whether the model's own loss could or not.
@@ -147,7 +159,8 @@ class PackedTrainer(RetryingTrainer):
         documents, self._documents = self._documents, []
         supervised = self._supervised_in_step(documents)
         self.supervised_tokens += supervised
-        return self.monitor.add_loss(self._step_on_documents(model, documents, supervised), documents)
+        divisor = self._divisor_of_step(documents, supervised)
+        return self.monitor.add_loss(self._step_on_documents(model, documents, supervised, divisor), documents)
 
     # ---- Steps that are not finite ----
 
@@ -190,27 +203,64 @@ class PackedTrainer(RetryingTrainer):
             )
 
     def _supervised_in_step(self, documents: Sequence[Document]) -> int:
-        """Supervised tokens of the optimizer step: what its summed loss is divided by."""
-        count = sum(document.supervised_tokens for document in documents)
+        """Supervised tokens of the optimizer step, of all processes."""
+        return int(self._sum_over_processes(sum(document.supervised_tokens for document in documents)))
+
+    def _divisor_of_step(self, documents: Sequence[Document], supervised: int) -> float:
+        """What the summed loss is divided by: the sum of its weights, of all processes, which is at first `supervised`.
+
+        It stays that where no document has weights of its own.
+        """
+        return self._sum_over_processes(sum(document.loss_weight for document in documents)) or 1.0
+
+    def _sum_over_processes(self, value: float) -> float:
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = int(self.accelerator.gather(torch.tensor(count, device=self.args.device)).sum())
-        return count
+            value = self.accelerator.gather(torch.tensor(value, device=self.args.device)).sum().item()
+        return value
 
     def _step_on_documents(
-        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
+        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int, divisor: float
     ) -> torch.Tensor:
-        """Forward and backward through autograd, in as few passes as a micro-batch's tokens allow. Returns the loss."""
-        return self._retry_plain("training", documents, lambda: self._plain_passes(model, documents, supervised))
+        """Forward and backward through autograd, in as few passes as a micro-batch's tokens allow. Returns the loss.
 
-    def _plain_passes(self, model: torch.nn.Module, documents: Sequence[Document], supervised: int) -> torch.Tensor:
-        batches = self._plain_batches(documents)
+        `supervised` tokens in the step of all processes; `divisor` of its summed loss.
+        """
+        return self._retry_plain("training", documents, lambda: self._plain_passes(model, documents, divisor))
+
+    def _plain_passes(self, model: torch.nn.Module, documents: Sequence[Document], divisor: float) -> torch.Tensor:
+        # TRL's own loss, which a pass without weights takes, divides by no less than 1.
+        batches = self._plain_batches(with_weights(documents))
         self.current_gradient_accumulation_steps = len(batches)  # TRL averages a router's auxiliary loss over these
         losses = []
         for batch in batches[:-1]:
             with self.accelerator.no_sync(model):
-                losses.append(super().training_step(model, batch, supervised))
-        losses.append(super().training_step(model, batches[-1], supervised))
+                losses.append(super().training_step(model, batch, divisor))
+        losses.append(super().training_step(model, batches[-1], divisor))
         return torch.stack(losses).sum()
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's, or the weighted one where the batch has loss weights."""
+        weights = inputs.pop(LOSS_WEIGHTS, None)
+        if weights is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self.check_loss_weights()
+        # Trainer's way to another loss than the model's own.
+        self.compute_loss_func = WeightedLoss(weights, self.args.label_smoothing_factor)
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.compute_loss_func = None
+
+    def check_loss_weights(self, has_collator: bool = False) -> None:
+        """Raises UsageError where an option does not follow loss weights."""
+        has_router_loss = vars(self.model.config).get("output_router_logits", False)
+        check_loss_weights(self.args, self.compute_loss_func is not None, has_router_loss, has_collator)
 
     def _plain_batches(self, documents: Sequence[Document]) -> list[dict[str, torch.Tensor]]:
         """Padding-free rows of at most a micro-batch of longest documents, or padded micro-batches."""
@@ -270,8 +320,7 @@ class PackedTrainer(RetryingTrainer):
 
     def rehearse_step(self, model: torch.nn.Module, documents: Sequence[Document]) -> None:
         """A step on `documents` without its update, in passes that fit from here on."""
-        supervised = sum(document.supervised_tokens for document in documents)
-        self._retry_plain("rehearsal", documents, lambda: self._plain_passes(model, documents, supervised))
+        self._retry_plain("rehearsal", documents, lambda: self._plain_passes(model, documents, loss_weight(documents)))
 
     @property
     def longest_row(self) -> int:
@@ -333,10 +382,10 @@ class PackedTrainer(RetryingTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Trainer's loop. Held-out loss is the mean over the set's supervised tokens, not a mean of batch means."""
-        self.sums_4 = torch.zeros(4, device=self.args.device, dtype=torch.float64)
+        self.sums_5 = torch.zeros(5, device=self.args.device, dtype=torch.float64)
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        *sums, count = self.accelerator.reduce(self.sums_4, reduction="sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = sums[0] / max(count, 1)
+        *sums, count, weight = self.accelerator.reduce(self.sums_5, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = sums[0] / (weight or 1)
         output.metrics[f"{metric_key_prefix}_supervised_tokens"] = int(count)
         averages = {name: sums[index] / max(count, 1) for name, index in METRICS.items()}
         for name, value in (averages | {"num_tokens": tokens_seen(self)}).items():
@@ -367,10 +416,10 @@ class PackedTrainer(RetryingTrainer):
             return [self._evaluate_rows(model, part, prediction_loss_only, ignore_keys) for part in parts]
 
         parts = self.retry(attempt, reduce)
-        sums_4 = torch.stack([part.sums_4 for part in parts]).sum(0)
-        self.sums_4 += sums_4
+        sums_5 = torch.stack([part.sums_5 for part in parts]).sum(0)
+        self.sums_5 += sums_5
         logits, labels = (join_rows([vars(part)[name] for part in parts]) for name in ("logits", "labels"))
-        return (sums_4[0] / sums_4[3].clamp(min=1)).float(), logits, labels
+        return (sums_5[0] / torch.where(sums_5[4] > 0, sums_5[4], 1)).float(), logits, labels
 
     def _evaluate_rows(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None
@@ -380,12 +429,15 @@ class PackedTrainer(RetryingTrainer):
         if DOCUMENTS in inputs:
             documents = inputs[DOCUMENTS]
             batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
+        weights = batch.get(LOSS_WEIGHTS)
         loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
-        count = int((batch["labels"][..., 1:] != IGNORE_INDEX).sum())
+        supervised = batch["labels"][..., 1:] != IGNORE_INDEX
+        count = int(supervised.sum())
+        weight = float(weights[..., 1:][supervised].sum()) if weights is not None else count
         # TRL appends each batch's means; the set's own are weighted by tokens.
-        means = [loss, *(metrics(self, "eval")[name].pop() for name in METRICS), 1.0]
-        sums_4 = torch.stack([torch.as_tensor(mean).to(self.sums_4) for mean in means]) * count
-        return EvaluatedRows(sums_4, logits, labels)
+        means = [loss, *(metrics(self, "eval")[name].pop() for name in METRICS), 1.0, 1.0]
+        sums_5 = torch.stack([torch.as_tensor(mean).to(self.sums_5) for mean in means])
+        return EvaluatedRows(sums_5 * sums_5.new_tensor([weight, count, count, count, weight]), logits, labels)
 
     # ---- Checkpoints ----
 

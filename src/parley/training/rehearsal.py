@@ -138,7 +138,7 @@ def _nothing_kept(trainer: PackedTrainer) -> Iterator[None]:
     training, random_state = model.training, RandomState(trainer.args.device)
     gradients = {parameter: parameter.grad for parameter in model.parameters() if parameter.requires_grad}
     figures = {mode: copy_figures(trainer, mode) for mode in ("train", "eval")}
-    sums_4 = trainer.sums_4.clone()
+    sums_5 = trainer.sums_5.clone()
     for parameter in gradients:
         parameter.grad = None
     try:
@@ -148,7 +148,7 @@ def _nothing_kept(trainer: PackedTrainer) -> Iterator[None]:
             parameter.grad = gradient
         for mode, values in figures.items():
             restore_figures(trainer, mode, values)
-        trainer.sums_4 = sums_4
+        trainer.sums_5 = sums_5
         model.train(training)
         random_state.restore()
 

@@ -28,7 +28,7 @@ from trl import SFTConfig as TRLConfig
 from trl import pack_dataset
 
 from parley.config import DataSection, Overlong
-from parley.data.packing import ORIGIN, DocumentCollator, PaddedCollator
+from parley.data.packing import LOSS_WEIGHTS, ORIGIN, DocumentCollator, PaddedCollator
 from parley.data.prepare import render_rows
 from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
@@ -151,6 +151,12 @@ class SFTTrainer(FusedTrainer, trl.SFTTrainer):
             # TRL's own collator pads, but for packing: only the padding is wanted of it here.
             self.padded_collator = PaddedCollator(dataclasses.replace(self.data_collator, padding_free=False))
             self.data_collator = DocumentCollator()
+        sets = [
+            self.train_dataset,
+            *(self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]),
+        ]
+        if any(isinstance(rows, Dataset) and LOSS_WEIGHTS in rows.column_names for rows in sets):
+            self.check_loss_weights(has_collator=custom)
         if keep_trainable_layout(self.model):
             logger.warning(
                 "4-bit weights had been rearranged for answers on a CPU; they are put back, with scales rounded to bf16"
@@ -161,6 +167,7 @@ class SFTTrainer(FusedTrainer, trl.SFTTrainer):
         super()._set_signature_columns_if_needed()
         if self._reads_origins:
             keep_column(self, ORIGIN)
+            keep_column(self, LOSS_WEIGHTS)
 
     def _prepare_dataset(
         self,
@@ -194,6 +201,8 @@ class SFTTrainer(FusedTrainer, trl.SFTTrainer):
                 raise UsageError("packing=True needs max_length: the tokens of a packed row")
             if args.shuffle_dataset:  # so that rows packed together are no neighbours
                 rows = rows.shuffle(seed=args.seed)
+            if LOSS_WEIGHTS in (rows.column_names or ()):  # TRL joins columns of lists, which a null is not
+                rows = rows.map(_with_weights_of_one)
             rows = pack_dataset(rows, args.max_length, args.packing_strategy)
         if args.shuffle_dataset:
             rows = rows.shuffle(seed=args.seed)
@@ -291,6 +300,10 @@ def _refuse_images(dataset: Any, processing_class: Any) -> None:
     found = [name for name in IMAGE_COLUMNS if name in (dataset.column_names or next(iter(dataset)))]
     if found:
         raise UsageError(f"train_dataset has {found[0]}: images are not trained on here; use trl.SFTTrainer for them")
+
+
+def _with_weights_of_one(row: dict[str, Any]) -> dict[str, Any]:
+    return {LOSS_WEIGHTS: row[LOSS_WEIGHTS] or [1.0] * len(row["input_ids"])}
 
 
 def _supervise_everything(row: dict[str, Any]) -> dict[str, Any]:
