@@ -119,6 +119,7 @@ MALFORMED: list[tuple[dict[str, Any], str]] = [
     (PAIR | {"prompt": [{"role": "system", "content": "Be short."}]}, "the prompt has no question"),
     (PAIR | {"chosen": 7}, "'chosen' is a number; wanted an answer as text or turns"),
     (PAIR | {"chosen": [{"role": "robot", "content": "Hi"}]}, "wanted one of system"),
+    (PAIR | {"chosen": [said(GOOD) | {"weight": 0.5}]}, "has loss weights between 0 and 1, which preference losses do"),
     (PAIR | {"image": "cat.png"}, "has 'image'; Parley trains on text alone"),
     ({"prompt": "", "chosen": "a", "rejected": "b"}, "has no prompt"),
     ({"chosen": [user("a"), said("b")], "rejected": [user("c"), said("d")]}, "begin with other turns"),

@@ -200,6 +200,11 @@ class PreferenceRenderer:
         for outcome in outcomes:
             if isinstance(outcome, DataError):
                 raise DataError(f"{preference.origin}: {outcome}")
+            if outcome.weights is not None:
+                raise DataError(
+                    f"{preference.origin}: has loss weights between 0 and 1, which preference losses do not follow; "
+                    "remove them, or leave the row out"
+                )
             rendered.append(outcome)
         longest = max(len(part.input_ids) for part in rendered)
         if longest > self.max_length:

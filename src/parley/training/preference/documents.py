@@ -106,7 +106,7 @@ def _mismatched(prompt: PreferenceDocument, answer: PreferenceDocument) -> Prefe
     tail = _answer_start(answer)
     ids_L = np.concatenate([prompt.ids_L[:head], answer.ids_L[tail:]])
     label_L = np.concatenate([np.full(head, IGNORE_INDEX, dtype=np.int32), answer.label_L[tail:]])
-    return PreferenceDocument(ids_L, label_L, prompt.origin, "mismatched")
+    return PreferenceDocument(ids_L, label_L, prompt.origin, role="mismatched")
 
 
 def _answer_start(document: PreferenceDocument) -> int:

@@ -107,7 +107,7 @@ class PreferenceTrainer(FusedTrainer):
         return super().training_step(model, inputs, num_items_in_batch)
 
     def _step_on_documents(
-        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int
+        self, model: torch.nn.Module, documents: Sequence[Document], supervised: int, divisor: float
     ) -> torch.Tensor:
         sizes, self._micro_batches = [size for size in self._micro_batches if size], []
         assert sum(sizes) == len(documents), "every document is of one micro-batch"
