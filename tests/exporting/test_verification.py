@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 import parley
-from parley.exporting import comparison, merge
+from parley.errors import DeviceError
+from parley.exporting import comparison, merge, samples
 from parley.exporting.comparison import Marks
 from parley.exporting.export import Export
 from parley.exporting.registry import exporter_of
+from parley.exporting.samples import verification_samples
+from parley.exporting.trained_model import open_run
 from parley.training.report import Report, write_report
 
 
@@ -164,3 +168,30 @@ def test_without_the_run_s_data_the_golden_conversations_are_compared(
     assert done.record.figures is not None
     assert done.record.figures.source == "golden conversations"
     assert any("compared on the golden conversations" in note for note in done.record.notes)
+
+
+def test_a_model_that_does_not_fit_into_memory_is_refused_before_anything_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("parley.exporting.reference.psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
+    with pytest.raises(DeviceError, match=r"to verify the export .* or add --no-verify"):
+        parley.export(run, "merged", output=tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_limited_by_the_size_of_the_model(run: Path) -> None:
+    trained = open_run(run)
+    small, large = verification_samples(trained, 10**6), verification_samples(trained, 10**12)
+    assert (small.answer_count, len(small.rows)) == (4, 4)
+    assert sum(len(row.input_ids) for row in large.rows) <= samples.LEAST_SCORED
+    one = samples._limited([samples.ScoredRow(list(range(50)), [3, 30])], 10)
+    assert [(row.input_ids, row.positions) for row in one] == [(list(range(10)), [3])]
+
+
+def test_conversations_with_control_token_text_are_left_out(build_run: Callable[..., Path], tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    lines = [{"prompt": f"What is <|eot_id|> {n}?", "completion": "A token."} for n in range(40)]
+    data.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    done = exported(build_run("llama", data=str(data)), "merged", "f32", tmp_path)
+    assert done.record.figures is not None
+    assert (done.record.figures.prompts, done.record.figures.left_out) == (0, 4)

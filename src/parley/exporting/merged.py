@@ -31,7 +31,7 @@ class MergedExporter:
     default_quant = None
 
     def check(self, trained: TrainedModel, quant: str | None) -> None:
-        trained.weights  # noqa: B018  (damaged weights are refused here)
+        trained.check_weights()
 
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         dtype = self._dtype(trained, quant)

@@ -72,6 +72,10 @@ class TrainedModel:
         """The trained weights, tensor by tensor. Raises ModelError where they are missing or damaged."""
         return merged_weights(self.config, CheckpointWeights(self.base_folder), self.adapters)
 
+    def check_weights(self) -> None:
+        """Raises ModelError where weights of the base or an adapter are missing, damaged or do not fit."""
+        assert self.weights.shapes()
+
     @cached_property
     def generation_config(self) -> GenerationConfig:
         """The base's own, or one made from its config, with every token that ends an answer."""
@@ -81,12 +85,14 @@ class TrainedModel:
             return GenerationConfig.from_model_config(self.config)
 
     def load(self, dtype: torch.dtype) -> Any:
-        """The trained model for answers and logits: the base in `dtype` with the run's adapter attached.
+        """The trained model for answers and logits: the base in `dtype` with the run's adapter attached, on the CPU.
 
-        Earlier adapters are merged as in training. Raises ModelError.
+        Every reader computes there, and a GPU would round otherwise. Earlier adapters are merged as in training.
+
+        Raises ModelError.
         """
         name = str(dtype).removeprefix("torch.")
-        section = self.base.model_copy(update={"dtype": name, "quantization": "auto"})
+        section = self.base.model_copy(update={"dtype": name, "quantization": "auto", "device": "cpu"})
         model, _ = load_model(section)
         for folder in self.adapters[:-1]:
             model = load_adapter(model, folder).merge_and_unload()
