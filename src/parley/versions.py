@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 DISTRIBUTION = "parley-llm"
 LIBRARIES = (DISTRIBUTION, "torch", "transformers", "trl", "peft", "datasets", "accelerate", "bitsandbytes")
 
 
+@cache  # reading the metadata takes 10 ms a package, and every checkpoint asks
 def installed_version(distribution: str) -> str:
     """The version in the package's metadata; "not installed" for a source tree or a library that is missing."""
     try:

@@ -85,7 +85,7 @@ REFUSED: list[tuple[str, str]] = [
     ("training.optim=grokadamw", "pip install grokadamw"),
     ("training.optim=stable_adamw", "pip install torch-optimi"),
     ("training.optim=adamw_torch_8bit", "pip install torchao"),
-    *((f"training.report_to={name}", f"pip install {name}") for name in ("tensorboard", "wandb", "trackio", "mlflow")),
+    *((f"training.report_to={name}", f"pip install {name}") for name in ("wandb", "trackio", "mlflow")),
     ("training.report_to=[wandb, tensorboard]", "pip install wandb"),
     # values and combinations that TRL and transformers refuse late
     ("training.report_to=nonsense", "nonsense is not supported"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from itertools import pairwise
@@ -170,7 +171,7 @@ def test_parley_becomes_vllm(tuned_run: RunFolder, tmp_path: Path) -> None:
     program.chmod(0o755)
     ended = subprocess.run(
         [sys.executable, "-m", "parley.cli.main", "serve", tuned_run.path, "--engine", "vllm", "--api-key", "sesame"],
-        env={"PATH": str(tmp_path)},
+        env={"PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},  # this checkout's parley
         capture_output=True,
         text=True,
         timeout=120,
