@@ -6,6 +6,7 @@ tuned     the same conversations, 8 x 1, no checkpointing: the fastest setting o
 long      1B, NF4, one conversation of 32,768 tokens per step
 8b        8B, NF4, 2 conversations of 4,096 tokens per step
 8b-short  8B, NF4, 8 x 1 short conversations
+mix       3B, NF4, LoRA r = 64, 4 x 4 conversations of uneven length, at most 4,096 tokens each; steps 60 to 150
 """
 
 from __future__ import annotations
@@ -17,14 +18,20 @@ from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
 from parley.errors import UsageError
 
 MODEL_1B = "unsloth/Llama-3.2-1B-Instruct-bnb-4bit"
+MODEL_3B = "unsloth/Llama-3.2-3B-Instruct-bnb-4bit"
 MODEL_8B = "unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit"
 DATA = "Peyton3995/dolly-15k-mistral-pirate"
+MIX = "tatsu-lab/alpaca"
 ROWS = 4000
 
 
 @dataclass(frozen=True)
 class Job:
-    """`skip`: warm-up steps that the median excludes. `length`: tokens per conversation, None for the data's own."""
+    """One job.
+
+    `skip`: warm-up steps that the median excludes. `length`: tokens per conversation, None for the data's own.
+    `rank`: of LoRA, which is alpha, too.
+    """
 
     name: str
     model: str
@@ -37,6 +44,7 @@ class Job:
     steps: int = 60
     skip: int = 15
     length: int | None = None
+    rank: int = 16
     system: str | None = "You are an assistant"
 
     @property
@@ -62,6 +70,7 @@ class Job:
                 },
                 "data": {"source": data or self.data, "system": self.system, "limit": ROWS, "heldout_rows": 0},
                 "training": training,
+                "lora": {"r": self.rank, "lora_alpha": self.rank},
             }
         )
 
@@ -75,6 +84,7 @@ JOBS = {
         Job("long", MODEL_1B, batch=1, max_length=32768, steps=8, skip=3, length=32768),
         Job("8b", MODEL_8B, max_length=4096, steps=10, skip=4, length=4096),
         Job("8b-short", MODEL_8B, batch=8, steps=30, skip=10),
+        Job("mix", MODEL_3B, MIX, batch=4, accumulate=4, max_length=4096, steps=150, skip=60, rank=64, system=None),
     )
 }
 
