@@ -50,6 +50,8 @@ def test_the_modelfile_has_stop_tokens_and_settings_and_no_template(done: Export
     ]
     assert (done.folder / "model-f32.gguf").is_file()
     assert done.command == f"ollama create run -f {done.folder}/Modelfile && ollama run run"
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    assert "    ollama create run -f ./Modelfile && ollama run run" in card
 
 
 def test_the_template_is_the_trained_one_and_too_far_from_any_that_ollama_knows(done: Export, run: Path) -> None:

@@ -27,6 +27,13 @@ def test_the_adapter_is_written_with_the_command_that_serves_it(run: Path, tmp_p
         *("--tokenizer", folder, "--chat-template", f"{folder}/chat_template.jinja"),
         *("--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"tuned={folder}"),
     ]
+    # The card's command names neither this machine's folders nor the base's.
+    card = (done.folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        "    vllm serve llama --served-model-name llama --tokenizer . --chat-template ./chat_template.jinja --enable"
+        in card
+    )
+    assert "--max-lora-rank 8 --lora-modules tuned=." in card
 
 
 @pytest.mark.parametrize(

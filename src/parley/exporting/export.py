@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from safetensors import SafetensorError
 
+from parley.config import DEMO_MODEL
 from parley.errors import ModelError, RunError, UsageError
 from parley.exporting.card import write_card
 from parley.exporting.comparison import Figures, Marks, compare
@@ -19,6 +20,7 @@ from parley.exporting.record import ExportRecord
 from parley.exporting.reference import Reference, measure_reference
 from parley.exporting.registry import exporter_of
 from parley.exporting.report_section import add_to_report
+from parley.exporting.run_facts import run_facts
 from parley.exporting.trained_model import TrainedModel, open_run
 from parley.text import print_text
 from parley.training.run_folder import is_disk_full
@@ -145,6 +147,7 @@ class _Exports:
             run=trained.name,
             base=trained.base_name if trained.adapters else None,
             base_fingerprint=trained.base_fingerprint,
+            training=run_facts(trained.folder),
         )
 
         def write(folder: Path) -> None:
@@ -156,6 +159,7 @@ class _Exports:
                     record.figures = self._compared(exporter, folder, record.marks)
                 record.status = "verified" if record.figures.passed else "failed"
             record.notes = list(trained.notes)
+            record.command = _portable(exporter.command(trained, folder), folder, trained)
             write_card(folder, record)
             record.write(folder)
 
@@ -171,6 +175,15 @@ class _Exports:
                 return compare(self.reference, reader, marks)
         except ModelError as error:  # the files are kept, as after any other difference
             return Figures(program="none", source=self.reference.samples.source, failure=f"cannot be read: {error}")
+
+
+def _portable(command: str | None, folder: Path, trained: TrainedModel) -> str | None:
+    """`command` as it is run from within the folder, on any machine."""
+    if command is None:
+        return None
+    command = command.replace(str(folder), ".")
+    local = trained.base.name == DEMO_MODEL or Path(trained.base.name).is_dir()
+    return command.replace(str(trained.base_folder), trained.base_name) if local else command
 
 
 def write_folder(place: Path, write: Callable[[Path], None]) -> None:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from parley.errors import RunError
 from parley.exporting.comparison import Figures, Marks
+from parley.exporting.run_facts import RunFacts
 from parley.versions import library_versions
 
 RECORD_FILE = "export.json"
@@ -27,6 +28,8 @@ class ExportRecord(BaseModel):
         files: size in bytes by name.
         status: "not verified" after --no-verify.
         marks: what had to be reached.
+        training: what the model card says of the run.
+        command: the command line that runs the export, from within its folder.
     """
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -43,6 +46,8 @@ class ExportRecord(BaseModel):
     status: Status = "not verified"
     marks: Marks | None = None
     figures: Figures | None = None
+    training: RunFacts | None = None
+    command: str | None = None
 
     @property
     def name(self) -> str:
