@@ -111,6 +111,8 @@ def test_the_facts_of_a_run(tmp_path: Path) -> None:
         }
     )
     run = RunFolder.create(config)
+    assert "learning rate" not in run_facts(run).settings  # nobody trained with these settings
+    run.events.touch()
     facts = run_facts(run)
     assert facts.data == "rows.jsonl"
     assert facts.dataset is None

@@ -16,7 +16,23 @@ from typing import Annotated, NoReturn
 import typer
 
 import parley
-from parley.cli import bench, chat, demo, doctor, evaluate, export, generate, inspect, plan, report, runs, serve, train
+from parley.cli import (
+    bench,
+    card,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    inspect,
+    plan,
+    push,
+    report,
+    runs,
+    serve,
+    train,
+)
 from parley.cli.terminal import Stopped, complain, err
 from parley.errors import ParleyError, UsageError
 from parley.text import print_text
@@ -31,6 +47,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect.inspect,
     "eval": evaluate.evaluate,
     "export": export.export,
+    "card": card.card,
+    "push": push.push,
     "report": report.report,
     "runs": runs.runs,
     "bench": bench.bench,

@@ -45,7 +45,7 @@ def card_text(record: ExportRecord) -> str:
         f"# {record.run}",
         _status(record),
         _introduction(record),
-        "## Use\n" + _use(record),
+        *_use(record),
     ]
     if record.training is not None:
         sections += ["## Training", *_training(record.training)]
@@ -97,11 +97,10 @@ def _introduction(record: ExportRecord) -> str:
     return f"{base[0].upper()}{base[1:]}{data} with Parley, exported as {record.name}."
 
 
-def _use(record: ExportRecord) -> str:
-    if record.command is not None:
-        return f"    {record.command}"
+def _use(record: ExportRecord) -> list[str]:
     file = next((name for name in record.files if name.endswith(".gguf")), f"{record.run}.gguf")
-    return "    " + LOADING[record.target].format(base=record.base, file=file)
+    command = record.command or LOADING.get(record.target, "").format(base=record.base, file=file)
+    return [f"## Use\n    {command}"] if command else []
 
 
 def _training(facts: RunFacts) -> list[str]:

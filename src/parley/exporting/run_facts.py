@@ -37,6 +37,8 @@ def run_facts(run: RunFolder) -> RunFacts:
     """The facts of a finished run. What its report.json lacks is left out."""
     config = run.config
     facts = RunFacts(data=_data_name(config.data.source), dataset=_dataset(config), settings=_settings(config))
+    if run.events.is_file():  # else the weights were trained elsewhere, and run.yaml does not say how
+        facts.settings |= _training_settings(config)
     try:
         report = Report.model_validate_json((run.path / "report.json").read_bytes())
         summary = DataSummary.model_validate(report.data_summary)
@@ -67,7 +69,6 @@ def _is_hub_id(source: str) -> bool:
 
 
 def _settings(config: RunConfig) -> dict[str, str]:
-    training = config.training
     found: dict[str, object] = {}
     if config.lora is None:
         found["method"] = "full fine-tuning"
@@ -79,7 +80,12 @@ def _settings(config: RunConfig) -> dict[str, str]:
         targets = lora.target_modules
         found["method"] = f"LoRA{f' ({kind})' if kind else ''}, rank {lora.r}, alpha {lora.lora_alpha:g}"
         found["adapted layers"] = targets if isinstance(targets, str) else ", ".join(sorted(targets or []))
-    found["base weights while training"] = config.model.quantization
+    return {name: str(value) for name, value in found.items()}
+
+
+def _training_settings(config: RunConfig) -> dict[str, str]:
+    training = config.training
+    found: dict[str, object] = {"base weights while training": config.model.quantization}
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     found["batch"] = f"{batch} x {accumulation} conversations a step"
     found["learning rate"] = f"{training.learning_rate:g}, {training.lr_scheduler_type}"
