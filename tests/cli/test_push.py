@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def test_the_files_are_shown_and_nothing_is_sent_in_a_dry_run(parley: Callable[.
 
 def test_without_an_answer_nothing_is_sent(parley: Callable[..., Any], folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("parley.exporting.push.push", lambda upload: pytest.fail("sent"))
-    assert parley("push", folder, "owner/name").code == 1
+    for answer in ("", "n\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+        assert parley("push", folder, "owner/name").code == 1
 
 
 def test_with_yes_it_is_sent(parley: Callable[..., Any], folder: Path, monkeypatch: Any) -> None:
