@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from parley.errors import RunError
 from parley.training.run_diff import diff_runs
-from parley.training.run_outcome import is_alive, process_identity, recorded_outcome
+from parley.training.run_lock import LOCK, Owner, RunLock
+from parley.training.run_outcome import process_identity, recorded_outcome
 from parley.training.run_summary import list_runs, read_run
 
 
@@ -28,40 +27,53 @@ def make_run(path: Path, *events: dict[str, Any], report: Any = None, settings: 
     return path
 
 
-def ended_process() -> dict[str, Any]:
-    """The identity of a process that is no longer there."""
-    process = subprocess.Popen([sys.executable, "-c", "pass"])
-    identity = process_identity() | {"pid": process.pid, "process_started": psutil.Process(process.pid).create_time()}
-    process.wait()
-    return identity
-
-
+ELSEWHERE = json.dumps({"pid": 1, "host": "elsewhere", "boot": "another"})
 STEP = {"event": "step", "step": 3, "loss": 1.5}
 
 
 @pytest.mark.parametrize(
-    ("last", "started", "state"),
+    ("last", "lock", "state"),
     [
-        ({"event": "finished", "step": 3}, process_identity(), "finished"),
-        ({"event": "stopped", "step": 3}, process_identity(), "stopped"),
-        ({"event": "failed", "step": 3}, process_identity(), "failed"),
-        (None, process_identity(), "running"),
-        (None, ended_process(), "failed"),  # killed
-        (None, process_identity() | {"process_started": 1.0}, "failed"),  # the process id is another process's now
-        (None, {"host": "elsewhere", "pid": 1, "process_started": 1.0}, "running"),  # it wrote a moment ago
-        ({"event": "save", "step": 3}, {}, "failed"),
+        ("finished", None, "finished"),
+        ("stopped", None, "stopped"),
+        ("failed", None, "failed"),
+        ("save", None, "failed"),
+        ("save", "{}", "failed"),
+        ("save", json.dumps(asdict(Owner.this_process())), "failed"),  # killed: the file is left, the lock is not
+        ("save", ELSEWHERE, "running"),  # it wrote a moment ago
+        ("stopped", ELSEWHERE, "stopped"),
     ],
 )
-def test_the_state_of_a_run(tmp_path: Path, last: Any, started: dict[str, Any], state: str) -> None:
-    events = [{"event": "start", "step": 0, "max_steps": 10, **started}, STEP, *([last] if last else [])]
-    run = read_run(make_run(tmp_path / "x", *events))
+def test_the_state_of_a_run(tmp_path: Path, last: str, lock: str | None, state: str) -> None:
+    start = {"event": "start", "step": 0, "max_steps": 10, **process_identity()}
+    path = make_run(tmp_path / "x", start, STEP, {"event": last, "step": 3})
+    if lock is not None:
+        (path / LOCK).write_text(lock)
+    run = read_run(path)
     assert (run.state, run.step, run.max_steps, run.loss) == (state, 3, 10, 1.5)
     assert (run.model, run.data) == ("owner/model", "rows.jsonl")
     assert run.size > 100
 
 
+@pytest.mark.parametrize("last", ["start", "stopped", "save"])
+def test_a_run_whose_lock_is_held_is_running(tmp_path: Path, last: str) -> None:
+    """Also before its first event, and while a run that was stopped is loaded again."""
+    path = make_run(tmp_path / "x", STEP, {"event": last, "step": 3})
+    lock = RunLock(path)
+    assert read_run(path).state == "running"
+    lock.release()
+    assert read_run(path).state == ("stopped" if last == "stopped" else "failed")
+
+
+def test_a_lock_that_is_a_pipe_does_not_block(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "x", STEP)
+    os.mkfifo(path / LOCK)
+    assert read_run(path).state == "failed"
+
+
 def test_a_silent_run_of_another_machine_has_ended(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "x", {"event": "start", "step": 0, "host": "elsewhere", "pid": 1}, STEP)
+    path = make_run(tmp_path / "x", {"event": "start", "step": 0}, STEP)
+    (path / LOCK).write_text(ELSEWHERE)
     for file in path.iterdir():
         os.utime(file, (1e9, 1e9))
     assert read_run(path).state == "failed"
@@ -70,7 +82,7 @@ def test_a_silent_run_of_another_machine_has_ended(tmp_path: Path) -> None:
 def test_a_resumed_run_goes_by_its_last_start(tmp_path: Path) -> None:
     start = {"event": "start", "step": 0, "max_steps": 10, **process_identity()}
     path = make_run(tmp_path / "x", start, STEP, {"event": "stopped", "step": 3}, start | {"step": 3, "max_steps": 20})
-    assert (read_run(path).state, read_run(path).max_steps) == ("running", 20)
+    assert (read_run(path).state, read_run(path).max_steps) == ("failed", 20)
 
 
 def test_runs_of_older_versions_have_no_outcome(tmp_path: Path) -> None:
@@ -198,9 +210,3 @@ def test_a_run_that_is_stopped_says_so_and_one_that_did_not_begin_says_nothing()
     with recorded_outcome(log):  # type: ignore[arg-type]
         pass
     assert log.events == []
-
-
-def test_a_process_is_known_by_more_than_its_number() -> None:
-    assert is_alive(process_identity()) is True
-    assert is_alive(process_identity() | {"host": "elsewhere"}) is None
-    assert is_alive({}) is None

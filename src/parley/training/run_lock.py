@@ -43,7 +43,7 @@ class Owner:
     def read(cls, path: Path) -> Owner | None:
         """None where the file is missing, empty, or not what `RunLock` writes: its writer died before it was done."""
         try:
-            values = read_json(path)
+            values = read_json(path) if path.is_file() else {}
             return cls(int(values["pid"]), str(values["host"]), str(values["boot"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -110,7 +110,7 @@ class RunLock:
 def is_locked(folder: Path) -> bool:
     """Whether a process of this machine writes into `folder`."""
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not block
     except OSError:
         return False
     try:
@@ -122,3 +122,9 @@ def is_locked(folder: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+def is_locked_elsewhere(folder: Path) -> bool:
+    """Whether `folder` has the lock of another machine, whose kernel alone knows if its process is alive."""
+    owner = Owner.read(folder / LOCK)
+    return owner is not None and not owner.is_local

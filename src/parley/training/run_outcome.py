@@ -1,4 +1,4 @@
-"""How a run ended, as the last word of its event log, and which process writes it: for `parley runs`."""
+"""How a run ended, as the last word of its event log, and which process wrote it: for `parley runs`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 if TYPE_CHECKING:
     from parley.training.callbacks import EventLog
@@ -39,16 +37,5 @@ def recorded_outcome(log: EventLog) -> Iterator[Outcome]:
 
 
 def process_identity() -> dict[str, Any]:
-    """This process, for the `start` event. A process id alone is given to another process later."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "process_started": psutil.Process().create_time()}
-
-
-def is_alive(started: dict[str, Any]) -> bool | None:
-    """Whether the process of a `start` event still runs; None where it is another machine's, or is not said."""
-    pid, when = started.get("pid"), started.get("process_started")
-    if started.get("host") != socket.gethostname() or not isinstance(pid, int) or not isinstance(when, int | float):
-        return None
-    try:
-        return 0 < pid < 2**31 and abs(psutil.Process(pid).create_time() - when) < 1
-    except psutil.Error:
-        return False
+    """Where a run ran, for the `start` event. Whether it still runs is what `run.lock` says."""
+    return {"host": socket.gethostname(), "pid": os.getpid()}

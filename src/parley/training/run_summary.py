@@ -17,7 +17,8 @@ from typing import Any, Literal
 
 from parley.errors import RunError
 from parley.safe_yaml import read_yaml_file
-from parley.training.run_outcome import OUTCOMES, is_alive
+from parley.training.run_lock import is_locked, is_locked_elsewhere
+from parley.training.run_outcome import OUTCOMES
 
 State = Literal["running", "finished", "stopped", "failed", "broken"]
 MOST_BYTES = 256 * 2**20  # of a file that is read, as in rebuild_report
@@ -135,12 +136,12 @@ def _read_events(run: RunSummary, path: Path) -> None:
 
 
 def _state(run: RunSummary, path: Path, started: dict[str, Any], outcome: str | None) -> State:
+    # The lock is held from before the model is loaded until all is written, also by a run that is resumed.
+    if is_locked(path):
+        return "running"
     if outcome is not None:
         return outcome  # type: ignore[return-value]
-    alive = is_alive(started) if started else None
-    if alive is None and started.get("host") is not None:
-        alive = time.time() - run.date < SILENT_SECONDS
-    if alive:
+    if is_locked_elsewhere(path) and time.time() - run.date < SILENT_SECONDS:
         return "running"
     # Runs of versions that wrote no outcome: a page is written when all is done.
     if not started.get("host") and (path / "report.html").is_file() and _has_weights(path):
