@@ -14,3 +14,11 @@ def file_size(size: int) -> str:
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple
+
+
+def short_count(count: int) -> str:
+    """1.24 B for 1,235,814,400; parameters are counted so."""
+    for unit, name in [(1e9, "B"), (1e6, "M"), (1e3, "k")]:
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return str(count)

@@ -23,7 +23,16 @@ def test_a_plan_is_a_table(parley: Callable[..., Any], settings: Path, tmp_path:
     ended = parley("plan", settings, "--gpu-memory", "8GiB", "--set", "training.max_steps=5")
     assert ended.code == 0, ended.err
     assert set(tmp_path.rglob("*")) == before
-    for said in ("5 steps", "base weights", "CUDA context", "in all", "time: about", "disk: ", "fits: "):
+    for said in (
+        " k parameters, ",
+        "5 steps",
+        "base weights",
+        "CUDA context",
+        "in all",
+        "time: about",
+        "disk: ",
+        "fits: ",
+    ):
         assert said in ended.out
 
 

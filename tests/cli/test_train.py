@@ -143,3 +143,11 @@ def test_resuming_what_is_no_run_is_one_line(parley: Callable[..., Any], tmp_pat
     ended = parley("train", "--resume", tmp_path / "absent")
     assert ended.code == 1
     assert "no run there" in ended.err
+
+
+def test_resuming_prints_nothing_of_the_libraries(parley_process: Callable[..., Any], tmp_path: Path) -> None:
+    """bitsandbytes warns at its import of kernels that are not used: in a process of its own, as it does so once."""
+    ended = parley_process("train", "--resume", tmp_path / "absent")
+    assert (ended.code, ended.out) == (1, "")
+    assert ended.err.startswith("parley: error: ")
+    assert ended.err.count("\n") == 1

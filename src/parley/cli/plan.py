@@ -13,6 +13,7 @@ from rich.text import Text
 from parley.cli.terminal import importing, out, quiet_libraries
 from parley.cli.train import run_config
 from parley.text import print_text, visible
+from parley.units import short_count
 
 if TYPE_CHECKING:
     from parley.training.plan.memory import MemoryEstimate
@@ -61,8 +62,8 @@ def plan(
 def _print(planned: RunPlan) -> None:
     from parley.training.formatting import duration
 
-    parameters, trained = planned.parameters / 1e9, planned.trained_parameters / 1e6
-    print_text(out, f"{planned.model}: {parameters:.2f} B parameters, {trained:.1f} M trained")
+    parameters, trained = short_count(planned.parameters), short_count(planned.trained_parameters)
+    print_text(out, f"{planned.model}: {parameters} parameters, {trained} trained")
     rows = "a stream" if planned.rows is None else f"{planned.rows:,} rows of up to {planned.longest_row:,} tokens"
     print_text(out, f"{rows}; {planned.steps:,} steps, {planned.tokens:,} tokens")
     out.print(_memory_table(planned))

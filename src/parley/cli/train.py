@@ -76,8 +76,10 @@ def until_stopped(start: Callable[[], RunResult], output: Path) -> None:
 
 def _resumed_config(run: Path, settings: list[str]) -> RunConfig:
     """The settings of a run, with those of --set changed."""
-    from parley.config import RunConfig
-    from parley.training.run_folder import RunFolder
+    with importing():
+        quiet_libraries()  # before RunFolder, whose libraries warn while they are imported
+        from parley.config import RunConfig
+        from parley.training.run_folder import RunFolder
 
     folder = RunFolder.existing(run)
     return RunConfig.create(folder.config.model_dump(mode="json"), settings) if settings else folder.config

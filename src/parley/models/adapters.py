@@ -37,6 +37,7 @@ from parley.models.lora_targets import target_modules
 from parley.models.patterns import matching
 from parley.models.quantization import quantization_of
 from parley.models.residual_init import ResidualInitModel, is_residual_init
+from parley.units import short_count
 
 logger = logging.getLogger(__name__)
 
@@ -255,14 +256,7 @@ def trainable_summary(model: Any) -> str:
     trained = model.num_parameters(only_trainable=True)
     added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name)
     total = model.num_parameters() - added
-    return f"{_short(trained)} of {_short(total)} parameters are trained ({trained / total:.2%})"
-
-
-def _short(count: int) -> str:
-    for unit, name in [(1e9, "B"), (1e6, "M"), (1e3, "k")]:
-        if count >= unit:
-            return f"{count / unit:.3g} {name}"
-    return str(count)
+    return f"{short_count(trained)} of {short_count(total)} parameters are trained ({trained / total:.2%})"
 
 
 def _lora_config(section: LoraSection) -> LoraConfig:
