@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -87,3 +89,20 @@ def test_a_folder_that_holds_only_a_dead_lock_is_free(tmp_path: Path) -> None:
     assert (tmp_path / "run.yaml").is_file()
     folder.unlock()
     assert not (tmp_path / LOCK).exists()
+
+
+def test_without_locks_of_the_file_system_the_process_of_the_file_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    lock = RunLock(tmp_path)
+    assert "this file system has no locks" in caplog.text
+    assert is_locked(tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", "pass"])
+    ended.wait()
+    (tmp_path / LOCK).write_text(json.dumps({**json.loads((tmp_path / LOCK).read_text()), "pid": ended.pid}))
+    assert not is_locked(tmp_path)
+    lock.release()

@@ -16,6 +16,8 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from parley.errors import RunError
 from parley.training.checkpoint import read_json
 
@@ -117,8 +119,9 @@ def is_locked(folder: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
-        return False
+    except OSError:  # a file system without locks, as Lustre may be
+        owner = Owner.read(folder / LOCK)
+        return owner is not None and owner.is_local and psutil.pid_exists(owner.pid)
     finally:
         os.close(descriptor)
     return False
