@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 import parley
 from parley.errors import ModelError
 from parley.exporting.trained_model import open_run
+from parley.exporting.weights import CheckpointWeights
 
 KINDS = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -52,6 +53,19 @@ def test_dequantised_weights_are_merged_into_and_it_is_said(
     assert done.record.figures.mean_kl is not None
     assert done.record.figures.mean_kl < 1e-3
     assert "quantization_config" not in (done.folder / "config.json").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("kind", "bias"), [("nf4", 0.02), ("fp4", 0.03), ("int8", 0.002)])
+def test_a_dequantised_matrix_is_the_original_without_a_bias(
+    kind: str, bias: float, quantized_base: Callable[[str], Path], build_family: Callable[[str], Path]
+) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    original = load_file(build_family("llama") / "model.safetensors")[name]
+    got = CheckpointWeights(quantized_base(kind)).get(name)
+    assert got.dtype == torch.float32
+    slope = (got * original).sum() / (original * original).sum()
+    assert abs(slope.item() - 1) < bias
+    assert (got - original).norm() < 0.15 * original.norm()
 
 
 def test_the_16_bit_original_takes_its_place(
