@@ -89,7 +89,9 @@ LORA: dict[str, dict[str, Any] | None] = {
 }  # fmt: skip
 
 
-def build(shape: str, quantization: str, layers: int | None = None, lora: str = "plain") -> nn.Module:
+def build(
+    shape: str, quantization: str, layers: int | None = None, lora: str = "plain", device: str = "cuda"
+) -> nn.Module:
     """A model of this shape with LoRA r = 16 on all projections, quantised on the GPU, never on disk.
 
     `lora`: a key of LORA; "full" trains every weight instead.
@@ -99,8 +101,8 @@ def build(shape: str, quantization: str, layers: int | None = None, lora: str = 
         sizes["num_hidden_layers"] = layers
     torch.manual_seed(0)
     config = AutoConfig.for_model(**sizes)
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
     model.requires_grad_(False)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from signal import Signals
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -48,15 +48,18 @@ from parley.training.prepare_training import (
     prepare_data,
     prepare_training,
     print_mask,
+    processes_notes,
     resolve_adapter,
     rows_per_step,
 )
+from parley.training.processes import from_main, is_main_process, joined_processes, on_sudden_end
 from parley.training.report import Report, write_figures, write_report
 from parley.training.resource_usage import ResourceMeter, StageTimer, device_name, memory_total, release_cached_memory
 from parley.training.resume_run import ResumedRun, open_to_resume
 from parley.training.run_folder import RunFolder
 from parley.training.run_outcome import recorded_outcome
 from parley.training.run_training import broken_weights, build_trainer, run_training, training_resources
+from parley.training.scratch_folder import ScratchFolder
 from parley.training.signals import StopSignals
 from parley.training.step_faults import StepFaultLog
 from parley.training.step_monitor import NonfiniteStepError
@@ -102,6 +105,8 @@ def train(
     A run that takes no step leaves no folder. Ctrl-C, SIGTERM and SIGHUP end training after the step under way, with a
     checkpoint; a second one raises KeyboardInterrupt at once. SIGUSR1 saves a checkpoint and continues.
 
+    Where a launcher started several processes (torchrun), they train together, and the first one prints and writes.
+
     Args:
         resume: a run's folder, to continue from its last whole checkpoint. `config` may then change what does not
             change a step: more steps, logging, saving, evaluation; without it the run's own settings are used.
@@ -109,10 +114,12 @@ def train(
     Raises UsageError, DataError, ModelError, DeviceError or RunError, and TrainingError where training ends in a loss
     or in weights that are not finite.
     """
-    console = console or Console()
-    with StopSignals() as signals, ExitStack() as stack:
+    with joined_processes(), StopSignals() as signals, ExitStack() as stack:
+        console = console or Console()
+        if not is_main_process():
+            console = Console(quiet=True)
         if resume is not None:
-            resumed = open_to_resume(Path(resume), config, console)
+            resumed = _open_to_resume(Path(resume), config, console)
             stack.callback(resumed.folder.unlock)
             return _train(resumed.config, console, signals, resumed)
         if config is None:
@@ -123,11 +130,12 @@ def train(
 def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: ResumedRun | None) -> RunResult:
     timer = StageTimer()
     # Settings, device and output folder come first: they are checked in a second, a model may take minutes to load.
-    if resumed is None:
+    if resumed is None and is_main_process():
         RunFolder.check_output(config.output)
     args, notes = _training_arguments(config)
     if config.training.deterministic:
         fix_cublas_workspaces()
+    notes += processes_notes(config.training)
 
     setup = prepare_training(config, console, timer)
     check_tokens(args, setup.tokenizer, "training.")
@@ -136,8 +144,15 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
         config, setup.data.heldout_examples, setup.tokenizer, max_positions(setup.model.config)
     )
 
-    folder = RunFolder.create(config) if resumed is None else resumed.folder
+    folder = _new_folder(config) if resumed is None else resumed.folder
     log = EventLog(folder.events, setup.device)
+
+    def leave() -> None:
+        if log.steps_done == 0 and resumed is None:
+            folder.discard()
+        folder.unlock()
+
+    on_sudden_end(leave)
     try:
         with recorded_outcome(log) as outcome:
             result = _run(setup, args, notes, questions, folder, log, timer, console, signals, resumed)
@@ -148,9 +163,7 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
             raise
         raise RunError(f"{fault} while writing into {folder.path}; free space, then {folder.resume_command}") from None
     finally:
-        if log.steps_done == 0 and resumed is None:
-            folder.discard()
-        folder.unlock()
+        leave()
 
 
 def _run(
@@ -214,6 +227,7 @@ def _run(
     except NonfiniteStepError as error:
         raise failed.stopped_at(error) from None
     trainer.remove_callback(last_good)
+    signals.agree()
     if signals.received is not None:
         return _stopped(trainer, setup, report, folder, log, signals.received)
     log.kept_step, kept_notes = validation.finish(trainer)
@@ -270,6 +284,20 @@ def dry_run(config: RunConfig, console: Console) -> None:
 def demo(output: Path, console: Console | None = None) -> RunResult:
     """Train the embedded model to talk like a pirate."""
     return train(RunConfig.create(DEMO_SETTINGS | {"output": str(output)}), console)
+
+
+def _new_folder(config: RunConfig) -> RunFolder:
+    return RunFolder.create(config) if is_main_process() else ScratchFolder(config.output)
+
+
+def _open_to_resume(path: Path, config: RunConfig | None, console: Console) -> ResumedRun:
+    """As `open_to_resume`, by the main process for all."""
+    if is_main_process():
+        resumed = open_to_resume(path, config, console)
+        from_main((resumed.config, resumed.checkpoint, resumed.changed))
+        return resumed
+    settings, checkpoint, changed = cast(tuple[RunConfig, Path | None, dict[str, Any]], from_main(None))
+    return ResumedRun(ScratchFolder(path), settings, checkpoint, changed)
 
 
 def _training_arguments(config: RunConfig) -> tuple[Any, list[str]]:

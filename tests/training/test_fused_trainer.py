@@ -231,7 +231,6 @@ REFUSED: dict[str, Callable[[SFTTrainer, pytest.MonkeyPatch], None]] = {
     "loss dft": lambda made, patch: patch.setattr(made.args, "loss_type", "dft"),
     "a loss function of its own": lambda made, patch: patch.setattr(made, "compute_loss_func", lambda *_: None),
     "NEFTune noise": lambda made, patch: patch.setattr(made.args, "neftune_noise_alpha", 5.0),
-    "several processes": lambda made, patch: patch.setattr(type(made.accelerator), "num_processes", 2),
     "optimizer target modules": lambda made, patch: patch.setattr(made.args, "optim_target_modules", ["q_proj"]),
     "torch.float32 weights trained in bfloat16": lambda made, patch: patch.setattr(made.args, "bf16", True),
 }

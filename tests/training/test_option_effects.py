@@ -49,7 +49,7 @@ FOLLOWED = {
     "padding_free",
     # of the model: TRL refuses it where the model has no router
     "router_aux_loss_coef",
-    # of several processes, where the plain path is taken
+    # of several processes, for batches of a collator of the user's own
     "ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph",
     "ddp_timeout", "parallelism_config",
 }  # fmt: skip

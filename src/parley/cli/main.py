@@ -33,7 +33,7 @@ from parley.cli import (
     serve,
     train,
 )
-from parley.cli.terminal import Stopped, complain, err
+from parley.cli.terminal import Stopped, complain, err, is_first_process
 from parley.errors import ParleyError, UsageError
 from parley.text import print_text
 
@@ -91,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         complain(f"{error.format_message().rstrip('.')}; {_help_for(given)} lists what there is")
         code = error.exit_code
     except Stopped as stop:
-        print_text(err, f"parley: stopped; {stop}", wrap=False)
+        if is_first_process():
+            print_text(err, f"parley: stopped; {stop}", wrap=False)
         code = stop.code
     except BrokenPipeError:  # stdout has no reader any more, as after `| head`
         code = 1
@@ -101,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         complain(f"{error.filename}: the name is too long for a file; give a shorter one")
         code = UsageError.exit_code
     else:
-        if code == INTERRUPTED:
+        if code == INTERRUPTED and is_first_process():
             err.print("parley: stopped")
     _flush_stdout()
     sys.exit(code)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import warnings
 from collections.abc import Iterator
@@ -60,9 +61,19 @@ def watch_interrupts() -> Iterator[Interrupts]:
         signal.signal(signal.SIGINT, previous)
 
 
+def rank_prefix() -> str:
+    """`rank 1: ` where a launcher started several processes."""
+    return f"rank {os.environ.get('RANK', '0')}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+
+
+def is_first_process() -> bool:
+    """Whether this is the one process, of those that a launcher started, that prints."""
+    return not rank_prefix() or os.environ.get("RANK", "0") == "0"
+
+
 def complain(message: str) -> None:
     """Print an error on one visible line of stderr, unwrapped and at most LONGEST characters long."""
-    prefix = "parley: error: "
+    prefix = f"parley: error: {rank_prefix()}"
     line = shorten_middle(one_line(message, len(message) + 1), LONGEST - len(prefix))
     # soft_wrap keeps the error on one line for scripts, however narrow the terminal.
     err.print(Text.assemble((prefix, "bold red"), line), soft_wrap=True)
@@ -115,7 +126,7 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not used
     parley_logger = logging.getLogger("parley")  # Parley's own decisions are printed
     parley_logger.handlers = [VisibleHandler(console=out, show_time=False, show_level=False, show_path=False)]
-    parley_logger.setLevel(logging.INFO)
+    parley_logger.setLevel(logging.INFO if is_first_process() else logging.CRITICAL)
     # Propagated records would be printed a second time by the root handler.
     parley_logger.propagate = False
     warnings.filterwarnings("ignore", module=r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl)\b")

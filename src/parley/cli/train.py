@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from parley.cli import launch
 from parley.cli.terminal import Stopped, importing, out, quiet_libraries
 from parley.errors import UsageError
 
@@ -37,6 +38,19 @@ def train(
             metavar="RUN", help="Continue the run in this folder from its last checkpoint, with its settings."
         ),
     ] = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="N|all", help="Train on so many GPUs of this machine, a process on each."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Train in so many processes on the CPU.")
+    ] = None,
+    scale_batch: Annotated[
+        bool,
+        typer.Option(
+            "--scale-batch", help="Several processes: the batch settings are those of each, not of the whole step."
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the data, the mask and the number of steps; write nothing.")
     ] = False,
@@ -47,20 +61,51 @@ def train(
     """
     if resume is not None:
         given: dict[str, object] = {"a YAML file": config, "--model": model, "--data": data, "--output": output}
-        given |= {"--method": method, "--dry-run": dry_run}
+        given |= {"--method": method, "--dry-run": dry_run, "--scale-batch": scale_batch}
         if extra := [name for name, value in given.items() if value]:
             raise UsageError(f"--resume continues a run with its own settings: leave {extra[0]} out; --set changes one")
         run = _resumed_config(resume, settings or [])
     else:
         run = run_config(config, settings or [], model, data, output, method)
+    if dry_run and (gpus or processes):
+        raise UsageError("--dry-run looks at data and settings alone: leave --gpus and --processes out")
+    if gpus is not None or processes is not None:
+        count = launch.gpu_processes(gpus, run) if gpus is not None else launch.cpu_processes(processes or 1, run)
+        if count > 1:
+            options = _options(settings, model, data, output, resume, method, scale_batch)
+            launch.launch(count, ["train", *([str(config)] if config else []), *options])
+            return
     with importing():
         quiet_libraries()
         from parley import pipeline
+        from parley.training.processes import joined_processes, process_count
 
     if dry_run:
         pipeline.dry_run(run, console=out)
         return
-    until_stopped(lambda: pipeline.train(run, console=out, resume=resume), run.output)
+
+    def start() -> RunResult:
+        with joined_processes():
+            if scale_batch:
+                run.training.gradient_accumulation_steps *= process_count()
+            return pipeline.train(run, console=out, resume=resume)
+
+    until_stopped(start, run.output)
+
+
+def _options(
+    settings: list[str] | None,
+    model: str | None,
+    data: str | None,
+    output: Path | None,
+    resume: Path | None,
+    method: str | None,
+    scale_batch: bool,
+) -> list[str]:
+    """The command line of these options, for the processes that are launched."""
+    named = {"--model": model, "--data": data, "--output": output, "--resume": resume, "--method": method}
+    options = [f"{name}={value}" for name, value in named.items() if value is not None]
+    return [*options, *(f"--set={setting}" for setting in settings or []), *(["--scale-batch"] * scale_batch)]
 
 
 def until_stopped(start: Callable[[], RunResult], output: Path) -> None:

@@ -13,6 +13,7 @@ from parley.inference.generate import generate
 from parley.training.check_settings import check_best_metric
 from parley.training.fused_trainer import FusedTrainer
 from parley.training.prepare_training import TrainingSetup
+from parley.training.processes import from_all, process_count, process_rank
 from parley.training.report import Scores
 
 
@@ -57,7 +58,11 @@ def answer_questions(
     """
     model, tokenizer, greedy = setup.model, setup.tokenizer, _greedy(setup)
     with console.status("answering held-out questions"):
-        evaluation.answers = greedy_answers(setup, questions, base=base)
+        # Each process answers every n-th question.
+        count, rank = process_count(), process_rank()
+        own = greedy_answers(setup, questions[rank::count], base=base)
+        shares = [iter(share) for share in from_all(own)]
+        evaluation.answers = [next(shares[index % count]) for index in range(len(questions))]
         if setup.config.data.source == DEMO_DATA and tokenizer.chat_template:
             rated = heldout_questions()
             answers = generate(model, tokenizer, [question.messages for question in rated], greedy, base=base)
@@ -67,6 +72,8 @@ def answer_questions(
 def greedy_answers(setup: TrainingSetup, questions: list[Question], *, base: bool = False) -> list[str]:
     """Answers of the `base` model or of the adapter as it is now."""
     prompts = [question.messages for question in questions]
+    if not prompts:
+        return []
     return generate(
         setup.model,
         setup.tokenizer,

@@ -24,7 +24,10 @@ OPTIMIZER_BLOCK = 256  # 8-bit AdamW quantises its state in such blocks: none ma
 
 
 class FlatAdapters:
-    """`weight_Z` (a Parameter), `grad_Z`, and for each parameter its views in `weights` and `gradients`."""
+    """`weight_Z` (a Parameter), `grad_Z`, and for each parameter its views in `weights` and `gradients`.
+
+    `reduce_buffer` is `metrics_3` and `grad_Z` in one contiguous buffer.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
@@ -38,8 +41,12 @@ class FlatAdapters:
             if self.trainable[index]:
                 trainable_size = size
         weight = torch.zeros(size, dtype=torch.float32, device=device)
+        # Metrics before the gradients, so that both are summed over processes in one operation.
+        with_metrics = torch.zeros(OPTIMIZER_BLOCK + size, dtype=torch.float32, device=device)
+        self.metrics_3 = with_metrics[:3]
+        self.reduce_buffer = with_metrics[: OPTIMIZER_BLOCK + trainable_size]
         # Gradients of frozen parameters are scratch: a kernel computes those of A and B together.
-        gradient = torch.zeros_like(weight)
+        gradient = with_metrics[OPTIMIZER_BLOCK:]
         self.weight_Z = nn.Parameter(weight[:trainable_size])
         self.grad_Z = gradient[:trainable_size]
         self.weight_Z.grad = self.grad_Z

@@ -70,7 +70,7 @@ class FusedStep:
         self.positions = 0
         self.rope = self._rope_tables(plan.positions)
         self.staging = StagingBuffer(bound.device, plan.tokens + plan.pad_multiple)
-        self.metrics_3 = torch.zeros(3, dtype=torch.float32, device=bound.device)
+        self.metrics_3 = bound.flat.metrics_3
         self.matrices = FusedMatrixCache(bound.linears, 4, self.ops, bound.dtype, bound.device)
         on_cpu = bound.device.type == "cpu"
         self.row_multiple = ONEDNN_ROW_MULTIPLE if on_cpu else 1  # of a pass without a graph

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from parley.training.early_stopping import Evaluated, evaluations, lowest
 from parley.training.last_good_weights import trained_parameters
+from parley.training.processes import copy_from_main, from_main, is_main_process
 
 
 class BestWeights(TrainerCallback):
@@ -48,12 +49,18 @@ class BestWeights(TrainerCallback):
 
         Weights that are gone, as those from before a resumed checkpoint of another run, do not count.
         """
-        best = lowest([each for each in evaluations(state) if each.step == state.global_step or self._has(each.step)])
+        # The main process alone has the folder.
+        best = from_main(
+            lowest([each for each in evaluations(state) if each.step == state.global_step or self._has(each.step)])
+        )
         if best is not None and best.step != state.global_step:
-            saved = load_file(self._path(best.step))
-            with torch.no_grad():
-                for name, parameter in trained_parameters(model).items():
-                    parameter.copy_(saved[name])
+            trained = trained_parameters(model)
+            if is_main_process():
+                saved = load_file(self._path(best.step))
+                with torch.no_grad():
+                    for name, parameter in trained.items():
+                        parameter.copy_(saved[name])
+            copy_from_main(list(trained.values()))
         return best
 
     def _path(self, step: int) -> Path:

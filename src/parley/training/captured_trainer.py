@@ -17,6 +17,7 @@ from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import CapturedStep, base_of, packed_logits
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_trainer import METRICS, PackedTrainer
+from parley.training.processes import sum_all_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,7 @@ class CapturedTrainer(PackedTrainer):
             raise Unsupported(reason)
         for unsupported, reason in (
             (self.compute_loss_func is not None, "a loss function of its own"),
-            (self.accelerator.num_processes > 1, "several processes"),
+            (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed or FSDP"),
             (vars(self.model.config).get("output_router_logits", False), "the router's auxiliary loss"),
         ):
             if unsupported:
@@ -85,8 +86,7 @@ class CapturedTrainer(PackedTrainer):
 
     def _pass_tokens(self) -> int:
         longest = int(self.row_lengths().max())
-        rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return captured_pass_tokens(longest, rows)
+        return captured_pass_tokens(longest, self.rows_per_step)
 
     # ---- Training ----
 
@@ -97,10 +97,12 @@ class CapturedTrainer(PackedTrainer):
         if step is None:
             return super()._step_on_documents(model, documents, supervised, divisor)
         self.model.train()
-        count = max(supervised, 1)
-        self._retry_captured("training", documents, lambda: step.forward_backward(documents, divisor))
+        count, share = max(supervised, 1), self.own_share(documents)
+        self._retry_captured("training", share, lambda: step.forward_backward(share, divisor))
         if self.captured_step is None:  # memory ran out for a single document
             return super()._step_on_documents(model, documents, supervised, divisor)
+        if self.deals_documents:
+            sum_all_in_place([*step.gradients, step.metrics_3])
         metrics_3 = step.metrics_3
         for name, index in METRICS.items():
             metrics(self, "train")[name].append(metrics_3[index] / count)
@@ -123,6 +125,8 @@ class CapturedTrainer(PackedTrainer):
             self.model.zero_grad()
             tokens = halved_limit(lengths_of(documents), step.tokens)
             if tokens is None:
+                if self.deals_documents:  # the other processes stay on this path
+                    return False
                 self._give_up_captured_step("out of memory on the captured path")
                 return True
             step.limit_pass(tokens)
@@ -132,7 +136,7 @@ class CapturedTrainer(PackedTrainer):
         def attempt_if_captured() -> Result | None:
             return None if self.captured_step is None else attempt()
 
-        return self.retry(attempt_if_captured, reduce)
+        return self.retry(attempt_if_captured, reduce, collective=False)
 
     def _give_up_captured_step(self, reason: str) -> None:
         self.captured_step, self.plain_because = None, reason
@@ -152,6 +156,7 @@ class CapturedTrainer(PackedTrainer):
         documents, step = inputs.get(DOCUMENTS), self.captured_step
         if documents is None or step is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        documents = self.own_share(documents)
         metrics_3 = self._retry_captured("evaluation", documents, lambda: step.forward_only(documents))
         if metrics_3 is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)

@@ -32,6 +32,7 @@ from parley.library_compat.transformers import (
 from parley.library_compat.trl import metrics, set_tokens_seen, tokens_seen
 from parley.training import checkpoint as files
 from parley.training.determinism import deterministic_algorithms, fix_cublas_workspaces
+from parley.training.processes import from_all
 from parley.training.resume_state import (
     ResumeState,
     check_data_unchanged,
@@ -243,8 +244,10 @@ class CheckpointingTrainer(Trainer):
         several = self.args.world_size > 1
         if torch.cuda.is_available():
             states["cuda"] = torch.cuda.get_rng_state_all() if several else torch.cuda.get_rng_state()
-        suffix = f"_{self.args.process_index}" if several else ""
-        torch.save(states, Path(output_dir) / f"rng_state{suffix}.pth")
+        # The main process writes all: the folder may be on its machine alone.
+        for rank, each in enumerate(from_all(states) if several else [states]):
+            if self.args.should_save:
+                torch.save(each, Path(output_dir) / (f"rng_state_{rank}.pth" if several else "rng_state.pth"))
 
     def _collect_callback_states(self) -> None:
         """Put the states of callbacks into the trainer's, as Trainer does before it writes it."""

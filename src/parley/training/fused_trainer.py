@@ -29,6 +29,7 @@ from parley.training.optimizer_memory import state_bytes
 from parley.training.optimizer_state import StateLayout, check_shapes, with_parameter_state
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_trainer import METRICS
+from parley.training.processes import sum_in_place
 from parley.training.regional_compile import MIN_STEPS, compile_layers
 from parley.training.rehearsal import rehearse_saving
 from parley.training.resume_state import this_device
@@ -186,7 +187,7 @@ class FusedTrainer(CapturedTrainer):
             self.record_reduction("rehearsal", "training.memory: low")
             return True
 
-        return self.retry(build, reduce)
+        return self.retry(build, reduce, collective=False)
 
     def _check_options(self) -> None:
         """Raises Unsupported for an option that the fused step does not implement."""
@@ -195,7 +196,6 @@ class FusedTrainer(CapturedTrainer):
         for unsupported, reason in (
             (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed or FSDP"),
             (self.compute_loss_func is not None, "a loss function of its own"),
-            (self.accelerator.num_processes > 1, "several processes"),
         ):
             if unsupported:
                 raise Unsupported(reason)
@@ -210,18 +210,13 @@ class FusedTrainer(CapturedTrainer):
         same_device = resumed is not None and resumed.device == this_device(self.args.device)
         if resumed is not None and resumed.plan and same_device and memory == self.memory:
             return MemoryPlan(**resumed.plan)
-        return make_plan(bound, memory, self.row_lengths(), self._rows_per_step, state_bytes(self.args.optim))
+        return make_plan(bound, memory, self.row_lengths(), self.rows_per_step, state_bytes(self.args.optim))
 
     def recorded_plan(self) -> dict[str, Any] | None:
         return None if self.fused_step is None else dataclasses.asdict(self.fused_step.plan)
 
     def recorded_settings(self) -> dict[str, Any]:
         return super().recorded_settings() | {"engine": self.engine, "memory": self.memory}
-
-    @property
-    def _rows_per_step(self) -> int:
-        """Rows of an optimizer step in this process."""
-        return self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
 
     # ---- Training ----
 
@@ -233,8 +228,9 @@ class FusedTrainer(CapturedTrainer):
             return super()._step_on_documents(model, documents, supervised, divisor)
         if not self.model.training:
             self.model.train()
-        count = max(supervised, 1)
-        self._retry_fused("training", documents, lambda: step.forward_backward(documents, divisor))
+        count, share = max(supervised, 1), self.own_share(documents)
+        self._retry_fused("training", share, lambda: step.forward_backward(share, divisor))
+        sum_in_place(step.bound.flat.reduce_buffer)  # metrics and gradient
         step.bound.flat.drop_frozen_gradients()
         step.bound.flat.expose_gradients()
         metrics_3 = step.metrics_3
@@ -262,7 +258,7 @@ class FusedTrainer(CapturedTrainer):
             self.record_reduction(during, f"passes of at most {tokens:,} tokens")
             return True
 
-        return self.retry(attempt, reduce)
+        return self.retry(attempt, reduce, collective=False)
 
     def _clip_grad_norm(self, model: Any) -> torch.Tensor:
         if self.fused_step is None:
@@ -303,6 +299,7 @@ class FusedTrainer(CapturedTrainer):
         documents, step = inputs.get(DOCUMENTS), self.fused_step
         if documents is None or step is None or not adapters_enabled(self.model):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        documents = self.own_share(documents)
         metrics_3 = self._retry_fused("evaluation", documents, lambda: step.forward_only(documents))
         self.sums_5[:3] += metrics_3
         self.sums_5[3] += sum(document.supervised_tokens for document in documents)

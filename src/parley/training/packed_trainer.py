@@ -35,6 +35,8 @@ from parley.data.packing import (
 from parley.errors import UsageError
 from parley.library_compat.trl import copy_figures, metrics, restore_figures, tokens_seen
 from parley.models.packing_isolation import why_not_packed
+from parley.training.data_parallel_trainer import DataParallelTrainer, summed
+from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import (
     EvaluatedRows,
     RandomState,
@@ -46,8 +48,8 @@ from parley.training.out_of_memory import (
     row_count,
     split_rows,
 )
+from parley.training.processes import process_count, process_rank
 from parley.training.rehearsal import rehearse_passes, rehearse_saving, row_lengths
-from parley.training.retrying_trainer import RetryingTrainer
 from parley.training.step_checks import StepChecks
 from parley.training.step_monitor import StepMonitor, drop_nonfinite, fetch
 from parley.training.weighted_loss import WeightedLoss, check_loss_weights
@@ -58,7 +60,7 @@ logger = logging.getLogger(__name__)
 METRICS = {"mean_token_accuracy": 1, "entropy": 2}
 
 
-class PackedTrainer(RetryingTrainer):
+class PackedTrainer(DataParallelTrainer):
     """Put before TRL's SFTTrainer: batches of documents, which other collators' batches pass by.
 
     A pass that runs out of memory is done again in smaller ones. The update of a step whose loss or gradient is not
@@ -119,7 +121,7 @@ class PackedTrainer(RetryingTrainer):
         finally:
             self.data_collator = collator
         loader.device = None
-        return loader
+        return loader if padded else self.read_by_all(loader)
 
     # ---- Training ----
 
@@ -214,7 +216,8 @@ class PackedTrainer(RetryingTrainer):
         return self._sum_over_processes(sum(document.loss_weight for document in documents)) or 1.0
 
     def _sum_over_processes(self, value: float) -> float:
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+        several = self.args.world_size > 1 and not self.deals_documents  # every process has all that are dealt out
+        if several and self.args.average_tokens_across_devices:
             value = self.accelerator.gather(torch.tensor(value, device=self.args.device)).sum().item()
         return value
 
@@ -225,11 +228,19 @@ class PackedTrainer(RetryingTrainer):
 
         `supervised` tokens in the step of all processes; `divisor` of its summed loss.
         """
-        return self._retry_plain("training", documents, lambda: self._plain_passes(model, documents, divisor))
+        loss = self._retry_plain("training", documents, lambda: self._plain_passes(model, documents, divisor))
+        if self.deals_documents:
+            # Trainer multiplies each loss by the number of processes, for DistributedDataParallel's mean.
+            scale = process_count() if self.args.average_tokens_across_devices else 1
+            loss = summed(loss) / scale
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.sum_gradients(trained)
+            torch._foreach_div_([parameter.grad for parameter in trained if parameter.grad is not None], scale)
+        return loss
 
     def _plain_passes(self, model: torch.nn.Module, documents: Sequence[Document], divisor: float) -> torch.Tensor:
         # TRL's own loss, which a pass without weights takes, divides by no less than 1.
-        batches = self._plain_batches(with_weights(documents))
+        batches = self._own_batches(with_weights(documents))
         self.current_gradient_accumulation_steps = len(batches)  # TRL averages a router's auxiliary loss over these
         losses = []
         for batch in batches[:-1]:
@@ -261,6 +272,19 @@ class PackedTrainer(RetryingTrainer):
         """Raises UsageError where an option does not follow loss weights."""
         has_router_loss = vars(self.model.config).get("output_router_logits", False)
         check_loss_weights(self.args, self.compute_loss_func is not None, has_router_loss, has_collator)
+
+    def _own_batches(self, documents: Sequence[Document]) -> list[dict[str, torch.Tensor]]:
+        """This process's passes. Every process has as many, as TRL's figures are collective: the rest are empty."""
+        if not self.deals_documents:
+            return self._plain_batches(documents)
+        shares = [self._plain_batches(share) for share in deal_documents(documents, process_count())]
+        own = shares[process_rank()]
+        return own + [self._empty_batch()] * (max(map(len, shares)) - len(own))
+
+    def _empty_batch(self) -> dict[str, torch.Tensor]:
+        """A pass without a supervised token."""
+        nothing = Document.from_lists([0, 0], [IGNORE_INDEX] * 2)
+        return padding_free_row([nothing]) if self.padded_because is None else self._padded([nothing])
 
     def _plain_batches(self, documents: Sequence[Document]) -> list[dict[str, torch.Tensor]]:
         """Padding-free rows of at most a micro-batch of longest documents, or padded micro-batches."""
@@ -427,8 +451,11 @@ class PackedTrainer(RetryingTrainer):
         """One pass of the plain path over a batch, or a part of one."""
         batch = inputs
         if DOCUMENTS in inputs:
-            documents = inputs[DOCUMENTS]
-            batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
+            documents = self.own_share(inputs[DOCUMENTS])
+            if not documents:
+                batch = self._empty_batch()
+            else:
+                batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
         weights = batch.get(LOSS_WEIGHTS)
         loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
         supervised = batch["labels"][..., 1:] != IGNORE_INDEX
@@ -437,6 +464,8 @@ class PackedTrainer(RetryingTrainer):
         # TRL appends each batch's means; the set's own are weighted by tokens.
         means = [loss, *(metrics(self, "eval")[name].pop() for name in METRICS), 1.0, 1.0]
         sums_5 = torch.stack([torch.as_tensor(mean).to(self.sums_5) for mean in means])
+        if count == 0:  # the mean over nothing is no number
+            sums_5.zero_()
         return EvaluatedRows(sums_5 * sums_5.new_tensor([weight, count, count, count, weight]), logits, labels)
 
     # ---- Checkpoints ----
@@ -457,11 +486,13 @@ class PackedTrainer(RetryingTrainer):
         """As Trainer counts them; the model's parameters are counted once, not at every step."""
         if DOCUMENTS not in inputs:
             return super().floating_point_ops(inputs)
+        inputs = self.counted_inputs(inputs)
         if self._flops_per_token is None:
             self._flops_per_token = super().floating_point_ops({"input_ids": torch.empty(1)})
         return int(self._flops_per_token * sum(len(document.ids_L) for document in inputs[DOCUMENTS]))
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        if documents := inputs.get(DOCUMENTS):
-            inputs = padding_free_row(documents)
+        if DOCUMENTS in inputs:
+            documents = self.counted_inputs(inputs)[DOCUMENTS]
+            inputs = padding_free_row(documents) if documents else {"input_ids": torch.empty(1, 0, dtype=torch.long)}
         super()._track_num_input_tokens(inputs)

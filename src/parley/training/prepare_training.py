@@ -22,6 +22,7 @@ from parley.models.device import pick_device
 from parley.models.load import load_model
 from parley.models.resolve import adapter_chain
 from parley.text import print_text, visible
+from parley.training.processes import process_count
 from parley.training.resource_usage import StageTimer
 
 
@@ -120,6 +121,20 @@ def _check_steps(config: RunConfig, data: Prepared) -> None:
 
 def rows_per_step(training: TrainingSection) -> int:
     return training.per_device_train_batch_size * training.gradient_accumulation_steps
+
+
+def processes_notes(training: TrainingSection) -> list[str]:
+    """How the steps of several processes are made up; nothing for one."""
+    count, rows = process_count(), rows_per_step(training)
+    if count == 1:
+        return []
+    notes = [f"{count} processes: the {rows} conversations of each step are dealt out by their tokens"]
+    if rows < count:
+        notes.append(
+            f"{count - rows} of {count} processes have nothing to do in a step of {rows} conversations: raise "
+            "training.per_device_train_batch_size, or keep the batch settings for each process with --scale-batch"
+        )
+    return notes
 
 
 def planned_steps(training: TrainingSection, rows: int) -> int:

@@ -64,7 +64,7 @@ def rehearse_passes(trainer: PackedTrainer, model: torch.nn.Module) -> None:
 def largest_passes(trainer: PackedTrainer) -> list[int]:
     """Tokens of the documents of the largest passes that a step of `trainer` may have."""
     lengths = np.sort(trainer.row_lengths())[::-1]
-    rows = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+    rows = trainer.rows_per_step
     if len(lengths) < rows and not isinstance(trainer.train_dataset, Dataset):
         lengths = np.repeat(lengths[:1], rows)
     step = [int(length) for length in lengths[:rows]]

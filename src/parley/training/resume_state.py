@@ -24,6 +24,7 @@ from parley.data.packing import ORIGIN
 from parley.errors import DataError, RunError, UsageError
 from parley.text import shorten_middle
 from parley.training.checkpoint import read_json
+from parley.training.processes import process_count
 from parley.versions import library_versions
 
 RESUME_STATE = "resume_state.json"
@@ -159,10 +160,11 @@ def data_fingerprint(dataset: Any) -> dict[str, Any]:
 
 
 def this_device(device: torch.device) -> dict[str, Any]:
-    """What decides rounding on this machine."""
+    """What decides rounding: this machine, and over how many processes sums are split."""
+    processes = {"processes": process_count()}
     if device.type == "cuda":
-        return {"type": "cuda", "name": torch.cuda.get_device_name(device)}
-    return {"type": device.type, "name": platform.machine(), "threads": torch.get_num_threads()}
+        return {"type": "cuda", "name": torch.cuda.get_device_name(device)} | processes
+    return {"type": device.type, "name": platform.machine(), "threads": torch.get_num_threads()} | processes
 
 
 def check_settings_unchanged(checkpoint: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

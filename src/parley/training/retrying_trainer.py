@@ -20,9 +20,9 @@ class RetryingTrainer(CheckpointingTrainer):
         """Whether this is the only process: others would wait for the collective operations of a repeated pass."""
         return self.accelerator.distributed_type == DistributedType.NO
 
-    def retry(self, attempt: Callable[[], Result], reduce: Callable[[], bool]) -> Result:
-        """`attempt()`, again after each `reduce()` while memory runs out; of several processes once."""
-        return retry_smaller(attempt, reduce) if self.runs_alone else attempt()
+    def retry(self, attempt: Callable[[], Result], reduce: Callable[[], bool], *, collective: bool = True) -> Result:
+        """`attempt()`, again after each `reduce()` while memory runs out; where other processes take part, once."""
+        return retry_smaller(attempt, reduce) if self.runs_alone or not collective else attempt()
 
     def record_reduction(self, during: Stage, size: str) -> None:
         """Log it, and write it to the event log of a run, from which the report has it."""

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
-from parley.errors import DeviceError, ParleyError, RunError
+from parley.errors import DeviceError, ParleyError, RunError, UsageError
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import REFUSALS, setting_error
 from parley.training.checkpoint import write_fault
@@ -47,6 +47,7 @@ def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals
             nonfinite=setup.config.training.nonfinite,
             nonfinite_limit=setup.config.training.nonfinite_limit,
             deterministic=setup.config.training.deterministic,
+            **({"scale_batch": False} if setup.config.training.method == "sft" else {}),
         )
     except ParleyError:
         raise
@@ -55,6 +56,11 @@ def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals
     if setup.config.training.save_steps == "auto" and not args.load_best_model_at_end:
         trainer.add_callback(SaveCadence(trainer))
     trainer.add_callback(StopCallback(signals))  # after those that decide whether to save
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UsageError(
+            "FSDP and DeepSpeed: `parley train` does not shard models yet, each process holds a whole one; leave their "
+            "settings out (parley.SFTTrainer takes them, as TRL does)"
+        )
     trainer.remove_callback(PrinterCallback)  # the progress line shows its figures
     for callback in trainer.callback_handler.callbacks:
         # It would be chosen when training begins, and the evaluation before would write to ./runs and go on doing so.

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from parley.training.processes import from_main
+
 if TYPE_CHECKING:
     from parley.training.checkpointing_trainer import CheckpointingTrainer
 
@@ -26,10 +28,10 @@ class SaveCadence(TrainerCallback):
         self._saved_at: float | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._saved_at is None or state.global_step >= state.max_steps:
+        if self._saved_at is None or state.global_step >= state.max_steps or not control.should_save:
             return
-        if perf_counter() - self._saved_at < self.trainer.save_seconds / SHARE:
-            control.should_save = False
+        # Clocks differ between processes, which all save or none: the main one decides.
+        control.should_save = from_main(perf_counter() - self._saved_at >= self.trainer.save_seconds / SHARE)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved_at = perf_counter()

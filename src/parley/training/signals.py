@@ -1,7 +1,8 @@
 """Signals during training: stop after the step with a checkpoint, at once at the second one, or save and continue.
 
 SIGINT (Ctrl-C), SIGTERM (a cluster's grace period, `kill`) and SIGHUP (a closed terminal) stop; SIGUSR1 saves. Handlers
-set flags that a callback reads at the end of a step: nothing is written from within a handler.
+set flags that a callback reads at the end of a step: nothing is written from within a handler. Several processes agree
+there, so that all end after the same step, whichever of them got the signal and when.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from parley.training.processes import is_main_process, largest, peer_failed, process_count
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NOTICE = "\nparley: {} received; the step is finished and saved, then training stops (again: stop at once)\n"
@@ -53,10 +56,17 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._previous = {}
 
+    def agree(self) -> None:
+        """Let every process have received what one of them has."""
+        stop, save = largest(self.received or 0, int(self.save_requested))
+        self.received, self.save_requested = (signal.Signals(stop) if stop else None), bool(save)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.save_requested = self.training
             _notify(_SAVING if self.training else "\nparley: SIGUSR1 received; no step is under way\n")
+            return
+        if peer_failed():  # a launcher ends the others, and so does their own watch: this is nobody's wish to stop
             return
         first, self.received = self.received is None, self.received or signal.Signals(number)
         if first and self.training:
@@ -81,12 +91,16 @@ class StopCallback(TrainerCallback):
         self._carry_out(control)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if process_count() > 1:
+            return  # each agreement waits for all
         self._carry_out(control)  # Trainer logs, evaluates and saves in this order: a signal meanwhile is not too late
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._carry_out(control)
 
     def _carry_out(self, control: TrainerControl) -> None:
+        if self.signals.training:
+            self.signals.agree()
         if self.signals.training and (self.signals.save_requested or self.signals.received):
             control.should_save = True
             control.should_training_stop = control.should_training_stop or self.signals.received is not None
@@ -99,4 +113,5 @@ class StopCallback(TrainerCallback):
 
 
 def _notify(text: str) -> None:
-    os.write(2, text.encode())  # print() may be interrupted by itself
+    if is_main_process():
+        os.write(2, text.encode())  # print() may be interrupted by itself

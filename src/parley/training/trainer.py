@@ -61,6 +61,8 @@ class SFTTrainer(FusedTrainer, trl.SFTTrainer):
         overlong: what becomes of rows over `max_length`, as `data.overlong` in a run's settings. Without a value they
             are dropped, with packing treated as TRL's strategy treats them, and cut at the start where
             `truncation_mode` is "keep_end".
+        scale_batch: with several processes, the batch settings are those of each process, as in TRL; False: of a whole
+            step, whatever the number of processes.
         dataset_text_field, max_seq_length, dataset_num_proc, packing: as in older releases of TRL.
 
     Data sets may hold `input_ids`, with `labels` or a mask, or rows of any format Parley recognises. `data_summaries`
@@ -86,6 +88,7 @@ class SFTTrainer(FusedTrainer, trl.SFTTrainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         train_on: TrainOn = "all",
         overlong: Overlong | None = None,
+        scale_batch: bool = True,
         dataset_text_field: str | None = None,
         max_seq_length: int | None = None,
         dataset_num_proc: int | None = None,
@@ -111,6 +114,7 @@ class SFTTrainer(FusedTrainer, trl.SFTTrainer):
         if custom:
             kwargs["engine"] = "plain"  # the fused step reads documents
         else:
+            args.gradient_accumulation_steps *= args.world_size if scale_batch else 1  # each reads the rows of all
             # Accelerate would dispatch a stream's batches from the first process, as tensors; documents are none.
             args.accelerator_config.dispatch_batches = False
         # Parley's masks need no template that TRL knows: its own preparation is not asked for them.

@@ -56,6 +56,11 @@ class PreferenceTrainer(FusedTrainer):
         self._eval_sums: dict[str, list[float]] = {}  # of an evaluation: each figure's sum, and its weight
         self._eval_tokens = 0  # supervised ones of an evaluation
         super().__init__(*args, **kwargs)
+        if self.args.world_size > 1:
+            raise UsageError(
+                f"preference methods train in one process, and here are {self.args.world_size}: start them without "
+                "--gpus and torchrun"
+            )
         # TRL keeps the reference as a second adapter, which would be saved with the model.
         if isinstance(self.model, PeftModel) and REFERENCE_ADAPTER in self.model.peft_config:
             self.model.delete_adapter(REFERENCE_ADAPTER)
@@ -80,9 +85,9 @@ class PreferenceTrainer(FusedTrainer):
         return np.concatenate([chunk.value_lengths().to_numpy() for chunk in chunks])
 
     @property
-    def _rows_per_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Documents of an optimizer step: each row has two (KTO's have a mismatched one)."""
-        return 2 * super()._rows_per_step
+        return 2 * super().rows_per_step
 
     def rehearse(self, model: torch.nn.Module) -> None:
         # A pass that does not fit is split in two while training.

@@ -1,0 +1,39 @@
+"""The run folder of the processes that write none: a temporary folder, so that every process runs the same program."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from parley.config import RunConfig
+from parley.training.run_folder import RunFolder
+
+
+class ScratchFolder(RunFolder):
+    """Takes a process's event log and report, and no weights. `unlock` removes it.
+
+    Args:
+        shown: the run folder that the main process writes, for messages.
+    """
+
+    def __init__(self, shown: Path) -> None:
+        super().__init__(Path(tempfile.mkdtemp(prefix="parley-process-")))
+        self.shown = shown
+
+    @property
+    def resume_command(self) -> str:
+        return f"parley train --resume {self.shown}"
+
+    def write_config(self, config: RunConfig) -> None:
+        pass
+
+    def save_weights(self, model: Any, tokenizer: Any, full: bool) -> Path:
+        return self.shown / ("model" if full else "adapter")
+
+    def discard(self) -> None:
+        self.unlock()
+
+    def unlock(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)

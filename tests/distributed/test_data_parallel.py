@@ -1,0 +1,86 @@
+"""Runs of several processes learn what a run of one learns, on every path."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tests.distributed.conftest import in_processes
+
+from parley.config import RunConfig
+from parley.pipeline import train
+from parley.training.run_folder import RunFolder
+
+QUIET = Console(quiet=True)
+FIGURES = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens", "learning_rate", "epoch")
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["event"] == kind]
+
+
+def weights(folder: Path) -> torch.Tensor:
+    run = RunFolder(folder)
+    name = "model.safetensors" if run.model.is_dir() else "adapter_model.safetensors"
+    tensors = load_file(run.weights / name)
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
+
+
+def assert_same_run(ours: Path, theirs: Path, *, bound: float = 1e-5) -> None:
+    """Losses, other figures, held-out losses and weights within `bound`; the same answers."""
+    for kind, figures in (("step", FIGURES), ("eval", ("eval_loss", "eval_supervised_tokens"))):
+        pairs = list(zip(events(ours, kind), events(theirs, kind), strict=True))
+        assert pairs
+        for mine, other in pairs:
+            assert mine["step"] == other["step"]
+            for figure in figures:
+                assert mine[figure] == pytest.approx(other[figure], rel=bound, abs=1e-7), (kind, mine["step"], figure)
+    mine, other = weights(ours), weights(theirs)
+    assert float((mine - other).norm() / other.norm()) < bound
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (ours, theirs)]
+    assert reports[0]["answers"] == reports[1]["answers"]
+
+
+@pytest.fixture(scope="module")
+def single(configured: Callable[..., RunConfig]) -> Path:
+    """The run of one process on the fused step."""
+    config = configured()
+    train(config, QUIET)
+    return config.output
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_fused_step_in_several_processes(
+    configured: Callable[..., RunConfig], single: Path, count: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = configured()
+    assert in_processes(count, lambda: train(config, Console(width=200))) == [0] * count
+    assert_same_run(config.output, single)
+    printed = capfd.readouterr().out
+    assert printed.count("step 6/6") == 1  # one process prints
+    assert f"{count} processes: the 5 conversations of each step are dealt out by their tokens" in printed
+    assert "fused step: " in (config.output / "report.html").read_text() or "plain path" not in printed
+    assert not list(config.output.glob("run.lock"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("training.engine=captured",),
+        ("training.engine=plain",),
+        ("training.engine=captured", "lora=null", "training.learning_rate=0.001"),
+    ],
+    ids=["captured", "plain", "all weights"],
+)
+def test_other_paths_in_several_processes(configured: Callable[..., RunConfig], settings: tuple[str, ...]) -> None:
+    alone, together = configured(*settings), configured(*settings)
+    train(alone, QUIET)
+    assert in_processes(3, lambda: train(together, QUIET)) == [0] * 3
+    assert_same_run(together.output, alone.output)
