@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from parley.config import DataSection
 from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.encoding import MaskedText, token_mask
 from parley.data.example import Example
 from parley.data.prepare import prepare
 from parley.data.render import AS_TEXT, AS_TOKENS, UNCLOSED, WEIGHTED, RenderOptions, render, render_example, unwritten
@@ -297,3 +299,26 @@ def template(tiny_tokenizer: Any) -> Any:
         return tokenizer
 
     return with_template
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens", "excluded", "wanted"),
+    [
+        ("BAD GOOD", ["BAD", " G", "OOD"], (0, 4), [" G", "OOD"]),
+        ("BAD GOOD", ["BA", "D G", "OOD"], (0, 4), ["OOD"]),
+        ("BAD  GOOD", ["BAD", " ", " G", "OOD"], (0, 5), [" G", "OOD"]),
+        ("GOOD BAD", ["GOO", "D ", "BAD"], (4, 8), ["GOO", "D "]),
+        ("GOOD BAD", ["GOO", "D B", "AD"], (4, 8), ["GOO"]),
+        ("GO \n ON", ["GO", " \n ", "ON"], (3, 4), ["GO", " \n ", "ON"]),
+    ],
+)
+def test_a_token_that_takes_white_space_alone_from_an_excluded_span_is_supervised(
+    text: str, tokens: list[str], excluded: tuple[int, int], wanted: list[str]
+) -> None:
+    assert "".join(tokens) == text
+    ends = list(accumulate(map(len, tokens)))
+    masked = MaskedText(text, [(0, len(text))], excluded=[excluded])
+    mask = token_mask(
+        list(range(len(tokens))), lambda index: (ends[index] - len(tokens[index]), ends[index]), masked, frozenset()
+    )
+    assert [token for token, kept in zip(tokens, mask, strict=True) if kept] == wanted
