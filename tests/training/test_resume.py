@@ -16,12 +16,15 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import SFTConfig
 
-from parley.config import LLAMA_PROJECTIONS
+from parley.config import LLAMA_PROJECTIONS, RunConfig
 from parley.errors import DataError, RunError, UsageError
 from parley.training.checkpoint import newest_whole
+from parley.training.resume_run import open_to_resume
+from parley.training.run_folder import RunFolder
 from parley.training.trainer import SFTTrainer
 
 STEPS = 8  # six of an epoch of 24 rows, then two of the next
@@ -346,3 +349,20 @@ def test_nothing_in_a_checkpoint_is_unpickled(two_checkpoints: Path) -> None:
         assert path.suffix in {".json", ".safetensors", ".pt", ".pth", ".md", ".jinja"}, path
         if path.suffix in {".pt", ".pth"}:
             torch.load(path, weights_only=True)  # without any safe globals
+
+
+def test_relative_paths_are_no_change_of_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in Python, where the settings that started a run are given again to resume it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "model").mkdir()
+    config = RunConfig.create({"model": "model", "data": {"source": "rows.jsonl", "heldout": "rows.jsonl"}})
+    config.output = Path("run")
+    RunFolder.create(config).unlock()
+    more = config.model_copy(deep=True)
+    more.training.max_steps = 9
+    resumed = open_to_resume(Path("run"), more, Console(quiet=True))
+    resumed.folder.unlock()
+    assert resumed.changed == {"training.max_steps": (-1, 9)}
+    assert resumed.config.data.source == str(tmp_path / "rows.jsonl")
+    assert more.data.source == "rows.jsonl"  # the caller's settings are left as they are

@@ -13,7 +13,7 @@ from parley.errors import RunError, UsageError
 from parley.text import print_text, shorten_middle
 from parley.training.checkpoint import newest_whole, remove_leftovers, step_of
 from parley.training.resume_state import is_free
-from parley.training.run_folder import RunFolder
+from parley.training.run_folder import RunFolder, with_places
 
 FREE_SECTIONS = ("generation.", "report.")
 # Of the training section, what only this package knows; data.heldout may change the rows, which are compared.
@@ -52,9 +52,9 @@ def open_to_resume(path: Path, config: RunConfig | None, console: Console) -> Re
     another run, and for a run that is finished; RunError where it is being written, or where no checkpoint is whole.
     """
     folder = RunFolder.existing(path)
-    saved = folder.config
-    config = saved if config is None else config
-    config.output = folder.path
+    # Paths are compared as run.yaml holds them: a caller's settings may have relative ones.
+    saved = with_places(folder.config.model_copy(update={"output": folder.path}))
+    config = saved if config is None else with_places(config.model_copy(update={"output": folder.path}))
     changed = changed_settings(saved, config)
     if folder.is_finished and not changed:
         raise UsageError(f"{path}: the run is finished; --set training.max_steps=N trains it further")

@@ -100,7 +100,7 @@ class RunFolder:
             folder._made = _make_folders(folder.path)
             folder.lock()
             _check_empty(folder.path)  # another process may have finished a run in it meanwhile
-            folder.config_file.write_text(_with_places(config).to_yaml(), encoding="utf-8")
+            folder.config_file.write_text(with_places(config).to_yaml(), encoding="utf-8")
             if config.model.name == DEMO_MODEL or Path(config.model.name).is_dir():
                 folder.base.write_text(json.dumps({"fingerprint": base_fingerprint(config.model)}), encoding="utf-8")
         except OSError as error:
@@ -120,7 +120,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write run.yaml anew, after settings were changed."""
-        replace_file(self.config_file, _with_places(config).to_yaml(), self.resume_command)
+        replace_file(self.config_file, with_places(config).to_yaml(), self.resume_command)
 
     @property
     def resume_command(self) -> str:
@@ -317,7 +317,7 @@ def _not_writable(path: Path, error: OSError) -> RunError:
     return RunError(f"output {path}: cannot be written ({error.strerror or error}); choose another with --output")
 
 
-def _with_places(config: RunConfig) -> RunConfig:
+def with_places(config: RunConfig) -> RunConfig:
     """`config` with local models and data named so that another working directory, or a moved run, finds them."""
     config = config.model_copy(deep=True)
     # The demo has no folder of its own to find, and a hub id none at all: neither gets name_from_run.
