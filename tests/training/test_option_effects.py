@@ -11,6 +11,7 @@ import torch
 
 from parley.config import RunConfig
 from parley.errors import ParleyError, UsageError
+from parley.training import option_effects
 from parley.training.arguments import ELSEWHERE, UNREAD, sft_config
 from parley.training.check_settings import check_settings
 from parley.training.option_effects import (
@@ -175,3 +176,19 @@ def test_a_token_that_the_tokenizer_lacks_is_refused(tiny_tokenizer: Any, name: 
         check_tokens(args, tiny_tokenizer, "training.")
     args, _ = arguments(**{name: "<|eot_id|>"})
     check_tokens(args, tiny_tokenizer, "training.")
+
+
+@pytest.mark.parametrize("use_cpu", [False, True])
+def test_defaults_choose_no_other_device_than_the_arguments(use_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate keeps one state for a process: defaults made for a CPU would move a model off its GPU."""
+    args = SFTConfig("unused", use_cpu=use_cpu, bf16=False)
+    made: list[Any] = []
+
+    def make(*args: Any, **kwargs: Any) -> SFTConfig:
+        made.append(kwargs)
+        return SFTConfig(*args, **kwargs)
+
+    monkeypatch.setattr(option_effects, "SFTConfig", make)
+    option_effects._defaults.cache_clear()
+    option_effects.without_effect(args)
+    assert [kwargs["use_cpu"] for kwargs in made] == [use_cpu]

@@ -147,13 +147,14 @@ def left_to_the_fused_step(args: trl.SFTConfig) -> str | None:
 
 def _changed(args: trl.SFTConfig) -> set[str]:
     """Names of the fields of `args` that are not as by default."""
-    defaults = vars(_defaults())
+    defaults = vars(_defaults(args.use_cpu))
     return {name for name, value in vars(args).items() if name in defaults and value not in (None, defaults[name])}
 
 
 @cache
-def _defaults() -> SFTConfig:
-    return SFTConfig("defaults", use_cpu=True, bf16=False)
+def _defaults(use_cpu: bool) -> SFTConfig:
+    # The first arguments of a process choose the device for all: Accelerate keeps one state.
+    return SFTConfig("defaults", use_cpu=use_cpu, bf16=False)
 
 
 def _optimizer(args: trl.SFTConfig) -> str:
