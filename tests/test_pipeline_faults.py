@@ -60,9 +60,9 @@ def configured(tiny_llama_folder: Path, rows: Path, tmp_path: Path) -> Callable[
     ("overrides", "said"),
     [
         (["training.fsdp=full_shard"], "training: .*distributed"),
-        (["training.torch_compile_backend=nonsense"], "training: 'NONSENSE'"),
+        (["training.torch_compile_backend=nonsense"], "torch_compile_backend nonsense: Invalid backend"),
         (["training.log_level=nonsense"], "training"),
-        (["training.loss_type=nonsense"], "training: Invalid `loss_type`"),
+        (["training.loss_type=nonsense"], "training.loss_type: got 'nonsense'; wanted nll or dft"),
         (["training.router_aux_loss_coef=0.1"], "training: .*Mixture-of-Experts"),
         (
             [
