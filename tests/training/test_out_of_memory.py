@@ -98,10 +98,11 @@ def limit_memory(trainer: SFTTrainer, tokens: int, during: str, steps: tuple[int
             backward(batch, state)
             check(batch.tokens)
 
-        def failing_head(batch: Any, state: Any) -> None:
-            head(batch, state)
+        def failing_head(batch: Any, state: Any, **options: Any) -> Any:
+            loss_S = head(batch, state, **options)
             if not trainer.model.training:
                 check(batch.tokens)
+            return loss_S
 
         step.backward, step.head = failing_backward, failing_head  # type: ignore[method-assign]
         return failed
