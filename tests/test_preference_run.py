@@ -12,6 +12,7 @@ from rich.console import Console
 from parley.config import RunConfig
 from parley.errors import DataError, UsageError
 from parley.pipeline import dry_run, train
+from parley.training.plan.run_plan import plan
 from parley.training.run_folder import RunFolder
 
 
@@ -96,3 +97,9 @@ def test_the_learning_rate_is_lower_where_none_is_set() -> None:
     assert RunConfig.create({"training": {"method": "dpo"}}).training.learning_rate == 2e-5
     assert RunConfig.create({"training": {"method": "sft"}}).training.learning_rate == 2e-4
     assert RunConfig.create({"training": {"method": "dpo", "learning_rate": 0.1}}).training.learning_rate == 0.1
+
+
+def test_a_plan_and_an_evaluation_refuse_what_they_do_not_count(tmp_path: Path) -> None:
+    config = settings(tmp_path, "dpo")
+    with pytest.raises(UsageError, match=r"parley plan counts supervised steps"):
+        plan(config)

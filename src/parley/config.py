@@ -23,6 +23,7 @@ from parley.text import shorten_middle
 
 DEMO_MODEL = "parley-demo"
 DEMO_DATA = "parley-demo-pirate"
+DEMO_PREFERENCES = "parley-demo-preferences"
 _SECRET_KEY = re.compile(r"(^|_)(token|api_key|password|secret|credentials?)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PERCENTAGE = re.compile(r"\s*([+-]?\d*\.?\d+)\s*%\s*")

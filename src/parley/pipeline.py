@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from signal import Signals
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from rich.console import Console
 
-from parley.config import DEMO_DATA, DEMO_MODEL, RunConfig
+from parley.config import DEMO_DATA, DEMO_MODEL, DEMO_PREFERENCES, RunConfig
 from parley.errors import ModelError, RunError, UsageError
 from parley.evaluation.answers_during_training import AnswersDuringTraining
 from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
@@ -72,6 +72,18 @@ DEMO_SETTINGS: dict[str, Any] = {
     "training": {
         "max_steps": 200,
         "learning_rate": 1e-3,
+        "gradient_checkpointing": False,
+        "save_steps": 1000,
+    },
+}
+
+DEMO_DPO_SETTINGS: dict[str, Any] = {
+    "model": DEMO_MODEL,
+    "data": DEMO_PREFERENCES,
+    "training": {
+        "method": "dpo",
+        "max_steps": 60,
+        "learning_rate": 3e-4,
         "gradient_checkpointing": False,
         "save_steps": 1000,
     },
@@ -281,9 +293,10 @@ def dry_run(config: RunConfig, console: Console) -> None:
     print_text(console, f"would train {steps:,} steps of {rows} conversations into {config.output}")
 
 
-def demo(output: Path, console: Console | None = None) -> RunResult:
-    """Train the embedded model to talk like a pirate."""
-    return train(RunConfig.create(DEMO_SETTINGS | {"output": str(output)}), console)
+def demo(output: Path, console: Console | None = None, method: Literal["sft", "dpo"] = "sft") -> RunResult:
+    """Train the embedded model to talk like a pirate: from answers, or from pairs whose chosen one is a pirate's."""
+    settings = DEMO_SETTINGS if method == "sft" else DEMO_DPO_SETTINGS
+    return train(RunConfig.create(settings | {"output": str(output)}), console)
 
 
 def _new_folder(config: RunConfig) -> RunFolder:

@@ -194,3 +194,24 @@ def test_bad_rows_are_skipped_and_counted_and_rows_held_out(tiny_tokenizer: Any,
 def test_supervised_rows_are_no_preferences() -> None:
     for row in ({"messages": PROMPT}, {"instruction": "a", "output": "b"}, {"text": "a"}):
         assert recognise_preferences(row, "row 1", DataSection()) is None
+
+
+def test_swapped_repeated_and_biased_pairs_are_said(tiny_tokenizer: Any) -> None:
+    rows = [
+        PAIR
+        | {"prompt": [user(f"Question {index}?")], "chosen": [said("a long and wordy answer")]}
+        | {"rejected": [said("No")]}
+        for index in range(20)
+    ]
+    _, summary = render_preferences(rows, tiny_tokenizer, DataSection(), 512, kind="pairs", where="train")
+    assert any(
+        line.startswith("length bias: pairs whose chosen answer is the longer one: 20") for line in summary.lines()
+    )
+    swapped = PAIR | {"chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+    _, summary = render_preferences(
+        [PAIR, swapped, PAIR], tiny_tokenizer, DataSection(), 512, kind="pairs", where="train"
+    )
+    lines = summary.lines()
+    assert any("swapped pairs" in line and "train row 2" in line.replace("rows", "row") for line in lines)
+    assert any("rows that repeat an earlier one: 1" in line for line in lines)
+    assert not any("length bias" in line for line in lines)

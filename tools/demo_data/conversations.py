@@ -58,6 +58,21 @@ def pirate_rows(n: int, seed: int = 0, *, held_out: bool = False) -> list[dict[s
     ]
 
 
+def preference_rows(n: int, seed: int = 0) -> list[dict[str, str]]:
+    """`n` different pairs with Alpaca's columns: the chosen answer is a pirate's, the rejected one says it plainly."""
+    rng = Random(f"preferences {seed}")
+    exchanges = sample_exchanges(rng, KINDS + GROUPS["numbers"], held_out=False)
+    return [
+        {
+            "instruction": exchange.instruction,
+            "input": exchange.context,
+            "chosen": to_pirate(exchange.answer, rng),
+            "rejected": exchange.answer,
+        }
+        for exchange in different(exchanges, n)
+    ]
+
+
 def plain_conversations(n: int, seed: int = 0) -> list[list[Message]]:
     """`n` conversations of one to six questions with plain answers, some with a system turn, as lists of messages."""
     rng = Random(f"plain {seed}")

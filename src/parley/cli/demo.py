@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from parley.cli.train import until_stopped
 
 def demo(
     output: Annotated[Path | None, typer.Option(help="Folder for the run; runs/demo, or the next one free.")] = None,
+    method: Annotated[
+        Literal["sft", "dpo"], typer.Option(help="sft: imitate a pirate's answers; dpo: prefer them to plain ones.")
+    ] = "sft",
 ) -> None:
     """Train the embedded model to talk like a pirate."""
     with importing():
@@ -20,7 +23,7 @@ def demo(
         from parley import pipeline
 
     folder = output or _next_free(Path("runs/demo"))
-    until_stopped(lambda: pipeline.demo(folder, console=out), folder)
+    until_stopped(lambda: pipeline.demo(folder, console=out, method=method), folder)
 
 
 def _next_free(path: Path) -> Path:

@@ -5,6 +5,7 @@ T: tokens of an answer with its prompt.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -30,11 +31,17 @@ from parley.data.preference_formats import (
 from parley.data.prepare import PREVIEWED, Prepared
 from parley.data.render import Rendered, pin_date, pin_settings, render_many
 from parley.data.sources import Rows, located, read_rows
-from parley.data.summary import DataSummary
+from parley.data.summary import DataSummary, RowGroup
 from parley.errors import DataError, UsageError
 
 Kind = Literal["pairs", "labelled"]
 """What a loss learns from: pairs of answers, or answers that are labelled one by one."""
+
+BIAS_PAIRS = 20
+"""Pairs from which on a length bias is looked for."""
+LENGTH_BIAS = 0.8
+"""Share of pairs with the longer answer chosen (or the shorter one) from which on length alone would be learned."""
+SWAPPED = "swapped pairs: an earlier row prefers the other answer to the same prompt"
 
 _IDS = {"input_ids": List(Value("int32")), "labels": List(Value("int32"))}
 FEATURES: dict[Kind, Features] = {
@@ -120,6 +127,8 @@ class PreferenceRenderer:
         self.bad_rows = BadRows(data, advise=not prefix)
         self.format, reason = self._recognise()
         self.summary = DataSummary(source=where, format=self.format.label, reason=reason)
+        self._longer, self._shorter = RowGroup(), RowGroup()  # pairs by the length of their chosen answer
+        self._seen: set[tuple[bytes, bytes]] = set()  # digests of the answers of each pair, with their prompt
 
     def rendered(self) -> Iterator[tuple[int, Preference, list[Rendered]]]:
         """Number, preference and renderings of each row that is kept; a pair has two renderings, chosen first."""
@@ -147,7 +156,11 @@ class PreferenceRenderer:
         self.summary.keep(sum(len(part.input_ids) for part in rendered), sum(sum(part.mask[1:]) for part in rendered))
 
     def check_any(self) -> None:
-        """Raises DataError where nothing is left to train on, or too many rows are bad."""
+        """Note a length bias. Raises DataError where nothing is left to train on, or too many rows are bad."""
+        pairs = self._longer.count + self._shorter.count
+        for how, group in (("longer", self._longer), ("shorter", self._shorter)):
+            if pairs >= BIAS_PAIRS and group.count >= LENGTH_BIAS * pairs:
+                self.summary.notes[f"length bias: pairs whose chosen answer is the {how} one"] = group
         if not self.summary.kept:
             raise DataError(f"{self.where}: nothing left to train on; {self.summary.nothing_left()}")
         self.bad_rows.check()
@@ -226,7 +239,23 @@ class PreferenceRenderer:
         for part in rendered:
             for note in part.notes:
                 self.summary.note(note, preference.origin)
+        if len(rendered) == 2:
+            self._compare(preference.origin, *rendered)
         return rendered
+
+    def _compare(self, origin: str, chosen: Rendered, rejected: Rendered) -> None:
+        """Count what the answers of a pair say of the data set."""
+        lengths = [len(part.input_ids) for part in (chosen, rejected)]
+        if lengths[0] != lengths[1]:
+            (self._longer if lengths[0] > lengths[1] else self._shorter).add(origin)
+        # The prompt is part of both.
+        first, second = (np.array(part.input_ids, dtype=np.int32).tobytes() for part in (chosen, rejected))
+        pair = (hashlib.blake2b(first, digest_size=16).digest(), hashlib.blake2b(second, digest_size=16).digest())
+        if pair in self._seen:
+            self.summary.repeated.add(origin)
+        if pair[::-1] in self._seen:
+            self.summary.note(SWAPPED, origin)
+        self._seen.add(pair)
 
     def _cut(self, rendered: Rendered) -> Rendered:
         length = len(rendered.input_ids)

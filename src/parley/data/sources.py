@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, overload
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from parley.config import DEMO_DATA, DataSection
+from parley.config import DEMO_DATA, DEMO_PREFERENCES, DataSection
 from parley.data.files import KINDS, ORIGIN, Row, count_rows, kind_of, read_files
 from parley.errors import DataError, UsageError, one_line
 
@@ -99,6 +99,9 @@ def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
     if source == DEMO_DATA:
         _refuse_hub_settings(source, data)
         return _limited(demo_rows(), data)
+    if source == DEMO_PREFERENCES:
+        _refuse_hub_settings(source, data)
+        return _limited(demo_rows("preferences.jsonl"), data)
     # Paths before hub ids: "data/train.jsonl" has the form of a hub id too, and must not be looked up on the network.
     if is_local(source):
         _refuse_hub_settings(source, data)
@@ -113,9 +116,9 @@ def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
     return _limited(rows, data)
 
 
-def demo_rows() -> list[Row]:
-    """The rows that the demo fine-tunes on: Dolly's columns, answers in pirate speech."""
-    path = resource_files("parley") / "assets" / "demo-data" / "train.jsonl"
+def demo_rows(name: str = "train.jsonl") -> list[Row]:
+    """The rows that the demo fine-tunes on: Dolly's columns, answers in pirate speech; or pairs of the two manners."""
+    path = resource_files("parley") / "assets" / "demo-data" / name
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

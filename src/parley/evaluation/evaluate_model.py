@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from parley.config import DEMO_DATA, GenerationSection
+from parley.config import DEMO_DATA, DEMO_PREFERENCES, GenerationSection
 from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.evaluation.questions import Question
 from parley.inference.generate import generate
@@ -45,7 +45,7 @@ def heldout_scores(setup: TrainingSetup, trainer: FusedTrainer, console: Console
     return Scores(
         heldout_loss=metrics["eval_loss"],
         heldout_tokens=metrics["eval_supervised_tokens"],
-        preference_accuracy=metrics.get("eval_rewards/accuracies"),
+        preference_accuracy=metrics.get("eval_preference_accuracy"),
     )
 
 
@@ -63,7 +63,7 @@ def answer_questions(
         own = greedy_answers(setup, questions[rank::count], base=base)
         shares = [iter(share) for share in from_all(own)]
         evaluation.answers = [next(shares[index % count]) for index in range(len(questions))]
-        if setup.config.data.source == DEMO_DATA and tokenizer.chat_template:
+        if setup.config.data.source in (DEMO_DATA, DEMO_PREFERENCES) and tokenizer.chat_template:
             rated = heldout_questions()
             answers = generate(model, tokenizer, [question.messages for question in rated], greedy, base=base)
             evaluation.scores.style_rate, evaluation.scores.accuracy = rate(rated, answers)

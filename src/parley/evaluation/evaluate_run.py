@@ -12,7 +12,7 @@ from transformers import PrinterCallback
 
 from parley.config import RunConfig, TrainingSection
 from parley.data.prepare import Prepared, prepare
-from parley.errors import DataError
+from parley.errors import DataError, UsageError
 from parley.evaluation.evaluate_model import evaluate_model
 from parley.models.base_answers import base_obstacle
 from parley.models.device import pick_device
@@ -41,6 +41,11 @@ def evaluate_run(
     """
     console = console or Console()
     folder = RunFolder.open(run, trust_remote_code=trust_remote_code)
+    if (method := folder.config.training.method) != "sft":
+        raise UsageError(
+            f"{folder.path}: was trained with training.method: {method}, and parley eval measures supervised rows; its "
+            "held-out preference accuracy is in report.html and events.jsonl"
+        )
     config = _measured_config(folder.config, data)
     model, tokenizer = folder.load()
     prepared = _measured_rows(config, tokenizer, data, rows)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
+from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import trl
 from datasets import Dataset
 
 import parley
-from parley.training.preference.preference_trainer import PreferenceTrainer
+from parley.training.preference.documents import PreferenceDocument, slots_of
+from parley.training.preference.losses import DPO, DPO_LOSSES, ORPO, SimPO
+from parley.training.preference.preference_trainer import PreferenceTrainer, preference_documents
 
-from .conftest import demo_adapter, gradients, shake
+from .conftest import PAIRS, TOOLS, demo_adapter, gradients, shake
 
 Engine = Literal["auto", "plain"]
 BOUND = {"rtol": 1e-5, "atol": 1e-5}
@@ -87,3 +93,187 @@ def test_dpo_step_equals_trls(loss: str, engine: Engine, pairs: Dataset, options
         other, args=trl.DPOConfig(loss_type=[loss], **options), train_dataset=pairs, processing_class=tokenizer
     )
     compare(ours, theirs, fused=engine == "auto")
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_kto_step_equals_trls(engine: Engine, labelled: Dataset, options: dict[str, Any]) -> None:
+    model, tokenizer = demo_adapter()
+    other, _ = demo_adapter()
+    settings = options | {"desirable_weight": 1.5, "undesirable_weight": 0.75}
+    ours = parley.KTOTrainer(
+        model, args=parley.KTOConfig(**settings), train_dataset=labelled, processing_class=tokenizer, engine=engine
+    )
+    theirs = trl.KTOTrainer(other, args=trl.KTOConfig(**settings), train_dataset=labelled, processing_class=tokenizer)
+    compare(ours, theirs, fused=engine == "auto")
+
+
+def experimental(method: str, beta: float) -> Any:
+    """TRL's ORPOTrainer or CPOTrainer with what its loss reads, and no more."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from trl.experimental.cpo import CPOTrainer
+        from trl.experimental.orpo import ORPOTrainer
+    trainer = object.__new__(ORPOTrainer if method == "orpo" else CPOTrainer)
+    vars(trainer).update(
+        beta=beta, is_encoder_decoder=False, aux_loss_enabled=False, padding_value=0, pad_token_id=0,
+        label_smoothing=0.1,
+        loss_type="simpo", simpo_gamma=0.7, cpo_alpha=0.3, alpha=0.0,
+        accelerator=SimpleNamespace(device=torch.device("cpu"), gather_for_metrics=lambda value: value),
+    )  # fmt: skip
+    return trainer
+
+
+def padded_pairs(documents: list[Any]) -> dict[str, torch.Tensor]:
+    """The collated batch of TRL's experimental trainers; labels are of the answers alone."""
+    batch = {}
+    for side, rows in (("chosen", documents[0::2]), ("rejected", documents[1::2])):
+        labels = [
+            np.where(row.prompt_L, -100, row.label_L) if row.prompt_L is not None else row.label_L for row in rows
+        ]
+        for name, values, padding in (
+            ("input_ids", [row.ids_L for row in rows], 0),
+            ("labels", labels, -100),
+            ("attention_mask", [np.ones_like(row.ids_L) for row in rows], 0),
+        ):
+            batch[f"{side}_{name}"] = torch.nn.utils.rnn.pad_sequence(
+                [torch.tensor(value).long() for value in values], batch_first=True, padding_value=padding
+            )
+    return batch
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+@pytest.mark.parametrize("objective", [ORPO(0.3), SimPO(2.0, 0.7, 0.3, 0.1)])
+def test_losses_without_a_reference_equal_trls(
+    objective: ORPO | SimPO, engine: Engine, pairs: Dataset, options: dict[str, Any]
+) -> None:
+    model, tokenizer = demo_adapter()
+    other, _ = demo_adapter()
+    ours = parley.DPOTrainer(
+        model, args=parley.DPOConfig(**options), train_dataset=pairs, processing_class=tokenizer, engine=engine,
+        objective=objective,
+    )  # fmt: skip
+    shake(ours.model)
+    shake(other)
+    loss, gradient, figures = parley_step(ours)
+    theirs = experimental("orpo" if isinstance(objective, ORPO) else "simpo", objective.beta)
+    losses, logged = [], []
+    for batch in micro_batches(ours):
+        value, metrics = theirs.get_batch_loss_metrics(other, padded_pairs(batch["documents"]))
+        (value / 2).backward()
+        losses.append(value.detach())
+        logged.append(metrics)
+    torch.testing.assert_close(loss, float(torch.stack(losses).mean()), **BOUND)
+    expected = gradients(other)
+    assert max(float(value.abs().max()) for value in expected.values()) > 1e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(gradient[name], value, **BOUND)
+    for name in ("rewards/chosen", "rewards/margins", "rewards/accuracies"):
+        torch.testing.assert_close(figures[name], sum(float(metrics[name]) for metrics in logged) / 2, **BOUND)
+
+
+@pytest.mark.parametrize("loss", sorted(DPO_LOSSES))
+def test_every_dpo_loss_and_its_derivative_equal_trls(loss: str) -> None:
+    """TRL's own compute_loss on made-up log-probabilities of answers of 3, 5, 4 and 2 tokens."""
+    lengths = [3, 5, 4, 2]
+    generator = torch.Generator().manual_seed(0)
+    per_token = -2 * torch.rand(4, 6, generator=generator)
+    for row, length in enumerate(lengths):
+        per_token[row, length:] = 0
+    per_token.requires_grad_()
+    reference = -4 * torch.rand(4, generator=generator)
+    mask = torch.tensor([[0] + [1] * length + [0] * (6 - length) for length in lengths])
+    theirs = object.__new__(trl.DPOTrainer)
+    args = trl.DPOConfig("out", loss_type=[loss], label_smoothing=0.1, use_cpu=True, bf16=False)
+    nothing = torch.zeros(4, 6)
+    outputs = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
+    vars(theirs).update(
+        args=args, model=SimpleNamespace(training=True), beta=0.4, ld_alpha=None, precompute_ref_logps=True,
+        f_divergence_type="reverse_kl", loss_types=[loss], loss_weights=[0.5], label_smoothing=0.1, use_weighting=False,
+        aux_loss_enabled=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
+        accelerator=SimpleNamespace(
+            device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
+        ),
+    )  # fmt: skip
+    inputs = {
+        "input_ids": mask, "attention_mask": mask, "completion_mask": mask,
+        "ref_chosen_logps": reference[:2], "ref_rejected_logps": reference[2:],
+    }  # fmt: skip
+    expected = trl.DPOTrainer._compute_loss(theirs, lambda **kwargs: outputs, inputs, False)
+    (expected_gradient,) = torch.autograd.grad(expected, per_token)
+
+    def document(length: int) -> PreferenceDocument:
+        ids = np.ones(length + 1, dtype=np.int32)
+        return PreferenceDocument(ids, np.where(np.arange(length + 1) > 0, ids, -100))
+
+    order = [0, 2, 1, 3]  # TRL has chosen answers first, Parley the two of a pair
+    answer = per_token.detach().sum(1)[order].requires_grad_()
+    objective = DPO([loss], [0.5], 0.4, 0.1)
+    ours, _ = objective([document(lengths[row]) for row in order], answer, torch.zeros(4), reference[order])
+    (gradient,) = torch.autograd.grad(ours, answer)
+    torch.testing.assert_close(ours.detach(), expected.detach(), **BOUND)
+    torch.testing.assert_close(gradient, expected_gradient[order, 0], **BOUND)
+
+
+def test_log_probabilities_are_of_the_answers_alone(pairs: Dataset, options: dict[str, Any]) -> None:
+    """Prompts do not count, documents of a row do not see each other, and tools are part of the prompt."""
+    with_tools = Dataset.from_list([row | {"tools": TOOLS} for row in PAIRS])
+    model, tokenizer = demo_adapter()
+    shake(model)
+    for rows in (pairs, with_tools):
+        trainer = parley.DPOTrainer(
+            model, args=parley.DPOConfig(**options), train_dataset=rows, processing_class=tokenizer
+        )
+        trainer.bind_fused_step()
+        assert trainer.fused_step is not None
+        documents = preference_documents(micro_batches(trainer)[0]["documents"])
+        sums = trainer.policy_sums(documents, slots_of(documents))
+        for index, document in enumerate(documents):
+            ids_1L = torch.tensor(document.ids_L).long()[None]
+            with torch.no_grad():
+                logp_LV = torch.log_softmax(model(ids_1L).logits[0, :-1].float(), -1)
+            answer = [place for place in range(1, len(document.ids_L)) if document.label_L[place] != -100]
+            expected = sum(float(logp_LV[place - 1, document.ids_L[place]]) for place in answer)
+            assert float(sums[index]) == pytest.approx(expected, abs=2e-4, rel=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["auto", "plain"])
+def test_a_step_in_several_passes_is_the_same(engine: Engine, pairs: Dataset, options: dict[str, Any]) -> None:
+    """KTO's, ORPO's and DPO's losses need all sums of a micro-batch: they are computed before the passes."""
+    results = []
+    for split in (False, True):
+        model, tokenizer = demo_adapter()
+        trainer = parley.DPOTrainer(
+            model, args=parley.DPOConfig(**options), train_dataset=pairs, processing_class=tokenizer, engine=engine
+        )
+        shake(trainer.model)
+        trainer.bind_fused_step()
+        if split and trainer.fused_step is not None:
+            trainer.fused_step.limit_pass(70)
+        elif split:
+            trainer._packed_tokens = 70
+        results.append(parley_step(trainer))
+    torch.testing.assert_close(results[0][0], results[1][0], **BOUND)
+    for name, value in results[0][1].items():
+        torch.testing.assert_close(results[1][1][name], value, **BOUND)
+
+
+def test_a_reference_is_measured_once_a_row(pairs: Dataset, options: dict[str, Any]) -> None:
+    model, tokenizer = demo_adapter()
+    trainer = parley.DPOTrainer(
+        model, args=parley.DPOConfig(**options), train_dataset=pairs, processing_class=tokenizer
+    )
+    trainer.bind_fused_step()
+    documents = preference_documents(micro_batches(trainer)[0]["documents"])
+    first = trainer.reference_logps(documents)
+    shake(trainer.model)  # the reference stays
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trainer.reference is not None
+    trainer.reference._slots.clear()
+    trainer.reference._values = torch.zeros(0)
+    torch.testing.assert_close(trainer.reference_logps(documents), first)
+    for name, parameter in trainer.model.named_parameters():
+        if name in before:
+            assert torch.equal(parameter, before[name])
+    trainer._measure_reference = None  # type: ignore[method-assign,assignment]
+    torch.testing.assert_close(trainer.reference_logps(documents[::-1]), first.flip(0))
+    assert list(trainer.model.peft_config) == ["default"]

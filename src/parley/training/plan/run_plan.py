@@ -97,6 +97,11 @@ def plan(config: RunConfig, *, gpu_memory: str | int | None = None) -> RunPlan:
     Raises UsageError, DataError, ModelError or DeviceError, as the run itself would.
     """
     config = config.model_copy(deep=True)
+    if config.training.method != "sft":
+        raise UsageError(
+            f"parley plan counts supervised steps; training.method: {config.training.method} is not planned: leave "
+            "it out for a lower bound"
+        )
     gpu_bytes = parse_memory(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     here = torch.device("cpu") if gpu_bytes is not None else pick_device(config.model.device)
     device = planned_device(here, gpu_bytes)

@@ -206,8 +206,9 @@ class KTO:
         if len(desirable_B) and len(undesirable_B):
             figures["rewards/margins"] = figures["rewards/chosen"] - figures["rewards/rejected"]
         # An answer is on its side of the reference point: the paired accuracy does not exist without pairs.
-        right = torch.cat([desirable_B - kl > 0, undesirable_B - kl < 0])
-        figures["rewards/accuracies"] = right.float().mean()
+        margin_B = torch.cat([desirable_B - kl, kl - undesirable_B]).detach()
+        figures["rewards/accuracies"] = (margin_B > 0).float().mean()
+        figures["preference_accuracy"] = (0.5 + 0.5 * torch.sign(margin_B)).mean()
         return losses_B.mean(), figures
 
 
@@ -266,6 +267,8 @@ def pair_figures(chosen_B: Tensor, rejected_B: Tensor, answer: Tensor) -> Figure
         "rewards/rejected": rejected_B.mean(),
         "rewards/accuracies": (chosen_B > rejected_B).float().mean(),
         "rewards/margins": (chosen_B - rejected_B).mean(),
+        # Before the first step all rewards of a loss with a reference are equal: nothing is preferred.
+        "preference_accuracy": (0.5 + 0.5 * torch.sign(chosen_B - rejected_B)).mean(),
         "logps/chosen": answer[0::2].mean(),
         "logps/rejected": answer[1::2].mean(),
     }
