@@ -132,7 +132,8 @@ class PreferenceTrainer(FusedTrainer):
             fused.bound.flat.expose_gradients()
         for name, value in step.figures.items():
             metrics(self, "train")[name].append(value)
-        count_tokens(self, sum(len(document.ids_L) for document in documents))
+        # As in TRL, which does not count KTO's mismatched documents.
+        count_tokens(self, sum(len(document.ids_L) for document in step.documents if document.role != "mismatched"))
         return step.loss
 
     def _plain_step(self, model: torch.nn.Module, step: StepLoss) -> None:
