@@ -49,9 +49,7 @@ class UnslothTrainer(SFTTrainer):
 
 def PatchDPOTrainer() -> None:
     """Nothing to do: TRL's DPOTrainer takes the models of `from_pretrained` as they are."""
-    logger.warning(
-        "PatchDPOTrainer: nothing is patched here; trl.DPOTrainer takes the model as it is"
-    )
+    logger.warning("PatchDPOTrainer: nothing is patched here; trl.DPOTrainer takes the model as it is")
 
 
 def unsloth_train(trainer: Any, *args: Any, **kwargs: Any) -> Any:
