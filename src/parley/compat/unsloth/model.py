@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel
 
 from parley.compat.unsloth.options import check_options
+from parley.compat.unsloth.saving import with_saving
 from parley.compat.unsloth.tokenizer import as_notebooks_expect
 from parley.config import LLAMA_PROJECTIONS, LoraSection, ModelSection, RunConfig
 from parley.data.render import pin_date
@@ -134,7 +135,7 @@ class FastLanguageModel:
             model = prepare_full(model)
         # As the trainer does: prompts in the notebook and training rows then have the same date.
         pin_date(tokenizer)
-        return model, as_notebooks_expect(tokenizer)
+        return with_saving(model), as_notebooks_expect(tokenizer)
 
     @staticmethod
     def get_peft_model(
@@ -207,9 +208,8 @@ class FastLanguageModel:
             }
         ).lora
         assert isinstance(section, LoraSection)
-        return FastLanguageModel.for_training(
-            attach_lora(model, section, seed=random_state), use_gradient_checkpointing
-        )
+        adapted = with_saving(attach_lora(model, section, seed=random_state))
+        return FastLanguageModel.for_training(adapted, use_gradient_checkpointing)
 
     @staticmethod
     def for_inference(model: Any) -> Any:
