@@ -15,7 +15,9 @@ from tests.distributed.conftest import in_processes
 
 from parley.config import RunConfig
 from parley.pipeline import train
+from parley.training.resume_state import ResumeState, differences_in_rounding, this_device
 from parley.training.run_folder import RunFolder
+from parley.versions import library_versions
 
 QUIET = Console(quiet=True)
 FIGURES = ("loss", "grad_norm", "mean_token_accuracy", "entropy", "num_tokens", "learning_rate", "epoch")
@@ -68,6 +70,28 @@ def test_the_fused_step_in_several_processes(
     assert f"{count} processes: the 5 conversations of each step are dealt out by their tokens" in printed
     assert "fused step: " in (config.output / "report.html").read_text() or "plain path" not in printed
     assert not list(config.output.glob("run.lock"))
+
+
+def test_a_checkpoint_of_two_processes_is_resumed_by_four_and_by_one(
+    configured: Callable[..., RunConfig], single: Path
+) -> None:
+    for count in (4, 1):
+        config = configured("training.max_steps=3", "training.save_steps=3")
+        assert in_processes(2, lambda config=config: train(config, QUIET)) == [0, 0]
+        longer = RunFolder(config.output).config
+        longer.training.max_steps, longer.training.save_steps = 6, 2
+        work = lambda config=longer: train(config, Console(width=200), resume=config.output)  # noqa: E731
+        assert in_processes(count, work) == [0] * count
+        steps, wanted = events(config.output, "step"), events(single, "step")
+        assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in wanted], rel=1e-5)
+        mine, other = weights(config.output), weights(single)
+        assert float((mine - other).norm() / other.norm()) < 1e-5
+
+
+def test_another_number_of_processes_is_named_as_a_difference_in_rounding() -> None:
+    device = this_device(torch.device("cpu"))
+    state = ResumeState(1, {}, {}, library_versions(), device | {"processes": 2})
+    assert differences_in_rounding(state, torch.device("cpu")) == ["processes 2 (now 1)"]
 
 
 @pytest.mark.parametrize(

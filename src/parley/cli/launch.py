@@ -57,6 +57,11 @@ def _check_not_launched(option: str) -> None:
         raise UsageError(f"{option}: a launcher has started the processes already; leave it out")
 
 
+def is_restart() -> bool:
+    """Whether an elastic launcher (torchrun --max-restarts) has started the processes again, after one was lost."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
 def launch(count: int, arguments: list[str]) -> None:
     """Run `parley` with `arguments` in `count` processes until all have ended. Exits with the code of one that failed.
 

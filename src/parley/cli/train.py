@@ -78,7 +78,8 @@ def train(
     with importing():
         quiet_libraries()
         from parley import pipeline
-        from parley.training.processes import joined_processes, process_count
+        from parley.training.processes import from_main, joined_processes, process_count
+        from parley.training.run_folder import RunFolder
 
     if dry_run:
         pipeline.dry_run(run, console=out)
@@ -88,6 +89,8 @@ def train(
         with joined_processes():
             if scale_batch:
                 run.training.gradient_accumulation_steps *= process_count()
+            if resume is None and launch.is_restart() and from_main(RunFolder.is_run(run.output)):
+                return pipeline.train(console=out, resume=run.output)
             return pipeline.train(run, console=out, resume=resume)
 
     until_stopped(start, run.output)
