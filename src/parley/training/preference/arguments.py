@@ -46,8 +46,8 @@ def preference_config(
             raise UsageError(f"training.{name} is not read by method: {method}; leave it out")
     if method == "kto" and config.training.per_device_train_batch_size < 2 and values.get("loss_type", "kto") == "kto":
         raise UsageError(
-            "training.per_device_train_batch_size: got 1; kto estimates the divergence from another row's answer, so set "
-            "2 or more"
+            "training.per_device_train_batch_size: got 1; kto estimates the divergence from another row's answer; "
+            "set 2 or more"
         )
     notes = [
         f"training.{name} has no effect: {reason}" for name, reason in (REFUSED | UNREAD).items() if name in values
