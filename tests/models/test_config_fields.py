@@ -101,7 +101,7 @@ def test_weights_that_are_not_finite_are_refused(folder, dtype, value):
     name = "model.layers.1.mlp.up_proj.weight"
     weights[name].view(-1)[5] = value
     save_file(weights, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=rf"{name} and 0 more weights hold NaN or infinity"):
+    with pytest.raises(ModelError, match=rf"{name} holds NaN or infinity"):
         load_model(ModelSection(name=str(folder), device="cpu", dtype=dtype))
 
 

@@ -218,8 +218,9 @@ def check_finite(name: str, model: PreTrainedModel) -> None:
     sums = torch.stack([value.sum(dtype=torch.float32) for value in weights.values()])
     if not sums.isfinite().all():
         broken = [key for key, total in zip(weights, sums.tolist(), strict=True) if not isfinite(total)]
+        more = f" and {len(broken) - 1} more weights hold" if len(broken) > 1 else " holds"
         raise ModelError(
-            f"{name}: {broken[0]} and {len(broken) - 1} more weights hold NaN or infinity, not numbers; "
+            f"{name}: {broken[0]}{more} NaN or infinity, not numbers; "
             "download them again, or train again with a lower learning rate"
         )
 
