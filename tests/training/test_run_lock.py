@@ -106,3 +106,21 @@ def test_without_locks_of_the_file_system_the_process_of_the_file_counts(
     (tmp_path / LOCK).write_text(json.dumps({**json.loads((tmp_path / LOCK).read_text()), "pid": ended.pid}))
     assert not is_locked(tmp_path)
     lock.release()
+
+
+def test_a_look_at_the_lock_of_another_process_does_not_end_a_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`parley runs` holds a shared lock for a moment."""
+    flock, tries = fcntl.flock, 0
+
+    def held_for_a_moment(descriptor: int, operation: int) -> None:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise BlockingIOError
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", held_for_a_moment)
+    RunLock(tmp_path).release()
+    assert tries == 3

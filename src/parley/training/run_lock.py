@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import socket
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 LOCK = "run.lock"
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")  # the same in all containers of a machine, another after a reboot
+PROBE_RETRIES, PROBE_SECONDS = 5, 0.02
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -84,7 +86,7 @@ class RunLock:
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock_exclusively(descriptor)
             except OSError as error:
                 if error.errno in _UNSUPPORTED:
                     logger.warning("%s: this file system has no locks; do not train into it twice", self.path.parent)
@@ -107,6 +109,18 @@ class RunLock:
             self.path.unlink(missing_ok=True)
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _lock_exclusively(descriptor: int) -> None:
+    """Raises BlockingIOError where another process keeps the lock: `is_locked` holds one for a moment."""
+    for attempt in range(PROBE_RETRIES + 1):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if attempt == PROBE_RETRIES:
+                raise
+            time.sleep(PROBE_SECONDS)
 
 
 def is_locked(folder: Path) -> bool:
