@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from parley.models.adapters import BASE_CHANGING_INITS
+from parley.models.base_answers import BASE_CHANGING_INITS
 
 
 def tiny_model() -> LlamaForCausalLM:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft.utils import get_peft_model_state_dict
-from tests.training.test_fused_trainer import rows, trainer
+from tests.training.test_fused_trainer import make_rows, trainer
 from transformers import TrainerCallback
 
 from parley.errors import ModelError
@@ -271,7 +271,9 @@ def test_an_evaluation_moves_no_buffer_that_graphs_read(tiny_tokenizer: Any, tmp
     """Held-out rows longer than every training row: their buffers are there before the first step."""
     longest = Dataset.from_dict({"input_ids": [list(range(200))], "labels": [list(range(200))]})
     settings = {"eval_strategy": "steps", "eval_steps": 1}
-    made = trainer(tiny_tokenizer, tmp_path, 3, settings=settings, eval_dataset={"long": longest, "short": rows(2)})
+    made = trainer(
+        tiny_tokenizer, tmp_path, 3, settings=settings, eval_dataset={"long": longest, "short": make_rows(2)}
+    )
     addresses: list[list[int]] = []
 
     class Watching(TrainerCallback):
