@@ -103,7 +103,7 @@ def test_faults_of_parley_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(*arguments: Any) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(train_module, "_run_config", fail)
+    monkeypatch.setattr(train_module, "run_config", fail)
     with pytest.raises(ZeroDivisionError):
         main_module.main(["train", "--data", "d"])
 
@@ -112,7 +112,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(parley: Callable[..., Any], monkey
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module, "_run_config", interrupt)
+    monkeypatch.setattr(train_module, "run_config", interrupt)
     ended = parley("train", "--data", "d")
     assert (ended.code, ended.err) == (130, "parley: stopped\n")
 

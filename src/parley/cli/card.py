@@ -19,7 +19,9 @@ def card(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write the model card of a run or an export: base, data, settings, figures, comparison and limits.
+    """Write the model card of a run or an export.
+
+    Base, data, settings, figures, comparison and limits.
 
     Example: parley card runs/demo --output -
     """

@@ -40,7 +40,9 @@ def export(
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Write a run as merged model, GGUF file or adapter, for Ollama, MLX or vLLM, and verify it.
+    """Write a run for other programs, and verify it.
+
+    Merged model, GGUF file or adapter; for Ollama, MLX or vLLM.
 
     Each export is read back by transformers, PEFT or llama.cpp. One that differs ends with exit code 1 and has
     UNVERIFIED in its README.md.

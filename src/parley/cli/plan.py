@@ -39,7 +39,9 @@ def plan(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON; sizes in bytes.")] = False,
 ) -> None:
-    """Say what a run takes of memory, time and disk, without loading weights.
+    """Say what a run takes of memory, time and disk.
+
+    No weights are loaded.
 
     Exit code 1 if the run does not fit; what would fit is listed.
 

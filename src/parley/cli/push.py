@@ -30,7 +30,7 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Upload an export to the Hugging Face hub, into a private repository.
+    """Upload an export to the hub, into a private repository.
 
     Of a run, its adapter is exported and verified first (after full fine-tuning, the merged model). Weights, tokenizer,
     configuration, model card and export.json are sent; checkpoints, events, data and whatever else is in the folder are

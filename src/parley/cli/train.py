@@ -55,7 +55,7 @@ def train(
         bool, typer.Option("--dry-run", help="Show the data, the mask and the number of steps; write nothing.")
     ] = False,
 ) -> None:
-    """Fine-tune a model: give a YAML file, or just --model and --data; or continue a run with --resume.
+    """Fine-tune a model from a YAML file or options, or --resume a run.
 
     Example: parley train --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl --output runs/mine
     """
