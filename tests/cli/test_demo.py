@@ -20,7 +20,7 @@ def test_the_demo_goes_where_it_is_told_and_says_when_it_was_stopped(
 ) -> None:
     outputs = []
 
-    def demo(output: Path, console: Any) -> Any:
+    def demo(output: Path, console: Any, method: str) -> Any:
         outputs.append(output)
         report = SimpleNamespace(steps=[SimpleNamespace(step=7)])
         return SimpleNamespace(signal=stopped_by, report=report, folder=RunFolder(output))
@@ -38,7 +38,7 @@ def test_a_second_demo_takes_the_next_folder(
 ) -> None:
     outputs = []
 
-    def demo(output: Path, console: Any) -> Any:
+    def demo(output: Path, console: Any, method: str) -> Any:
         outputs.append(output)
         output.mkdir(parents=True)
         return SimpleNamespace(signal=None)

@@ -107,7 +107,8 @@ def test_the_worst_findings_are_printed_before_training(
     out = words(parley("train", *options).out)
     assert "warning: rows that repeat an earlier one: 1 (rows.jsonl line 3); data.drop=[duplicate]" in out
     assert "warning: rows that hold text read with the wrong encoding: 1 (rows.jsonl line 4)" in out
-    assert f"also found: one-word-answer 1; parley inspect {faulty} says more" in out
+    # A long path is broken over lines.
+    assert f"also found: one-word-answer 1; parley inspect {faulty} says more".replace(" ", "") in out.replace(" ", "")
     dropped = words(parley("train", *options, "--set", "data.drop=[duplicate, mojibake]").out)
     assert "2 dropped: 1 by data.drop=duplicate (rows.jsonl line 3), 1 by data.drop=mojibake" in dropped
     assert "warning:" not in dropped

@@ -85,7 +85,7 @@ def test_a_full_disk_leaves_nothing_half_written_and_rescues_the_weights(
     folder = RunFolder.create(config(tmp_path / "run"))
     with pytest.raises(RunError, match=str(write_fault(fault))) as caught:
         folder.save_weights(Full(fault, times=1), tiny_tokenizer, full=True)
-    assert sorted(path.name for path in folder.path.iterdir()) == ["run.lock", "run.yaml"]
+    assert sorted(path.name for path in folder.path.iterdir()) == ["base.json", "run.lock", "run.yaml"]
     rescued = RunFolder.open(Path(str(caught.value).split("whole in ")[1].split(",")[0]))
     assert (rescued.weights / "half.safetensors").is_file()
     assert json.loads(rescued.golden.read_text())
