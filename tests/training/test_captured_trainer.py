@@ -108,6 +108,19 @@ def test_options_that_it_lacks_take_the_plain_path_and_say_so(
     assert run.plain_because == "engine: captured; no captured path: loss dft"
 
 
+def test_what_only_training_mode_shows_takes_the_plain_path_and_is_said(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: Any
+) -> None:
+    run = trainer(build_family, tiny_tokenizer, tmp_path, "captured", {"r": 4}, max_steps=2)
+    for layer in run.model.get_base_model().model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    with caplog.at_level(logging.WARNING):
+        run.train()
+    assert run.state.global_step == 2
+    assert run.plain_because == "attention dropout of 0.1"
+    assert "plain path: attention dropout of 0.1" in caplog.text
+
+
 def test_a_cpu_takes_it_only_where_it_is_asked_for(build_family: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
     run = trainer(build_family, tiny_tokenizer, tmp_path, "auto", {"r": 4})
     run.bind_fused_step()

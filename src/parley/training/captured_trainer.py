@@ -98,8 +98,12 @@ class CapturedTrainer(PackedTrainer):
             return super()._step_on_documents(model, documents, supervised, divisor)
         self.model.train()
         count, share = max(supervised, 1), self.own_share(documents)
-        self._retry_captured("training", share, lambda: step.forward_backward(share, divisor))
-        if self.captured_step is None:  # memory ran out for a single document
+        try:
+            self._retry_captured("training", share, lambda: step.forward_backward(share, divisor))
+        except Unsupported as reason:  # what only a pass in training mode shows, as dropout of attention
+            self.model.zero_grad()
+            self._give_up_captured_step(str(reason))
+        if self.captured_step is None:  # also where memory ran out for a single document
             return super()._step_on_documents(model, documents, supervised, divisor)
         if self.deals_documents:
             sum_all_in_place([*step.gradients, step.metrics_3])
