@@ -123,3 +123,42 @@ def test_what_the_summary_says_is_not_said_twice(
     assert "1 bad row skipped (rows.jsonl line 5)" in out
     assert "rows that cannot be read" not in out
     assert out.count("repeat an earlier one") == 1
+
+
+PAIR = {"prompt": "What is it?", "chosen": "It is a boat on the lake.", "rejected": "It is a<|eot_id|> thing of mine."}
+
+
+def test_pairs_are_checked_and_both_answers_shown(
+    parley: Callable[..., Any], tmp_path: Path, tiny_llama_folder: Path
+) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(PAIR) + "\n" + json.dumps(PAIR | {"chosen": PAIR["rejected"]}) + "\n")
+    ended = parley("inspect", path)
+    assert (ended.code, ended.err) == (0, "")
+    assert "preference pairs (columns prompt, chosen, rejected)" in ended.out
+    assert "data.drop=[control-token]" in ended.out
+    page = tmp_path / "row.html"
+    ended = parley("inspect", path, "--model", tiny_llama_folder, "--row", 1, "--ids", "--html", page)
+    assert (ended.code, ended.err) == (0, "")
+    assert "line 1, chosen: " in ended.out
+    assert "line 1, rejected: " in ended.out
+    assert page.read_text().count("What is it?") == 2
+    ended = parley("inspect", path, "--model", tiny_llama_folder, "--row", 2)
+    assert ended.code == 1
+    assert "chosen and rejected are the same" in ended.err
+    ended = parley("inspect", path, "--set", "training.method=sft")
+    assert ended.code == 1
+    assert "set training.method: dpo" in ended.err
+    assert "each pair as two labelled answers" in words(parley("inspect", path, "--set", "training.method=kto").out)
+
+
+def test_pairs_are_checked_before_training(parley: Callable[..., Any], tmp_path: Path, tiny_llama_folder: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text((json.dumps(PAIR) + "\n") * 2)
+    ended = parley(
+        "train", "--dry-run", "--model", tiny_llama_folder, "--data", path, "--output", tmp_path / "run",
+        "--set", "training.method=dpo", "--set", "data.heldout_rows=0",
+    )  # fmt: skip
+    assert ended.code == 0
+    assert "rows that hold control tokens" in words(ended.out)
+    assert "rows that repeat an earlier one" in words(ended.out)

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from parley.config import DataSection
 from parley.data.example import Example
-from parley.data.preference_formats import recognise_preferences
+from parley.data.preference_recognition import recognise_preferences
 from parley.data.preferences import prepare_preferences, render_preferences
 from parley.data.render import render_example
 from parley.errors import DataError, UsageError
@@ -160,7 +160,7 @@ def test_rows_of_another_kind_are_refused_with_the_method_that_takes_them(tiny_t
 
 @pytest.mark.parametrize(
     "settings",
-    [{"format": "text"}, {"overlong": "split"}, {"drop": ["duplicate"]}, {"train_on": "inputs"}],
+    [{"format": "text"}, {"overlong": "split"}, {"train_on": "inputs"}],
 )
 def test_settings_of_supervised_data_are_refused(settings: dict[str, Any], tiny_tokenizer: Any) -> None:
     with pytest.raises(UsageError, match=f"data.{next(iter(settings))} is not followed with preferences"):

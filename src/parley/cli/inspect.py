@@ -15,6 +15,7 @@ from parley.text import print_text
 
 if TYPE_CHECKING:
     from parley.config import RunConfig
+    from parley.data.doctor.row_reader import RowKind
     from parley.data.inspection import InspectedRow
 
 
@@ -83,7 +84,7 @@ def _show_row(run: RunConfig, tokenizer: Any, row: int | None, ids: bool, html: 
     from parley.data.inspection import inspect_row
 
     try:
-        inspected = inspect_row(run.data, tokenizer, run.model.max_seq_length, row or 1)
+        inspected = inspect_row(run.data, tokenizer, run.model.max_seq_length, row or 1, _kind(run))
     except DataError:
         if row is not None or html is not None:
             raise
@@ -94,23 +95,29 @@ def _show_row(run: RunConfig, tokenizer: Any, row: int | None, ids: bool, html: 
 def _print_row(inspected: InspectedRow, tokenizer: Any, ids: bool, html: Path | None) -> None:
     from parley.data.preview import pieces, to_html, to_terminal
 
-    rendered = inspected.rendered
-    shown = pieces(tokenizer, rendered) if rendered is not None else []
     print_text(out, inspected.format, "dim", wrap=False)
-    if rendered is not None:
-        out.print(to_terminal(shown))
+    shown = {name: pieces(tokenizer, rendered) for name, rendered in inspected.rendered.items()}
+    for name, rendered in inspected.rendered.items():
+        out.print(to_terminal(shown[name]))
         counts = f"{len(rendered.input_ids)} tokens, {sum(rendered.mask)} supervised (in colour)"
-        print_text(out, f"{inspected.origin}: {counts}", "dim", wrap=False)
+        print_text(out, f"{inspected.origin}{name and f', {name}'}: {counts}", "dim", wrap=False)
+        if ids:
+            styles = ("green" if supervised else "dim" for supervised in rendered.mask)
+            out.print(
+                Text.assemble(*((f"{token} ", style) for token, style in zip(rendered.input_ids, styles, strict=True)))
+            )
     for line in inspected.lines:
         print_text(out, f"{inspected.origin}: {line}", wrap=False)
-    if ids and rendered is not None:
-        styles = ("green" if supervised else "dim" for supervised in rendered.mask)
-        out.print(
-            Text.assemble(*((f"{token} ", style) for token, style in zip(rendered.input_ids, styles, strict=True)))
-        )
     if html:
-        _write(html, to_html(shown))
+        _write(html, to_html([piece for run in shown.values() for piece in run]))
         print_text(out, f"written: {html}", "dim", wrap=False)
+
+
+def _kind(run: RunConfig) -> RowKind | None:
+    """What the training method learns from; None where none was named: the columns show it."""
+    if "method" not in run.training.model_fields_set:
+        return None
+    return {"sft": "supervised", "kto": "labelled"}.get(run.training.method, "pairs")  # type: ignore[return-value]
 
 
 def _check_rows(run: RunConfig, tokenizer: Any, as_json: bool) -> None:
@@ -119,7 +126,7 @@ def _check_rows(run: RunConfig, tokenizer: Any, as_json: bool) -> None:
         from parley.data.doctor.table import to_terminal
 
     with err.status("checking rows"):
-        diagnosis = diagnose(run.data, tokenizer, run.model.max_seq_length)
+        diagnosis = diagnose(run.data, tokenizer, run.model.max_seq_length, kind=_kind(run))
     if as_json:
         # ASCII, since excerpts may hold what a terminal obeys.
         print(json.dumps(diagnosis.model_dump(mode="json"), indent=1))

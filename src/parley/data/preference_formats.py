@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from parley.config import DataSection
-from parley.data.columns import Fields, Spellings, listed
+from parley.data.columns import Fields, Spellings
 from parley.data.example import Example, Message
 from parley.data.files import Row
 from parley.data.messages import joined, parse_messages, with_system
@@ -224,20 +224,6 @@ PREFERENCE_FORMATS: tuple[PreferenceFormat, ...] = (
     LabelledInstruction(),
     RankedOutputs(),
 )
-
-
-def recognise_preferences(row: Row, origin: str, data: DataSection) -> PreferenceFormat | None:
-    """The format of a row; None where it is no preference row."""
-    return next((format for format in PREFERENCE_FORMATS if format.suits(row, format.fields(row, origin, data))), None)
-
-
-def not_preferences(row: Row, origin: str) -> DataError:
-    """The error for a row that is of no preference format."""
-    return DataError(
-        f"{origin}: got columns {listed(row)}; wanted preferences: chosen, rejected (prompt) / instruction, chosen, "
-        "rejected / conversations, chosen, rejected / prompt, completion, label; name yours in data.columns, or set "
-        "training.method: sft"
-    )
 
 
 def _kind(fields: Fields, name: str) -> str:

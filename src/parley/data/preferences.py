@@ -6,7 +6,7 @@ T: tokens of an answer with its prompt.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Literal
@@ -17,17 +17,13 @@ from datasets import Dataset, Features, IterableDataset, List, Value
 from parley.config import DataSection
 from parley.data.bad_rows import BadRow, BadRows
 from parley.data.control_tokens import IGNORE_INDEX
+from parley.data.doctor.diagnose import rows_to_drop
 from parley.data.example import Example
-from parley.data.files import ERROR, Row
 from parley.data.filtering import BATCH, NOTHING_SUPERVISED, SHORTENED, render_options
 from parley.data.heldout_split import heldout_section, is_heldout, sampled_rows
 from parley.data.packing import ORIGIN
-from parley.data.preference_formats import (
-    Preference,
-    PreferenceFormat,
-    not_preferences,
-    recognise_preferences,
-)
+from parley.data.preference_formats import Preference
+from parley.data.preference_recognition import check_preference_settings, preference_format, preference_of
 from parley.data.prepare import PREVIEWED, Prepared
 from parley.data.render import Rendered, pin_date, pin_settings, render_many
 from parley.data.sources import Rows, located, read_rows
@@ -58,12 +54,13 @@ def prepare_preferences(data: DataSection, tokenizer: Any, max_length: int, kind
 
     Raises DataError and UsageError in one line, as `prepare` does.
     """
-    _check_section(data)
+    check_preference_settings(data)
     pin_date(tokenizer, data.date)
     pin_settings(tokenizer, data.template)
+    left_out = rows_to_drop(data, kind) if data.drop else {}
     rows = read_rows(data.source, data, keep_bad=True)
     assert not isinstance(rows, IterableDataset), "streams are refused"
-    renderer = PreferenceRenderer(rows, tokenizer, data, max_length, kind, data.source)
+    renderer = PreferenceRenderer(rows, tokenizer, data, max_length, kind, data.source, left_out=left_out)
     share = data.heldout_share
     sampled = sampled_rows(0 if data.heldout else data.heldout_rows, len(rows))
     train, heldout = _Columns(kind), _Columns(kind)
@@ -99,7 +96,9 @@ def render_preferences(
     rows: Rows, tokenizer: Any, data: DataSection, max_length: int, *, kind: Kind, where: str
 ) -> tuple[Dataset, DataSummary]:
     """`rows` in memory with the columns of FEATURES, and their summary. `where` names them in messages."""
-    _check_section(data)
+    check_preference_settings(data)
+    if data.drop:
+        raise UsageError("data.drop is not followed with rows in memory; leave it out")
     renderer = PreferenceRenderer(rows, tokenizer, data, max_length, kind, where, where)
     columns = _Columns(kind)
     for _, preference, rendered in renderer.rendered():
@@ -110,7 +109,10 @@ def render_preferences(
 
 
 class PreferenceRenderer:
-    """Recognises and renders preference rows, and counts them in `summary`. `prefix` names rows without a file."""
+    """Recognises and renders preference rows, and counts them in `summary`. `prefix` names rows without a file.
+
+    left_out: the checks of `data.drop` by the numbers, from 0, of the rows they found.
+    """
 
     def __init__(
         self,
@@ -121,11 +123,12 @@ class PreferenceRenderer:
         kind: Kind,
         where: str,
         prefix: str = "",
+        left_out: Mapping[int, str] | None = None,
     ) -> None:
         self.rows, self.tokenizer, self.data, self.max_length = rows, tokenizer, data, max_length
-        self.kind, self.where, self.prefix = kind, where, prefix
+        self.kind, self.where, self.prefix, self.left_out = kind, where, prefix, left_out or {}
         self.bad_rows = BadRows(data, advise=not prefix)
-        self.format, reason = self._recognise()
+        self.format, reason = preference_format(located(rows, prefix), data, where, labelled=kind == "labelled")
         self.summary = DataSummary(source=where, format=self.format.label, reason=reason)
         self._longer, self._shorter = RowGroup(), RowGroup()  # pairs by the length of their chosen answer
         self._seen: set[tuple[bytes, bytes]] = set()  # digests of the answers of each pair, with their prompt
@@ -165,47 +168,22 @@ class PreferenceRenderer:
             raise DataError(f"{self.where}: nothing left to train on; {self.summary.nothing_left()}")
         self.bad_rows.check()
 
-    def _recognise(self) -> tuple[PreferenceFormat, str]:
-        for origin, row in located(self.rows, self.prefix):
-            if ERROR in row:
-                continue
-            format = recognise_preferences(row, origin, self.data)
-            if format is None:
-                raise not_preferences(row, origin)
-            if format.labelled and self.kind == "pairs":
-                raise DataError(
-                    f"{origin}: is {format.label}, and this method wants pairs of a chosen and a rejected answer; set "
-                    "training.method: kto"
-                )
-            own = {*format.fields(row, origin, self.data).own.values()}
-            columns = [column for column in row if column in own]
-            kto = ", each pair as two labelled answers" if self.kind == "labelled" and not format.labelled else ""
-            return format, f"{format.label} (columns {', '.join(columns)}){kto}"
-        raise DataError(f"{self.where}: is empty; wanted at least one row")
-
     def _preferences(self) -> Iterator[tuple[int, Preference | BadRow]]:
         for index, (origin, row) in enumerate(located(self.rows, self.prefix)):
             try:
-                preference = self._preference(row, origin)
+                preference = preference_of(row, origin, self.format, self.data)
             except DataError as error:
                 yield index, BadRow(origin, error, row)
+                continue
+            if index in self.left_out:
+                self.summary.rows += 1
+                self.summary.drop(f"by data.drop={self.left_out[index]}", origin)
                 continue
             if self.kind == "labelled" and preference.rejected is not None:  # as TRL's unpair_preference_dataset
                 yield index, replace(preference, rejected=None, desirable=True)
                 yield index, Preference(origin, preference.rejected, desirable=False)
             else:
                 yield index, preference
-
-    def _preference(self, row: Row, origin: str) -> Preference:
-        if ERROR in row:
-            raise DataError(row[ERROR])
-        fields = self.format.fields(row, origin, self.data)
-        if not self.format.suits(row, fields):
-            raise DataError(f"{origin}: is not {self.format.label}, as the first row is; keep one format in a data set")
-        for column in ("image", "images", "audio", "video"):
-            if row.get(column):
-                raise DataError(f"{origin}: has {column!r}; Parley trains on text alone: remove the column, or the row")
-        return self.format.preference(fields)
 
     def _fitting(self, preference: Preference, outcomes: list[Rendered | DataError]) -> list[Rendered] | None:
         """Both renderings, cut as data.overlong says; None where the row is dropped. Raises DataError for a bad row."""
@@ -305,20 +283,3 @@ def _whole(example: Example) -> Example:
     if not isinstance(example.prompt, list) or not isinstance(example.completion, list):
         return example
     return replace(example, messages=[*example.prompt, *example.completion], prompt=None, completion=None)
-
-
-def _check_section(data: DataSection) -> None:
-    """Raises UsageError for settings of supervised data that preferences do not follow."""
-    for name, unsupported, instead in (
-        ("data.format", data.format != "auto", "preferences are recognised by their columns: leave it out"),
-        ("data.streaming", data.streaming, "both answers of a pair are rendered before training: set it to false"),
-        ("data.drop", bool(data.drop), "its checks read supervised rows: leave it out"),
-        (
-            "data.overlong",
-            data.overlong in ("split", "keep-whole-turns"),
-            "set drop, error, truncate or truncate-start",
-        ),
-        ("data.train_on", data.train_on in ("inputs", "nothing"), "a preference is about answers: set all or last"),
-    ):
-        if unsupported:
-            raise UsageError(f"{name} is not followed with preferences; {instead}")

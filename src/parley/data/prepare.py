@@ -79,7 +79,7 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     pin_date(tokenizer, data.date)
     pin_settings(tokenizer, data.template)
     heldout_rows = 0 if data.heldout else data.heldout_rows
-    left_out = rows_to_drop(data) if data.drop else {}
+    left_out = rows_to_drop(data, "supervised") if data.drop else {}
     source_rows = read_rows(data.source, data, keep_bad=True)
     rows = RowRenderer(source_rows, tokenizer, data, max_length, data.source, left_out=left_out)
     prepared, trained = rows.stream(heldout_rows) if rows.summary.streaming else rows.split(heldout_rows)

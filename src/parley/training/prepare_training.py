@@ -13,6 +13,7 @@ from rich.text import Text
 
 from parley.config import RunConfig, TrainingSection
 from parley.data.doctor.diagnose import diagnose
+from parley.data.doctor.row_reader import RowKind
 from parley.data.preferences import Kind, prepare_preferences
 from parley.data.prepare import Prepared, prepare
 from parley.data.preview import pieces, to_terminal
@@ -96,13 +97,11 @@ def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepare
     if config.training.method != "sft":
         kind: Kind = "labelled" if config.training.method == "kto" else "pairs"
         data = prepare_preferences(config.data, tokenizer, config.model.max_seq_length, kind)
-        for line in data.summary.lines():
-            print_text(console, line)
-        _check_steps(config, data)
-        return data
-    data = prepare(config.data, tokenizer, config.model.max_seq_length)
+        row_kind: RowKind = kind
+    else:
+        data, row_kind = prepare(config.data, tokenizer, config.model.max_seq_length), "supervised"
     with console.status("checking the data"):
-        data.diagnosis = diagnose(config.data, for_training=True)
+        data.diagnosis = diagnose(config.data, for_training=True, kind=row_kind)
     # The data doctor says which rows repeat others, with the cure.
     for line in (*data.summary.lines(repeats=False), *data.diagnosis.short_lines()):
         print_text(console, line)

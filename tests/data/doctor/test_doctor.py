@@ -172,7 +172,7 @@ def test_rows_shared_with_held_out_data_are_found_and_can_be_dropped(tmp_path: P
     assert diagnosis.heldout_rows == 4
 
     dropping = data.model_copy(update={"drop": ["heldout-duplicate", "heldout-near-duplicate"]})
-    assert rows_to_drop(dropping) == {2: "heldout-duplicate", 4: "heldout-near-duplicate"}
+    assert rows_to_drop(dropping, None) == {2: "heldout-duplicate", 4: "heldout-near-duplicate"}
     assert diagnose(dropping).findings == []
     prepared = prepare(dropping, tiny_tokenizer, 2048)
     assert len(prepared.train) == 6
@@ -191,7 +191,7 @@ def test_rows_held_out_of_the_source_are_compared_with_the_others(tmp_path: Path
     assert findings["heldout-duplicate"].rows.first == [f"rows.jsonl line {row + 1}" for row in sorted(held)]
     assert "heldout-duplicate" not in {finding.check for finding in diagnose(data).findings}
     dropping = data.model_copy(update={"drop": ["heldout-duplicate"]})
-    assert set(rows_to_drop(dropping)) == leaked
+    assert set(rows_to_drop(dropping, None)) == leaked
     prepared = prepare(dropping, tiny_tokenizer, 2048)
     assert (prepared.summary.heldout, prepared.summary.heldout_repeated) == (5, 0)
     assert prepared.summary.kept == 70
@@ -215,7 +215,7 @@ def test_dropping_cures_each_fault(name: str, tmp_path: Path, tiny_tokenizer: An
     path = write(tmp_path / "rows.jsonl", [*CLEAN, *PLANTED[name]])
     data = DataSection(source=str(path), drop=[name], heldout_rows=0)
     numbers = range(len(CLEAN), len(CLEAN) + len(PLANTED[name]))
-    assert rows_to_drop(data) == dict.fromkeys(numbers, name)
+    assert rows_to_drop(data, None) == dict.fromkeys(numbers, name)
     diagnosis = diagnose(data)
     assert diagnosis.findings == []
     assert diagnosis.left_out == {name: len(PLANTED[name])}

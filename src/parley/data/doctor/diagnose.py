@@ -7,7 +7,6 @@ hashes and its number (27 MB for 100,000 rows), and a finding keeps the first fe
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -16,36 +15,43 @@ from parley.data.doctor import checks
 from parley.data.doctor.examine import Doctor
 from parley.data.doctor.findings import Diagnosis, Lengths
 from parley.data.doctor.repeated_rows import SHARED, find_repeated, find_shared, flag_shared, sides
+from parley.data.doctor.row_reader import RowKind, RowReader, row_reader
 from parley.data.doctor.tokens import TokenCounts
-from parley.data.files import ERROR, Row
 from parley.data.heldout_split import heldout_section, sampled_rows
-from parley.data.recognition import RECOGNITION_ROWS, Recognised, recognise
-from parley.data.sources import Rows, located, read_rows
+from parley.data.sources import located, read_rows
 from parley.text import visible
 
 STREAM_ROWS = 1000
 """Rows of a stream that are read: all of one may be too many to read before training."""
 
 
-def diagnose(data: DataSection, tokenizer: Any = None, max_length: int = 0, for_training: bool = False) -> Diagnosis:
+def diagnose(
+    data: DataSection,
+    tokenizer: Any = None,
+    max_length: int = 0,
+    for_training: bool = False,
+    kind: RowKind | None = None,
+) -> Diagnosis:
     """Check the rows of `data.source` and those of `data.heldout` against them; with `tokenizer`, count tokens too.
 
-    for_training: the rows that `data.heldout_rows` sets aside are compared with the others as well.
+    for_training: the rows that `data.heldout_rows` sets aside are compared with the others as well. kind: what the
+    training method learns from; None: what the rows' columns show.
 
     Of a stream, STREAM_ROWS are read. Raises DataError where nothing can be read or recognised; a single row that
     cannot is a finding.
     """
-    left_out = rows_to_drop(data) if data.drop else {}
+    left_out = rows_to_drop(data, kind) if data.drop else {}
     doctor = Doctor(data, left_out=left_out)
     counts = TokenCounts(tokenizer, data, max_length, doctor.find) if tokenizer is not None else None
-    format = _examine(doctor, data, counts)
-    heldout = _heldout(doctor, data, for_training)
+    reader = _examine(doctor, data, kind, counts)
+    heldout = _heldout(doctor, data, reader, for_training)
     find_repeated(doctor)
     for finding in doctor.findings.values():
         finding.share = finding.rows.count / doctor.rows
     diagnosis = Diagnosis(
         source=data.source,
-        format=visible(format.reason),
+        kind=reader.kind,
+        format=visible(reader.reason),
         rows=doctor.rows,
         left_out=dict(Counter(left_out.values())),
         complete=not data.streaming or doctor.rows < STREAM_ROWS,
@@ -66,17 +72,17 @@ def diagnose(data: DataSection, tokenizer: Any = None, max_length: int = 0, for_
     return diagnosis
 
 
-def rows_to_drop(data: DataSection) -> dict[int, str]:
+def rows_to_drop(data: DataSection, kind: RowKind | None) -> dict[int, str]:
     """The rows that `data.drop` leaves out, by their number from 0, each with the check that found it."""
     doctor = Doctor(data, frozenset(data.drop))
-    _examine(doctor, data)
+    reader = _examine(doctor, data, kind)
     find_repeated(doctor)
     if SHARED.intersection(data.drop):
-        flag_shared(*sides(doctor, _heldout(doctor, data, for_training=True)))
+        flag_shared(*sides(doctor, _heldout(doctor, data, reader, for_training=True)))
     return {number: name for name in reversed(data.drop) for number in doctor.flagged[name]}
 
 
-def _heldout(doctor: Doctor, data: DataSection, for_training: bool) -> Doctor | None:
+def _heldout(doctor: Doctor, data: DataSection, reader: RowReader, for_training: bool) -> Doctor | None:
     """The rows of the source `data.heldout`, read for their fingerprints; None where held-out rows are the data's own.
 
     Those of a share are in `doctor.heldout` already; the sampled ones are put there.
@@ -84,23 +90,19 @@ def _heldout(doctor: Doctor, data: DataSection, for_training: bool) -> Doctor | 
     if data.heldout and data.heldout_share is None:
         section = heldout_section(data)
         heldout = Doctor(section)
-        _examine(heldout, section)
+        _examine(heldout, section, reader.kind)
         return heldout
     if not data.heldout and for_training and not data.streaming:
         doctor.heldout = sampled_rows(data.heldout_rows, doctor.rows)
     return None
 
 
-def _examine(doctor: Doctor, data: DataSection, counts: TokenCounts | None = None) -> Recognised:
+def _examine(doctor: Doctor, data: DataSection, kind: RowKind | None, counts: TokenCounts | None = None) -> RowReader:
     rows = read_rows(data.source, data, keep_bad=True)
-    format = recognise(_readable(rows), data, data.source)
-    for number, example in doctor.read(islice(located(rows), STREAM_ROWS if data.streaming else None), format):
+    reader = row_reader(located(rows), data, kind)
+    for number, examples in doctor.read(islice(located(rows), STREAM_ROWS if data.streaming else None), reader):
         if counts is not None:
-            counts.add(number, example)
+            counts.add(number, examples)
     if counts is not None:
         counts.flush()
-    return format
-
-
-def _readable(rows: Rows) -> Iterator[tuple[str, Row]]:
-    return islice(((origin, row) for origin, row in located(rows) if ERROR not in row), RECOGNITION_ROWS)
+    return reader

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from parley.config import DataSection
 from parley.data.doctor import checks
-from parley.data.doctor.checks import ROW_CHECKS, TEXT_CHECKS, Check
-from parley.data.doctor.conversation import Conversation, conversation_of
+from parley.data.doctor.checks import ORDER_CHECKS, TEXT_CHECKS, Check, RowCheck
+from parley.data.doctor.conversation import Conversation
 from parley.data.doctor.duplicates import Fingerprints
-from parley.data.doctor.empty_answers import empty_answer
 from parley.data.doctor.findings import Finding
 from parley.data.doctor.histogram import LogHistogram
+from parley.data.doctor.row_reader import CheckedRow, RowReader
 from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import has_answer
 from parley.data.heldout_split import is_heldout
-from parley.data.recognition import Recognised
 from parley.errors import DataError
 from parley.text import visible
 
@@ -61,9 +60,10 @@ class Doctor:
         self.roles: Counter[str] = Counter()
         self.findings: dict[str, Finding] = {}
         self.heldout: set[int] = set()
+        self._last_found: dict[str, int] = {}
         self.flagged: dict[str, set[int]] = {name: set() for name in keep}
 
-    def read(self, rows: Iterable[tuple[str, Row]], format: Recognised) -> Iterator[tuple[int, Example]]:
+    def read(self, rows: Iterable[tuple[str, Row]], reader: RowReader) -> Iterator[tuple[int, list[Example]]]:
         """Check each row, and yield those that can be understood with their numbers, from 0."""
         for origin, row in rows:
             self.origins.add(origin)
@@ -73,44 +73,52 @@ class Doctor:
             try:
                 if ERROR in row:
                     raise DataError(row[ERROR])
-                example = format.example(row, origin)
-                self._check(row, example, format)
-                yield self.rows, example
+                checked = reader.read(row, origin)
+                self._check(checked)
+                yield self.rows, checked.examples
             except DataError as error:
                 reason = str(error).removeprefix(f"{origin}: ")
                 self.find(checks.SURROGATE if "lone surrogate" in reason else checks.BAD_ROW, self.rows, reason)
             self.rows += 1
 
-    def _check(self, row: Row, example: Example, format: Recognised) -> None:
-        conversation = conversation_of(example)
-        self.fingerprints.add(conversation)
+    def _check(self, row: CheckedRow) -> None:
+        self.fingerprints.add(row.text)
         self.fingerprinted.append(self.rows)
+        example = row.examples[0]
         if self.data.heldout_share is not None and is_heldout(example, self.data.heldout_share):
             self.heldout.add(self.rows)
         if example.input_ids is not None:
             return
-        self._measure(conversation)
-        empty = empty_answer(row, example, format.format, self.data)
-        if empty:
-            self.find(checks.EMPTY_ANSWER, self.rows, empty)
+        self._measure(row)
+        if row.empty:
+            self.find(checks.EMPTY_ANSWER, self.rows, row.empty)
         elif not has_answer(example, self.data.train_on):
             self.find(checks.NO_ANSWER, self.rows, "")
-        for check in TEXT_CHECKS if empty else ROW_CHECKS:
+        self._find_all(TEXT_CHECKS, row.text)
+        if not row.empty:
+            for dialogue in row.dialogues:
+                self._find_all(ORDER_CHECKS, dialogue)
+
+    def _find_all(self, asked: Sequence[RowCheck], conversation: Conversation) -> None:
+        for check in asked:
             found = check.find(conversation)
             if found is not None:
                 self.find(check, self.rows, found)
 
-    def _measure(self, conversation: Conversation) -> None:
-        self.characters.add(sum(len(text) for turn in conversation.turns for text in (turn.content, *turn.other)))
-        if not conversation.plain:
-            self.turns.add(len(conversation.turns))
-            self.roles.update(turn.role for turn in conversation.turns)
+    def _measure(self, row: CheckedRow) -> None:
+        self.characters.add(sum(len(text) for turn in row.text.turns for text in (turn.content, *turn.other)))
+        if not row.text.plain:
+            self.turns.add(len(row.dialogues[0].turns))
+            self.roles.update(turn.role for turn in row.text.turns)
 
     def origin_of(self, fingerprint: int) -> str:
         return self.origins[self.fingerprinted[fingerprint]]
 
     def find(self, check: Check, index: int, example: str) -> None:
-        """Count row `index` as one of `check`'s."""
+        """Count row `index` as one of `check`'s, once: both answers of a pair may show it."""
+        if self._last_found.get(check.name) == index:
+            return
+        self._last_found[check.name] = index
         self.findings.setdefault(check.name, Finding.of(check)).add(
             self.origins[index], visible(" ".join(example.split())[:SHOWN])
         )

@@ -6,6 +6,7 @@ from pydantic import BaseModel, Field
 
 from parley.data.doctor.checks import BAD_ROW, NO_ANSWER, SEVERITIES, SURROGATE, Check, Severity
 from parley.data.doctor.histogram import LogHistogram
+from parley.data.doctor.row_reader import RowKind
 from parley.data.summary import RowGroup
 
 PERCENTILES = (5, 50, 95, 99)
@@ -75,6 +76,7 @@ class Diagnosis(BaseModel):
     """
 
     source: str
+    kind: RowKind = "supervised"
     format: str = ""
     rows: int = 0
     left_out: dict[str, int] = Field(default_factory=dict, description="Rows of them that data.drop leaves out.")
@@ -84,7 +86,9 @@ class Diagnosis(BaseModel):
     turns: Lengths = Field(default_factory=Lengths, description="Turns a row.")
     roles: dict[str, int] = Field(default_factory=dict, description="Turns by role.")
     characters: Lengths = Field(default_factory=Lengths, description="Characters a row.")
-    tokens: Lengths | None = Field(None, description="Tokens a row, before model.max_seq_length.")
+    tokens: Lengths | None = Field(
+        None, description="Tokens a row, before model.max_seq_length; of pairs, each answer with its prompt counts."
+    )
     supervised_tokens: int | None = None
     max_length: int | None = None
     tokens_over: int | None = Field(None, description="Tokens past model.max_seq_length, of rows that are longer.")
@@ -131,7 +135,7 @@ class Diagnosis(BaseModel):
     def _token_facts(self) -> list[tuple[str, str]]:
         if self.tokens is None or not self.tokens.count:
             return []
-        facts = [("tokens a row", self.tokens.line())]
+        facts = [("tokens an answer" if self.kind == "pairs" else "tokens a row", self.tokens.line())]
         if self.supervised_share is not None:
             facts.append(
                 (

@@ -31,10 +31,11 @@ class TokenCounts:
         self.supervised = self.over = 0
         self._pending: list[tuple[int, Example]] = []
 
-    def add(self, number: int, example: Example) -> None:
-        if example.input_ids is not None or has_answer(example, self.data.train_on):
-            self._pending.append((number, example))
-        if len(self._pending) == _BATCH:
+    def add(self, number: int, examples: list[Example]) -> None:
+        for example in examples:
+            if example.input_ids is not None or has_answer(example, self.data.train_on):
+                self._pending.append((number, example))
+        if len(self._pending) >= _BATCH:
             self.flush()
 
     def flush(self) -> None:
