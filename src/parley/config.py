@@ -475,16 +475,43 @@ def _is_file(path: Path) -> bool:
 
 
 def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]  # one line names one fault; the count tells of the others
-    path = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        section = RunConfig
-        for part in first["loc"][:-1]:
-            section = _section_type(section, str(part))
-        return str(unknown_key(path, section.model_fields, "the run's settings"))
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{path}: got {shorten_middle(repr(first['input']), 120)}; {message}{more}" if path else f"{message}{more}"
+    (path, message), *others = _errors(error)  # one line names one fault; the count tells of the others
+    if error.errors()[0]["type"] == "extra_forbidden":
+        return message
+    more = f" (and {len(others)} more)" if others else ""
+    return f"{path}: {message}{more}" if path else f"{message}{more}"
+
+
+def setting_errors(values: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every error of nested `values` with the dotted path of its setting, the texts those of `RunConfig.create`.
+
+    The path is empty where settings contradict each other. Empty for values that are valid.
+    """
+    try:
+        _check_values(values)
+        RunConfig.model_validate(values)
+    except ValidationError as error:
+        return list(dict.fromkeys(_errors(error)))
+    except UsageError as error:
+        path, _, message = str(error).partition(": ")
+        return [(path, message)]
+    return []
+
+
+def _errors(error: ValidationError) -> list[tuple[str, str]]:
+    """The dotted path and the text of each error."""
+    found = []
+    for each in error.errors():
+        path = ".".join(str(part) for part in each["loc"])
+        if each["type"] == "extra_forbidden":
+            section = RunConfig
+            for part in each["loc"][:-1]:
+                section = _section_type(section, str(part))
+            found.append((path, str(unknown_key(path, section.model_fields, "the run's settings"))))
+            continue
+        message = each["msg"].removeprefix("Value error, ")
+        found.append((path, f"got {shorten_middle(repr(each['input']), 120)}; {message}" if path else message))
+    return found
 
 
 def _section_type(section: Any, name: str) -> Any:

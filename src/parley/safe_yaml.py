@@ -8,7 +8,6 @@ constructors that raise whatever they like.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,8 @@ class _Loader(yaml.SafeLoader):
     """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-        twice = [key for key, count in Counter(keys).items() if count > 1]
-        if twice:
-            raise yaml.YAMLError(f"key {twice[0]!r} is there twice")
+        if (twice := repeated_key(node)) is not None:
+            raise yaml.YAMLError(f"key {twice.value!r} is there twice")
         return super().construct_mapping(node, deep)
 
 
@@ -43,6 +40,23 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def repeated_key(node: yaml.MappingNode) -> yaml.ScalarNode | None:
+    """The second occurrence of a key in `node`; None where each key is there once."""
+    seen: set[str] = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode) and key.value != "<<":
+            if key.value in seen:
+                return key
+            seen.add(key.value)
+    return None
+
+
+def compose_yaml(text: str) -> yaml.Node | None:
+    """The nodes of the document in `text`, with their lines; None for an empty one. Raises yaml.YAMLError."""
+    _check_events(text)
+    return yaml.compose(text, _Loader)
 
 
 def load_yaml(text: str, where: str, kind: type[ParleyError] = UsageError) -> Any:
