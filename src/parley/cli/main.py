@@ -31,6 +31,7 @@ from parley.cli import (
     report,
     runs,
     serve,
+    studio,
     train,
 )
 from parley.cli.terminal import Stopped, complain, err, is_first_process
@@ -44,6 +45,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chat": chat.chat,
     "generate": generate.generate,
     "serve": serve.serve,
+    "studio": studio.studio,
     "inspect": inspect.inspect,
     "eval": evaluate.evaluate,
     "export": export.export,

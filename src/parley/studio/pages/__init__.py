@@ -1,0 +1,26 @@
+"""The pages, in the order of the navigation: one module each, with a router of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastapi import APIRouter
+
+from parley.studio.i18n import N_
+from parley.studio.pages import data, home, run
+
+
+@dataclass(frozen=True)
+class Page:
+    """`title` and `path` of its entry in the navigation; without a path it has none."""
+
+    title: str
+    path: str | None
+    router: APIRouter
+
+
+PAGES = (
+    Page(N_("Runs"), "/", home.router),
+    Page(N_("Data"), "/data", data.router),
+    Page(N_("Run"), None, run.router),
+)

@@ -1,0 +1,49 @@
+"""The studio's server: uvicorn on a bound socket, until a signal ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from parley.studio.app import create_app
+from parley.studio.state import Studio
+
+SHUTDOWN_SECONDS = 1  # for open responses; event streams never end by themselves
+MAX_CONNECTIONS = 512
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await asyncio.to_thread(self._on_ready)  # a browser may take its time
+
+
+def serve(studio: Studio, bound: socket.socket, host: str, *, on_ready: Callable[[], None] = lambda: None) -> None:
+    """Serve `studio` on the socket `bound`. Returns after Ctrl-C or SIGTERM; runs are not affected."""
+    config = uvicorn.Config(
+        create_app(studio, host=host),
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        ws="none",
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        limit_concurrency=MAX_CONNECTIONS,
+        server_header=False,
+    )
+    # uvicorn raises the signal again after the shutdown; it is ignored, because the end is orderly.
+    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(Server(config, on_ready).serve(sockets=[bound]))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

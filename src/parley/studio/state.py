@@ -1,0 +1,68 @@
+"""One studio: its folder of runs, its own files, and where it may look."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from parley.errors import RunError, UsageError
+from parley.studio.queue import Queue
+from parley.studio.security import Keys, read_secret
+from parley.training.run_summary import RunSummary, list_runs
+
+FOLDER = ".studio"  # in the folder of runs: what was uploaded, the queue, the secret
+
+
+class Studio:
+    """`root`: the folder of runs; `roots`: the folders whose files pages may open, with those below them."""
+
+    def __init__(self, root: Path, *, port: int, allowed: Sequence[Path] = (), token: str | None = None) -> None:
+        """Raises RunError where `root` cannot be written."""
+        self.root = root.expanduser().resolve()
+        self.folder = self.root / FOLDER
+        self.uploads = self.folder / "uploads"
+        self.roots = (self.root, *(path.expanduser().resolve() for path in allowed))
+        try:
+            self.uploads.mkdir(parents=True, exist_ok=True)
+            self.folder.chmod(0o700)
+            self.keys = Keys(read_secret(self.folder / "secret"), port, token)
+        except OSError as error:
+            raise RunError(f"{root}: cannot be written ({error.strerror}); give another folder for the runs") from None
+        self.queue = Queue(self.root, self.folder)
+
+    def runs(self) -> list[RunSummary]:
+        """The runs below `root`, newest first."""
+        return list_runs(self.root)
+
+    def run_path(self, run_id: str) -> Path:
+        """The folder of a run by its path below `root`. Raises RunError where there is none."""
+        path = self._below(self.root, run_id)
+        if path is None or not os.path.isfile(path / "run.yaml"):  # False as well for a name that is too long
+            raise RunError(f"{run_id}: no run of that name in {self.root}")
+        return path
+
+    def run_id(self, path: str | Path) -> str:
+        """The inverse of `run_path`."""
+        return str(Path(path).resolve().relative_to(self.root))
+
+    def check_path(self, text: str) -> Path:
+        """The file or folder `text` names, links resolved. Raises UsageError outside of the allowed folders."""
+        for root in self.roots:
+            path = self._below(root, text)
+            if path is not None:
+                return path
+        places = ", ".join(map(str, self.roots))
+        raise UsageError(f"{text}: not in a folder that this studio may open ({places}); start it with --allow FOLDER")
+
+    @staticmethod
+    def _below(root: Path, text: str) -> Path | None:
+        try:
+            path = (root / text).resolve()
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, links in a circle
+            return None
+        return path if path.is_relative_to(root) else None
+
+    def start_run(self, config_yaml: str, name: str | None = None) -> str:
+        """Queue a run with these settings; returns its id. Raises UsageError for settings that are wrong."""
+        return self.queue.add(config_yaml, name)
