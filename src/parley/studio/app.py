@@ -105,12 +105,14 @@ def _show_error(request: Request, error: Exception) -> Response:
 
 def _show_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = translate(request)("There is no such page.") if error.status_code == 404 else str(error.detail)
+    _ = translate(request)
+    text = _("There is no such page.") if error.status_code == 404 else str(error.detail)
     return _problem(request, error.status_code, text)
 
 
 def _show_too_large(request: Request, error: Exception) -> Response:
-    return _problem(request, 413, translate(request)("That is too large."))
+    _ = translate(request)
+    return _problem(request, 413, _("That is too large."))
 
 
 def _problem(request: Request, status_code: int, text: str) -> Response:
