@@ -144,7 +144,7 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
     # Settings, device and output folder come first: they are checked in a second, a model may take minutes to load.
     if resumed is None and is_main_process():
         RunFolder.check_output(config.output)
-    args, notes = _training_arguments(config)
+    args, notes = training_arguments(config)
     if config.training.deterministic:
         fix_cublas_workspaces()
     notes += processes_notes(config.training)
@@ -277,7 +277,7 @@ def _run(
 
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check settings and data of `train`, show mask and number of steps; loads no weights, writes nothing."""
-    args, notes = _training_arguments(config)
+    args, notes = training_arguments(config)
     for note in [*notes, *_without_effect(config, args)]:
         print_text(console, note)
     resolve_adapter(config, console)
@@ -313,7 +313,7 @@ def _open_to_resume(path: Path, config: RunConfig | None, console: Console) -> R
     return ResumedRun(ScratchFolder(path), settings, checkpoint, changed)
 
 
-def _training_arguments(config: RunConfig) -> tuple[Any, list[str]]:
+def training_arguments(config: RunConfig) -> tuple[Any, list[str]]:
     """TRL's arguments, checked, and notes on what was chosen. Raises UsageError or DeviceError."""
     make = sft_config if config.training.method == "sft" else preference_config
     args, notes = make(config, config.output / "checkpoints", pick_device(config.model.device))

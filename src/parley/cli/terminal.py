@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 import signal
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -112,21 +111,12 @@ def importing() -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Turn off the libraries' warnings and progress bars; their errors stay.
+    """Turn off the libraries' warnings and progress bars, and print Parley's own log."""
+    from parley.quiet_libraries import quiet_libraries
 
-    The hub's download bars stay too, since a first run waits for downloads.
-    """
-    import datasets
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    datasets.utils.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not used
+    quiet_libraries()
     parley_logger = logging.getLogger("parley")  # Parley's own decisions are printed
     parley_logger.handlers = [VisibleHandler(console=out, show_time=False, show_level=False, show_path=False)]
     parley_logger.setLevel(logging.INFO if is_first_process() else logging.CRITICAL)
     # Propagated records would be printed a second time by the root handler.
     parley_logger.propagate = False
-    warnings.filterwarnings("ignore", module=r"(accelerate|bitsandbytes|datasets|peft|torch|transformers|trl)\b")

@@ -97,15 +97,20 @@ def plan(config: RunConfig, *, gpu_memory: str | int | None = None) -> RunPlan:
     Raises UsageError, DataError, ModelError or DeviceError, as the run itself would.
     """
     config = config.model_copy(deep=True)
+    check_planned(config)
+    gpu_bytes = parse_memory(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
+    here = torch.device("cpu") if gpu_bytes is not None else pick_device(config.model.device)
+    device = planned_device(here, gpu_bytes)
+    return plan_for(config, read_data(config), device)
+
+
+def check_planned(config: RunConfig) -> None:
+    """Raises UsageError for a method that is not planned."""
     if config.training.method != "sft":
         raise UsageError(
             f"parley plan counts supervised steps; training.method: {config.training.method} is not planned: leave "
             "it out for a lower bound"
         )
-    gpu_bytes = parse_memory(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
-    here = torch.device("cpu") if gpu_bytes is not None else pick_device(config.model.device)
-    device = planned_device(here, gpu_bytes)
-    return plan_for(config, _read_data(config), device)
 
 
 def plan_for(config: RunConfig, data: Data, device: PlanDevice) -> RunPlan:
@@ -319,7 +324,8 @@ def _started_adapter(config: RunConfig) -> LoraSection | None:
     )
 
 
-def _read_data(config: RunConfig) -> Data:
+def read_data(config: RunConfig) -> Data:
+    """The lengths of the rows that a run of `config` trains on, rendered as it would. Raises DataError, ModelError."""
     tokenizer = load_tokenizer(config.model)
     prepared = prepare(config.data, tokenizer, config.model.max_seq_length)
     if prepared.summary.streaming:

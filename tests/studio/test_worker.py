@@ -1,0 +1,70 @@
+"""The studio's own process: calls in order, errors as they are, ended when idle, when killed, with its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from parley.config import RunConfig
+from parley.errors import DeviceError, UsageError
+from parley.studio.worker import Worker
+
+
+def test_calls_errors_and_death() -> None:
+    async def calls() -> None:
+        worker = Worker(prepare=int)  # which imports no library
+        first = await worker.call(os.getpid)
+        assert await asyncio.gather(*(worker.call(operator.mul, 2, value) for value in range(3))) == [0, 2, 4]
+        assert await worker.call(os.getpid) == first != os.getpid()
+        with pytest.raises(UsageError, match=r"^training\.seed: got -1; Input should be greater than or equal to 0$"):
+            await worker.call(RunConfig.create, {"training": {"seed": -1}})
+        with pytest.raises(DeviceError, match="lack of memory"):
+            await worker.call(os.abort)
+        assert await worker.call(operator.mul, 2, 4) == 8
+        worker.close()
+        assert not worker.is_running
+
+    asyncio.run(calls())
+
+
+def test_an_idle_process_ends() -> None:
+    async def calls() -> None:
+        worker = Worker(idle_seconds=0, prepare=int)
+        process = psutil.Process(await worker.call(os.getpid))
+        assert worker.is_running
+        await asyncio.sleep(0)
+        await asyncio.sleep(0.01)
+        assert not worker.is_running
+        await asyncio.to_thread(process.wait, 30)
+
+    asyncio.run(calls())
+
+
+def test_it_ends_with_a_studio_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "studio_of_a_test.py"
+    script.write_text(
+        "import asyncio, os, time\n"
+        "from parley.studio.worker import Worker\n"
+        "async def main():\n"
+        "    print(await Worker(prepare=int).call(os.getpid), flush=True)\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    asyncio.run(main())\n"
+    )
+    studio = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert studio.stdout is not None
+    child = psutil.Process(int(studio.stdout.readline()))
+    studio.kill()
+    studio.wait()
+    deadline = time.monotonic() + 60
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
