@@ -10,7 +10,8 @@ tokens in what somebody said are compared with the same conversation in words of
 conversations, full of control tokens and forged turns: nothing may be supervised that the assistant did not say.
 
 Prints one line of JSON: templates, conversations, wrong masks, ids that differ, refusals by the template itself and by
-Parley alone, and the same for the random conversations.
+Parley alone, and the same for the random conversations. With --refusals also which cases which templates refuse, as
+docs/templates.md has it.
 """
 
 from __future__ import annotations
@@ -279,7 +280,8 @@ def runs(mask: list[bool]) -> list[tuple[int, int]]:
 
 
 def same_length(text: str, number: int) -> str:
-    return (words(number) + "o" * len(text))[: len(text)] if len(text) < 17 else words(number) + "o" * (len(text) - 17)
+    """Words of their own, as long as `text`."""
+    return words(number).ljust(len(text), "o")[: len(text)]
 
 
 def check(tokenizer: Any, name: str, messages: Messages, tools: Any) -> Iterator[str]:
@@ -395,11 +397,13 @@ def main() -> None:
     parser.add_argument("--adversarial", type=int, default=150)
     parser.add_argument("--only", default="")
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--refusals", action="store_true", help="a Markdown table of what templates refuse themselves")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
     files = [file for path in arguments.paths for file in (sorted(path.rglob("*.jinja")) if path.is_dir() else [path])]
     unique = {file.read_bytes(): file for file in reversed(files) if arguments.only in file.name}
     counts: Counter[str] = Counter(templates=len(unique))
+    refused: dict[str, list[str]] = {}
     report: Callable[..., None] = print if arguments.verbose else lambda *_: None
     for data, file in sorted(unique.items(), key=lambda item: item[1].name):
         tokenizer = tokenizer_for(data.decode("utf-8"))
@@ -410,6 +414,8 @@ def main() -> None:
             kinds = set()
             for fault in check(tokenizer, name, talk.messages, [TOOL] if tools else None):
                 kinds.add(fault.split(":")[0])
+                if fault.startswith("refused"):
+                    refused.setdefault(file.stem, []).append(name)
                 report(f"{file.name}: {name}: {fault}")
             counts.update(kinds)
         for outcome in adversarial(tokenizer, arguments.adversarial, file.name):
@@ -417,6 +423,18 @@ def main() -> None:
             if outcome[:4] in ("mask", "parl", "ids:"):
                 report(f"{file.name}: adversarial {outcome}")
     print(json.dumps(counts))
+    if arguments.refusals:
+        print_refusals(refused)
+
+
+def print_refusals(refused: dict[str, list[str]]) -> None:
+    """A row for each set of cases that the same templates refuse."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, names in refused.items():
+        groups.setdefault(tuple(dict.fromkeys(names)), []).append(name)
+    print("| cases | templates |\n| --- | --- |")
+    for names, templates in sorted(groups.items(), key=lambda group: len(group[0])):
+        print(f"| {len(names)}: {', '.join(names)} | {', '.join(templates)} |")
 
 
 if __name__ == "__main__":

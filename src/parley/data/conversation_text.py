@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2.exceptions import TemplateError, TemplateSyntaxError
@@ -11,6 +10,7 @@ from jinja2.exceptions import TemplateError, TemplateSyntaxError
 from parley.data.example import LOSS_KEYS, Arguments, Message
 from parley.data.template import ChatTemplate, RenderedText, compiled
 from parley.data.template_limits import TemplateLimitError
+from parley.data.written_numbers import has_written, without_texts, written_json
 from parley.errors import DataError, ModelError
 from parley.text import one_line
 
@@ -23,22 +23,29 @@ def render_text(
 ) -> RenderedText:
     """`tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)`, traced.
 
+    Numbers of a call's arguments are as the row wrote them: 1.10 where apply_chat_template has 1.1.
+
     Raises DataError in one line where the template refuses the conversation; ModelError where it is not Jinja.
     """
     if not messages:
         raise DataError("got a conversation without messages, wanted at least one")
     template = template_of(tokenizer, tools)
     try:
-        rendered = template.render(normalised(messages), tools, prompt, **tokenizer.special_tokens_map)
+        special = tokenizer.special_tokens_map
         # All supported versions of transformers give plain messages to the template unchanged, so the comparison,
         # which is a second rendering, is left out.
         if is_plain(tokenizer, messages, tools):
-            return rendered
-        expected = tokenizer.apply_chat_template(
-            list(messages), tools=tools, add_generation_prompt=prompt, tokenize=False
-        )
+            return template.render(normalised(messages), tools, prompt, **special)
+        written = list(messages)
+        messages = without_texts(written) if has_written(written) else written
+        expected = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+        given: Callable[[Sequence[Message]], list[Message]] = normalised
+        rendered = template.render(given(messages), tools, prompt, **special)
         if rendered.text != expected:  # before 5.24 transformers gave messages to the template as they are
-            rendered = template.render(messages, tools, prompt, **tokenizer.special_tokens_map)
+            given = list
+            rendered = template.render(given(messages), tools, prompt, **special)
+        if rendered.text == expected and messages is not written:  # now with 1.10 in place of 1.1
+            return template.render(given(written), tools, prompt, **special)
     except TemplateLimitError as error:
         raise DataError(f"the chat template was stopped: {error}; set model.chat_template") from None
     except TEMPLATE_ERRORS as error:
@@ -126,11 +133,11 @@ def _call_with_arguments(call: Any, template: ChatTemplate) -> Any:
     arguments = function.get("arguments") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(arguments, dict):
         return call
-    if isinstance(arguments, Arguments) and template.takes_text_arguments:
-        return {**call, "function": {**function, "arguments": arguments.text}}
+    # The object where a template takes both: Gemma 4's writes text inside braces of its own, {{"q": 1}}.
     if template.takes_object_arguments or not template.takes_text_arguments:
         return call
-    return {**call, "function": {**function, "arguments": json.dumps(arguments, ensure_ascii=False)}}
+    text = arguments.text if isinstance(arguments, Arguments) else written_json(arguments, ensure_ascii=False)
+    return {**call, "function": {**function, "arguments": text}}
 
 
 def normalised(messages: Sequence[Message]) -> list[Message]:

@@ -25,7 +25,8 @@ LOSS_KEYS = (WEIGHT, WEIGHT_SPANS)
 class Arguments(dict[str, Any]):
     """Arguments of a tool call as an object, with the JSON `text` the row had them in, where it had text.
 
-    Templates take the object. One that writes arguments given as text unchanged takes `text`: numbers stay as written.
+    Templates take the object, whose numbers keep their text (parley.data.written_numbers). Those that take none
+    (DeepSeek-V3's, functionary's) take `text`.
     """
 
     def __init__(self, values: dict[str, Any], text: str) -> None:

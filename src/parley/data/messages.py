@@ -18,6 +18,7 @@ from parley.data.example import REASONING_KEYS, WEIGHT, WEIGHT_SPANS, Message
 from parley.data.loss_weights import message_weight, weight_spans
 from parley.data.tool_calls import parse_json, parse_tool_calls
 from parley.data.values import short, text_of, type_name
+from parley.data.written_numbers import parse_written
 from parley.errors import DataError
 
 # Names found in published data: prompter is OpenAssistant's, ipython Llama 3's, observation GLM's.
@@ -81,7 +82,7 @@ def _parse_turn(
     message: Message = {"role": role, "content": ""}
     results = _parse_content(turn.get(content_key), message, f"{location}: {content_key!r}")
     if role == "function_call":
-        calls = parse_json(message["content"], f"{location}: {content_key!r}")
+        calls = parse_json(message["content"], f"{location}: {content_key!r}", parse_written)
         message |= {"role": "assistant", "content": ""}
         rest["tool_calls"] = calls if isinstance(calls, list) else [calls]
     _parse_keys(message, rest, location)

@@ -69,8 +69,9 @@ class ChatTemplate:
 
     @cached_property
     def takes_object_arguments(self) -> bool:
-        """Whether a call's arguments may be an object."""
-        return self._written_call({"q": "ab"}) is not None
+        """Whether a call's arguments may be an object, and are not written as Python writes a dict."""
+        written = self._written_call({"q": "ab"})
+        return written is not None and "{'q': 'ab'}" not in written
 
     @cached_property
     def takes_text_arguments(self) -> bool:

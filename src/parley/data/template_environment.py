@@ -29,6 +29,7 @@ from parley.data.template_limits import (
 )
 from parley.data.template_trace import TRACE_FILTERS, first_source, state_of
 from parley.data.traced_text import UNKNOWN, SafeText, TracedText, concat, join, runs_of
+from parley.data.written_numbers import written_json
 
 
 def _tojson(
@@ -38,11 +39,11 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """transformers' tojson (json.dumps with no HTML escapes), with origins."""
+    """transformers' tojson (json.dumps with no HTML escapes), with origins, and numbers as they were written."""
     for part in (indent, *(separators or ())):
         check_separator(part)
     options = {"ensure_ascii": ensure_ascii, "indent": indent, "separators": separators, "sort_keys": sort_keys}
-    text = json.dumps(value, **options)  # type: ignore[arg-type]
+    text = written_json(value, **options)
     source = first_source(value)
     if source is None:
         return text

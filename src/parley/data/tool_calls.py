@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from parley.data.example import Arguments
 from parley.data.values import short, text_of, type_name
+from parley.data.written_numbers import parse_written
 from parley.errors import DataError
 
 
@@ -26,7 +28,7 @@ def parse_tool_calls(turn: dict[str, Any], location: str) -> list[dict[str, Any]
     """Take `tool_calls`, or OpenAI's older `function_call`, out of `turn`."""
     calls, single = turn.pop("tool_calls", None), turn.pop("function_call", None)
     if isinstance(calls, str) and calls.strip():
-        calls = parse_json(calls, f"{location}: 'tool_calls'")
+        calls = parse_json(calls, f"{location}: 'tool_calls'", parse_written)
     if not calls:
         calls = [single] if single else []
     if not isinstance(calls, list):
@@ -58,14 +60,13 @@ def _arguments(value: Any, location: str) -> Any:
         return {}
     if not isinstance(value, str):
         return value
-    arguments = parse_json(value, location)
-    # The text is kept besides the object: JSON numbers such as 1.10 do not survive parsing and writing.
+    arguments = parse_json(value, location, parse_written)
     return Arguments(arguments, value) if isinstance(arguments, dict) else arguments
 
 
-def parse_json(text: str, location: str) -> Any:
+def parse_json(text: str, location: str, loads: Callable[[str], Any] = json.loads) -> Any:
     """JSON text of a field. Raises DataError for text that is not JSON."""
     try:
-        return json.loads(text_of(text, location))
+        return loads(text_of(text, location))
     except (ValueError, RecursionError):
         raise DataError(f"{location} is not JSON: {short(text)}") from None
