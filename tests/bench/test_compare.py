@@ -17,7 +17,7 @@ KEYS = {
     *("trainer", "job", "run", "median_step_ms", "mean_step_ms", "first_step_s", "first_step_after_start_s"),
     *("train_wall_s", "steps", "peak_allocated_gib", "peak_reserved_gib", "predicted_gib"),
     *("first_losses", "last_losses"),
-    *("step_ms", "tokens", "losses", "grad_norms", "machine", "versions", "commit"),
+    *("step_ms", "step_tokens", "graphs", "tokens", "losses", "grad_norms", "machine", "versions", "commit"),
 }
 
 

@@ -33,10 +33,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(model_type: str) -> Any:
+def build(model_type: str, **options: Any) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[model_type](**SIZES | FAMILIES[model_type]), attn_implementation="eager"
+        CONFIG_MAPPING[model_type](**SIZES | FAMILIES[model_type]), attn_implementation="eager", **options
     )
     for parameter in model.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.02)
@@ -88,6 +88,33 @@ def test_full_fine_tuning_of_any_family(model_type: str) -> None:
     assert why_not_packed(model, 256, packed_logits) is None
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("sinks" not in name)
+    check(model, documents())
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_experts_that_run_one_by_one_run_as_grouped_products(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A capture forbids the question which experts are reached; outside of passes the model is as it was."""
+    model = build(model_type, experts_implementation="eager")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("sinks" not in name)
+    step = check(model, documents())
+    assert model.get_experts_implementation() == {"": "eager"}
+    seen, loss = [], step._loss
+    monkeypatch.setattr(step, "_loss", lambda batch: seen.append(model.get_experts_implementation()) or loss(batch))
+    step.forward_backward(documents(), 1)
+    step.forward_only(documents())
+    assert seen == [{"": "grouped_mm"}] * 2
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_experts(model_type: str) -> None:
+    model = get_peft_model(
+        build(model_type),
+        LoraConfig(target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"], r=2),
+    )
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
     check(model, documents())
 
 

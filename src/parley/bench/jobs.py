@@ -6,7 +6,7 @@ tuned     the same conversations, 8 x 1, no checkpointing: the fastest setting o
 long      1B, NF4, one conversation of 32,768 tokens per step
 8b        8B, NF4, 2 conversations of 4,096 tokens per step
 8b-short  8B, NF4, 8 x 1 short conversations
-mix       3B, NF4, LoRA r = 64, 4 x 4 conversations of uneven length, at most 4,096 tokens each; steps 60 to 150
+mix       3B, NF4, LoRA r = 64, 4 x 4 conversations of uneven length, at most 4,096 tokens each; steps 10 to 150
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ JOBS = {
         Job("long", MODEL_1B, batch=1, max_length=32768, steps=8, skip=3, length=32768),
         Job("8b", MODEL_8B, max_length=4096, steps=10, skip=4, length=4096),
         Job("8b-short", MODEL_8B, batch=8, steps=30, skip=10),
-        Job("mix", MODEL_3B, MIX, batch=4, accumulate=4, max_length=4096, steps=150, skip=60, rank=64, system=None),
+        Job("mix", MODEL_3B, MIX, batch=4, accumulate=4, max_length=4096, steps=150, skip=10, rank=64, system=None),
     )
 }
 

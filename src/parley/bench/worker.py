@@ -38,10 +38,12 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         def __init__(self) -> None:
             self.times: list[float] = []
             self.logs: list[dict[str, float]] = []
+            self.graphs: list[int] = []
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             # No synchronisation: with a log line at every step the trainer itself waits for the device.
             self.times.append(time.time())
+            self.graphs.append(captured_graphs(trainer))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "loss" in logs:
@@ -52,6 +54,7 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
     started = time.time()
     trainer.train()
     wall = time.time() - started
+    graphs = clock.graphs or [0]
     is_parley = name.startswith(PARLEY)
     plan = trainer.fused_step.plan if is_parley and trainer.fused_step else None
     # Compared between trainers: a fast step with other losses would be another job.
@@ -60,6 +63,9 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         "trainer": name,
         "job": job.name,
         **step_times(clock.times, job.skip),
+        # Before the first step, and numbers of the steps that captured one (more) of their own.
+        "graphs": {"before": graphs[0], "at_steps": [i + 2 for i, (a, b) in enumerate(pairwise(graphs)) if b > a]},
+        "step_tokens": step_tokens(clock.logs),
         "step_ms": [round(1000 * (b - a), 2) for a, b in pairwise(clock.times)],
         "first_step_s": round(clock.times[0] - started, 1),
         # From the start of the process: imports, loading and compilation are part of what a user waits for.
@@ -88,6 +94,24 @@ def step_times(times: list[float], skip: int) -> dict[str, float | None]:
         "median_step_ms": round(1000 * steps[len(steps) // 2], 2),
         "mean_step_ms": round(1000 * sum(steps) / len(steps), 2),
     }
+
+
+def captured_graphs(trainer: Any) -> int:
+    """CUDA graphs that Parley's fused or captured step holds; 0 for other trainers."""
+    from parley.training.trainer import SFTTrainer
+
+    if not isinstance(trainer, SFTTrainer):
+        return 0
+    if trainer.captured_step is not None:
+        return len(trainer.captured_step.graphs)
+    fused = trainer.fused_step
+    return 0 if fused is None or fused.graphs is None else len(fused.graphs.captured)
+
+
+def step_tokens(logs: list[dict[str, float]]) -> list[int]:
+    """Tokens of each logged step, from TRL's running count; empty where a trainer logs none."""
+    counts = [0.0, *(log["num_tokens"] for log in logs if "num_tokens" in log)]
+    return [int(b - a) for a, b in pairwise(counts)]
 
 
 def peak_memory() -> dict[str, float | None]:

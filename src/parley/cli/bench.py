@@ -15,7 +15,7 @@ from parley.text import visible
 
 
 def bench(
-    job: Annotated[str, typer.Argument(help="demo, seed, tuned, long, 8b or 8b-short.")] = "demo",
+    job: Annotated[str, typer.Argument(help="demo, seed, tuned, long, 8b, 8b-short or mix.")] = "demo",
     against: Annotated[str, typer.Option(help="Peers on the same rows: trl,unsloth.")] = "",
     trainers: Annotated[str, typer.Option(help="Of parley, parley-low, parley-plain, parley-5.5 (GiB).")] = "parley",
     model: Annotated[str | None, typer.Option(help="Folder or hub id instead of the job's model.")] = None,

@@ -3,8 +3,9 @@
 For what the fused step does not know: other families, LoRA dropout, DoRA, several adapters, trained embeddings and
 heads, full fine-tuning, 8-bit bases, label smoothing, NEFTune, mixtures of experts. Forward and backward pass are those
 of transformers, PEFT and autograd. What differs from the plain path: attention is variable-length
-(packed_attention.py), only supervised rows reach the head, and the launches of a whole pass are recorded once for each
-padded size. Where a model does something that a capture forbids, passes run without one.
+(packed_attention.py), experts are grouped products (grouped_experts.py), only supervised rows reach the head, and the
+launches of a whole pass are recorded once for each padded size. Where a model does something that a capture forbids,
+passes run without one.
 
 Shape suffixes (legend in docs/design.md): T tokens, S supervised rows, V vocabulary.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,6 +31,7 @@ from parley.data.packing import Document, split_by_tokens
 from parley.errors import one_line
 from parley.train_step.bind import Unsupported
 from parley.train_step.graph_threshold import GraphThreshold
+from parley.train_step.grouped_experts import runs_experts_one_by_one, using_grouped_experts
 from parley.train_step.packed_attention import using_packed_attention
 from parley.train_step.packed_batch import DeviceBatch, PackedBatch, StagingBuffer, pack
 from parley.train_step.supervised_loss import SupervisedLoss, smoothed_loss
@@ -85,6 +88,7 @@ class CapturedStep:
         self.staging = StagingBuffer(self.device, round_up(int(SPARE * tokens), TOKEN_MULTIPLE) + TOKEN_MULTIPLE)
         self.graphs: dict[GraphSize, torch.cuda.CUDAGraph] = {}
         self.uses_graphs = graphs and self.device.type == "cuda"
+        self.experts_one_by_one = runs_experts_one_by_one(self.base)
         self.threshold = GraphThreshold(self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         if self.uses_graphs and any(isinstance(module, Linear8bitLt) for module in model.modules()):
@@ -103,7 +107,7 @@ class CapturedStep:
     def forward_only(self, documents: Sequence[Document]) -> Tensor:
         """`metrics_3` of `documents`, for evaluation; gradients are left as they are."""
         self.metrics_3.zero_()
-        with using_packed_attention(self.base):
+        with self._own_operations():
             for packed in self._passes(documents):
                 batch = self._upload(packed, GraphSize(len(packed.ids_T), len(packed.row_S)), 1.0, graphed=False)
                 self._loss(batch)
@@ -142,7 +146,7 @@ class CapturedStep:
     def _run_eager(self, packed: PackedBatch, size: GraphSize, scale: float) -> None:
         """A pass without a graph."""
         batch = self._upload(packed, size, scale, graphed=False)
-        with using_packed_attention(self.base):
+        with self._own_operations():
             self._loss(batch).backward()
 
     def _capture(self, packed: PackedBatch, size: GraphSize, scale: float) -> bool:
@@ -156,7 +160,7 @@ class CapturedStep:
         random_state = generator.clone_state()
         try:
             with (
-                using_packed_attention(self.base),
+                self._own_operations(),
                 torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             ):
                 self._loss(batch).backward()
@@ -170,6 +174,14 @@ class CapturedStep:
             return False
         self.graphs[size] = graph
         return True
+
+    @contextmanager
+    def _own_operations(self) -> Iterator[None]:
+        """The model's attention and experts are those that a graph can contain."""
+        with using_packed_attention(self.base), ExitStack() as stack:
+            if self.experts_one_by_one:
+                stack.enter_context(using_grouped_experts(self.base))
+            yield
 
     def _loss(self, batch: DeviceBatch) -> Tensor:
         """The summed loss times the batch's scale; adds to `metrics_3`."""

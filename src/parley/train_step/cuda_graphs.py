@@ -1,7 +1,8 @@
 """The forward and backward halves of a pass as CUDA graphs, one pair for each padded batch size.
 
-A capture costs the host as much as a few passes cost the device. So a rare size replays the graph of the next larger
-one, until the padding spent there has cost about as much as a capture of its own.
+A capture costs the host as much as a few passes cost the device. So the sizes that the data's steps will have are
+captured before the first step, a few percent apart. A rare size beyond these replays the graph of the next larger one,
+until the padding spent there has cost about as much as a capture of its own.
 
 Only the number of rows is baked into a graph: documents, tokens and positions are read from the static buffer. The
 head runs between the two graphs, so that the number of supervised rows needs no buckets; its few launches are issued
@@ -15,7 +16,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.packed_batch import DeviceBatch
@@ -33,6 +36,18 @@ class CapturedPass:
 
 
 CAPTURE_COST_TOKENS = 2048  # padding worth one capture, which takes an H200 the time of 5,000 tokens
+SIZE_RATIO = 1.08  # between two sizes that are captured before the first step: half of it is padding in the mean
+MAX_PADDING = 1.1  # a graph of at most so many times a pass's own tokens is as good as one of its own
+RARE = 0.005  # share of the steps at either end whose sizes are left to be captured when they come
+
+
+def graph_sizes(tokens_N: NDArray[np.integer], multiple: int, most: int) -> list[int]:
+    """The sizes to capture for passes of `tokens_N`, the largest first: multiples of `multiple` of at most `most`."""
+    smallest, largest = np.quantile(np.minimum(tokens_N, most), [RARE, 1 - RARE])
+    sizes = [min(round_up(int(largest), multiple), most // multiple * multiple)]
+    while sizes[-1] - multiple >= smallest:
+        sizes.append(min(round_up(int(sizes[-1] / SIZE_RATIO), multiple), sizes[-1] - multiple))
+    return [size for size in sizes if size > 0]
 
 
 class GraphSizes:
@@ -45,6 +60,8 @@ class GraphSizes:
     def choose(self, tokens: int, captured: Iterable[int]) -> int:
         exact = round_up(tokens, self.pad_multiple)
         larger = min((size for size in captured if size >= exact), default=exact)
+        if larger <= MAX_PADDING * exact:
+            return larger
         if self.padding[exact] + larger - exact > CAPTURE_COST_TOKENS:
             return exact
         self.padding[exact] += larger - exact
@@ -73,6 +90,19 @@ class GraphRunner:
         """Drop all graphs, because buffers that they read have moved. The pool is freed with the last of them."""
         self.captured.clear()
         self.pool = torch.cuda.graph_pool_handle()
+
+    def prepare(self, tokens_N: NDArray[np.integer]) -> None:
+        """Before the first step, whose passes will have `tokens_N`: measure the threshold, capture sizes up to it.
+
+        The passes that are run and captured here are of dummy documents: gradients and metrics are overwritten.
+        """
+        sizes = graph_sizes(tokens_N, self.step.plan.pad_multiple, self.step.plan.graph_tokens)
+        while sizes and not self.threshold.is_known:
+            batch = self.step.upload_dummy(sizes[len(sizes) // 2], graphed=True)
+            self.threshold.run(batch.tokens, lambda batch=batch: self.step.run_eager(batch))
+        for size in sizes:  # the largest first, whose memory the others share
+            if self.threshold.pays(size):
+                self.captured[size] = self._capture(self.step.upload_dummy(size, graphed=True))
 
     def run(self, batch: DeviceBatch, head: Head) -> None:
         """Forward, `head` and backward of `batch`, whose tensors are views of the static buffer."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -30,6 +32,7 @@ from parley.train_step.slots import Slots
 from parley.train_step.workspace import Workspace, retain_freed_memory
 from parley.units import round_up
 
+TRITON_ROW_MULTIPLE = 16  # Triton compiles another variant of a kernel for sizes that are no multiple of it
 COMPILE_TOKENS = (1024, 2048, 4096)  # batch sizes that between them launch every kernel variant: see kernels/lora.py
 
 
@@ -73,7 +76,7 @@ class FusedStep:
         self.metrics_3 = bound.flat.metrics_3
         self.matrices = FusedMatrixCache(bound.linears, 4, self.ops, bound.dtype, bound.device)
         on_cpu = bound.device.type == "cpu"
-        self.row_multiple = ONEDNN_ROW_MULTIPLE if on_cpu else 1  # of a pass without a graph
+        self.row_multiple = ONEDNN_ROW_MULTIPLE if on_cpu else TRITON_ROW_MULTIPLE  # of a pass without a graph
         if on_cpu:
             retain_freed_memory()
         self._use_plan(plan)
@@ -183,11 +186,17 @@ class FusedStep:
         plan = self.plan
         with compiling(self.bound.device):
             for tokens in sorted({min(tokens, plan.tokens) for tokens in COMPILE_TOKENS}):
-                batch = _dummy_batch(tokens, plan.positions)
-                self.run_eager(self._upload(batch, 1.0, round_up(tokens, plan.pad_multiple)))
-            odd = max(min(COMPILE_TOKENS[0], plan.tokens) - 1, 1)  # unaligned, as batches of `forward_only` are
-            uploaded = self._upload(_dummy_batch(odd, plan.positions), 1.0, odd)
-            self.head(uploaded, self.forward(uploaded))
+                self.run_eager(self.upload_dummy(round_up(tokens, plan.pad_multiple)))
+
+    @torch.no_grad()
+    def prepare_graphs(self, tokens_N: NDArray[np.integer]) -> None:
+        """Capture the graphs that passes of `tokens_N` will replay, where they pay. Does nothing without graphs."""
+        if self.graphs is not None:
+            self.graphs.prepare(tokens_N)
+
+    def upload_dummy(self, tokens: int, *, graphed: bool = False) -> DeviceBatch:
+        """A batch of `tokens` whose results are of no use."""
+        return self._upload(_dummy_batch(tokens, self.plan.positions), 1.0, tokens, graphed=graphed)
 
     def _pack(self, documents: Sequence[Document]) -> PackedBatch:
         """Without the rows that no loss depends on."""

@@ -145,9 +145,14 @@ def make_plan(
 
 def step_tokens(length_N: NDArray[np.integer], documents: int) -> int:
     """Tokens of the longest of a thousand randomly sampled steps; a longer one is split over two passes."""
+    return int(sampled_steps(length_N, documents).max())
+
+
+def sampled_steps(length_N: NDArray[np.integer], documents: int) -> NDArray[np.integer]:
+    """Tokens of a thousand randomly sampled steps; one step of longest documents where only their length is known."""
     if len(length_N) == 1:
-        return int(length_N[0]) * documents
-    return int(np.random.default_rng(0).choice(length_N, (1000, documents)).sum(1).max())
+        return length_N * documents
+    return np.random.default_rng(0).choice(length_N, (1000, documents)).sum(1)
 
 
 def _candidates(

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft.tuners.lora import LoraLayer
 from transformers.training_args import OptimizerNames, TrainingArguments
@@ -22,7 +23,7 @@ from parley.library_compat.trl import count_tokens, metrics
 from parley.train_step.bind import BoundModel, Unsupported, bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.masked_update import MaskedUpdate
-from parley.train_step.memory_plan import MemoryPlan, make_plan
+from parley.train_step.memory_plan import MemoryPlan, make_plan, sampled_steps
 from parley.train_step.optimizer import AdamW8bit
 from parley.training.captured_trainer import CapturedTrainer
 from parley.training.optimizer_memory import state_bytes
@@ -175,6 +176,9 @@ class FusedTrainer(CapturedTrainer):
             step.compile()
             longest = max(self.longest_evaluated(), plan.positions)
             step.reserve(max(longest, plan.tokens), longest)
+            lengths = self.row_lengths()
+            if len(lengths) > 1:  # of a stream, whose rows are unknown, each size is captured when it comes
+                step.prepare_graphs(np.minimum(sampled_steps(lengths, self.rows_per_step), plan.tokens))
             return step
 
         def reduce() -> bool:

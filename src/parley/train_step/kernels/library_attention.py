@@ -56,10 +56,17 @@ def _runs(batch: DeviceBatch, shape: AttentionShape) -> Iterator[tuple[slice, Te
             short.append(short[-1] + length)
 
 
+def _zero_padding(out: Tensor, batch: DeviceBatch) -> None:
+    """The libraries write documents alone, and NaN left in padding rows would spread to the adapters' gradients."""
+    assert batch.lengths is not None
+    out[sum(batch.lengths) :].zero_()
+
+
 def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> list[Any]:
     """Returns, for each run of `_runs`, the state that its backward operator reads."""
     qkv = shape.split_qkv(x_TC)
     saved: list[Any] = []
+    _zero_padding(out_TD, batch)
     for run, boundaries, longest in _runs(batch, shape):
         q, k, v = (part[run] for part in qkv)
         if boundaries is None:
@@ -85,6 +92,7 @@ def attention_backward(
     dx_TC: Tensor,
 ) -> None:
     out_THE, dout_THE = (x_TD.unflatten(1, (-1, shape.head_dim)) for x_TD in (out_TD, dout_TD))
+    _zero_padding(dx_TC, batch)
     inputs = (dout_THE, *shape.split_qkv(x_TC), out_THE)
     for (run, boundaries, longest), state in zip(_runs(batch, shape), saved, strict=True):
         dout, q, k, v, out = (part[run] for part in inputs)
