@@ -102,6 +102,25 @@ def test_a_replayed_graph_reads_new_documents_weights_and_counts() -> None:
     assert list(graphed.graphs.captured) == [256]
 
 
+def test_sizes_captured_before_the_first_step_are_replayed_and_leave_the_gradient_as_it_is() -> None:
+    model, fresh = llama(), llama()
+    prepared, eager = (
+        FusedStep(bind(model), MemoryPlan(graph_tokens=1024, tokens=1000)),
+        FusedStep(bind(fresh), MemoryPlan()),
+    )
+    assert prepared.graphs is not None
+    prepared.graphs.threshold.measure = lambda *measured: None  # type: ignore[method-assign]
+    prepared.prepare_graphs(np.arange(200, 900))
+    sizes = list(prepared.graphs.captured)
+    assert sizes[0] == 896
+    for seed, lengths in enumerate([(100, 20, 130), (400, 300), (60, 60, 60, 60)]):
+        examples = documents(lengths, seed)
+        results = [fused_gradient(step, m, examples) for step, m in ((prepared, model), (eager, fresh))]
+        assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
+        assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
+    assert list(prepared.graphs.captured) == sizes
+
+
 def test_compiling_ahead_launches_nothing_and_leaves_the_gradient_as_it_is() -> None:
     """The dry passes share the buffers, matrices and graphs of the real ones."""
     examples = documents((100, 20, 130))

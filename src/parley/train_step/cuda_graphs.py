@@ -11,9 +11,11 @@ while the forward graph still runs.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,6 +28,9 @@ from parley.units import round_up
 
 if TYPE_CHECKING:
     from parley.train_step.fused_step import ForwardState, FusedStep, Head
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -99,10 +104,11 @@ class GraphRunner:
         sizes = graph_sizes(tokens_N, self.step.plan.pad_multiple, self.step.plan.graph_tokens)
         while sizes and not self.threshold.is_known:
             batch = self.step.upload_dummy(sizes[len(sizes) // 2], graphed=True)
-            self.threshold.run(batch.tokens, lambda batch=batch: self.step.run_eager(batch))
+            self.threshold.run(batch.tokens, partial(self.step.run_eager, batch))
         for size in sizes:  # the largest first, whose memory the others share
             if self.threshold.pays(size):
                 self.captured[size] = self._capture(self.step.upload_dummy(size, graphed=True))
+        logger.info("CUDA graphs: %d sizes of up to %d tokens", len(self.captured), max(self.captured, default=0))
 
     def run(self, batch: DeviceBatch, head: Head) -> None:
         """Forward, `head` and backward of `batch`, whose tensors are views of the static buffer."""
