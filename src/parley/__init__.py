@@ -15,6 +15,8 @@ _HOME = {
     "DPOTrainer": "parley.training.preference.trainers",
     "KTOConfig": "parley.training.preference.config",
     "KTOTrainer": "parley.training.preference.trainers",
+    "GRPOConfig": "parley.training.preference.config",
+    "GRPOTrainer": "parley.grpo.trainer",
     "train": "parley.pipeline",
     "export": "parley.exporting.export",
     "plan": "parley.training.plan.run_plan",

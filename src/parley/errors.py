@@ -51,6 +51,10 @@ class TrainingError(ParleyError, ArithmeticError):
     """Training that ended with a loss or with weights that are not finite."""
 
 
+class RewardError(ParleyError, RuntimeError):
+    """A reward function that raised, or returned what is no reward."""
+
+
 class RunError(ParleyError, OSError):
     """A run folder that cannot be written or read."""
 

@@ -6,10 +6,11 @@ without gaps, so that the cost of a step follows their number: when one ends, th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from parley.errors import DataError, ModelError
@@ -42,7 +43,14 @@ class StaticCacheDecoder:
     @classmethod
     @torch.inference_mode()
     def of(
-        cls, model: PreTrainedModel | PeftModel, *, slots: int, length: int, fuse: bool = True, eager: bool = False
+        cls,
+        model: PreTrainedModel | PeftModel,
+        *,
+        slots: int,
+        length: int,
+        fuse: bool = True,
+        eager: bool = False,
+        fused_NK: Sequence[Tensor] | None = None,
     ) -> StaticCacheDecoder:
         """A decoder for `model`, bare or with a LoRA adapter, as its adapter's weights are now.
 
@@ -52,6 +60,7 @@ class StaticCacheDecoder:
             fuse: copy weights that are used together into one matrix, 4-bit ones dequantized, where half of the free
                 memory holds them.
             eager: steps in plain PyTorch on a GPU, too: the reference for CUDA graphs.
+            fused_NK: see make_linears.
 
         Raises train_step.bind.Unsupported, with the reason in a few words, for other models.
         """
@@ -61,7 +70,7 @@ class StaticCacheDecoder:
             length = min(length, weights.rope_switch)
         device = weights.device
         ops = ops_for(device)
-        linears, head = make_linears(weights, ops, fuse=fuse)
+        linears, head = make_linears(weights, ops, fuse=fuse, fused_NK=fused_NK)
         decoder_model = DecoderModel(weights, linears, head, weights.rope_tables(length), ops)
         cache = KVCache(decoder_model.shapes, slots, length, weights.dtype, device)
         eager = eager or device.type != "cuda"
@@ -90,6 +99,16 @@ class StaticCacheDecoder:
     @property
     def vocab_size(self) -> int:
         return self.model.weights.embedding_VD.shape[0]
+
+    @torch.inference_mode()
+    def refresh_adapter(self, model: PeftModel) -> None:
+        """Take the adapter's weights as they are now, and forget cached prompts. No slot is running."""
+        assert not self.running
+        for linears, layer in zip(self.model.linears, read_weights(model).layers, strict=True):
+            for linear, source in zip(linears.all, (layer.qkv, layer.o, layer.gate_up, layer.down), strict=True):
+                if source.adapter_slices:
+                    linear.copy_adapters(source)
+        self.reset()
 
     @torch.inference_mode()
     def warm_up(self) -> None:

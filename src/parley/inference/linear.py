@@ -41,12 +41,15 @@ class DecodeLinear:
         self.a_PK: Tensor | None = None
         self.sb_NP: Tensor | None = None  # s B of each projection, on the block diagonal
         if linear.adapter_slices:
-            self._copy_adapters(linear)
+            self.copy_adapters(linear)
 
-    def _copy_adapters(self, linear: FusedLinear) -> None:
-        ranks = linear.adapter_slices[-1].columns.stop
-        self.a_PK = torch.empty(ranks, linear.in_features, dtype=self.dtype, device=self.device)
-        self.sb_NP = torch.zeros(linear.out_features, ranks, dtype=self.dtype, device=self.device)
+    def copy_adapters(self, linear: FusedLinear) -> None:
+        """Copy the adapters of `linear`, which are those of this layer. A later copy keeps the addresses of the first,
+        which captured graphs read."""
+        if self.a_PK is None or self.sb_NP is None:
+            ranks = linear.adapter_slices[-1].columns.stop
+            self.a_PK = torch.empty(ranks, linear.in_features, dtype=self.dtype, device=self.device)
+            self.sb_NP = torch.zeros(linear.out_features, ranks, dtype=self.dtype, device=self.device)
         for part in linear.adapter_slices:
             self.a_PK[part.columns] = part.adapter.a_RK
             # Scaled in fp32 and rounded once.
@@ -140,11 +143,15 @@ class LayerLinears:
 
 
 @torch.no_grad()
-def make_linears(weights: ModelWeights, ops: Ops, *, fuse: bool) -> tuple[list[LayerLinears], DecodeLinear]:
+def make_linears(
+    weights: ModelWeights, ops: Ops, *, fuse: bool, fused_NK: Sequence[Tensor] | None = None
+) -> tuple[list[LayerLinears], DecodeLinear]:
     """The linear layers of each decoder layer, and the head.
 
-    `fuse`: copy each W into one matrix, dequantized, where half of the free memory holds them all. Otherwise 4-bit
-    weights are dequantized at each use, into one buffer that all share.
+    Args:
+        fuse: copy each W into one matrix, dequantized, where half of the free memory holds them all. Otherwise 4-bit
+            weights are dequantized at each use, into one buffer that all share.
+        fused_NK: these matrices, which somebody else has and keeps, in the order of `weights.linears`.
     """
     layers = [
         LayerLinears(
@@ -157,6 +164,8 @@ def make_linears(weights: ModelWeights, ops: Ops, *, fuse: bool) -> tuple[list[L
     ]
     head = DecodeLinear(FusedLinear([DenseWeight(weights.head_VD)], [None]), ops, weights.dtype, weights.device)
     linears = [head, *(linear for layer in layers for linear in layer.all)]
+    for linear, weight_NK in zip(linears[1:], fused_NK or (), strict=fused_NK is not None):
+        linear.weight_NK = weight_NK
     unfused = [linear for linear in linears if linear.weight_NK is None]
     if fuse and _copies_fit(unfused, weights.device):
         for linear in unfused:

@@ -128,6 +128,16 @@ class OutputProcessor:
         self._pending.clear()
         return OutputChunk(emitted, tokens)
 
+    def ends_with(self, token: int) -> bool:
+        """Whether this next token ends the answer. For callers that want ids: text is decoded for stop strings only."""
+        self.num_tokens += 1
+        if token in self._stop_ids or self.num_tokens >= self._max_tokens:
+            return True
+        if not self._stop_strings:
+            return False
+        self._held += self._detokenizer.add([token])
+        return self._first_stop() is not None
+
     def _append(self, tokens: Sequence[Token]) -> FinishReason | None:
         self.num_tokens += len(tokens)
         self._pending += [(token, self._length) for token in tokens]

@@ -3,12 +3,17 @@
 `SFTTrainer._metrics` holds, per mode ("train", "eval"), the figures that TRL's `log` averages and adds to the logs, and
 `_total_train_tokens` is the `num_tokens` among them. A step that does not go through TRL's `compute_loss` has to report
 there. Public alternative: none; `log` could be overridden, but callbacks and the progress bar read what it adds.
+
+`GRPOTrainer._step` counts micro-batches, and `_buffered_inputs` holds the completions that further steps learn from;
+`entropy_coef` and `_last_world_entropy` belong to its entropy controller. TRL's own checkpoints hold the last two, so
+that its resumed runs sample anew. Public alternative: none.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import Trainer
 
 
@@ -58,3 +63,36 @@ def keep_column(trainer: Trainer, name: str) -> None:
 def set_signature_columns(trainer: Trainer, names: list[str]) -> None:
     """Keep the columns `names` of data sets, and no others. To be called as `keep_column` is."""
     trainer._signature_columns = names
+
+
+def generation_state(trainer: Any) -> dict[str, Any]:
+    """What the next step of a GRPOTrainer depends on beside its weights, as JSON values."""
+    every = trainer.args.steps_per_generation * trainer.num_iterations
+    buffered = None if trainer._step % every == 0 else trainer._buffered_inputs
+    return {
+        "step": trainer._step,
+        "buffered": buffered and [{name: _to_json(value) for name, value in batch.items()} for batch in buffered],
+        "entropy": [trainer.entropy_coef, trainer._last_world_entropy],
+    }
+
+
+def set_generation_state(trainer: Any, state: dict[str, Any]) -> None:
+    """Continue where `generation_state` was taken."""
+    device, batches = trainer.accelerator.device, state["buffered"]
+    trainer._step = state["step"]
+    trainer._buffered_inputs = batches and [
+        {name: _from_json(value, device) for name, value in batch.items()} for batch in batches
+    ]
+    trainer.entropy_coef, trainer._last_world_entropy = state["entropy"]
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return {"dtype": str(value.dtype).removeprefix("torch."), "values": value.tolist()}
+    return value
+
+
+def _from_json(value: Any, device: torch.device) -> Any:
+    if isinstance(value, dict):
+        return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]), device=device)
+    return value

@@ -133,6 +133,7 @@ class FusedStep:
         """
         runs = split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens)
         derivative: Tensor | None = None
+        sums: Tensor | None = None
         if len(runs) > 1:
             sums = self.forward_sums(documents, slots)
             derivative = gradient(sums)
@@ -144,7 +145,10 @@ class FusedStep:
             head = _WeightedHead(self, slot_S.to(self.bound.device), slots.count, gradient, derivative)
             if len(batch.row_S):
                 self._pass(batch, 1.0, head)
-                sums = head.sums if derivative is None else sums
+                sums = head.sums if sums is None else sums
+        if sums is None:  # no token is supervised: the function is constant
+            sums = torch.zeros(slots.count, device=self.bound.device)
+            gradient(sums)
         return sums
 
     @torch.no_grad()

@@ -405,17 +405,26 @@ class PackedTrainer(DataParallelTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Trainer's loop. Held-out loss is the mean over the set's supervised tokens, not a mean of batch means."""
-        self.sums_5 = torch.zeros(5, device=self.args.device, dtype=torch.float64)
+        """Trainer's loop. Every figure is a mean over the whole set, not a mean of batch means."""
+        self.begin_evaluation()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        *sums, count, weight = self.accelerator.reduce(self.sums_5, reduction="sum").tolist()
-        output.metrics[f"{metric_key_prefix}_loss"] = sums[0] / (weight or 1)
-        output.metrics[f"{metric_key_prefix}_supervised_tokens"] = int(count)
-        averages = {name: sums[index] / max(count, 1) for name, index in METRICS.items()}
-        for name, value in (averages | {"num_tokens": tokens_seen(self)}).items():
+        loss, supervised, figures = self.evaluation_figures()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_supervised_tokens"] = supervised
+        for name, value in (figures | {"num_tokens": tokens_seen(self)}).items():
             metrics(self, "eval")[name] = [value]
             output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
+
+    def begin_evaluation(self) -> None:
+        """Forget what `prediction_step` has summed before."""
+        self.sums_5 = torch.zeros(5, device=self.args.device, dtype=torch.float64)
+
+    def evaluation_figures(self) -> tuple[float, int, dict[str, float]]:
+        """Of what `prediction_step` has summed: loss, supervised tokens, and TRL's figures; means over those tokens."""
+        *sums, count, weight = self.accelerator.reduce(self.sums_5, reduction="sum").tolist()
+        averages = {name: sums[index] / max(count, 1) for name, index in METRICS.items()}
+        return sums[0] / (weight or 1), int(count), averages
 
     def prediction_step(
         self,

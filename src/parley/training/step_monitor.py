@@ -85,6 +85,7 @@ class StepMonitor:
     limit: int = 10
     listeners: list[StepListener] = field(default_factory=list)
     skipped: int = 0
+    watches_spikes: bool = True
     _loss: Tensor | None = None  # of the step whose micro-batches are arriving
     _documents: Sequence[Document] = ()
     _sound: Tensor | None = None  # whether no step was masked so far
@@ -173,7 +174,7 @@ class StepMonitor:
 
     def _spike_over(self, loss: float) -> float | None:
         """The median of the losses before, where `loss` is far above them."""
-        if len(self._recent) < LEAST_WINDOW:
+        if len(self._recent) < LEAST_WINDOW or not self.watches_spikes:
             return None
         middle = median(self._recent)
         deviation = MAD_TO_DEVIATION * median(abs(value - middle) for value in self._recent)

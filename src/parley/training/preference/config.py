@@ -1,4 +1,4 @@
-"""`parley.DPOConfig` and `parley.KTOConfig`: TRL's, with a number format that the device has."""
+"""`parley.DPOConfig`, `parley.KTOConfig` and `parley.GRPOConfig`: TRL's, with a number format that the device has."""
 
 from __future__ import annotations
 
@@ -51,11 +51,29 @@ class KTOConfig(trl.KTOConfig):
         super().__post_init__()
 
 
+@dataclass
+class GRPOConfig(trl.GRPOConfig):
+    """TRL's GRPOConfig; `bf16` and `logging_nan_inf_filter` differ from TRL's as in parley.SFTConfig."""
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to use bf16 mixed precision; without a value, where the GPU has it."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
+    )
+
+    def __post_init__(self) -> None:
+        drop_unavailable_formats(self)
+        super().__post_init__()
+
+
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "dpo": {"beta": 0.1},
     "ipo": {"beta": 0.1, "loss_type": ["ipo"]},
     "kto": {"beta": 0.1},
     "orpo": {"beta": 0.1},
+    "grpo": {},
     "simpo": {"beta": 2.0, "simpo_gamma": 1.0},
 }
 """By training.method, what is used in place of a missing setting. SimPO's are from its paper (gamma / beta = 0.5)."""

@@ -2,8 +2,6 @@
 
 A step's documents are collected as in PackedTrainer. Each micro-batch has a loss of its own, as in TRL, and the step's
 is their mean. A loss reads one summed log-probability a document, so its derivative is one number a document.
-
-Shape suffixes (legend in docs/design.md): T tokens of a packed row, S supervised rows.
 """
 
 from __future__ import annotations
@@ -17,27 +15,19 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from peft import PeftModel
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import EvalLoopOutput
 
-from parley.data.control_tokens import IGNORE_INDEX
-from parley.data.packing import DOCUMENTS, ORIGIN, Document, padding_free_row, split_by_tokens
+from parley.data.packing import DOCUMENTS, ORIGIN, Document
 from parley.errors import UsageError
-from parley.library_compat.trl import count_tokens, metrics, set_signature_columns, tokens_seen
-from parley.train_step.slots import Slots
-from parley.training.fused_trainer import FusedTrainer, unsupported_training_option
-from parley.training.out_of_memory import lengths_of
-from parley.training.packed_trainer import PackedTrainer
+from parley.library_compat.trl import count_tokens, metrics, set_signature_columns
+from parley.training.log_prob_trainer import LogProbTrainer
 from parley.training.preference.documents import PreferenceDocument, slots_of
 from parley.training.preference.losses import Figures, Objective
 from parley.training.preference.reference import Reference
-from parley.training.rehearsal import rehearse_saving
 
 REFERENCE_ADAPTER = "ref"  # its name in TRL
-CAPTURED = "the captured path has no preference losses"
 
 
-class PreferenceTrainer(FusedTrainer):
+class PreferenceTrainer(LogProbTrainer):
     """Put before a preference trainer of TRL's. `objective` is the loss; the fused step or the plain path computes it.
 
     `reference_model`: a model to take reference log-probabilities from; None for the trained one before its first step.
@@ -48,8 +38,6 @@ class PreferenceTrainer(FusedTrainer):
     reference_model: torch.nn.Module | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("engine") == "captured":
-            raise UsageError(f"engine: captured is not available: {CAPTURED}; set auto or plain")
         if kwargs.get("compute_metrics") is not None:
             raise UsageError("compute_metrics wants logits, which preference losses never build; leave it out")
         self._micro_batches: list[int] = []  # documents of each micro-batch of the step that is arriving
@@ -69,12 +57,6 @@ class PreferenceTrainer(FusedTrainer):
 
     # ---- What FusedTrainer asks ----
 
-    def bind_captured_step(self) -> None:
-        self.plain_because = CAPTURED
-
-    def _unsupported_option(self) -> str | None:
-        return unsupported_training_option(self.args)
-
     def row_lengths(self) -> NDArray[np.integer]:
         """Tokens of each document."""
         rows = self.train_dataset
@@ -88,10 +70,6 @@ class PreferenceTrainer(FusedTrainer):
     def rows_per_step(self) -> int:
         """Documents of an optimizer step: each row has two (KTO's have a mismatched one)."""
         return 2 * super().rows_per_step
-
-    def rehearse(self, model: torch.nn.Module) -> None:
-        # A pass that does not fit is split in two while training.
-        rehearse_saving(self)
 
     def recorded_settings(self) -> dict[str, Any]:
         return super().recorded_settings() | {"objective": repr(self.objective)}
@@ -117,65 +95,12 @@ class PreferenceTrainer(FusedTrainer):
         sizes, self._micro_batches = [size for size in self._micro_batches if size], []
         assert sum(sizes) == len(documents), "every document is of one micro-batch"
         step = StepLoss(self, preference_documents(documents), sizes)
-        if not self.model.training:
-            self.model.train()
-        fused = self.fused_step
-        if fused is None:
-            self._plain_step(model, step)
-        else:
-            self._retry_fused(
-                "training",
-                documents,
-                lambda: fused.forward_backward_sums(step.documents, step.slots, step.gradient),
-            )
-            fused.bound.flat.drop_frozen_gradients()
-            fused.bound.flat.expose_gradients()
+        self.step_on_sums(model, step)
         for name, value in step.figures.items():
             metrics(self, "train")[name].append(value)
         # As in TRL, which does not count KTO's mismatched documents.
         count_tokens(self, sum(len(document.ids_L) for document in step.documents if document.role != "mismatched"))
         return step.loss
-
-    def _plain_step(self, model: torch.nn.Module, step: StepLoss) -> None:
-        def attempt() -> None:
-            runs = self._plain_runs(step.documents)
-            if len(runs) == 1:
-                with torch.enable_grad():
-                    sums = self.plain_sums(model, step.documents, step.slots)
-                    self.accelerator.backward(step.evaluate(sums))
-                return
-            with torch.no_grad():
-                sums = self.plain_sums(model, step.documents, step.slots)
-            derivative = step.gradient(sums)
-            for run in runs:
-                part = Slots(step.slots.by_document[run], step.slots.count)
-                with torch.enable_grad():
-                    sums = self.plain_sums(model, step.documents[run], part)
-                    self.accelerator.backward((sums * derivative).sum())
-
-        self._retry_plain("training", step.documents, attempt)
-
-    def _plain_runs(self, documents: Sequence[Document]) -> list[slice]:
-        if self.padded_because is not None:
-            size = max(2, self._plain_rows)
-            return [slice(start, start + size) for start in range(0, len(documents), size)]
-        return split_by_tokens(lengths_of(documents), self.plain_tokens)
-
-    def plain_sums(self, model: torch.nn.Module, documents: Sequence[PreferenceDocument], slots: Slots) -> Tensor:
-        """Sums of log-probabilities by slot through transformers and autograd, (slots.count,)."""
-        sums = torch.zeros(slots.count, device=self.args.device)
-        for run in self._plain_runs(documents):
-            part = documents[run]
-            batch = padding_free_row(part) if self.padded_because is None else self._padded(part)
-            inputs = self._prepare_inputs({name: value for name, value in batch.items() if name != "labels"})
-            with self.compute_loss_context_manager():
-                logits = model(**inputs, use_cache=False).logits[:, :-1]
-            target = batch["labels"][:, 1:].to(logits.device)
-            supervised = target != IGNORE_INDEX
-            logp_SV = torch.log_softmax(logits[supervised].float(), dim=-1)
-            logp_S = logp_SV.gather(1, target[supervised][:, None])[:, 0]
-            sums = sums.index_add(0, slots.of(run).to(sums.device), logp_S)
-        return sums
 
     # ---- Reference ----
 
@@ -199,38 +124,16 @@ class PreferenceTrainer(FusedTrainer):
         finally:
             self.model.train(training)
 
-    @torch.no_grad()
-    def policy_sums(self, documents: Sequence[PreferenceDocument], slots: Slots) -> Tensor:
-        """Sums by slot of the model as it is, without gradients."""
-        fused = self.fused_step
-        if fused is None:
-            return self.plain_sums(self.model, documents, slots)
-        return self._retry_fused("evaluation", documents, lambda: fused.forward_sums(documents, slots))
-
     # ---- Evaluation ----
 
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Trainer's loop. Every figure is a mean over the set's rows, not a mean of batch means."""
+    def begin_evaluation(self) -> None:
         self._eval_sums = {}
         self._eval_tokens = 0
-        # PackedTrainer's own loop sums figures of supervised tokens.
-        output = super(PackedTrainer, self).evaluation_loop(
-            dataloader, description, True, ignore_keys, metric_key_prefix
-        )
+
+    def evaluation_figures(self) -> tuple[float, int, dict[str, float]]:
+        """As in PackedTrainer; means over the set's rows."""
         means = {name: total / max(weight, 1.0) for name, (total, weight) in self._eval_sums.items()}
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        output.metrics[f"{metric_key_prefix}_supervised_tokens"] = self._eval_tokens
-        means.pop("loss", None)
-        for name, value in (means | {"num_tokens": tokens_seen(self)}).items():
-            metrics(self, "eval")[name] = [value]
-        return output
+        return means.pop("loss", 0.0), self._eval_tokens, means
 
     def prediction_step(
         self,
@@ -264,12 +167,6 @@ class StepLoss:
         self.reference = trainer.reference_logps(documents)
         self.loss = torch.zeros(())
         self.figures: Figures = {}
-
-    def gradient(self, sums: Tensor) -> Tensor:
-        """The derivative of the loss by each sum."""
-        with torch.enable_grad():
-            leaf = sums.detach().requires_grad_()
-            return torch.autograd.grad(self.evaluate(leaf), leaf)[0]
 
     def evaluate(self, sums: Tensor) -> Tensor:
         answer, prompt = sums.split(len(self.documents))

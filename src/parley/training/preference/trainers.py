@@ -91,7 +91,7 @@ class _Prepares(PreferenceTrainer):
                 restore_adapters(model, originals)
         self.args.precompute_ref_log_probs = precomputes
         self.reference_model = self.ref_model
-        self.padded_collator = PaddedCollator(_pad)
+        self.padded_collator = PaddedCollator(pad_rows)
 
     def _own_args(self, args: TrainingArguments | None, model: Any) -> Any:
         raise NotImplementedError
@@ -168,7 +168,7 @@ def _name(model: Any) -> str:
     return name.rstrip("/").rpartition("/")[2] or "model"
 
 
-def _pad(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+def pad_rows(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """`input_ids`, `labels` and `attention_mask`, each (B, L), padded at the end."""
 
     def padded(values: list[list[int]], padding: int) -> torch.Tensor:

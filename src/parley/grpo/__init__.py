@@ -1,0 +1,1 @@
+"""Group relative policy optimization: answers sampled by Parley's decoder, TRL's advantages and loss, packed rows."""
