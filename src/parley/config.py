@@ -231,6 +231,11 @@ class TrainingSection(OpenSection):
     memory: Literal["auto", "low"] | Annotated[float, Field(gt=0, le=1e6)] = Field(
         "auto", description="auto: the device's free memory; low: as little as possible; a number: GiB in total."
     )
+    shard: Literal["auto", "none", "full"] = Field(
+        "auto",
+        description="With several processes. full: the weights are cut over them (FSDP2), and a layer is gathered when "
+        "it is used; none: each has a whole model. auto: full where a whole model does not fit, by `parley plan`.",
+    )
     per_device_train_batch_size: Positive = 2
     gradient_accumulation_steps: Positive = 4
     max_steps: int = Field(-1, le=MAX_COUNT, description="Optimizer steps; -1: num_train_epochs decides.")

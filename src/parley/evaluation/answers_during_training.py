@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from parley.evaluation.evaluate_model import greedy_answers
 from parley.evaluation.questions import Question
+from parley.models.sharding import is_sharded
 from parley.text import print_text
 from parley.training.callbacks import EventLog
 from parley.training.prepare_training import TrainingSetup
@@ -25,7 +26,8 @@ class AnswersDuringTraining(TrainerCallback):
         self.questions = questions[: setup.config.report.during_training]
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not self.questions or state.global_step == 0 or not state.is_world_process_zero:
+        together = state.is_world_process_zero or is_sharded(self.setup.model)
+        if not self.questions or state.global_step == 0 or not together:
             return
         started = perf_counter()
         try:

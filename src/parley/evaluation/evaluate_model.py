@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from parley.config import DEMO_DATA, DEMO_PREFERENCES, GenerationSection
+from parley.data.example import Message
+from parley.data.supervision import ControlText
 from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.evaluation.questions import Question
 from parley.inference.generate import generate
+from parley.inference.lockstep import generate_in_lockstep
+from parley.models.sharding import is_sharded
 from parley.training.check_settings import check_best_metric
 from parley.training.fused_trainer import FusedTrainer
 from parley.training.prepare_training import TrainingSetup
@@ -56,32 +60,35 @@ def answer_questions(
 
     The demo's answers are rated as well: its world knows which are right and which talk like a pirate.
     """
-    model, tokenizer, greedy = setup.model, setup.tokenizer, _greedy(setup)
     with console.status("answering held-out questions"):
-        # Each process answers every n-th question.
-        count, rank = process_count(), process_rank()
-        own = greedy_answers(setup, questions[rank::count], base=base)
-        shares = [iter(share) for share in from_all(own)]
-        evaluation.answers = [next(shares[index % count]) for index in range(len(questions))]
-        if setup.config.data.source in (DEMO_DATA, DEMO_PREFERENCES) and tokenizer.chat_template:
+        evaluation.answers = _dealt_answers(setup, questions, base=base)
+        if setup.config.data.source in (DEMO_DATA, DEMO_PREFERENCES) and setup.tokenizer.chat_template:
             rated = heldout_questions()
-            answers = generate(model, tokenizer, [question.messages for question in rated], greedy, base=base)
+            answers = _generate(setup, [question.messages for question in rated], base=base)
             evaluation.scores.style_rate, evaluation.scores.accuracy = rate(rated, answers)
+
+
+def _dealt_answers(setup: TrainingSetup, questions: list[Question], *, base: bool) -> list[str]:
+    """Each process answers every n-th question; all of them answer all, together, where the weights are sharded."""
+    count, rank = process_count(), process_rank()
+    if is_sharded(setup.model):
+        return greedy_answers(setup, questions, base=base)
+    own = greedy_answers(setup, questions[rank::count], base=base)
+    shares = [iter(share) for share in from_all(own)]
+    return [next(shares[index % count]) for index in range(len(questions))]
 
 
 def greedy_answers(setup: TrainingSetup, questions: list[Question], *, base: bool = False) -> list[str]:
     """Answers of the `base` model or of the adapter as it is now."""
     prompts = [question.messages for question in questions]
-    if not prompts:
-        return []
-    return generate(
-        setup.model,
-        setup.tokenizer,
-        prompts,
-        _greedy(setup),
-        base=base,
-        control_tokens=setup.config.data.control_tokens,
-    )
+    return _generate(setup, prompts, base=base, control_tokens=setup.config.data.control_tokens) if prompts else []
+
+
+def _generate(
+    setup: TrainingSetup, conversations: list[list[Message]], *, base: bool, control_tokens: ControlText = "auto"
+) -> list[str]:
+    make = generate_in_lockstep if is_sharded(setup.model) else generate
+    return make(setup.model, setup.tokenizer, conversations, _greedy(setup), base=base, control_tokens=control_tokens)
 
 
 def _greedy(setup: TrainingSetup) -> GenerationSection:

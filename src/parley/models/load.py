@@ -86,7 +86,7 @@ def _load_base(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokeni
     device = pick_device(section.device)
     dtype = pick_dtype(section.dtype, device)
     folder = model_folder(section, weights=False)
-    config = _read_config(folder, section)
+    config = read_config(folder, section)
     # Before the weights, which may be a download of many GiB: a missing tokenizer is refused first.
     tokenizer = read_tokenizer(folder, section)
     quantization = plan_quantization(config, section, dtype)
@@ -94,15 +94,15 @@ def _load_base(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokeni
     model = _read_weights(folder, section, config, quantization, device, dtype)
     keep_trainable_layout(model)
     check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, section.name)
-    _set_padding(model, tokenizer)
-    _set_name(model, section, folder)
+    set_padding(model, tokenizer)
+    set_name(model, section, folder)
     return model.eval(), tokenizer
 
 
 def load_config(section: ModelSection) -> PreTrainedConfig:
     """The config of the model that `section` describes, of an adapter's base, without weights. Raises ModelError."""
     _, base = adapter_chain(section)
-    return _read_config(model_folder(base, weights=False), base)
+    return read_config(model_folder(base, weights=False), base)
 
 
 def max_positions(config: PreTrainedConfig) -> int | None:
@@ -110,7 +110,7 @@ def max_positions(config: PreTrainedConfig) -> int | None:
     return config.get_text_config().to_dict().get("max_position_embeddings")
 
 
-def _read_config(folder: Path, section: ModelSection) -> PreTrainedConfig:
+def read_config(folder: Path, section: ModelSection) -> PreTrainedConfig:
     name = section.name
     if not (folder / "config.json").is_file():
         raise ModelError(f"{name}: {folder} has no config.json; give the folder that save_pretrained wrote")
@@ -239,11 +239,11 @@ def _out_of_memory(section: ModelSection, files: list[Path], device: torch.devic
     )
 
 
-def _set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+def set_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
-def _set_name(model: PreTrainedModel, section: ModelSection, folder: Path) -> None:
+def set_name(model: PreTrainedModel, section: ModelSection, folder: Path) -> None:
     """Set the name that adapters record as their base: a folder, or a hub id and commit, never the cache folder."""
     from_hub = section.name != DEMO_MODEL and local_folder(section.name) is None
     model.name_or_path = model.config._name_or_path = section.name if from_hub else str(folder)

@@ -30,6 +30,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from parley.errors import one_line
@@ -82,7 +83,9 @@ def why_not_packed(
     key = base.config.to_json_string(use_diff=False)
     kinds = frozenset(_architecture_modules(base))
     return _probe(
-        _Subject(type(base), key, attention_implementation(base), device, kinds, max_tokens, packed_logits, base.config)
+        _Subject(
+            _class_of(base), key, attention_implementation(base), device, kinds, max_tokens, packed_logits, base.config
+        )
     )
 
 
@@ -288,7 +291,11 @@ def _shrink_positions(fields: _Fields, max_tokens: int | None) -> None:
 
 def _architecture_modules(model: PreTrainedModel) -> Iterator[type[nn.Module]]:
     """The classes of `model`'s modules that a modeling file defines; adapters and quantised layers are not."""
-    home = type(model).__module__
-    return (
-        type(module) for module in model.modules() if type(module).__module__.startswith((home, "transformers.models."))
-    )
+    home = _class_of(model).__module__
+    kinds = map(_class_of, model.modules())
+    return (kind for kind in kinds if kind.__module__.startswith((home, "transformers.models.")))
+
+
+def _class_of(module: nn.Module) -> type[Any]:
+    """The class of `module` as it was before FSDP2, which makes it one of a subclass."""
+    return next(kind for kind in type(module).__mro__ if not issubclass(kind, FSDPModule))

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, split_by_tokens
 from parley.errors import one_line
+from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
 from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.grouped_experts import runs_experts_one_by_one, using_grouped_experts
@@ -63,7 +64,12 @@ class CapturedStep:
         tokens: the most tokens of a pass; a longer step is split between documents.
         autocast: the type of the forward pass's products; None for the weights' own.
         smoothing: of labels.
-        graphs: capture passes on a GPU.
+        graphs: capture passes on a GPU. A sharded model (models/sharding.py) is not captured: its layers are gathered
+            into memory that is allocated anew in each pass. Its gradients are sums over all ranks where they are
+            sharded, and this rank's own where they are not (adapters).
+
+    Every rank of a sharded model has to run as many passes: `count_passes` of the largest share says how many, and
+    passes without a document complete the others.
 
     `forward_backward` leaves in `metrics_3`: the summed loss, how many supervised tokens were the most likely, and the
     summed entropy. Raises Unsupported where the model cannot be trained so.
@@ -87,28 +93,32 @@ class CapturedStep:
         self.metrics_3 = torch.zeros(3, dtype=torch.float32, device=self.device)
         self.staging = StagingBuffer(self.device, round_up(int(SPARE * tokens), TOKEN_MULTIPLE) + TOKEN_MULTIPLE)
         self.graphs: dict[GraphSize, torch.cuda.CUDAGraph] = {}
-        self.uses_graphs = graphs and self.device.type == "cuda"
+        self.sharded = is_sharded(model)
+        self.uses_graphs = graphs and self.device.type == "cuda" and not self.sharded
         self.experts_one_by_one = runs_experts_one_by_one(self.base)
         self.threshold = GraphThreshold(self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         if self.uses_graphs and any(isinstance(module, Linear8bitLt) for module in model.modules()):
             self._do_without_graphs("8-bit products look for outliers on the host")
 
-    def forward_backward(self, documents: Sequence[Document], divisor: float) -> None:
-        """The gradient of one optimizer step: of the summed loss divided by `divisor`, the sum of its weights."""
+    def forward_backward(self, documents: Sequence[Document], divisor: float, passes: int = 0) -> None:
+        """The gradient of one optimizer step: of the summed loss divided by `divisor`, the sum of its weights.
+
+        At least `passes` passes are run, with empty ones at the end.
+        """
         torch._foreach_zero_(self.gradients)
         for parameter, gradient in zip(self.trained, self.gradients, strict=True):
             parameter.grad = gradient
         self.metrics_3.zero_()
-        for packed in self._passes(documents):
+        for packed in self._passes(documents, passes):
             self._pass(packed, 1.0 / divisor)
 
     @torch.no_grad()
-    def forward_only(self, documents: Sequence[Document]) -> Tensor:
-        """`metrics_3` of `documents`, for evaluation; gradients are left as they are."""
+    def forward_only(self, documents: Sequence[Document], passes: int = 0) -> Tensor:
+        """`metrics_3` of `documents`, for evaluation; gradients are left as they are. `passes` as above."""
         self.metrics_3.zero_()
         with self._own_operations():
-            for packed in self._passes(documents):
+            for packed in self._passes(documents, passes):
                 batch = self._upload(packed, GraphSize(len(packed.ids_T), len(packed.row_S)), 1.0, graphed=False)
                 self._loss(batch)
         return self.metrics_3.clone()
@@ -118,11 +128,21 @@ class CapturedStep:
         self.tokens = tokens
         self._drop_graphs()
 
-    def _passes(self, documents: Sequence[Document]) -> Iterator[PackedBatch]:
-        for run in split_by_tokens([len(document.ids_L) for document in documents], self.tokens):
-            packed = pack(documents[run]).trimmed()
-            if len(packed.row_S):
-                yield packed
+    def count_passes(self, documents: Sequence[Document]) -> int:
+        """Passes of a step of `documents`."""
+        return len(self._runs(documents))
+
+    def _passes(self, documents: Sequence[Document], at_least: int) -> Iterator[PackedBatch]:
+        runs = self._runs(documents)
+        for run in runs:
+            yield pack(documents[run]).trimmed()
+        for _ in range(at_least - len(runs)):
+            yield _empty_pass()
+
+    def _runs(self, documents: Sequence[Document]) -> list[slice]:
+        """The documents of each pass; those without a supervised token are left out."""
+        runs = split_by_tokens([len(document.ids_L) for document in documents], self.tokens)
+        return [run for run in runs if any(document.supervised_tokens for document in documents[run])]
 
     def _pass(self, packed: PackedBatch, scale: float) -> None:
         size = GraphSize(len(packed.ids_T), len(packed.row_S))
@@ -191,7 +211,9 @@ class CapturedStep:
         )
         # Autocast casts the adapters' weights to the input's type; PEFT would cast the input to theirs, and back.
         with autocast, disable_input_dtype_casting(self.model, active=self.autocast is not None):
-            logits_SV = self.model(
+            # PEFT's own forward calls the base's without hooks, which gather the weights of a sharded one.
+            model = self.base if self.sharded else self.model
+            logits_SV = model(
                 input_ids=batch.ids_T[None].long(),
                 position_ids=batch.position_T[None].long(),
                 attention_mask=None,
@@ -223,6 +245,14 @@ class CapturedStep:
         self.graphs.clear()
         if self.uses_graphs:
             self.pool = torch.cuda.graph_pool_handle()
+
+
+def _empty_pass() -> PackedBatch:
+    """Two tokens with one row that is not supervised: its gradient is zero."""
+    packed = pack([Document.from_lists([0, 0], [IGNORE_INDEX] * 2)])
+    return replace(
+        packed, row_S=np.zeros(1, dtype=np.int32), target_S=np.full(1, IGNORE_INDEX, dtype=np.int32), weight_S=None
+    )
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from trl import SFTConfig
 
 from parley.data.packing import DOCUMENTS, Document, loss_weight
+from parley.errors import UsageError
 from parley.library_compat.trl import count_tokens, metrics
 from parley.models.packing_isolation import why_not_packed
+from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import CapturedStep, base_of, packed_logits
+from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_trainer import METRICS, PackedTrainer
-from parley.training.processes import sum_all_in_place
+from parley.training.processes import process_count, sum_all_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +67,10 @@ class CapturedTrainer(PackedTrainer):
             reason = why_not_packed(self.model, self.max_tokens, packed_logits)
             if reason is not None:
                 raise Unsupported(reason)
-            base.gradient_checkpointing_disable()  # a capture cannot restore random states for a second forward pass
+            if self.sharded and self.args.gradient_checkpointing:  # passes are not captured
+                base.gradient_checkpointing_enable({"use_reentrant": False})
+            else:
+                base.gradient_checkpointing_disable()  # a capture cannot restore random states for a second pass
             self.captured_step = CapturedStep(
                 self.model,
                 tokens=self._pass_tokens(),
@@ -70,7 +78,14 @@ class CapturedTrainer(PackedTrainer):
                 smoothing=self.args.label_smoothing_factor,
             )
         except Unsupported as reason:
+            if self.sharded:
+                raise UsageError(f"{reason}: not with sharded weights; set training.shard: none") from None
             self.plain_because = str(reason)
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether the model's weights are cut over the processes, so that each pass is one of all of them."""
+        return is_sharded(self.model)
 
     def _check_captured_options(self) -> None:
         """Raises Unsupported for an option that the captured step does not implement."""
@@ -98,20 +113,31 @@ class CapturedTrainer(PackedTrainer):
             return super()._step_on_documents(model, documents, supervised, divisor)
         self.model.train()
         count, share = max(supervised, 1), self.own_share(documents)
+        passes = self._common_passes(documents)
         try:
-            self._retry_captured("training", share, lambda: step.forward_backward(share, divisor))
+            self._retry_captured("training", share, lambda: step.forward_backward(share, divisor, passes))
         except Unsupported as reason:  # what only a pass in training mode shows, as dropout of attention
+            if self.sharded:
+                raise UsageError(f"{reason}: not with sharded weights; set training.shard: none") from None
             self.model.zero_grad()
             self._give_up_captured_step(str(reason))
         if self.captured_step is None:  # also where memory ran out for a single document
             return super()._step_on_documents(model, documents, supervised, divisor)
-        if self.deals_documents:
-            sum_all_in_place([*step.gradients, step.metrics_3])
+        if self.deals_documents:  # FSDP has summed the gradients of sharded weights
+            replicated = [gradient for gradient in step.gradients if not isinstance(gradient, DTensor)]
+            sum_all_in_place([*replicated, step.metrics_3])
         metrics_3 = step.metrics_3
         for name, index in METRICS.items():
             metrics(self, "train")[name].append(metrics_3[index] / count)
         count_tokens(self, sum(len(document.ids_L) for document in documents))
         return metrics_3[0] / divisor
+
+    def _common_passes(self, documents: Sequence[Document]) -> int:
+        """The most passes that a process has for its share of `documents`, where each pass is one of all processes."""
+        step = self.captured_step
+        if step is None or not self.sharded:
+            return 0
+        return max(map(step.count_passes, deal_documents(documents, process_count())))
 
     def rehearse_step(self, model: torch.nn.Module, documents: Sequence[Document]) -> None:
         if self.captured_step is None:
@@ -121,7 +147,12 @@ class CapturedTrainer(PackedTrainer):
             self._step_on_documents(model, documents, supervised, loss_weight(documents))
 
     def _retry_captured(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Any]) -> Any:
-        """`attempt()`, with passes halved while memory runs out; the plain path where one document does not fit."""
+        """`attempt()`, with passes halved while memory runs out; the plain path where one document does not fit.
+
+        With sharded weights the others wait in the middle of a pass: memory that runs out ends the run.
+        """
+        if self.sharded:
+            return attempt()
 
         def reduce() -> bool:
             step = self.captured_step
@@ -160,8 +191,9 @@ class CapturedTrainer(PackedTrainer):
         documents, step = inputs.get(DOCUMENTS), self.captured_step
         if documents is None or step is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        passes = self._common_passes(documents)
         documents = self.own_share(documents)
-        metrics_3 = self._retry_captured("evaluation", documents, lambda: step.forward_only(documents))
+        metrics_3 = self._retry_captured("evaluation", documents, lambda: step.forward_only(documents, passes))
         if metrics_3 is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self.sums_5[:3] += metrics_3

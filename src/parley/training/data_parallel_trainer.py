@@ -13,6 +13,7 @@ from typing import Any
 
 from accelerate.data_loader import BatchSamplerShard
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from parley.data.packing import DOCUMENTS, Document, DocumentCollator
@@ -29,9 +30,9 @@ class DataParallelTrainer(RetryingTrainer):
 
     @property
     def deals_documents(self) -> bool:
-        """Whether there are several processes, each with a whole model, and batches are documents."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return process_count() > 1 and isinstance(self.data_collator, DocumentCollator) and not sharded
+        """Whether there are several processes, batches are documents, and accelerate does not shard the model."""
+        by_accelerate = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        return process_count() > 1 and isinstance(self.data_collator, DocumentCollator) and not by_accelerate
 
     @property
     def rows_per_step(self) -> int:
@@ -68,7 +69,8 @@ class DataParallelTrainer(RetryingTrainer):
         if training and self.deals_documents:
             # It is prepared as for evaluation, with mixed precision alone; accelerate prepares a model once.
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
-            copy_from_main([parameter.data for parameter in self.model.parameters() if parameter.requires_grad])
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            copy_from_main([parameter.data for parameter in trained if not isinstance(parameter, DTensor)])
         return model
 
     def get_total_train_batch_size(self, args: Any) -> int:

@@ -141,6 +141,8 @@ class FusedTrainer(CapturedTrainer):
         try:
             if self.engine == "captured":
                 raise Unsupported("engine: captured")
+            if self.sharded:
+                raise Unsupported("weights are sharded")
             self._check_options()
             bound = bind(self.model)
             if self.args.bf16 and bound.dtype != torch.bfloat16:
@@ -155,7 +157,7 @@ class FusedTrainer(CapturedTrainer):
     def _take_another_path(self, reason: str) -> None:
         """`reason`: why the fused step is not taken."""
         # On a CPU nothing is won by a capture.
-        if self.engine == "captured" or self.args.device.type == "cuda":
+        if self.engine == "captured" or self.sharded or self.args.device.type == "cuda":
             self.bind_captured_step()
             if self.captured_step is not None:
                 logger.warning("captured path: %s", reason)

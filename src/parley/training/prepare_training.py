@@ -21,10 +21,12 @@ from parley.errors import DataError, UsageError
 from parley.models.adapters import attach_lora, continue_adapter, prepare_full, trainable_summary
 from parley.models.device import pick_device
 from parley.models.load import load_model
+from parley.models.load_sharded import load_sharded
 from parley.models.resolve import adapter_chain
 from parley.text import print_text, visible
 from parley.training.processes import process_count
 from parley.training.resource_usage import StageTimer
+from parley.training.shard_decision import shards_weights
 
 
 @dataclass
@@ -49,8 +51,9 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
         config.model.dtype = "float32"  # an update of 1e-4 is below half a unit of most bfloat16 weights
         print_text(console, "full fine-tuning keeps its weights in float32, so that small updates are not lost")
     resolve_adapter(config, console)
+    sharded = shards_weights(config)
     with console.status(Text(f"loading {visible(config.model.name)}")):
-        model, tokenizer = load_model(config.model)
+        model, tokenizer = load_sharded(config.model) if sharded else load_model(config.model)
     timer.end("model")
     data = prepare_data(config, tokenizer, console)
     timer.end("data")

@@ -13,6 +13,8 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from parley.errors import DeviceError, ParleyError, RunError, UsageError
+from parley.models.sharding import is_sharded
+from parley.train_step.captured_step import base_of
 from parley.training.callbacks import EventLog, ProgressLine
 from parley.training.check_settings import REFUSALS, setting_error
 from parley.training.checkpoint import write_fault
@@ -141,8 +143,10 @@ def broken_weights(setup: TrainingSetup) -> str | None:
     ids_1T = torch.tensor([setup.data.preview[0].input_ids[:LOGIT_TOKENS]], device=setup.model.device)
     was_training = setup.model.training
     setup.model.eval()
+    # PEFT's own forward calls the base's without hooks, which gather the weights of a sharded one.
+    model = base_of(setup.model) if is_sharded(setup.model) else setup.model
     with torch.no_grad():
-        largest_1T = setup.model(input_ids=ids_1T).logits.amax(-1)  # -inf alone may mask words that are padding
+        largest_1T = model(input_ids=ids_1T).logits.amax(-1)  # -inf alone may mask words that are padding
     setup.model.train(was_training)
     return None if bool(largest_1T.isfinite().all()) else "the logits of the first row are not finite"
 

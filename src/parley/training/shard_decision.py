@@ -1,0 +1,45 @@
+"""Whether a run cuts its weights over the processes (training.shard), and what does not go together with that."""
+
+from __future__ import annotations
+
+from parley.config import RunConfig
+from parley.errors import UsageError
+from parley.training.processes import process_count
+
+
+def shards_weights(config: RunConfig) -> bool:
+    """Whether weights are sharded in a run of these settings and of this many processes.
+
+    Raises UsageError where `training.shard: full` cannot be followed.
+    """
+    training = config.training
+    if training.shard == "none":
+        return False
+    if training.shard == "full":
+        if process_count() == 1:
+            raise UsageError("training.shard: full cuts weights over processes, and there is one; add --gpus N")
+        if (obstacle := _obstacle(config)) is not None:
+            raise UsageError(f"training.shard: full and {obstacle} do not go together; leave one of them out")
+        return True
+    return False
+
+
+def _obstacle(config: RunConfig) -> str | None:
+    """The first setting that sharded weights do not follow."""
+    training = config.training
+    lora = config.lora.model_dump() if config.lora is not None else {}
+    for unsupported, setting in (
+        (training.method != "sft", f"training.method: {training.method}"),
+        (training.engine == "plain", "training.engine: plain"),
+        (training.keeps_best, "training.keep: best"),
+        (config.model.adapter == "continue", "model.adapter: continue"),
+        (lora.get("use_dora"), "lora.use_dora"),
+        (lora.get("loftq"), "lora.loftq"),
+        (lora.get("modules_to_save"), "lora.modules_to_save"),
+        (lora.get("trainable_token_indices"), "lora.trainable_token_indices"),
+        (lora.get("init_lora_weights", True) not in (True, False, "gaussian", "orthogonal"), "lora.init_lora_weights"),
+        (lora.get("bias", "none") != "none", "lora.bias"),
+    ):
+        if unsupported:
+            return setting
+    return None
