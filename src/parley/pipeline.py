@@ -20,15 +20,8 @@ from parley.evaluation.answers_during_training import AnswersDuringTraining
 from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
 from parley.evaluation.failed_run import FailedRun
 from parley.evaluation.questions import Question, report_questions
-from parley.evaluation.run_report import (
-    add_answers_of_events,
-    add_evaluations,
-    add_event_notes,
-    add_step_faults,
-    begin_report,
-    next_commands,
-    steps_of_events,
-)
+from parley.evaluation.report_events import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
+from parley.evaluation.run_report import add_evaluations, begin_report, next_commands
 from parley.models.base_answers import base_obstacle, is_identity_adapter
 from parley.models.device import pick_device
 from parley.models.load import load_config, load_tokenizer, max_positions

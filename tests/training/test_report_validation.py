@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from parley.evaluation.run_report import MAX_SPIKES, add_step_faults, steps_of_events
+from parley.evaluation.report_events import MAX_SPIKES, add_step_faults, steps_of_events
 from parley.training.charts import line_chart
 from parley.training.report import Report, StepAnswer, StepFault, charts, render_html
 

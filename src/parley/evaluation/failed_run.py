@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parley.errors import TrainingError
-from parley.evaluation.run_report import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
+from parley.evaluation.report_events import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
 from parley.training.callbacks import EventLog
 from parley.training.fused_trainer import FusedTrainer
 from parley.training.last_good_weights import LastGoodWeights

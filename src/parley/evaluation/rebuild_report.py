@@ -10,13 +10,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from parley.errors import RunError
-from parley.evaluation.run_report import (
-    add_answers_of_events,
-    add_event_notes,
-    add_step_faults,
-    report_of_settings,
-    steps_of_events,
-)
+from parley.evaluation.report_events import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
+from parley.evaluation.run_report import report_of_settings
 from parley.text import print_text
 from parley.training.report import Report, Scores, write_report
 from parley.training.run_folder import RunFolder

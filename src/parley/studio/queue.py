@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -28,7 +28,9 @@ from parley.config import RunConfig
 from parley.errors import RunError, UsageError
 from parley.safe_yaml import load_yaml
 from parley.training.report import replace_file
+from parley.training.run_lock import LOCK, is_locked
 
+PROGRAM = (sys.executable, "-m", "parley")
 CPU = "cpu"
 LOG_BYTES = 64 * 2**10  # of a job's output that is shown
 _NAME = re.compile(r"[^\w.-]+")
@@ -67,8 +69,8 @@ class Job:
 class Queue:
     """The jobs of one folder of runs. Several studios may use it: each change holds a lock on the file."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.root, self.folder = root, folder
+    def __init__(self, root: Path, folder: Path, program: Sequence[str] = PROGRAM) -> None:
+        self.root, self.folder, self.program = root, folder, program
         self.file, self.jobs_folder = folder / "queue.json", folder / "jobs"
         self._thread = threading.RLock()
         self._children: dict[int, subprocess.Popen[bytes]] = {}
@@ -128,8 +130,12 @@ class Queue:
         with self._locked() as jobs:
             for job in [job for job in jobs if job.state == "running" and not job.is_alive]:
                 self._end(job, jobs)
+            waiting = [job for job in jobs if job.state == "waiting"]
             busy = {job.device for job in jobs if job.state == "running"}
-            for job in [job for job in jobs if job.state == "waiting"]:
+            if waiting:
+                free = [device for device in devices() if device not in busy]
+                busy.update(free[: self._others(jobs)])
+            for job in waiting:
                 device = job.device if job.device == CPU else next((d for d in devices() if d not in busy), None)
                 if device is not None and device not in busy:
                     self._start(job, device)
@@ -144,6 +150,12 @@ class Queue:
         except OSError:
             return ""
 
+    def _others(self, jobs: list[Job]) -> int:
+        """The number of runs below the root that a terminal started; on which device, their files do not say."""
+        own = {str(self.root / job.run_id) for job in jobs}
+        locks = [lock for pattern in ("*", "*/*", "*/*/*") for lock in self.root.glob(f"{pattern}/{LOCK}")]
+        return sum(str(lock.parent) not in own and is_locked(lock.parent) for lock in locks)
+
     def _start(self, job: Job, device: str) -> None:
         environment = dict(os.environ)
         if device != CPU:
@@ -151,7 +163,7 @@ class Queue:
         self.jobs_folder.mkdir(exist_ok=True)
         with (self.jobs_folder / f"{job.id}.log").open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "parley", *job.arguments],
+                [*self.program, *job.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

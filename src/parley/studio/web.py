@@ -18,6 +18,7 @@ from parley.errors import UsageError
 from parley.studio.i18n import COOKIE, LANGUAGES, N_, choose_language, translations, translator
 from parley.studio.state import Studio
 from parley.text import visible
+from parley.training.formatting import duration
 from parley.units import file_size, short_count
 
 __all__ = ["N_", "StudioDep", "fragment", "language_of", "page", "read_form", "translate"]
@@ -119,6 +120,8 @@ def _environment(language: str) -> Environment:
         "count": short_count,
         "size": file_size,
         "figure": figure,
+        "duration": duration,
+        "thousands": lambda value: f"{value:,.0f}",
     }
     return environment
 

@@ -191,6 +191,8 @@ class PackedTrainer(DataParallelTrainer):
             # An evaluation between two logged steps leaves those of the steps for the next log.
             fetch(metrics(self, "train"))
             drop_nonfinite(metrics(self, "train"))
+            if "learning_rate" in logs:  # a log of steps
+                logs["num_supervised_tokens"] = float(self.supervised_tokens)
         super().log(logs, start_time)
         last = self.state.log_history[-1]
         last.update(
