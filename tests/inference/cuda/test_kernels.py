@@ -102,9 +102,11 @@ def test_product(rows: int, sizes: tuple[int, ...], columns: int, rank: int, pac
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("size", "columns", "rank"), [(21, 192, 5), (24, 64, 0)])
 @pytest.mark.parametrize("packed", [False, True])
-def test_gated(rows: int, size: int, columns: int, rank: int, packed: bool) -> None:
-    of = projections((size, size), columns, rank, packed=packed)
-    of_rows = kernels.GemvLinear(of)
+@pytest.mark.parametrize("one_matrix", [False, True])
+def test_gated(rows: int, size: int, columns: int, rank: int, packed: bool, one_matrix: bool) -> None:
+    of = projections((2 * size,) if one_matrix else (size, size), columns, rank, packed=packed)
+    assert kernels.GemvLinear.supports_gate_up(of)
+    of_rows = kernels.GemvLinear.of_gate_up(of)
     x, norm = draw(rows, columns, seed=40), kernels.RmsNorm(1 + draw(columns, seed=41) / 10, 1e-5)
     given = adapting(rows, of_rows.ranks)
     of.fuse()
@@ -114,6 +116,12 @@ def test_gated(rows: int, size: int, columns: int, rank: int, packed: bool) -> N
     out = torch.full_like(wanted, torch.nan)
     kernels.gemv_swiglu(of_rows, x, out, given, norm)
     assert off(out, wanted) < 1e-5
+
+
+def test_gate_and_up_with_a_bias_or_a_shared_scale_are_not_computed_here() -> None:
+    assert not kernels.GemvLinear.supports_gate_up(projections((8, 8), 64, 2, packed=False, bias=True))
+    assert not kernels.GemvLinear.supports_gate_up(projections((6,), 24, 2, packed=True))
+    assert kernels.GemvLinear.supports_gate_up(projections((6,), 24, 2, packed=False))
 
 
 def test_nf4_products_equal_bitsandbytes_own() -> None:
@@ -217,14 +225,17 @@ class Interpreted(EagerRunner):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there the graphs themselves are compared: tests/gpu")
-@pytest.mark.parametrize(("family", "rows"), [("llama", 2), ("qwen2", 1), ("qwen3", 1), ("mistral", 5), ("qwen3", 5)])
+@pytest.mark.parametrize(
+    ("family", "rows"), [("llama", 2), ("qwen2", 1), ("qwen3", 1), ("phi3", 1), ("mistral", 5), ("qwen3", 5)]
+)
 def test_a_whole_step_is_the_plain_one(build_family: Callable[[str], Path], family: str, rows: int) -> None:
     """BaseWeight and tuned, greedy and drawn, cut and penalised rows side by side, with log-probabilities."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(build_family(family), dtype=torch.float32).to(DEVICE)
     if family != "llama":  # what differs between families is in every layer
         model.model.layers = model.model.layers[:1]
-    model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "o_proj", "gate_proj", "down_proj"]))
+    adapted = ["q_proj", "qkv_proj", "o_proj", "gate_proj", "gate_up_proj", "down_proj"]
+    model = get_peft_model(model, LoraConfig(r=3, target_modules=adapted))
     for name, parameter in model.named_parameters():
         if "lora_B" in name or name.endswith("bias"):
             parameter.data.normal_(0, 0.2)

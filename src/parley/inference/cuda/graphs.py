@@ -47,11 +47,15 @@ class DecodeStep:
         self.splits = {shape: SplitBuffers.allocate(slots, shape, device, programs) for shape in set(model.shapes)}
         linears = [layer.all for layer in model.linears]
         self.has_gemv = _is_plain(model.weights) and all(
-            GemvLinear.supports(linear) for layer in linears for linear in layer
+            GemvLinear.supports_gate_up(gate_up) and all(map(GemvLinear.supports, (qkv, o, down)))
+            for qkv, o, gate_up, down in linears
         )
         if not self.has_gemv:
             return
-        self.layers = [[GemvLinear(linear) for linear in layer] for layer in linears]
+        self.layers = [
+            [GemvLinear(qkv), GemvLinear(o), GemvLinear.of_gate_up(gate_up), GemvLinear(down)]
+            for qkv, o, gate_up, down in linears
+        ]
         self.head = GemvLinear(model.head)
         ranks = max(linear.ranks for layer in self.layers for linear in layer)
         self.u = torch.empty(MAX_GEMV_ROWS * ranks, dtype=torch.float32, device=device)

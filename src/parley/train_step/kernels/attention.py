@@ -42,10 +42,12 @@ def _in_head(e, E: tl.constexpr, BLOCK_E: tl.constexpr):
 @triton.jit
 def _capped(s, softcap, SOFTCAP: tl.constexpr):
     """Scores in units of log2(e), and the derivative of the soft cap there."""
-    if SOFTCAP:
+    slope = tl.full(s.shape, 1.0, tl.float32)
+    if SOFTCAP:  # one return: the compiler wants the same types of every return, also of those it cannot reach
         t = tanh(s / softcap)
-        return t * softcap * LOG2_E, 1.0 - t * t
-    return s * LOG2_E, 1.0
+        s = t * softcap
+        slope = 1.0 - t * t
+    return s * LOG2_E, slope
 
 
 @triton.jit

@@ -14,7 +14,7 @@ Shape suffixes: B rows; N, K, P as in docs/design.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -237,6 +237,11 @@ class GemvWeight:
         assert weight.is_contiguous()
         return cls(weight, weight, weight, 0, weight.shape[0])
 
+    def halves(self) -> list[GemvWeight]:
+        """The first and the second half of the rows, as views."""
+        parts = zip(self.weight.view(-1).chunk(2), self.absmax.view(-1).chunk(2), strict=True)
+        return [replace(self, weight=weight, absmax=absmax, rows=self.rows // 2) for weight, absmax in parts]
+
 
 class GemvLinear:
     """A DecodeLinear's weights and adapter for the kernels of this file, by reference."""
@@ -249,12 +254,30 @@ class GemvLinear:
         self.a_PK, self.sb_NP = decode_linear.a_PK, decode_linear.sb_NP
         self.in_features = linear.in_features
 
+    @classmethod
+    def of_gate_up(cls, decode_linear: DecodeLinear) -> GemvLinear:
+        """Gate and up as two weights, also where the model has one matrix of both."""
+        linear = cls(decode_linear)
+        if len(linear.weights) == 1:
+            linear.weights = linear.weights[0].halves()
+        return linear
+
     @staticmethod
     def supports(decode_linear: DecodeLinear) -> bool:
-        """False where only some projections are 4-bit, 4-bit rows end within a word, or gate and up have a bias."""
+        """False where only some projections are 4-bit, or 4-bit rows end within a word."""
         bases, columns = decode_linear.linear.bases, decode_linear.linear.in_features
-        alike = len({type(base) for base in bases}) == 1 and (isinstance(bases[0], DenseWeight) or columns % 8 == 0)
-        return alike and (len(bases) != 2 or decode_linear.linear.bias_N is None)
+        return len({type(base) for base in bases}) == 1 and (isinstance(bases[0], DenseWeight) or columns % 8 == 0)
+
+    @classmethod
+    def supports_gate_up(cls, decode_linear: DecodeLinear) -> bool:
+        """False also where there is a bias, or where the halves of one 4-bit matrix share the scale of a block."""
+        bases = decode_linear.linear.bases
+        if not cls.supports(decode_linear) or decode_linear.linear.bias_N is not None:
+            return False
+        if len(bases) == 1 and isinstance(bases[0], Nf4Weight):
+            rows, columns = bases[0].shape
+            return rows // 2 * columns % bases[0].weight.quant_state.blocksize == 0
+        return True
 
     @staticmethod
     def _bases(decode_linear: DecodeLinear) -> list[BaseWeight]:
