@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from parley.data.packing import split_by_tokens
 from parley.models.meta_model import base_bytes
@@ -105,6 +106,46 @@ def captured_estimate(
     return MemoryEstimate(
         "captured", "", _with_overheads(parts, "captured", device), notes, passes=max(1.0, in_all / tokens)
     )
+
+
+def sharded_estimate(
+    model: Any, batches: Batches, state_bytes: float, compute_dtype: torch.dtype | None, checkpointing: bool,
+    device: PlanDevice, processes: int,
+) -> MemoryEstimate:  # fmt: skip
+    """The largest pass of one of `processes` that hold a part of the weights each (models/sharding.py).
+
+    All of them hold the whole adapter. Where all weights are trained, these, their gradients and moments are cut, too.
+    """
+    share = -(-batches.rows_per_step // processes)
+    tokens = captured_pass_tokens(int(batches.length_N.max()), share)
+    in_all = float(batches.length_N.mean()) * share
+    shape = PassShape(1, tokens, False, compute_dtype, checkpointing, accumulated=in_all > tokens)
+    parts = _autograd_parts(model, state_bytes, shape, device)
+    parts["base weights"] = -(-parts["base weights"] // processes)
+    if not isinstance(model, PeftModel):
+        for name in ("trained weights", "optimizer state"):
+            parts[name] = -(-parts[name] // processes)
+    parts["gathered weights"] = _gathered_bytes(model)
+    recomputed = "activations recomputed layer by layer" if checkpointing else "all activations saved"
+    notes = [
+        f"sharded: weights cut over {processes} processes; packed rows of up to {tokens:,} tokens in each; {recomputed}"
+    ]
+    return MemoryEstimate(
+        "captured", "sharded", _with_overheads(parts, "captured", device), notes, passes=max(1.0, in_all / tokens),
+        recompute=float(checkpointing),
+    )  # fmt: skip
+
+
+def _gathered_bytes(model: Any) -> int:
+    """Weights that are whole at a time: a layer, and the next one, which arrives in one buffer and is copied out."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    layers = [base_bytes(module) for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    trained = [
+        sum(p.nbytes for p in module.parameters() if p.requires_grad)
+        for module in base.modules()
+        if isinstance(module, GradientCheckpointingLayer) and not isinstance(model, PeftModel)
+    ]
+    return 3 * max(layers) + 3 * max(trained, default=0)
 
 
 def plain_estimate(
