@@ -14,6 +14,7 @@ from parley.data.packing import Document
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan
+from parley.training.determinism import deterministic_algorithms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 VOCABULARY = 1000
@@ -119,6 +120,20 @@ def test_sizes_captured_before_the_first_step_are_replayed_and_leave_the_gradien
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
         assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
     assert list(prepared.graphs.captured) == sizes
+
+
+def test_with_deterministic_algorithms_the_passes_before_one_do_not_change_its_bits() -> None:
+    """A resumed run has captured other sizes than one that was not interrupted."""
+    gradients = []
+    with deterministic_algorithms():
+        for before in ((), ((300, 90), (100, 20, 130), (400, 500))):
+            model = llama()
+            step = FusedStep(bind(model), MemoryPlan(graph_tokens=1024, tokens=1000))
+            step.prepare_graphs(np.arange(200, 900))
+            for seed, lengths in enumerate(before):
+                fused_gradient(step, model, documents(lengths, seed))
+            gradients.append(fused_gradient(step, model, documents((100, 20, 130), 7))[1])
+    assert torch.equal(*gradients)
 
 
 def test_compiling_ahead_launches_nothing_and_leaves_the_gradient_as_it_is() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from parley.train_step.cuda_graphs import CAPTURE_COST_TOKENS, MAX_PADDING, GraphSizes, graph_sizes
+from parley.training.determinism import deterministic_algorithms
 
 
 def test_a_size_larger_than_all_before_it_gets_a_graph_of_its_own() -> None:
@@ -28,6 +29,13 @@ def test_a_graph_that_is_a_few_percent_larger_is_as_good_as_one_of_its_own() -> 
 
 def test_a_graph_that_is_far_too_large_is_not_taken() -> None:
     assert GraphSizes(128).choose(1000, [4096]) == 1024
+
+
+def test_with_deterministic_algorithms_a_size_does_not_depend_on_what_was_captured_before() -> None:
+    with deterministic_algorithms():
+        assert GraphSizes(128).choose(1300, [1408, 1536, 3072]) == 1408
+        assert GraphSizes(128).choose(1300, [1536, 3072]) == 1408
+    assert GraphSizes(128).choose(1300, [1536, 3072]) == 1536
 
 
 @pytest.mark.parametrize(("least", "most"), [(700, 5400), (100, 130), (3000, 9000)])

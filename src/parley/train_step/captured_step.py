@@ -31,6 +31,7 @@ from parley.data.packing import Document, split_by_tokens
 from parley.errors import one_line
 from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
+from parley.train_step.cuda_graphs import is_deterministic
 from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.grouped_experts import runs_experts_one_by_one, using_grouped_experts
 from parley.train_step.packed_attention import using_packed_attention
@@ -146,7 +147,8 @@ class CapturedStep:
 
     def _pass(self, packed: PackedBatch, scale: float) -> None:
         size = GraphSize(len(packed.ids_T), len(packed.row_S))
-        if not self.uses_graphs or packed.weight_S is not None:  # a graph reads no loss weights
+        # A graph reads no loss weights. Which graph a pass is padded for depends on the passes before it.
+        if not self.uses_graphs or packed.weight_S is not None or is_deterministic():
             self._run_eager(packed, size, scale)
             return
         if not self.threshold.pays(size.tokens):

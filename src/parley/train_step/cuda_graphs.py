@@ -55,6 +55,15 @@ def graph_sizes(tokens_N: NDArray[np.integer], multiple: int, most: int) -> list
     return [size for size in sizes if size > 0]
 
 
+def is_deterministic() -> bool:
+    """Whether a pass may depend on its documents alone, not on what was captured before it or on a time.
+
+    The number of rows decides which kernels the libraries take, and so the last bits of a result. A resumed run has
+    captured other sizes than the run that was not interrupted.
+    """
+    return torch.are_deterministic_algorithms_enabled()
+
+
 class GraphSizes:
     """Chooses the graph size for a pass, a multiple of `pad_multiple`."""
 
@@ -64,6 +73,8 @@ class GraphSizes:
 
     def choose(self, tokens: int, captured: Iterable[int]) -> int:
         exact = round_up(tokens, self.pad_multiple)
+        if is_deterministic():
+            return exact
         larger = min((size for size in captured if size >= exact), default=exact)
         if larger <= MAX_PADDING * exact:
             return larger
@@ -89,7 +100,8 @@ class GraphRunner:
 
     def takes(self, tokens: int) -> bool:
         """Whether a pass of `tokens` comes here: while that is being measured, and where it pays."""
-        return tokens <= self.step.plan.graph_tokens and (not self.threshold.is_known or self.threshold.pays(tokens))
+        pays = is_deterministic() or not self.threshold.is_known or self.threshold.pays(tokens)
+        return tokens <= self.step.plan.graph_tokens and pays
 
     def clear(self) -> None:
         """Drop all graphs, because buffers that they read have moved. The pool is freed with the last of them."""
@@ -101,6 +113,8 @@ class GraphRunner:
 
         The passes that are run and captured here are of dummy documents: gradients and metrics are overwritten.
         """
+        if is_deterministic():
+            return
         sizes = graph_sizes(tokens_N, self.step.plan.pad_multiple, self.step.plan.graph_tokens)
         while sizes and not self.threshold.is_known:
             batch = self.step.upload_dummy(sizes[len(sizes) // 2], graphed=True)
@@ -112,7 +126,7 @@ class GraphRunner:
 
     def run(self, batch: DeviceBatch, head: Head) -> None:
         """Forward, `head` and backward of `batch`, whose tensors are views of the static buffer."""
-        if not self.threshold.is_known:
+        if not self.threshold.is_known and not is_deterministic():
             self.threshold.run(batch.tokens, lambda: self.step.run_eager(batch, head))
             return
         captured = self.captured.get(batch.tokens)
