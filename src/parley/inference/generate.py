@@ -139,6 +139,21 @@ class Generator:
     ) -> Request:
         return Request(self.prompt_ids(messages, tools), nth_seed(settings, index), base)
 
+    def outputs(self, requests: Sequence[Request]) -> abc.Generator[IndexedOutput]:
+        """The answers to `requests` side by side, piece by piece, each with the request's index, or its exception.
+
+        Requests with and without `base` are decoded in the same batch. Closing the iterator stops all of them. Raises
+        as `answers` does, and QueueFull or Closed.
+        """
+        for request in requests:
+            self._check(request.base)
+        return self._outputs(requests)
+
+    def _outputs(self, requests: Sequence[Request]) -> abc.Generator[IndexedOutput]:
+        if requests:
+            with self._open_scheduler(requests) as scheduler, closing(_outputs(scheduler, requests)) as outputs:
+                yield from outputs
+
     def _results(self, requests: Sequence[Request]) -> abc.Generator[tuple[int, str | Exception]]:
         if requests:
             with self._open_scheduler(requests) as scheduler, closing(_collect(scheduler, requests)) as results:
@@ -292,17 +307,23 @@ def _closing_after(generator: Generator, pieces: abc.Generator[str]) -> abc.Gene
 
 def _collect(scheduler: Scheduler, requests: Sequence[Request]) -> abc.Generator[tuple[int, str | Exception]]:
     """The whole answer to each request, or the exception that ended it, as they are finished."""
-    queue: SimpleQueue[IndexedOutput] = SimpleQueue()
     texts = [""] * len(requests)
-    fan_in = FanIn(scheduler, requests, queue.put)
-    try:
-        while fan_in.unfinished:
-            index, output = fan_in.receive(queue.get())
+    with closing(_outputs(scheduler, requests)) as outputs:
+        for index, output in outputs:
             if isinstance(output, Exception):
                 yield index, output
                 continue
             texts[index] += output.text
             if output.finish_reason is not None:
                 yield index, texts[index]
+
+
+def _outputs(scheduler: Scheduler, requests: Sequence[Request]) -> abc.Generator[IndexedOutput]:
+    """The chunks of all requests, or the exceptions that ended them, as they come; closing it cancels the rest."""
+    queue: SimpleQueue[IndexedOutput] = SimpleQueue()
+    fan_in = FanIn(scheduler, requests, queue.put)
+    try:
+        while fan_in.unfinished:
+            yield fan_in.receive(queue.get())
     finally:
         fan_in.cancel()
