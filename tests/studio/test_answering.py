@@ -50,16 +50,21 @@ def adapters(build_family: Callable[[str], Path], tmp_path_factory: pytest.TempP
 def serve() -> Iterator[Callable[..., Connection]]:
     """The other end of a process's connection, the process being a thread of this one."""
     ends: list[Connection] = []
+    threads: list[threading.Thread] = []
 
     def start(*sources: str) -> Connection:
         ours, theirs = multiprocessing.Pipe()
         ends.append(ours)
-        threading.Thread(target=Answering(theirs).run, args=(sources,), daemon=True).start()
+        threads.append(threading.Thread(target=Answering(theirs).run, args=(sources,), daemon=True))
+        threads[-1].start()
         return ours
 
     yield start
     for end in ends:
         end.close()
+    for thread in threads:  # the decoders' threads have ended with it
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def asked(connection: Connection, question: Question) -> Asked:

@@ -100,13 +100,20 @@ class Answering:
         self._cancelled: set[int] = set()
 
     def run(self, sources: Sequence[str]) -> None:
-        logging.getLogger("parley").addHandler(_Notes(self))
+        notes = _Notes(self)
+        logging.getLogger("parley").addHandler(notes)
         try:
-            for source in sources:
-                self._models[source] = _Model(source)
+            self._run(sources)
         except ParleyError as error:
             self.send(Note(str(error), fatal=True))
-            return
+        finally:
+            logging.getLogger("parley").removeHandler(notes)
+            for model in self._models.values():
+                model.generator.close()
+
+    def _run(self, sources: Sequence[str]) -> None:
+        for source in sources:
+            self._models[source] = _Model(source)
         first = self._models[sources[0]]
         self.send(Loaded(first.loaded.settings, {s: m.base_name for s, m in self._models.items() if m.base_name}))
         while True:
