@@ -150,10 +150,21 @@ def test_a_run_that_fails_before_it_has_a_folder_keeps_its_output(queue: Queue) 
 
 
 def test_resuming_is_a_job_once(queue: Queue) -> None:
-    queue.resume("a")
-    assert queue.jobs()[0].arguments == ["train", "--resume", str(queue.root / "a")]
+    queue.add(SETTINGS, "a")
+    queue.resume("a")  # the process of the run that stopped has not ended yet
+    assert states(queue) == [("a", "running"), ("a", "waiting")]
+    assert queue.jobs()[1].arguments == ["train", "--resume", str(queue.root / "a")]
     with pytest.raises(RunError, match="already"):
         queue.resume("a")
+
+
+def test_a_run_that_is_written_is_not_resumed(queue: Queue) -> None:
+    (queue.root / "a").mkdir()
+    lock = RunLock(queue.root / "a")
+    with pytest.raises(RunError, match="runs"):
+        queue.resume("a")
+    lock.release()
+    assert queue.jobs() == []
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def create_app(studio: Studio, *, host: str = "127.0.0.1") -> FastAPI:
 
     app = FastAPI(title="Parley studio", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.studio = studio
+    app.state.closing = asyncio.Event()  # set when the server ends, so that event streams do
     app.add_middleware(SecurityMiddleware, keys=studio.keys, host=host)
     app.add_exception_handler(ParleyError, _show_error)
     app.add_exception_handler(HTTPException, _show_http_error)

@@ -100,9 +100,10 @@ class Queue:
     def resume(self, run_id: str) -> None:
         """Queue the rest of a run that was stopped."""
         with self._locked() as jobs:
-            if any(job.run_id == run_id and job.state != "failed" for job in jobs):
-                raise RunError(f"{run_id}: is in the queue already")
-            jobs[:] = [job for job in jobs if job.run_id != run_id]
+            # A process that has stopped takes a moment to end: its job is no obstacle.
+            if is_locked(self.root / run_id) or any(job.run_id == run_id and job.state == "waiting" for job in jobs):
+                raise RunError(f"{run_id}: runs, or is in the queue already")
+            jobs[:] = [job for job in jobs if job.run_id != run_id or job.state == "running"]
             arguments = ["train", "--resume", str(self.root / run_id)]
             jobs.append(Job(f"{time.time_ns():x}", run_id, arguments))
         self.advance()

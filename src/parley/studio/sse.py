@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 HEARTBEAT_SECONDS = 15.0  # a comment, so that a connection whose browser is gone is noticed
@@ -29,12 +32,27 @@ class Event:
 HEARTBEAT = b": still here\n\n"
 
 
-def event_stream(events: AsyncIterator[Event | None]) -> StreamingResponse:
-    """A response of `events`; None is a heartbeat."""
+def event_stream(request: Request, events: AsyncGenerator[Event | None]) -> StreamingResponse:
+    """A response of `events`, until they or the studio end; None is a heartbeat."""
+    closing: asyncio.Event = request.app.state.closing
 
     async def body() -> AsyncIterator[bytes]:
         yield f"retry: {RETRY_MS}\n\n".encode()
-        async for event in events:
-            yield HEARTBEAT if event is None else event.encode()
+        closed = asyncio.create_task(closing.wait())
+        following: asyncio.Future[Any] = closed
+        try:
+            while True:
+                following = asyncio.ensure_future(anext(events))
+                await asyncio.wait({following, closed}, return_when=asyncio.FIRST_COMPLETED)
+                if not following.done():
+                    return
+                event = following.result()
+                yield HEARTBEAT if event is None else event.encode()
+        except StopAsyncIteration:
+            return
+        finally:
+            # Nothing is awaited here: a browser that is gone has this task cancelled, again at each await.
+            following.cancel()  # which ends `events` at its own await
+            closed.cancel()
 
     return StreamingResponse(body(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
@@ -35,10 +35,10 @@ async def run_events(request: Request, run_id: str, studio: StudioDep, after: st
     """Everything the page shows, as it changes. Points carry ids, so that a browser that returns gets the rest."""
     path = studio.run_path(run_id)
     position = request.headers.get("last-event-id") or after
-    return event_stream(_follow(path, run_id, position, language_of(request)))
+    return event_stream(request, _follow(path, run_id, position, language_of(request)))
 
 
-async def _follow(path: Path, run_id: str, position: str | None, language: str) -> AsyncIterator[Event | None]:
+async def _follow(path: Path, run_id: str, position: str | None, language: str) -> AsyncGenerator[Event | None]:
     view, position = await asyncio.to_thread(_replay, path, position)
     fragments: dict[str, str] = {}
     summarised = sent = 0.0
