@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.studio.browser import StudioProcess, chromium, needs_chromium, opened, running_studio
 
 from parley.studio import queue as queue_module
 from parley.studio.queue import Queue
 from parley.studio.state import Studio
 from parley.training.run_lock import is_locked
-from parley.training.run_summary import read_run
-from tests.studio.browser import StudioProcess, chromium, needs_chromium, opened, running_studio
 
 pytestmark = needs_chromium
 
