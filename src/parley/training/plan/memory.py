@@ -25,9 +25,10 @@ from parley.training.plan.device import PlanDevice
 from parley.training.plan.plain_memory import PassShape, pass_bytes
 
 # What PyTorch's allocator holds beside tensors, in blocks that are split or rounded up: a share of the weights, which
-# are loaded once, and of everything else.
+# are loaded once, and of everything else. The fused step's workspace is allocated once, so that little is split: 1.4 to
+# 2.2% (benchmarks/plan_accuracy.py, H200).
 WEIGHT_SLACK = 0.005
-SLACK = {"fused": 0.03, "captured": 0.1, "plain": 0.1}
+SLACK = {"fused": 0.02, "captured": 0.1, "plain": 0.1}
 
 
 @dataclass(frozen=True)
