@@ -11,19 +11,18 @@ from typing import Any
 import pytest
 import torch
 import xllamacpp
-from gguf import GGUFWriter
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parley.errors import ModelError
-from parley.exporting.gguf.architectures import architecture_of, context_length
+from parley.exporting.gguf.architectures import ARCHITECTURES, architecture_of, check_tensors, context_length
 from parley.exporting.gguf.convert import write_gguf
 from parley.exporting.gguf.quantization import SCHEMES
-from parley.exporting.gguf.rope import add_rope
 from parley.exporting.gguf.vocabulary import read_vocabulary
 from parley.exporting.merge import merged_weights
 from parley.exporting.weights import CheckpointWeights
 from parley.library_compat.xllamacpp import LlamaModel
+from parley.models.families import FAMILIES
 
 TOKENS, PROMPT = 64, 24
 SHAPE = {
@@ -45,11 +44,18 @@ LLAMA3 = ROPE | {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR = ROPE | {"rope_type": "linear", "factor": 4.0}
 YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LONGROPE = ROPE | {
     "rope_type": "longrope",
     "short_factor": [1.0 + 0.1 * i for i in range(8)],
     "long_factor": [2.0 + 0.5 * i for i in range(8)],
+}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.2,
 }
 GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -58,7 +64,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama, heads wider than the hidden size": ("llama", {"head_dim": 32}),
     "llama, llama3 rope": ("llama", {"rope_parameters": LLAMA3}),
-    "llama, linear rope": ("llama", {"rope_parameters": ROPE | {"rope_type": "linear", "factor": 4.0}}),
+    "llama, linear rope": ("llama", {"rope_parameters": LINEAR}),
     "llama, yarn": ("llama", {"rope_parameters": YARN}),
     "mistral": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {}),
@@ -72,6 +78,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "phi3",
         {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256, "max_position_embeddings": 1024},
     ),
+    "granite": ("granite", GRANITE),
+    "granite, untied head, biases, llama3 rope": (
+        "granite",
+        GRANITE | {"tie_word_embeddings": False, "attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "smollm3, untied head, yarn": (
+        "smollm3",
+        {"num_hidden_layers": 4, "tie_word_embeddings": False, "rope_parameters": YARN},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2, tied head, linear rope": (
+        "olmo2",
+        {"tie_word_embeddings": True, "rope_parameters": LINEAR},
+    ),
+    "gemma3, untied head": ("gemma3_text", GEMMA | {"tie_word_embeddings": False, "num_hidden_layers": 6}),
     "phi4 mini": (
         "phi3",
         {"rope_parameters": ROPE | {"partial_rotary_factor": 0.75}, "tie_word_embeddings": True},
@@ -159,6 +181,15 @@ def test_a_window_that_llama_cpp_lacks_limits_the_context() -> None:
         ("gemma2", GEMMA | {"layer_types": ["full_attention"] * 2}, "its layer_types do not alternate"),
         ("gemma3_text", GEMMA | {"layer_types": ["full_attention"] * 2}, "its layer_types differ from llama.cpp's"),
         ("gemma2", GEMMA | {"final_logit_softcapping": None}, "it has no soft-capped logits"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "its no_rope_layers differ from llama.cpp's"),
+        ("qwen2", {"rope_parameters": LLAMA3}, "rope_type 'llama3', where llama.cpp computes default, linear, yarn"),
+        ("llama", {"rope_parameters": ROPE | {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 1.2}}, "rope_parameters.attention_factor with yarn"),
+        (
+            "gemma3_text",
+            GEMMA | {"num_hidden_layers": 6, "rope_parameters": {"full_attention": ROPE, "sliding_attention": LINEAR}},
+            "rope_parameters of its sliding layers are not those of llama.cpp",
+        ),
     ],
 )
 def test_a_model_that_llama_cpp_computes_otherwise_is_refused(
@@ -169,8 +200,22 @@ def test_a_model_that_llama_cpp_computes_otherwise_is_refused(
         architecture_of(config, "model")
 
 
-@pytest.mark.parametrize("rope", [ROPE | {"rope_type": "dynamic", "factor": 2.0}, YARN | {"attention_factor": 1.2}])
-def test_a_rope_scaling_that_gguf_cannot_express_is_refused(rope: dict[str, Any]) -> None:
-    config = CONFIG_MAPPING["llama"](**SHAPE | {"rope_parameters": rope})
-    with pytest.raises(ModelError, match="cannot be expressed in GGUF"):
-        add_rope(GGUFWriter(None, "llama"), config)
+@pytest.mark.parametrize(
+    ("model_type", "settings", "message"),
+    [
+        ("qwen3", {"attention_bias": True}, "llama.cpp adds no model.layers.0.self_attn.o_proj.bias in QWEN3 models"),
+        ("smollm3", {"attention_bias": True}, "adds no model.layers.0.self_attn.o_proj.bias in SMOLLM3"),
+        ("olmo2", {"attention_bias": True}, "adds no model.layers.0.self_attn.q_proj.bias in OLMO2"),
+        ("gemma2", GEMMA | {"tie_word_embeddings": False}, "lm_head.weight has no place in GGUF"),
+    ],
+)
+def test_a_tensor_that_llama_cpp_leaves_out_is_refused(model_type: str, settings: dict[str, Any], message: str) -> None:
+    config = CONFIG_MAPPING[model_type](**SHAPE | settings)
+    with torch.device("meta"):
+        names = [name for name, _ in AutoModelForCausalLM.from_config(config).named_parameters()]
+    with pytest.raises(ModelError, match=message):
+        check_tensors(architecture_of(config, "model"), names, config.num_hidden_layers, "model")
+
+
+def test_every_family_that_parley_trains_has_a_case() -> None:
+    assert {model_type for model_type, _ in CASES.values()} == set(ARCHITECTURES) == set(FAMILIES)

@@ -12,15 +12,12 @@ import numpy as np
 from gguf import GGML_QUANT_VERSION, MODEL_ARCH_NAMES, GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
-from parley.errors import ModelError
-from parley.exporting.gguf.architectures import Architecture, context_length, converted, head_size
+from parley.exporting.gguf.architectures import SUFFIXES, Architecture, context_length, converted, head_size
 from parley.exporting.gguf.quantization import QuantScheme, byte_shape, quantized
 from parley.exporting.gguf.rope import add_rope
 from parley.exporting.gguf.vocabulary import Vocabulary
 from parley.exporting.merge import HEAD as MODEL_HEAD
 from parley.exporting.merge import BaseWeights, MergedWeights
-
-SUFFIXES = (".weight", ".bias")
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ def write_gguf(
 ) -> None:
     """Write a model to `path`. `names` are the metadata's general.* texts.
 
-    Peak memory is the largest tensor and its conversion. Raises ModelError for a tensor that has no place in GGUF.
+    Peak memory is the largest tensor and its conversion.
     """
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.arch])
     try:
@@ -90,16 +87,13 @@ def _add_shape(writer: GGUFWriter, architecture: Architecture, config: Any) -> N
 def _tensors(
     architecture: Architecture, config: Any, weights: BaseWeights | MergedWeights, scheme: QuantScheme
 ) -> Iterator[GgufTensor]:
-    table = architecture.names(config)
+    table, tied = architecture.names(config), weights.tied and architecture.tied_head
     for name, shape in weights.shapes().items():
-        if name == MODEL_HEAD and weights.tied:  # llama.cpp takes the embedding where there is no head
+        if name == MODEL_HEAD and tied:  # llama.cpp takes the embedding where there is no head
             continue
         written = table.get_name(name, try_suffixes=SUFFIXES)
-        if written is None:
-            raise ModelError(
-                f"{name} has no place in a GGUF file of {MODEL_ARCH_NAMES[architecture.arch]}; use --to merged"
-            )
-        quant = scheme.type_of(written, shape, config.num_hidden_layers, weights.tied)
+        assert written is not None, "check_tensors comes before"
+        quant = scheme.type_of(written, shape, config.num_hidden_layers, tied)
         yield GgufTensor(written, shape, quant, _reader(architecture, config, weights, name))
 
 

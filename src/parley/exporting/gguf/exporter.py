@@ -7,11 +7,10 @@ import shlex
 from pathlib import Path
 
 from parley.exporting.comparison import Marks
-from parley.exporting.gguf.architectures import architecture_of, context_length
+from parley.exporting.gguf.architectures import architecture_of, check_tensors, context_length, rope_parameters
 from parley.exporting.gguf.convert import write_gguf
 from parley.exporting.gguf.pretokenizers import INEXACT
 from parley.exporting.gguf.quantization import SCHEMES
-from parley.exporting.gguf.rope import rope_parameters
 from parley.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
 from parley.exporting.reader import Reader
@@ -44,9 +43,10 @@ class GgufExporter:
     default_quant = "q8_0"
 
     def check(self, trained: TrainedModel, quant: str | None) -> None:
-        architecture_of(trained.config, trained.base_name)
+        config, name = trained.config, trained.base_name
+        architecture = architecture_of(config, name)
         self._vocabulary(trained)
-        trained.check_weights()
+        check_tensors(architecture, trained.weights.shapes(), config.num_hidden_layers, name)
 
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         assert quant is not None
@@ -63,7 +63,7 @@ class GgufExporter:
                 f"GGUF: llama.cpp's pre-tokenizer {vocabulary.pre} splits text with combining marks otherwise than "
                 "tokenizer.json"
             )
-        if rope_parameters(config).get("rope_type") == "longrope":
+        if rope_parameters(config)["rope_type"] == "longrope":
             trained.notes.append(
                 f"GGUF: with a context over {config.original_max_position_embeddings:,} tokens llama.cpp takes "
                 "longrope's long factors for short texts too"

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from parley.errors import ModelError
 from parley.exporting.comparison import Marks
-from parley.exporting.gguf.architectures import Architecture, architecture_of, converted
-from parley.exporting.gguf.convert import SUFFIXES, write_gguf
+from parley.exporting.gguf.architectures import SUFFIXES, Architecture, architecture_of, check_tensors, converted
+from parley.exporting.gguf.convert import write_gguf
 from parley.exporting.gguf.exporter import MARKS, end_of_turn, longest, threads
 from parley.exporting.gguf.quantization import SCHEMES
 from parley.exporting.gguf.vocabulary import read_vocabulary
@@ -39,10 +39,11 @@ class LoraGgufExporter:
     default_quant = None
 
     def check(self, trained: TrainedModel, quant: str | None) -> None:
-        architecture_of(trained.config, trained.base_name)
+        architecture = architecture_of(trained.config, trained.base_name)
         if len(trained.adapters) != 1:
             raise ModelError(f"{trained.name}: is not one adapter on its base; use --to gguf")
         weights = _merged(trained)
+        check_tensors(architecture, weights.shapes(), trained.config.num_hidden_layers, trained.base_name)
         for name in weights.shapes():
             weights.factors(name)
         if weights.changes(EMBEDDING):
@@ -99,8 +100,7 @@ def _matrices(trained: TrainedModel, architecture: Architecture, alpha: float) -
             continue
         a_RK, b_NR, scale = factors
         written = table.get_name(name, try_suffixes=SUFFIXES)
-        if written is None:
-            raise ModelError(f"{name} has no place in a LoRA GGUF file; use --to gguf")
+        assert written is not None, "check_tensors comes before"
         # Rows of B are rows of the weight: what permutes the one permutes the other.
         b_NR = converted(architecture, trained.config, name, b_NR) * (scale / (alpha / a_RK.shape[0]))
         found.append((written, a_RK.float(), b_NR.float()))

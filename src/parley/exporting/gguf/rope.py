@@ -9,17 +9,10 @@ import torch
 from gguf import GGUFWriter, RopeScalingType
 from torch import Tensor
 
-from parley.errors import ModelError
-from parley.exporting.gguf.architectures import head_size
+from parley.exporting.gguf.architectures import head_size, rope_parameters
 
 FREQUENCY_FACTORS = "rope_freqs.weight"
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-
-
-def rope_parameters(config: Any) -> dict[str, Any]:
-    """The parameters of the layers with full attention, where those of sliding layers are apart."""
-    parameters = config.rope_parameters
-    return dict(parameters.get("full_attention", parameters))
 
 
 def rotary_size(config: Any) -> int:
@@ -30,10 +23,10 @@ def rotary_size(config: Any) -> int:
 def add_rope(writer: GGUFWriter, config: Any) -> dict[str, Tensor]:
     """Write the metadata of `config`'s rotary embedding; returns its tensors of factors, each (E / 2,) float32.
 
-    Raises ModelError for a scaling that llama.cpp does not compute.
+    `architecture_of` refuses scalings that llama.cpp does not compute.
     """
     parameters = rope_parameters(config)
-    kind = parameters.get("rope_type", "default")
+    kind = parameters["rope_type"]
     writer.add_rope_freq_base(parameters["rope_theta"])
     writer.add_rope_dimension_count(rotary_size(config))
     if kind == "default":
@@ -42,8 +35,7 @@ def add_rope(writer: GGUFWriter, config: Any) -> dict[str, Tensor]:
         return {FREQUENCY_FACTORS: llama3_factors(parameters, rotary_size(config))}
     if kind == "longrope":
         return _add_longrope(writer, config, parameters)
-    if kind not in ("linear", "yarn"):
-        raise ModelError(f"rope_type {kind!r} cannot be expressed in GGUF; use --to merged")
+    assert kind in ("linear", "yarn"), "the architecture's declaration says which it computes"
     writer.add_rope_scaling_type(RopeScalingType.LINEAR if kind == "linear" else RopeScalingType.YARN)
     writer.add_rope_scaling_factor(parameters["factor"])
     if kind == "yarn":
@@ -79,10 +71,6 @@ def _add_longrope(writer: GGUFWriter, config: Any, parameters: dict[str, Any]) -
 
 
 def _add_yarn(writer: GGUFWriter, config: Any, parameters: dict[str, Any]) -> None:
-    # llama.cpp has one attention factor, 0.1 ln(factor) + 1, and DeepSeek's second one is of its own architecture.
-    for name in ("attention_factor", "mscale", "mscale_all_dim"):
-        if parameters.get(name) is not None:
-            raise ModelError(f"rope_parameters.{name} with yarn cannot be expressed in GGUF; use --to merged")
     writer.add_rope_scaling_orig_ctx_len(
         parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     )
