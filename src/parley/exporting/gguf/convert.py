@@ -84,13 +84,18 @@ def _add_shape(writer: GGUFWriter, architecture: Architecture, config: Any) -> N
     writer.add_value_length(head_size(config))
 
 
+def written_names(architecture: Architecture, weights: BaseWeights | MergedWeights) -> list[str]:
+    """The tensors of the model that a GGUF file holds: without a tied head where the embedding stands for it."""
+    tied = weights.tied and architecture.tied_head
+    return [name for name in weights.shapes() if not (tied and name == MODEL_HEAD)]
+
+
 def _tensors(
     architecture: Architecture, config: Any, weights: BaseWeights | MergedWeights, scheme: QuantScheme
 ) -> Iterator[GgufTensor]:
     table, tied = architecture.names(config), weights.tied and architecture.tied_head
-    for name, shape in weights.shapes().items():
-        if name == MODEL_HEAD and tied:  # llama.cpp takes the embedding where there is no head
-            continue
+    for name in written_names(architecture, weights):
+        shape = weights.shapes()[name]
         written = table.get_name(name, try_suffixes=SUFFIXES)
         assert written is not None, "check_tensors comes before"
         quant = scheme.type_of(written, shape, config.num_hidden_layers, tied)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from parley.exporting.comparison import Marks
 from parley.exporting.gguf.architectures import architecture_of, check_tensors, context_length, rope_parameters
-from parley.exporting.gguf.convert import write_gguf
+from parley.exporting.gguf.convert import write_gguf, written_names
 from parley.exporting.gguf.pretokenizers import INEXACT
 from parley.exporting.gguf.quantization import SCHEMES
 from parley.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
@@ -46,7 +46,7 @@ class GgufExporter:
         config, name = trained.config, trained.base_name
         architecture = architecture_of(config, name)
         self._vocabulary(trained)
-        check_tensors(architecture, trained.weights.shapes(), config.num_hidden_layers, name)
+        check_tensors(architecture, written_names(architecture, trained.weights), config.num_hidden_layers, name)
 
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         assert quant is not None

@@ -18,7 +18,7 @@ from torch import Tensor
 from parley.errors import ModelError
 from parley.exporting.comparison import Marks
 from parley.exporting.gguf.architectures import SUFFIXES, Architecture, architecture_of, check_tensors, converted
-from parley.exporting.gguf.convert import write_gguf
+from parley.exporting.gguf.convert import write_gguf, written_names
 from parley.exporting.gguf.exporter import MARKS, end_of_turn, longest, threads
 from parley.exporting.gguf.quantization import SCHEMES
 from parley.exporting.gguf.vocabulary import read_vocabulary
@@ -43,7 +43,8 @@ class LoraGgufExporter:
         if len(trained.adapters) != 1:
             raise ModelError(f"{trained.name}: is not one adapter on its base; use --to gguf")
         weights = _merged(trained)
-        check_tensors(architecture, weights.shapes(), trained.config.num_hidden_layers, trained.base_name)
+        names = written_names(architecture, weights)
+        check_tensors(architecture, names, trained.config.num_hidden_layers, trained.base_name)
         for name in weights.shapes():
             weights.factors(name)
         if weights.changes(EMBEDDING):
