@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from parley.config import RunConfig
 from parley.errors import UsageError
@@ -71,8 +73,10 @@ def test_a_model_goes_by_its_name(tiny_llama_folder: Path) -> None:
     assert vllm_arguments("owner/model", **WHERE)[1] == "owner/model"
 
 
-def adapter_run(tmp_path: Path, name: str = "owner/model", adapter: str = "auto", **fields: Any) -> RunFolder:
-    """A run on the base `name` whose adapter has these fields in its settings."""
+def adapter_run(
+    tmp_path: Path, name: str = "owner/model", adapter: str = "auto", module: str = "q_proj", **fields: Any
+) -> RunFolder:
+    """A run on the base `name` whose adapter has these fields in its settings, and matrices of `module`."""
     model = {
         "name": name,
         "adapter": adapter,
@@ -85,6 +89,8 @@ def adapter_run(tmp_path: Path, name: str = "owner/model", adapter: str = "auto"
     folder.adapter.mkdir()
     saved = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], **fields}
     (folder.adapter / "adapter_config.json").write_text(json.dumps(saved))
+    tensors = {f"base_model.model.{module}.lora_{side}.weight": torch.zeros(1, 1) for side in "AB"}
+    save_file(tensors, folder.adapter / "adapter_model.safetensors")
     return folder
 
 
@@ -128,6 +134,13 @@ def test_the_code_of_a_repository_runs_for_the_person_at_the_keyboard_alone(tmp_
 def test_what_vllm_reads_wrongly_or_not_at_all_is_refused(tmp_path: Path, field: str, value: Any, named: str) -> None:
     folder = adapter_run(tmp_path, **{field: value})
     with pytest.raises(UsageError, match=f"--engine vllm .*{named}.*use --engine parley"):
+        vllm_arguments(str(folder.path), **WHERE)
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_matrices_that_vllm_has_no_place_for_are_refused(tmp_path: Path, module: str) -> None:
+    folder = adapter_run(tmp_path, module=module)
+    with pytest.raises(UsageError, match=f"--engine vllm cannot read the adapter's {module}; use --engine parley"):
         vllm_arguments(str(folder.path), **WHERE)
 
 

@@ -15,8 +15,7 @@ from parley.models.vllm_adapters import (
     adapter_arguments,
     max_lora_rank,
     tokenizer_arguments,
-    unread_fields,
-    unread_modules,
+    unread_parts,
 )
 
 
@@ -28,12 +27,10 @@ class VllmExporter(AdapterExporter):
         super().check(trained, quant)
         folder = trained.adapters[-1]
         fields = read_adapter_fields(folder)
-        unread = unread_fields(fields) or unread_modules(folder)
-        if unread:
-            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        unread = unread_parts(folder, fields)
+        if unread is not None:
             raise ModelError(
-                f"{trained.name}: vLLM does not read the adapter's {', '.join(unread[:3])}{more}; use --to merged, "
-                "which it serves whole"
+                f"{trained.name}: vLLM does not read the adapter's {unread}; use --to merged, which it serves whole"
             )
         if max_lora_rank(fields.r) is None:
             raise ModelError(

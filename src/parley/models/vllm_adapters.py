@@ -16,6 +16,7 @@ from parley.errors import ModelError, one_line
 from parley.models.adapter_files import WEIGHTS_FILE, AdapterFields
 from parley.models.base_answers import BASE_CHANGING_INITS
 
+SHOWN = 3
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
 UNREAD_FIELDS = (
     "use_dora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layer_replication",
@@ -54,6 +55,18 @@ def unread_modules(folder: Path) -> list[str]:
         if module.rsplit(".", 1)[-1] not in LINEAR_LAYERS or not matrix.startswith(("A.", "B.")):
             unread[module] = None
     return list(unread)
+
+
+def unread_parts(folder: Path, fields: AdapterFields) -> str | None:
+    """What of the adapter in `folder` vLLM would refuse or leave out, three of it by name; None where it reads all.
+
+    Raises ModelError for a damaged file.
+    """
+    unread = unread_fields(fields) or unread_modules(folder)
+    if not unread:
+        return None
+    more = f" and {len(unread) - SHOWN} more" if len(unread) > SHOWN else ""
+    return f"{', '.join(unread[:SHOWN])}{more}"
 
 
 def max_lora_rank(rank: int) -> int | None:

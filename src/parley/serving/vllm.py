@@ -22,7 +22,7 @@ from parley.models.vllm_adapters import (
     adapter_arguments,
     max_lora_rank,
     tokenizer_arguments,
-    unread_fields,
+    unread_parts,
 )
 from parley.serving.loading import model_section, served_names, short_name
 from parley.training.run_folder import RunFolder
@@ -72,9 +72,8 @@ def _run_model(source: str, run: RunFolder) -> list[str]:
 
 
 def _adapter(source: str, weights: Path, base: ModelSection) -> list[str]:
-    rank = _lora_rank(source, weights)
     path, names = _model_path(source, base), list(served_names(source, base.name))
-    return adapter_arguments(path, base, names, weights, tokenizer_arguments(weights), rank)
+    return adapter_arguments(path, base, names, weights, tokenizer_arguments(weights), _lora_rank(source, weights))
 
 
 def _model_path(source: str, section: ModelSection) -> str:
@@ -90,9 +89,9 @@ def _model_path(source: str, section: ModelSection) -> str:
 def _lora_rank(source: str, adapter: Path) -> int:
     """The least --max-lora-rank for an adapter. Raises UsageError for one that vLLM reads wrongly or not at all."""
     fields = read_adapter_fields(adapter)
-    unread = unread_fields(fields)
-    if unread:
-        raise UsageError(f"{source}: --engine vllm cannot read the adapter's {', '.join(unread)}; use --engine parley")
+    unread = unread_parts(adapter, fields)
+    if unread is not None:
+        raise UsageError(f"{source}: --engine vllm cannot read the adapter's {unread}; use --engine parley")
     allowed = max_lora_rank(fields.r)
     if allowed is None:
         raise UsageError(
