@@ -5,17 +5,20 @@
 
 Tiny models of random weights, with LoRA on all projections. Training: the relative difference of the gradient, as one
 vector, from transformers, PEFT and autograd, over documents of odd lengths in one packed row. Decoder: how many of 4 x
-64 greedy tokens are transformers' own, four prompts in one batch.
+64 greedy tokens are transformers' own, four prompts in one batch. GGUF and exports: the tests of tests/exporting that
+passed, which this runs.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
@@ -24,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from parley.config import GenerationSection
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
-from parley.exporting.gguf.architectures import ARCHITECTURES
+from parley.exporting.registry import EXPORTERS
 from parley.inference.decoder import StaticCacheDecoder
 from parley.inference.interface import DecodeRequest
 from parley.models.families import FAMILIES
@@ -34,6 +37,7 @@ from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan
 
 PAGE = Path(__file__).parents[1] / "docs/families.md"
+TESTS = Path(__file__).parents[1] / "tests/exporting"
 VOCABULARY, LENGTHS, TOKENS = 300, (3, 17, 1, 150, 29), 64
 # The switches by which a family differs from Llama, where its configuration has them off or beyond the test's lengths.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -126,13 +130,43 @@ def equal_tokens(model_type: str) -> int:
     return equal
 
 
+class PassedExports:
+    """A plugin of pytest: by family, the configurations that llama.cpp answers alike and the forms verified."""
+
+    def __init__(self) -> None:
+        self.gguf: Counter[str] = Counter()
+        self.forms: dict[str, int] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        facts = dict(report.user_properties)
+        if report.when != "call" or report.outcome != "passed":
+            return
+        if "equal_tokens" in facts:
+            assert facts["equal_tokens"] == TOKENS
+            self.gguf[str(facts["family"])] += 1
+        if "verified_forms" in facts:
+            self.forms[str(facts["family"])] = int(facts["verified_forms"])
+
+
+def run_export_tests() -> PassedExports:
+    passed = PassedExports()
+    files = [str(TESTS / name) for name in ("test_gguf_families.py", "test_family_exports.py")]
+    pytest.main(["-q", "-p", "no:cacheprovider", *files], plugins=[passed])
+    return passed
+
+
 def table() -> str:
-    lines = ["| family | fused step | captured path | decoder | GGUF |", "| --- | --- | --- | --- | --- |"]
+    exports = run_export_tests()
+    lines = [
+        f"| family | fused step | captured path | decoder | GGUF: configurations with {TOKENS} equal tokens | "
+        f"forms verified, of {len(EXPORTERS)} |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for model_type in FAMILIES:
         fused, captured = training_errors(model_type)
         decoded = f"{equal_tokens(model_type)} of {4 * TOKENS}"
-        gguf = "yes" if model_type in ARCHITECTURES else "no"
-        lines.append(f"| {NAMES[model_type]} | {fused:.1e} | {captured:.1e} | {decoded} | {gguf} |")
+        gguf, forms = exports.gguf[model_type], exports.forms.get(model_type, 0)
+        lines.append(f"| {NAMES[model_type]} | {fused:.1e} | {captured:.1e} | {decoded} | {gguf} | {forms} |")
     return "\n".join(lines)
 
 

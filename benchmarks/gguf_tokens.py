@@ -46,7 +46,7 @@ def write_model(tokenizer: Any, folder: Path) -> Path:
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     weights, path = merged_weights(config, CheckpointWeights(folder), []), folder / "model.gguf"
-    vocabulary = read_vocabulary(tokenizer, len(tokenizer), None, "model")
+    vocabulary = read_vocabulary(tokenizer, len(tokenizer), [], "model")
     print(f"pre-tokenizer {vocabulary.pre}, {len(vocabulary.tokens):,} tokens")
     write_gguf(
         path, architecture_of(config, "model"), config, weights, vocabulary, SCHEMES["f16"], {"type": "model"}, 2

@@ -38,7 +38,7 @@ def build_run(
 ) -> Callable[..., Path]:
     """`build_run("llama", use_dora=True)`: a finished run on a tiny model; its adapter has random values."""
 
-    def build(family: str | Path, *, data: str | None = None, **lora: Any) -> Path:
+    def build(family: str | Path, *, data: str | None = None, method: str = "sft", **lora: Any) -> Path:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,6 +52,7 @@ def build_run(
                 "output": str(output),
                 "model": {"name": str(base), "device": "cpu"},
                 "data": {"source": data or str(rows), "heldout_rows": 4},
+                "training": {"method": method},
             }
         )
         folder = RunFolder.create(config)
@@ -91,8 +92,8 @@ def tied_llama(build_family: Callable[[str], Path], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture
-def gguf_model(tmp_path: Path) -> Callable[[Any], Path]:
-    """`gguf_model(tokenizer)`: a GGUF file of the smallest of models with that tokenizer."""
+def gguf_model(tmp_path: Path) -> Callable[..., Path]:
+    """`gguf_model(tokenizer, {"name": "mine"})`: a GGUF file of the smallest of models with that tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from parley.exporting.gguf.architectures import architecture_of
@@ -102,16 +103,25 @@ def gguf_model(tmp_path: Path) -> Callable[[Any], Path]:
     from parley.exporting.merge import merged_weights
     from parley.exporting.weights import CheckpointWeights
 
-    def write(tokenizer: Any) -> Path:
+    def write(tokenizer: Any, general: dict[str, str | int] | None = None) -> Path:
         config = LlamaConfig(
             vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
             num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=512,
         )  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(tmp_path)
         path, weights = tmp_path / "model.gguf", merged_weights(config, CheckpointWeights(tmp_path), [])
-        vocabulary = read_vocabulary(tokenizer, len(tokenizer), None, "model")
+        vocabulary = read_vocabulary(tokenizer, len(tokenizer), [], "model")
         architecture = architecture_of(config, "model")
-        write_gguf(path, architecture, config, weights, vocabulary, SCHEMES["f32"], {"type": "model"}, threads=1)
+        write_gguf(
+            path,
+            architecture,
+            config,
+            weights,
+            vocabulary,
+            SCHEMES["f32"],
+            {"type": "model"} | (general or {}),
+            threads=1,
+        )
         return path
 
     return write

@@ -71,6 +71,13 @@ def test_the_text_has_data_settings_figures_proof_and_limits() -> None:
     assert "UNVERIFIED" not in text
 
 
+def test_a_run_of_preferences_says_so() -> None:
+    facts = RunFacts(data="owner/pairs", training_method="dpo", settings={"learned from": "preferences (DPO)"})
+    text = card_text(record(training=facts))
+    assert ModelCard(text).data.tags == ["parley", "dpo", "lora"]
+    assert "| learned from | preferences (DPO) |" in text
+
+
 def test_names_that_are_no_hub_ids_are_not_in_the_metadata() -> None:
     card = ModelCard(card_text(record(base="parley-demo", training=RunFacts(data="rows.jsonl"))))
     assert card.data.base_model is None

@@ -34,7 +34,11 @@ TARGETS = {"phi3": ["qkv_proj", "down_proj"]}
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_family_is_exported_and_verified_in_every_form(
-    model_type: str, tiny_tokenizer: Any, build_run: Callable[..., Path], tmp_path: Path
+    model_type: str,
+    tiny_tokenizer: Any,
+    build_run: Callable[..., Path],
+    tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     special = {
         "vocab_size": len(tiny_tokenizer) + 16, "bos_token_id": tiny_tokenizer.bos_token_id,
@@ -51,3 +55,5 @@ def test_a_family_is_exported_and_verified_in_every_form(
     assert [each.record.target for each in done] == list(EXPORTERS)
     for each in done:
         assert each.record.status == "verified", (each.record.name, each.record.figures)
+    record_property("family", model_type)  # for the table of docs/families.md
+    record_property("verified_forms", len(done))

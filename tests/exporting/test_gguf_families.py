@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -147,12 +148,14 @@ def clearest_path(model: Any, case: str) -> tuple[list[int], Any]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_generates_what_transformers_does(case: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_llama_cpp_generates_what_transformers_does(
+    case: str, tiny_tokenizer: Any, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     model = build(*CASES[case], tmp_path)
     config = model.config
     architecture = architecture_of(config, case)
     weights = merged_weights(config, CheckpointWeights(tmp_path), [])
-    vocabulary = read_vocabulary(tiny_tokenizer, config.vocab_size, None, case)
+    vocabulary = read_vocabulary(tiny_tokenizer, config.vocab_size, [], case)
     path = tmp_path / "model.gguf"
     write_gguf(path, architecture, config, weights, vocabulary, SCHEMES["f32"], {"type": "model"}, threads=1)
     ids, wanted = clearest_path(model, case)
@@ -163,6 +166,8 @@ def test_llama_cpp_generates_what_transformers_does(case: str, tiny_tokenizer: A
         reader.close()
     assert abs(logits - wanted).max() < 0.02 * wanted.std()
     assert greedy_ids(path, ids[:PROMPT]) == ids[PROMPT:]
+    record_property("family", config.model_type)  # benchmarks/family_parity.py writes docs/families.md from these
+    record_property("equal_tokens", len(ids) - PROMPT)
 
 
 def test_a_window_that_llama_cpp_lacks_limits_the_context() -> None:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import parley
 from parley.errors import ModelError, ParleyError, RunError, UsageError
+from parley.exporting.adapter import AdapterExporter
+from parley.exporting.trained_model import TrainedModel
 
 
 @pytest.fixture
@@ -144,6 +146,34 @@ def test_an_export_that_was_killed_is_written_again(copied: Path) -> None:
     (done,) = parley.export(copied, "adapter", verify=False)
     assert not left.exists()
     assert "half" not in done.record.files
+
+
+def test_two_exports_at_once_into_one_folder(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second is refused while the first writes, and does not disturb it."""
+    write, messages = AdapterExporter.write, []
+
+    def interrupted(self: AdapterExporter, trained: TrainedModel, folder: Path, quant: str | None) -> None:
+        monkeypatch.setattr(AdapterExporter, "write", write)
+        write(self, trained, folder, quant)
+        with pytest.raises(RunError) as caught:
+            parley.export(copied, "adapter", verify=False)
+        messages.append(str(caught.value))
+
+    monkeypatch.setattr(AdapterExporter, "write", interrupted)
+    (done,) = parley.export(copied, "adapter", verify=False)
+    assert "is being written by process" in messages[0]
+    assert "adapter_model.safetensors" in done.record.files
+    assert [path.name for path in (copied / "exports").iterdir()] == ["adapter"]
+
+
+def test_ctrl_c_leaves_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("parley.exporting.adapter.save_tokenizer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parley.export(copied, "adapter", verify=False)
+    assert not (copied / "exports").exists()
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"modules_to_save": ["lm_head"]}])

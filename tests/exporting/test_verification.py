@@ -154,6 +154,22 @@ def test_the_report_has_a_section_of_exports(build_run: Callable[..., Path], mon
     assert "Answers that differ" in page
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_run_of_preferences_is_compared_on_its_held_out_answers(
+    method: str, build_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    answers = [{"prompt": f"What be {n}?", "chosen": f"It be {n}, arr.", "rejected": "No."} for n in range(40)]
+    labelled = [{"prompt": each["prompt"], "completion": each["chosen"], "label": True} for each in answers]
+    rows = tmp_path / "pairs.jsonl"
+    lines = answers if method == "dpo" else labelled + [{"prompt": "x", "completion": "y", "label": False}] * 8
+    rows.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    run = build_run("llama", data=str(rows), method=method)
+    (done,) = parley.export(run, "adapter", output=tmp_path / "out")
+    assert done.record.figures is not None
+    assert (done.record.figures.source, done.record.figures.prompts) == ("held-out conversations", 4)
+    assert done.record.status == "verified"
+
+
 def test_without_the_run_s_data_the_golden_conversations_are_compared(
     build_run: Callable[..., Path], rows: Path, tmp_path: Path
 ) -> None:

@@ -9,14 +9,15 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from parley.errors import ModelError
 from parley.exporting.comparison import Marks
 from parley.exporting.reader import Reader
 from parley.exporting.readers import TransformersReader
 from parley.exporting.reference import Reference
-from parley.exporting.trained_model import TrainedModel
+from parley.exporting.trained_model import TrainedModel, save_generation_config
 from parley.library_compat.tokenizers import save_tokenizer
 from parley.models.adapter_files import CONFIG_FILE, WEIGHTS_FILE, read_adapter_fields, read_adapter_weights
 
@@ -37,10 +38,12 @@ class AdapterReader(TransformersReader):
 
     def _load(self, folder: Path, dtype: torch.dtype) -> Any:
         base = AutoModelForCausalLM.from_pretrained(self._base, dtype=dtype, local_files_only=True)
+        if (folder / GENERATION_CONFIG_NAME).is_file():
+            base.generation_config = GenerationConfig.from_pretrained(folder)
         return PeftModel.from_pretrained(base, folder).eval()
 
     def ends_answers(self, token: int) -> bool:
-        # An adapter has no generation config of its own: programs end at the base's tokens and the tokenizer's.
+        # Programs end at the base's tokens and the tokenizer's, unless they are given the generation config beside it.
         return token == self.tokenizer.eos_token_id or super().ends_answers(token)
 
 
@@ -67,6 +70,13 @@ class AdapterExporter:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             shutil.copyfile(trained.adapters[-1] / name, folder / name)
         save_tokenizer(trained.tokenizer, folder)
+        if trained.undeclared_ends:
+            save_generation_config(trained, folder)
+            ends = ", ".join(trained.tokenizer.convert_ids_to_tokens(trained.undeclared_ends))
+            trained.notes.append(
+                f"adapter: the base does not end answers at the end of turn {ends}, as training does; give programs "
+                f"{GENERATION_CONFIG_NAME}, beside the adapter"
+            )
 
     def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:
         return AdapterReader(folder, str(trained.base_folder), reference.dtype)

@@ -62,7 +62,8 @@ def card_data(record: ExportRecord) -> ModelCardData:
     facts = record.training
     base = record.base if record.base is not None and is_repo_id(record.base) else None
     adapter = record.target not in RELATIONS
-    tags = ["parley", "sft", *(["lora"] if adapter else []), *(["ollama"] if record.target == "ollama" else [])]
+    method = "sft" if facts is None else facts.training_method
+    tags = ["parley", method, *(["lora"] if adapter else []), *(["ollama"] if record.target == "ollama" else [])]
     return ModelCardData(
         base_model=base,
         base_model_relation=None if base is None else RELATIONS.get(record.target, "adapter"),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from rich.console import Console
-from safetensors import SafetensorError
 
 from parley.config import DEMO_MODEL
-from parley.errors import ModelError, RunError, UsageError
+from parley.errors import ModelError, UsageError
 from parley.exporting.card import write_card
 from parley.exporting.comparison import Figures, Marks, compare
 from parley.exporting.exporter import Exporter
@@ -22,8 +20,8 @@ from parley.exporting.registry import exporter_of
 from parley.exporting.report_section import add_to_report
 from parley.exporting.run_facts import run_facts
 from parley.exporting.trained_model import TrainedModel, open_run
+from parley.exporting.write_folder import refuse_existing, write_folder
 from parley.text import print_text
-from parley.training.run_folder import is_disk_full
 
 EXPORTS = "exports"
 """Folder of a run that exports are written to by default, each in its own."""
@@ -120,8 +118,7 @@ def _places(
         parent = trained.folder.path / EXPORTS if output is None else Path(output).expanduser()
         places = [parent / name for name in names]
     for place in places:
-        if place.exists() or place.is_symlink():
-            raise UsageError(f"{place}: exists; remove it, or choose another --output")
+        refuse_existing(place)
     return places
 
 
@@ -184,31 +181,3 @@ def _portable(command: str | None, folder: Path, trained: TrainedModel) -> str |
     command = command.replace(str(folder), ".")
     local = trained.base.name == DEMO_MODEL or Path(trained.base.name).is_dir()
     return command.replace(str(trained.base_folder), trained.base_name) if local else command
-
-
-def write_folder(place: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `place`, then rename it: nothing half-written is ever at `place`.
-
-    Raises RunError where it cannot be written, and leaves nothing behind then.
-    """
-    made = [parent for parent in (place.parent, *place.parent.parents) if not parent.exists()]
-    unfinished = place.with_name(f".{place.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)  # of an export that was killed
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        unfinished.rename(place)
-        made = []
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, RunError):
-            raise
-        if is_disk_full(error):
-            raise RunError(f"disk full while writing {place}; free space, or choose another --output") from None
-        if isinstance(error, OSError) and error.filename is not None:
-            raise RunError(f"{place}: cannot be written ({error.strerror}); choose another --output") from None
-        raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in made:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()

@@ -15,7 +15,7 @@ from parley.exporting.merge import HEAD
 from parley.exporting.reader import Reader
 from parley.exporting.readers import TransformersReader
 from parley.exporting.reference import Reference
-from parley.exporting.trained_model import TrainedModel
+from parley.exporting.trained_model import TrainedModel, save_generation_config
 from parley.library_compat.tokenizers import save_tokenizer
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +39,7 @@ class MergedExporter:
         config = trained.config
         config.dtype, config.tie_word_embeddings = dtype, trained.weights.tied
         config.save_pretrained(folder)
-        trained.generation_config.save_pretrained(folder)
+        save_generation_config(trained, folder)
         save_tokenizer(trained.tokenizer, folder)
 
     def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:

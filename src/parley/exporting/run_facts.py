@@ -20,6 +20,7 @@ class RunFacts(BaseModel):
     data: name of the data set: its hub id, or the name of its file.
     dataset: the same where it is a hub id.
     rows, heldout, supervised_tokens: counts of the data; None where the run kept no report.
+    training_method: as run.yaml calls it.
     settings: by name, as text.
     """
 
@@ -28,6 +29,7 @@ class RunFacts(BaseModel):
     rows: int | None = None
     heldout: int | None = None
     supervised_tokens: int | None = None
+    training_method: str = "sft"
     settings: dict[str, str] = Field(default_factory=dict)
     before: Scores | None = None
     after: Scores | None = None
@@ -36,7 +38,12 @@ class RunFacts(BaseModel):
 def run_facts(run: RunFolder) -> RunFacts:
     """The facts of a finished run. What its report.json lacks is left out."""
     config = run.config
-    facts = RunFacts(data=_data_name(config.data.source), dataset=_dataset(config), settings=_settings(config))
+    facts = RunFacts(
+        data=_data_name(config.data.source),
+        dataset=_dataset(config),
+        training_method=config.training.method,
+        settings=_settings(config),
+    )
     if run.events.is_file():  # else the weights were trained elsewhere, and run.yaml does not say how
         facts.settings |= _training_settings(config)
     try:
@@ -86,6 +93,8 @@ def _settings(config: RunConfig) -> dict[str, str]:
 def _training_settings(config: RunConfig) -> dict[str, str]:
     training = config.training
     found: dict[str, object] = {"base weights while training": config.model.quantization}
+    if training.method != "sft":
+        found["learned from"] = f"preferences ({training.method.upper()})"
     batch, accumulation = training.per_device_train_batch_size, training.gradient_accumulation_steps
     found["batch"] = f"{batch} x {accumulation} conversations a step"
     found["learning rate"] = f"{training.learning_rate:g}, {training.lr_scheduler_type}"

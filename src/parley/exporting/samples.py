@@ -8,7 +8,8 @@ from parley.config import DEMO_DATA
 from parley.data.control_tokens import IGNORE_INDEX, control_tokens
 from parley.data.example import Message
 from parley.data.golden import CONVERSATIONS
-from parley.data.prepare import prepare
+from parley.data.preferences import Kind, prepare_preferences
+from parley.data.prepare import Prepared, prepare
 from parley.data.render import render, render_prompt
 from parley.errors import DataError, ParleyError
 from parley.evaluation.demo_scoring import heldout_questions
@@ -66,19 +67,29 @@ def verification_samples(trained: TrainedModel, parameters: int) -> Samples:
 
 
 def _heldout(trained: TrainedModel) -> tuple[str, list[list[Message]], list[ScoredRow]]:
-    settings, tokenizer = trained.settings, trained.tokenizer
+    tokenizer = trained.tokenizer
     try:
-        prepared = prepare(settings.data, tokenizer, settings.model.max_seq_length)
+        prepared = _prepared(trained)
     except DataError as error:
         trained.notes.append(f"compared on the golden conversations, as the run's data cannot be read: {error}")
         return "golden conversations", *_golden(trained)
     if prepared.heldout is None:
         trained.notes.append("compared on the golden conversations, as the run kept no held-out rows")
         return "golden conversations", *_golden(trained)
-    rows = [_scored(row["input_ids"], row["labels"]) for row in prepared.heldout]
+    # Of a pair the chosen answer is what the model learned to give.
+    side = "chosen_" if "chosen_input_ids" in prepared.heldout.column_names else ""
+    rows = [_scored(row[f"{side}input_ids"], row[f"{side}labels"]) for row in prepared.heldout]
     questions = [last_question(example) for example in prepared.heldout_examples] if tokenizer.chat_template else []
     prompts = [question.messages for question in questions if question and _renders(trained, question.messages)]
     return "held-out conversations", prompts, [row for row in rows if row.positions]
+
+
+def _prepared(trained: TrainedModel) -> Prepared:
+    settings = trained.settings
+    if settings.training.method == "sft":
+        return prepare(settings.data, trained.tokenizer, settings.model.max_seq_length)
+    kind: Kind = "labelled" if settings.training.method == "kto" else "pairs"
+    return prepare_preferences(settings.data, trained.tokenizer, settings.model.max_seq_length, kind)
 
 
 def _golden(trained: TrainedModel) -> tuple[list[list[Message]], list[ScoredRow]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from dataclasses import dataclass, field
@@ -11,12 +12,14 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from parley.config import ModelSection, RunConfig
 from parley.data.golden import golden_ids
 from parley.errors import ModelError, RunError
 from parley.exporting.merge import BaseWeights, MergedWeights, merged_weights
 from parley.exporting.weights import CheckpointWeights
+from parley.inference.prompts import end_of_answer_ids
 from parley.models.adapter_files import CONFIG_FILE, read_adapter_fields
 from parley.models.adapters import load_adapter
 from parley.models.fingerprint import weights_fingerprint
@@ -78,7 +81,26 @@ class TrainedModel:
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """The base's own, or one made from its config, with every token that ends an answer."""
+        """The base's own, or one made from its config, with every token that ends an answer in training."""
+        config = copy.deepcopy(self._base_generation_config)
+        ends = end_of_answer_ids(config.eos_token_id, self.tokenizer)
+        if set(ends) - set(self._declared_ends):
+            config.eos_token_id = ends
+        return config
+
+    @property
+    def undeclared_ends(self) -> list[int]:
+        """Tokens that end answers in training, which neither the base's generation config nor the tokenizer names."""
+        ends = end_of_answer_ids(self._declared_ends, self.tokenizer)
+        return [end for end in ends if end not in (*self._declared_ends, self.tokenizer.eos_token_id)]
+
+    @property
+    def _declared_ends(self) -> list[int]:
+        declared = self._base_generation_config.eos_token_id
+        return declared if isinstance(declared, list) else [] if declared is None else [declared]
+
+    @cached_property
+    def _base_generation_config(self) -> GenerationConfig:
         try:
             return GenerationConfig.from_pretrained(self.base_folder)
         except (OSError, ValueError):
@@ -97,6 +119,11 @@ class TrainedModel:
         for folder in self.adapters[:-1]:
             model = load_adapter(model, folder).merge_and_unload()
         return load_adapter(model, self.adapters[-1]) if self.adapters else model
+
+
+def save_generation_config(trained: TrainedModel, folder: Path) -> None:
+    """Write generation_config.json, whatever the base says of sampling: `save_pretrained` refuses what contradicts."""
+    trained.generation_config.to_json_file(folder / GENERATION_CONFIG_NAME)
 
 
 def open_run(run: str | Path, base: str | None = None, *, trust_remote_code: bool = False) -> TrainedModel:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from transformers.utils import GENERATION_CONFIG_NAME
+
 from parley.config import DEMO_MODEL
 from parley.errors import ModelError
 from parley.exporting.adapter import AdapterExporter
@@ -47,4 +49,6 @@ class VllmExporter(AdapterExporter):
         base = trained.base.model_copy(update={"quantization": trained.settings.model.quantization})
         names = [trained.name, base_name]
         arguments = adapter_arguments(base_path, base, names, place, tokenizer_arguments(place), rank)
+        if (place / GENERATION_CONFIG_NAME).is_file():
+            arguments += ["--generation-config", str(place)]
         return shlex.join(["vllm", "serve", *arguments])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
@@ -37,17 +38,20 @@ def write_gguf(
     weights: BaseWeights | MergedWeights,
     vocabulary: Vocabulary,
     scheme: QuantScheme,
-    names: dict[str, str],
+    general: dict[str, str | int],
     threads: int,
 ) -> None:
-    """Write a model to `path`. `names` are the metadata's general.* texts.
+    """Write a model to `path`. `general` is the metadata under general.*.
 
     Peak memory is the largest tensor and its conversion.
     """
     writer = GGUFWriter(path, MODEL_ARCH_NAMES[architecture.arch])
     try:
-        for key, text in names.items():
-            writer.add_string(f"general.{key}", text)
+        for key, value in general.items():
+            if isinstance(value, str):
+                writer.add_string(f"general.{key}", value)
+            else:
+                writer.add_uint32(f"general.{key}", value)
         writer.add_file_type(scheme.file_type)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         _add_shape(writer, architecture, config)
@@ -88,6 +92,19 @@ def written_names(architecture: Architecture, weights: BaseWeights | MergedWeigh
     """The tensors of the model that a GGUF file holds: without a tied head where the embedding stands for it."""
     tied = weights.tied and architecture.tied_head
     return [name for name in weights.shapes() if not (tied and name == MODEL_HEAD)]
+
+
+def fallbacks(
+    architecture: Architecture, config: Any, weights: BaseWeights | MergedWeights, scheme: QuantScheme
+) -> Counter[tuple[str, str]]:
+    """How many matrices get another type than the scheme's, by both: their rows are no multiple of its block."""
+    found: Counter[tuple[str, str]] = Counter()
+    layers, tied = config.num_hidden_layers, weights.tied and architecture.tied_head
+    for tensor in _tensors(architecture, config, weights, scheme):
+        wanted = scheme.wanted(tensor.name, layers, tied)
+        if len(tensor.shape) > 1 and tensor.quant is not wanted:
+            found[wanted.name.lower(), tensor.quant.name.lower()] += 1
+    return found
 
 
 def _tensors(

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import shlex
+from math import prod
 from pathlib import Path
+
+from gguf import size_label
 
 from parley.exporting.comparison import Marks
 from parley.exporting.gguf.architectures import architecture_of, check_tensors, context_length, rope_parameters
-from parley.exporting.gguf.convert import write_gguf, written_names
+from parley.exporting.gguf.convert import fallbacks, write_gguf, written_names
 from parley.exporting.gguf.pretokenizers import INEXACT
 from parley.exporting.gguf.quantization import SCHEMES
-from parley.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from parley.exporting.gguf.vocabulary import Vocabulary, model_name, read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
 from parley.exporting.reader import Reader
 from parley.exporting.reference import Reference
 from parley.exporting.trained_model import TrainedModel
-from parley.inference.prompts import template_end_of_turn
+from parley.inference.prompts import end_of_answer_ids, template_end_of_turn
 
 _16_BIT = Marks(flips=0.005, mean_kl=0.005, worst_kl=0.2, loss=0.01, answers=0.9)
 MARKS = {
@@ -68,7 +71,11 @@ class GgufExporter:
                 f"GGUF: with a context over {config.original_max_position_embeddings:,} tokens llama.cpp takes "
                 "longrope's long factors for short texts too"
             )
-        names = {"type": "model", "name": trained.name, "basename": trained.base_name.rsplit("/")[-1]}
+        for (wanted, got), count in fallbacks(architecture, config, trained.weights, SCHEMES[quant]).items():
+            trained.notes.append(
+                f"GGUF: {count} matrices are {got} instead of {wanted}, as their rows are no multiple of its block of "
+                "values; llama.cpp's own quantizer does the same"
+            )
         write_gguf(
             folder / f"{trained.name}-{quant}.gguf",
             architecture,
@@ -76,7 +83,7 @@ class GgufExporter:
             trained.weights,
             vocabulary,
             SCHEMES[quant],
-            names,
+            general_metadata(trained),
             threads(),
         )
 
@@ -91,13 +98,36 @@ class GgufExporter:
         return shlex.join(["llama-server", "--jinja", "--model", str(next(place.glob("*.gguf")))])
 
     def _vocabulary(self, trained: TrainedModel) -> Vocabulary:
-        return read_vocabulary(trained.tokenizer, trained.config.vocab_size, end_of_turn(trained), trained.base_name)
+        return read_vocabulary(trained.tokenizer, trained.config.vocab_size, end_ids(trained), trained.base_name)
 
 
-def end_of_turn(trained: TrainedModel) -> int | None:
-    """The token that ends answers beside the tokenizer's end token: the template's, or the checkpoint's."""
-    end = template_end_of_turn(trained.tokenizer)
-    return end if end != trained.tokenizer.eos_token_id else None
+def general_metadata(trained: TrainedModel) -> dict[str, str | int]:
+    """What programs show of a file: names, size and base, by their keys under general.*."""
+    shapes = trained.weights.shapes()
+    written = written_names(architecture_of(trained.config, trained.base_name), trained.weights)
+    found: dict[str, str | int] = {
+        "type": "model",
+        "name": model_name(trained.name, trained.tokenizer),
+        "basename": trained.base_name.rsplit("/")[-1],
+        "finetune": trained.name,
+        "size_label": size_label(sum(prod(shapes[name]) for name in written), 0, 0, 0),
+    }
+    if trained.adapters:
+        owner, _, base = trained.base_name.rpartition("/")
+        found |= {"base_model.count": 1, "base_model.0.name": base}
+        if owner:
+            found |= {
+                "base_model.0.organization": owner,
+                "base_model.0.repo_url": f"https://huggingface.co/{trained.base_name}",
+            }
+    return found
+
+
+def end_ids(trained: TrainedModel) -> list[int]:
+    """The tokens that end answers, the chat template's first."""
+    ends = end_of_answer_ids(trained.generation_config.eos_token_id, trained.tokenizer)
+    own = template_end_of_turn(trained.tokenizer)
+    return sorted(ends, key=lambda token: token != own)
 
 
 def longest(trained: TrainedModel, reference: Reference) -> int:

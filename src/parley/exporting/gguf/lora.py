@@ -19,7 +19,7 @@ from parley.errors import ModelError
 from parley.exporting.comparison import Marks
 from parley.exporting.gguf.architectures import SUFFIXES, Architecture, architecture_of, check_tensors, converted
 from parley.exporting.gguf.convert import write_gguf, written_names
-from parley.exporting.gguf.exporter import MARKS, end_of_turn, longest, threads
+from parley.exporting.gguf.exporter import MARKS, end_ids, general_metadata, longest, threads
 from parley.exporting.gguf.quantization import SCHEMES
 from parley.exporting.gguf.vocabulary import read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
@@ -77,7 +77,7 @@ class LoraGgufExporter:
             )
 
     def open(self, trained: TrainedModel, folder: Path, reference: Reference) -> Reader:
-        return LoraGgufReader(trained, next(folder.glob("*.gguf")), longest(trained, reference), folder.parent)
+        return LoraGgufReader(trained, next(folder.glob("*.gguf")), longest(trained, reference), folder)
 
     def marks(self, trained: TrainedModel, quant: str | None) -> Marks:
         return MARKS["f16"]
@@ -116,10 +116,12 @@ class LoraGgufReader(LlamaCppReader):
         try:
             config, name = trained.config, trained.base_name
             path = self._folder / "base.gguf"
-            vocabulary = read_vocabulary(trained.tokenizer, config.vocab_size, end_of_turn(trained), name)
+            vocabulary = read_vocabulary(trained.tokenizer, config.vocab_size, end_ids(trained), name)
             base = _merged(trained).base
             architecture = architecture_of(config, name)
-            write_gguf(path, architecture, config, base, vocabulary, SCHEMES["f16"], {"type": "model"}, threads())
+            write_gguf(
+                path, architecture, config, base, vocabulary, SCHEMES["f16"], general_metadata(trained), threads()
+            )
             super().__init__(path, length, threads(), lora)
         except BaseException:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -48,14 +48,15 @@ class QuantScheme:
         """The type of the tensor `name` of `shape`, in a model of `layers` layers."""
         if len(shape) < 2 or name.endswith("_norm.weight"):
             return Q.F32  # llama.cpp adds and multiplies by vectors in float32 alone
-        chosen = self._wanted(name, layers, tied)
+        chosen = self.wanted(name, layers, tied)
         if shape[-1] % GGML_QUANT_SIZES[chosen][0]:
             chosen = FALLBACKS.get(chosen, Q.F16)
         if shape[-1] % GGML_QUANT_SIZES[chosen][0]:
             chosen = Q.F16
         return chosen
 
-    def _wanted(self, name: str, layers: int, tied: bool) -> GGMLQuantizationType:
+    def wanted(self, name: str, layers: int, tied: bool) -> GGMLQuantizationType:
+        """The type of a matrix whose rows are whole blocks."""
         if name == HEAD or (name == EMBEDDING and tied):
             return self.head
         found = _LAYER.fullmatch(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,10 @@ from parley.exporting.gguf.pretokenizers import pretokenizer_name
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 UNUSED_SCORE = -10_000.0
 """Of tokens that are never made by a merge. llama.cpp's merges take the pair with the highest score."""
+PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
+"""Which llama.cpp does not load a model without whose name says Phi-3."""
+MORE_ENDS = ("eot", "eom")
+"""Kinds of tokens that end answers beside the tokenizer's end token."""
 QUESTION = {"role": "user", "content": "a"}
 NO_DATE = "{%- set date_string = no_date_string %}"
 """Makes `date_string` undefined again, as it was in training, so that the template takes its own (pinned) date."""
@@ -57,11 +62,11 @@ class Vocabulary:
             writer.add_chat_template(self.chat_template)
 
 
-def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: int | None, name: str) -> Vocabulary:
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, ends: Sequence[int], name: str) -> Vocabulary:
     """The vocabulary of `tokenizer` for an embedding of `rows` rows.
 
-    `end_of_turn` is the token that ends an answer where it is not the tokenizer's end token. Raises ModelError for a
-    tokenizer that llama.cpp has no counterpart of; `name` is its model's.
+    `ends` are the tokens that end an answer, those that matter most first. Raises ModelError for a tokenizer that
+    llama.cpp has no counterpart of; `name` is its model's.
     """
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: its tokenizer has no tokenizer.json form; save it with transformers' fast tokenizer")
@@ -88,7 +93,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, end_of_turn: 
         None if merges is None else [" ".join(pair) for pair in merges],
         scores,
         prefix,
-        _special_ids(tokenizer, end_of_turn),
+        _special_ids(tokenizer, ends),
         _adds_bos(tokenizer),
         _template(tokenizer),
     )
@@ -144,15 +149,24 @@ def _has_space_prefix(backend: dict[str, Any]) -> bool:
     return '"Metaspace"' in written and '"prepend_scheme": "never"' not in written
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase, end_of_turn: int | None) -> dict[str, int]:
+def _special_ids(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> dict[str, int]:
     found = {
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "unknown": tokenizer.unk_token_id,
         "padding": tokenizer.pad_token_id,
-        "eot": end_of_turn,
+        # llama.cpp ends an answer at each of these, and at others that it knows by their text.
+        **dict(zip(MORE_ENDS, (end for end in ends if end != tokenizer.eos_token_id), strict=False)),
     }
     return {kind: token for kind, token in found.items() if token is not None}
+
+
+def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """`name` for general.name: llama.cpp lets control tokens take the white space behind them where it says Phi-3."""
+    strips = any(token.rstrip for token in tokenizer.added_tokens_decoder.values())
+    strips = strips and tokenizer.get_vocab().keys() >= PHI3_TOKENS
+    other = re.sub("phi-?3", "Phi 3", name, flags=re.IGNORECASE)
+    return f"{other} (phi-3)" if strips else other
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
