@@ -11,6 +11,7 @@ from rich.console import Console
 
 import parley
 from parley.exporting.gguf.quantization import SCHEMES
+from parley.exporting.registry import EXPORTERS
 from parley.pipeline import demo
 
 pytestmark = pytest.mark.slow
@@ -56,9 +57,11 @@ def test_it_is_exported_and_verified_in_every_other_form(
 ) -> None:
     monkeypatch.setattr("parley.exporting.samples.MOST_ANSWERS", 4)  # of 100: this is about forms
     quants = [quant for quant in SCHEMES if quant not in ("f32", "f16", "q8_0")]
-    done = parley.export(trained[0], ["adapter", "merged", "gguf-lora", "gguf"], quants, output=tmp_path / "out")
+    once = [target for target in EXPORTERS if target not in ("gguf", "ollama")]
+    done = parley.export(trained[0], [*once, "gguf"], quants, output=tmp_path / "out")
+    done += parley.export(trained[0], "ollama", output=tmp_path / "ollama")
     assert [each.record.name for each in done] == [
-        "adapter", "merged-bf16", "gguf-lora", *(f"gguf-{quant}" for quant in quants),
+        "adapter", "merged-bf16", "gguf-lora", "mlx", "vllm", *(f"gguf-{quant}" for quant in quants), "ollama-q8_0",
     ]  # fmt: skip
     for each in done:
         assert each.record.status == "verified", (each.record.name, each.record.figures)
