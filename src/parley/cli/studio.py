@@ -59,7 +59,10 @@ def studio(
     from parley.studio.server import serve
     from parley.studio.state import Studio
 
-    made = Studio(folder, port=bound.getsockname()[1], allowed=allow or [])
+    here = Path.cwd()
+    # The folder it is started in, unless that is nearly everything.
+    allowed = [*(allow or []), *([here] if here not in (Path.home(), Path("/")) else [])]
+    made = Studio(folder, port=bound.getsockname()[1], allowed=allowed)
     serve(made, bound, host, on_ready=lambda: _print_banner(made, bound, host, is_loopback(host), browser))
 
 
@@ -69,6 +72,7 @@ def _print_banner(studio: Studio, bound: socket.socket, host: str, loopback: boo
     address = f"http://{f'[{shown}]' if ':' in shown else shown}:{port}/?token={studio.keys.token}"
     print_text(out, f"Parley studio of {studio.root}: {address}", wrap=False)
     print_text(out, "Whoever has this address can use it. Ctrl-C ends the studio, and no run.", wrap=False)
+    print_text(out, f"Its pages may open files in {', '.join(map(str, studio.roots))} (--allow DIR)", wrap=False)
     if not loopback:
         print_text(
             err, f"warning: {host} can be reached from elsewhere, and nothing is encrypted", "yellow", wrap=False

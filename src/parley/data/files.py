@@ -45,6 +45,20 @@ def kind_of(path: Path) -> str | None:
     return None if compressed and kind == ".parquet" else kind
 
 
+def is_local(source: str) -> bool:
+    """Whether `source` is a path: it exists, begins like one, or ends like a data file."""
+    path = Path(source)
+    return source.startswith((".", "/", "~")) or kind_of(path) is not None or path_exists(path)
+
+
+def path_exists(path: Path) -> bool:
+    """Whether something is there; a name that no file can have (NUL, too long) is nothing."""
+    try:
+        return path.expanduser().exists()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def read_files(files: list[str], keep_bad: bool = False) -> Iterator[Row]:
     """The rows of JSON, CSV or text files one after the other, each with its ORIGIN.
 

@@ -17,7 +17,7 @@ from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
 from parley.config import DEMO_DATA, DEMO_PREFERENCES, DataSection
-from parley.data.files import KINDS, ORIGIN, Row, count_rows, kind_of, read_files
+from parley.data.files import KINDS, ORIGIN, Row, count_rows, is_local, kind_of, path_exists, read_files
 from parley.errors import DataError, UsageError, one_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -120,12 +120,6 @@ def demo_rows(name: str = "train.jsonl") -> list[Row]:
     """The rows that the demo fine-tunes on: Dolly's columns, answers in pirate speech; or pairs of the two manners."""
     path = resource_files("parley") / "assets" / "demo-data" / name
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def is_local(source: str) -> bool:
-    """Whether `source` is a path: it exists, begins like one, or ends like a data file."""
-    path = Path(source)
-    return source.startswith((".", "/", "~")) or kind_of(path) is not None or _exists(path)
 
 
 def is_plain_split(split: str) -> bool:
@@ -255,17 +249,9 @@ def _sliced(rows: IterableDataset, requested: re.Match[str]) -> IterableDataset:
     return rows if stop is None else rows.take(max(0, stop - start))
 
 
-def _exists(path: Path) -> bool:
-    """Whether something is there; a name that no file can have (NUL, too long) is nothing."""
-    try:
-        return path.expanduser().exists()
-    except (OSError, ValueError, RuntimeError):
-        return False
-
-
 def _files_by_split(path: Path, source: str) -> dict[str, list[str]]:
     """The data files at `path`, all of one kind, by split. A single file is "train" whatever its name."""
-    if not _exists(path):
+    if not path_exists(path):
         raise _missing(source)
     if not path.is_dir():
         return _single_file(path, source)

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from parley.errors import ParleyError
 from parley.studio.i18n import COOKIE, LANGUAGES
 from parley.studio.pages import PAGES
-from parley.studio.security import BodyTooLargeError, SecurityMiddleware
+from parley.studio.security import HEADERS, BodyTooLargeError, SecurityMiddleware
 from parley.studio.state import Studio
 from parley.studio.web import THEME_COOKIE, THEMES, fragment, page, read_form, translate
 
@@ -38,6 +38,7 @@ def create_app(studio: Studio, *, host: str = "127.0.0.1") -> FastAPI:
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
+        studio.worker.close()
 
     app = FastAPI(title="Parley studio", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.studio = studio
@@ -46,6 +47,7 @@ def create_app(studio: Studio, *, host: str = "127.0.0.1") -> FastAPI:
     app.add_exception_handler(ParleyError, _show_error)
     app.add_exception_handler(HTTPException, _show_http_error)
     app.add_exception_handler(BodyTooLargeError, _show_too_large)
+    app.add_exception_handler(Exception, _show_fault)
     for each in PAGES:
         app.include_router(each.router)
     app.add_api_route("/static/{name:path}", static_file, methods=["GET"], response_model=None)
@@ -57,7 +59,8 @@ async def _watch_queue(studio: Studio) -> None:
     """Start what waits in the queue as devices become free."""
     while True:
         try:
-            await asyncio.to_thread(studio.queue.advance)
+            if await asyncio.to_thread(studio.queue.advance):
+                studio.worker.close()  # it may hold memory of the GPU
         except (ParleyError, OSError) as error:  # a full disk, say: the studio still shows the runs
             logger.error("%s", error)
         await asyncio.sleep(QUEUE_SECONDS)
@@ -114,6 +117,14 @@ def _show_http_error(request: Request, error: Exception) -> Response:
 def _show_too_large(request: Request, error: Exception) -> Response:
     _ = translate(request)
     return _problem(request, 413, _("That is too large."))
+
+
+def _show_fault(request: Request, error: Exception) -> Response:
+    """A fault of the studio's own, whose traceback is on the terminal. The middleware above is passed by then."""
+    _ = translate(request)
+    response = _problem(request, 500, _("That is a fault of the studio; its terminal says more."))
+    response.headers.update(HEADERS)
+    return response
 
 
 def _problem(request: Request, status_code: int, text: str) -> Response:

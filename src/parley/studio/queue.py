@@ -126,8 +126,9 @@ class Queue:
             waiting.insert(target, waiting.pop(place))
             jobs[:] = [job for job in jobs if job.state != "waiting"] + waiting
 
-    def advance(self) -> None:
-        """Take out what has ended, and start the first that waits for each device that is free."""
+    def advance(self) -> int:
+        """Take out what has ended, and start the first that waits for each device that is free; returns how many."""
+        started = 0
         with self._locked() as jobs:
             for job in [job for job in jobs if job.state == "running" and not job.is_alive]:
                 self._end(job, jobs)
@@ -141,6 +142,8 @@ class Queue:
                 if device is not None and device not in busy:
                     self._start(job, device)
                     busy.add(device)
+                    started += 1
+        return started
 
     def log(self, job_id: str) -> str:
         """The end of a job's output."""

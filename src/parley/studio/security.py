@@ -45,7 +45,10 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 # A page rather than a redirect: a browser that came from another site would not send a Strict cookie along with one.
-_ENTER = '<!DOCTYPE html><html lang="en"><meta http-equiv="refresh" content="0;url=/"><title>Parley</title>'
+_ENTER = (
+    '<!DOCTYPE html><html lang="en"><meta http-equiv="refresh" content="0;url=/">'
+    '<link rel="icon" href="/static/icon.svg"><title>Parley</title>'
+)
 
 
 class Keys:

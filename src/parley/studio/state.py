@@ -6,9 +6,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from parley.config import DEMO_DATA, DEMO_MODEL, DEMO_PREFERENCES, RunConfig
+from parley.data.files import is_local
 from parley.errors import RunError, UsageError
+from parley.safe_yaml import load_yaml
+from parley.studio.draft import Draft
 from parley.studio.queue import Queue
 from parley.studio.security import Keys, read_secret
+from parley.studio.worker import Worker
 from parley.training.run_summary import RunSummary, list_runs
 
 FOLDER = ".studio"  # in the folder of runs: what was uploaded, the queue, the secret
@@ -29,6 +34,8 @@ class Studio:
             self.keys = Keys(read_secret(self.folder / "secret"), port, token)
         except OSError as error:
             raise RunError(f"{root}: cannot be written ({error.strerror}); give another folder for the runs") from None
+        self.draft = Draft(self.folder / "draft.yaml")
+        self.worker = Worker()
         self.queue = Queue(self.root, self.folder)
 
     def runs(self) -> list[RunSummary]:
@@ -63,6 +70,27 @@ class Studio:
             return None
         return path if path.is_relative_to(root) else None
 
+    def check_source(self, text: str) -> str:
+        """A data set by the name it is read under: a hub id, Parley's own, or a path made absolute.
+
+        Raises UsageError for a path outside of the allowed folders.
+        """
+        if text in (DEMO_DATA, DEMO_PREFERENCES) or not is_local(text):
+            return text
+        return str(self.check_path(str(Path(text).expanduser().absolute())))
+
+    def check_settings(self, config: RunConfig) -> None:
+        """Raises UsageError where settings name a path outside of the allowed folders."""
+        self.check_source(config.data.source)
+        if config.data.heldout is not None and config.data.heldout_share is None:
+            self.check_source(config.data.heldout)
+        # As `parley.models.resolve` decides: what is there is a folder, and everything else a hub id.
+        if config.model.name != DEMO_MODEL and (is_local(config.model.name) or Path(config.model.name).is_dir()):
+            self.check_path(str(Path(config.model.name).absolute()))
+        if config.model.chat_template is not None:
+            self.check_path(str(config.model.chat_template.absolute()))
+
     def start_run(self, config_yaml: str, name: str | None = None) -> str:
         """Queue a run with these settings; returns its id. Raises UsageError for settings that are wrong."""
+        self.check_settings(RunConfig.create(load_yaml(config_yaml, "the settings") or {}))
         return self.queue.add(config_yaml, name)

@@ -23,6 +23,9 @@ class Lengths(BaseModel):
     smallest: int = 0
     largest: int = 0
     percentiles: dict[str, int] = Field(default_factory=dict, description="By p5, p50, p95 and p99.")
+    histogram: list[tuple[int, int]] = Field(
+        default_factory=list, exclude=True, description="Length and number of rows of about that length."
+    )
 
     @classmethod
     def of(cls, values: LogHistogram) -> Lengths:
@@ -33,6 +36,7 @@ class Lengths(BaseModel):
             smallest=values.smallest or 0,
             largest=values.largest,
             percentiles=percentiles,
+            histogram=values.counts(),
         )
 
     def line(self) -> str:

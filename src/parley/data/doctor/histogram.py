@@ -27,6 +27,10 @@ class LogHistogram:
         self.smallest = value if self.smallest is None else min(self.smallest, value)
         self._buckets[math.ceil(math.log(value, _GAMMA)) if value > 0 else -1] += 1
 
+    def counts(self) -> list[tuple[int, int]]:
+        """Each bucket's middle value and the number of values in it, in ascending order."""
+        return [(self._middle(bucket), self._buckets[bucket]) for bucket in sorted(self._buckets)]
+
     def percentile(self, percent: float) -> int:
         """The value below which `percent` of all values lie; 0 without values."""
         rank = percent / 100 * (self.count - 1)
@@ -34,6 +38,9 @@ class LogHistogram:
         for bucket in sorted(self._buckets):
             seen += self._buckets[bucket]
             if seen > rank:
-                middle = 2 * _GAMMA**bucket / (_GAMMA + 1) if bucket >= 0 else 0
-                return min(max(round(middle), self.smallest or 0), self.largest)
+                return self._middle(bucket)
         return 0
+
+    def _middle(self, bucket: int) -> int:
+        middle = 2 * _GAMMA**bucket / (_GAMMA + 1) if bucket >= 0 else 0
+        return min(max(round(middle), self.smallest or 0), self.largest)
