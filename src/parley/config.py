@@ -236,6 +236,11 @@ class TrainingSection(OpenSection):
         description="With several processes. full: the weights are cut over them (FSDP2), and a layer is gathered when "
         "it is used; none: each has a whole model. auto: full where a whole model does not fit, by `parley plan`.",
     )
+    context_parallel: Positive = Field(
+        1,
+        description="Processes that split each row of tokens between them, for conversations that one GPU does not "
+        "hold. The number of processes is a multiple of it.",
+    )
     per_device_train_batch_size: Positive = 2
     gradient_accumulation_steps: Positive = 4
     max_steps: int = Field(-1, le=MAX_COUNT, description="Optimizer steps; -1: num_train_epochs decides.")

@@ -97,31 +97,35 @@ def cudnn_attention_backward(
 
 
 def varlen_flash_attention(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None
-) -> tuple[Tensor, Tensor]:
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None,
+    key_boundaries: Tensor | None = None, longest_keys: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Causal flash-attention 2 of several documents, and its log-sum-exp.
 
     Args:
         boundaries: int32, the first row of each document and the end of the last.
         window: the number of tokens a query sees, itself included; None for all before it.
+        key_boundaries, longest_keys: of the keys, where there are more of them: a document's queries are its last.
 
     Public alternative: torch.nn.attention.varlen, without a backward pass to call and new in torch 2.10.
     """
     out_THE, lse, *_ = _aten._flash_attention_forward(
-        q_THE, k_TGE, v_TGE, boundaries, boundaries, longest, longest, 0.0, True, False, scale=scale,
-        **_window(window),
+        q_THE, k_TGE, v_TGE, boundaries, boundaries if key_boundaries is None else key_boundaries, longest,
+        longest_keys or longest, 0.0, True, False, scale=scale, **_window(window),
     )  # fmt: skip
     return out_THE, lse
 
 
 def varlen_flash_attention_backward(
     dout_THE: Tensor, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, out_THE: Tensor, lse: Tensor, boundaries: Tensor,
-    longest: int, scale: float, window: int | None,
+    longest: int, scale: float, window: int | None, key_boundaries: Tensor | None = None,
+    longest_keys: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of queries, keys and values."""
     seed = torch.zeros(2, dtype=torch.uint64, device=q_THE.device)  # of dropout, of which there is none
     return _aten._flash_attention_backward(
-        dout_THE, q_THE, k_TGE, v_TGE, out_THE, lse, boundaries, boundaries, longest, longest, 0.0, True, seed,
+        dout_THE, q_THE, k_TGE, v_TGE, out_THE, lse, boundaries,
+        boundaries if key_boundaries is None else key_boundaries, longest, longest_keys or longest, 0.0, True, seed,
         seed[:0], scale=scale, **_window(window),
     )  # fmt: skip
 

@@ -52,7 +52,7 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")
 _MLP = re.compile(r"intermediate_size|intermediate_dim|ffn_dim|ffn_hidden_size|n_inner|d_ff")
 _WINDOW = re.compile(r"(sliding_window|window_size|attention_chunk_size)$")
-_LENGTH_DEPENDENT_ROPE = re.compile(r"dynamic|longrope")
+LENGTH_DEPENDENT_ROPE = re.compile(r"dynamic|longrope")
 # What a constructor or a forward pass raises when it cannot cope with the small shape.
 _ERRORS = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, NotImplementedError, RuntimeError,
@@ -178,7 +178,7 @@ def shrink(config: PreTrainedConfig, max_tokens: int | None, *, few_layers: bool
         _shrink_experts(fields)
         if few_layers:
             _shrink_depth(fields)
-        if _LENGTH_DEPENDENT_ROPE.search(json.dumps(fields.get("rope_parameters"), default=str)):
+        if LENGTH_DEPENDENT_ROPE.search(json.dumps(fields.get("rope_parameters"), default=str)):
             _shrink_positions(fields, max_tokens)
         for name, value in fields.items():
             if isinstance(value, bool) or not isinstance(value, int):

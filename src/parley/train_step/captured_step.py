@@ -31,6 +31,7 @@ from parley.data.packing import Document, split_by_tokens
 from parley.errors import one_line
 from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
+from parley.train_step.context_parallel import ContextGroup, split
 from parley.train_step.cuda_graphs import is_deterministic
 from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.grouped_experts import runs_experts_one_by_one, using_grouped_experts
@@ -69,6 +70,9 @@ class CapturedStep:
             into memory that is allocated anew in each pass. Its gradients are sums over all ranks where they are
             sharded, and this rank's own where they are not (adapters).
 
+        context: the ranks that each row is split over; all of them are given the same documents, and gradients and
+            metrics are this rank's part. Without graphs, too.
+
     Every rank of a sharded model has to run as many passes: `count_passes` of the largest share says how many, and
     passes without a document complete the others.
 
@@ -84,6 +88,7 @@ class CapturedStep:
         autocast: torch.dtype | None = None,
         smoothing: float = 0.0,
         graphs: bool = True,
+        context: ContextGroup | None = None,
     ) -> None:
         self.model, self.autocast, self.smoothing = model, autocast, smoothing
         self.base = base_of(model)
@@ -95,7 +100,8 @@ class CapturedStep:
         self.staging = StagingBuffer(self.device, round_up(int(SPARE * tokens), TOKEN_MULTIPLE) + TOKEN_MULTIPLE)
         self.graphs: dict[GraphSize, torch.cuda.CUDAGraph] = {}
         self.sharded = is_sharded(model)
-        self.uses_graphs = graphs and self.device.type == "cuda" and not self.sharded
+        self.context = context
+        self.uses_graphs = graphs and self.device.type == "cuda" and not self.sharded and context is None
         self.experts_one_by_one = runs_experts_one_by_one(self.base)
         self.threshold = GraphThreshold(self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
@@ -229,6 +235,8 @@ class CapturedStep:
 
     def _upload(self, packed: PackedBatch, size: GraphSize, scale: float, *, graphed: bool) -> DeviceBatch:
         """`packed` on the device, padded to `size`. Drops the graphs if the buffer that they read had to move."""
+        if self.context is not None:
+            return self._upload_split(packed, scale, self.context)
         if self.staging.reserve(size.tokens):
             self._drop_graphs()
         padding = size.rows - len(packed.row_S)
@@ -238,6 +246,11 @@ class CapturedStep:
             target_S=np.pad(packed.target_S, (0, padding), constant_values=IGNORE_INDEX),
         )
         return self.staging.upload(padded, scale, None if graphed else padded.lengths)
+
+    def _upload_split(self, packed: PackedBatch, scale: float, context: ContextGroup) -> DeviceBatch:
+        local, layout = split(packed, context)
+        self.staging.reserve(len(local.ids_T))
+        return replace(self.staging.upload(local, scale, None), context=layout)
 
     def _do_without_graphs(self, reason: str) -> None:
         logger.warning("captured path: passes are not captured (%s)", reason)

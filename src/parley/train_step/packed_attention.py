@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from parley.library_compat.transformers import attention_implementation
 from parley.train_step.bind import MAX_TRITON_HEAD, MIN_TRITON_HEAD, Unsupported
+from parley.train_step.context_parallel import context_attention
 from parley.train_step.device_ops import ops_for
 from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import DeviceBatch
@@ -93,8 +94,23 @@ def packed_attention(
         raise Unsupported(f"attention heads of {head_dim} in {query.dtype}")
     scale = head_dim**-0.5 if scaling is None else scaling
     shape = AttentionShape(heads, key.shape[1], head_dim, scale, sliding_window, softcap)
+    if packed_batch.context is not None:
+        _check_context(query, shape, s_aux)
+        out_TD = context_attention(query[0], key[0], value[0], packed_batch.context, shape)
+        return out_TD.view(1, -1, heads, head_dim), None
     out_TD = PackedAttention.apply(query[0], key[0], value[0], s_aux, packed_batch, shape)
     return out_TD.view(1, -1, heads, head_dim), None
+
+
+def _check_context(query: Tensor, shape: AttentionShape, s_aux: Tensor | None) -> None:
+    """Raises Unsupported for attention that is not split over ranks."""
+    for unsupported, reason in (
+        (shape.softcap is not None, "attention with a soft cap"),
+        (s_aux is not None, "attention sinks"),
+        (query.is_cuda and query.dtype == torch.float32, "attention in float32"),
+    ):
+        if unsupported:
+            raise Unsupported(f"{reason} is not split over processes (training.context_parallel)")
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, with_weights
 from parley.units import round_up
+
+if TYPE_CHECKING:
+    from parley.train_step.context_parallel import ContextLayout
 
 LONG_DOCUMENT = 2048  # tokens from which on attention's arithmetic outweighs a library's launch overhead
 ALIGNMENT = 4  # int32 elements: Triton specialises a kernel for 16-byte aligned pointers and compiles another otherwise
@@ -126,6 +130,7 @@ class DeviceBatch:
     scale: Tensor  # 0-dim fp32: one over the summed loss weights of the whole optimizer step
     lengths: tuple[int, ...] | None  # None under a CUDA graph, where only the device knows them
     weight_S: Tensor | None = None  # loss weights in fp32; not in the static copy, so not for a captured graph
+    context: ContextLayout | None = None  # where the row is split over ranks, and these are the tokens of one
 
     @property
     def tokens(self) -> int:

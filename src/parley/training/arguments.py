@@ -35,7 +35,18 @@ ELSEWHERE = {
     "data_seed": "training.seed",
 }
 # Settings of the training section that are Parley's own.
-OWN = {"method", "deterministic", "engine", "memory", "shard", "early_stopping", "keep", "nonfinite", "nonfinite_limit"}
+OWN = {
+    "method",
+    "deterministic",
+    "engine",
+    "memory",
+    "shard",
+    "context_parallel",
+    "early_stopping",
+    "keep",
+    "nonfinite",
+    "nonfinite_limit",
+}
 # Fields that a run's own commands do not read, with the reason.
 UNREAD = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "the command says what is done"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -15,14 +16,15 @@ from trl import SFTConfig
 from parley.data.packing import DOCUMENTS, Document, loss_weight
 from parley.errors import UsageError
 from parley.library_compat.trl import count_tokens, metrics
-from parley.models.packing_isolation import why_not_packed
+from parley.models.packing_isolation import LENGTH_DEPENDENT_ROPE, why_not_packed
 from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import CapturedStep, base_of, packed_logits
+from parley.train_step.context_parallel import ContextGroup
 from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_trainer import METRICS, PackedTrainer
-from parley.training.processes import process_count, sum_all_in_place
+from parley.training.processes import group_of, sum_all_in_place
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,10 @@ class CapturedTrainer(PackedTrainer):
     captured_step: CapturedStep | None = None
     plain_because: str | None = None
 
+    def __init__(self, *args: Any, context_parallel: int = 1, **kwargs: Any) -> None:
+        self.context_parallel = context_parallel
+        super().__init__(*args, **kwargs)
+
     def bind_captured_step(self) -> None:
         """Take the captured step, or set `plain_because`."""
         try:
@@ -67,7 +73,7 @@ class CapturedTrainer(PackedTrainer):
             reason = why_not_packed(self.model, self.max_tokens, packed_logits)
             if reason is not None:
                 raise Unsupported(reason)
-            if self.sharded and self.args.gradient_checkpointing:  # passes are not captured
+            if self.passes_together and self.args.gradient_checkpointing:  # passes are not captured
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             else:
                 base.gradient_checkpointing_disable()  # a capture cannot restore random states for a second pass
@@ -76,11 +82,30 @@ class CapturedTrainer(PackedTrainer):
                 tokens=self._pass_tokens(),
                 autocast=torch.bfloat16 if self.args.bf16 else None,
                 smoothing=self.args.label_smoothing_factor,
+                context=self._context_group(),
             )
         except Unsupported as reason:
-            if self.sharded:
-                raise UsageError(f"{reason}: not with sharded weights; set training.shard: none") from None
+            if self.passes_together:
+                raise self._cannot_pass_together(reason) from None
             self.plain_because = str(reason)
+
+    @property
+    def passes_together(self) -> bool:
+        """Whether each pass is one of several processes, which exchange weights or tokens in it."""
+        return self.sharded or self.context_parallel > 1
+
+    def _cannot_pass_together(self, reason: Unsupported) -> UsageError:
+        option = "training.shard: none" if self.sharded else "training.context_parallel: 1"
+        return UsageError(f"{reason}: this is not trained in passes of several processes; set {option}")
+
+    def _context_group(self) -> ContextGroup | None:
+        if self.context_parallel == 1:
+            return None
+        rope = json.dumps(vars(self.model.config.get_text_config()).get("rope_parameters"), default=str)
+        if LENGTH_DEPENDENT_ROPE.search(rope):
+            raise Unsupported("rotary embeddings that depend on a row's length")
+        rank, group = group_of(self.context_parallel)
+        return ContextGroup(rank, self.context_parallel, group)
 
     @cached_property
     def sharded(self) -> bool:
@@ -117,8 +142,6 @@ class CapturedTrainer(PackedTrainer):
         try:
             self._retry_captured("training", share, lambda: step.forward_backward(share, divisor, passes))
         except Unsupported as reason:  # what only a pass in training mode shows, as dropout of attention
-            if self.sharded:
-                raise UsageError(f"{reason}: not with sharded weights; set training.shard: none") from None
             self.model.zero_grad()
             self._give_up_captured_step(str(reason))
         if self.captured_step is None:  # also where memory ran out for a single document
@@ -137,7 +160,7 @@ class CapturedTrainer(PackedTrainer):
         step = self.captured_step
         if step is None or not self.sharded:
             return 0
-        return max(map(step.count_passes, deal_documents(documents, process_count())))
+        return max(map(step.count_passes, deal_documents(documents, self.shares)))
 
     def rehearse_step(self, model: torch.nn.Module, documents: Sequence[Document]) -> None:
         if self.captured_step is None:
@@ -149,10 +172,13 @@ class CapturedTrainer(PackedTrainer):
     def _retry_captured(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Any]) -> Any:
         """`attempt()`, with passes halved while memory runs out; the plain path where one document does not fit.
 
-        With sharded weights the others wait in the middle of a pass: memory that runs out ends the run.
+        Where others wait in the middle of the pass, memory that runs out ends the run.
         """
-        if self.sharded:
-            return attempt()
+        if self.passes_together:
+            try:
+                return attempt()
+            except Unsupported as reason:
+                raise self._cannot_pass_together(reason) from None
 
         def reduce() -> bool:
             step = self.captured_step
@@ -197,6 +223,7 @@ class CapturedTrainer(PackedTrainer):
         if metrics_3 is None:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         self.sums_5[:3] += metrics_3
-        self.sums_5[3] += sum(document.supervised_tokens for document in documents)
-        self.sums_5[4] += sum(document.loss_weight for document in documents)
+        if step.context is None or step.context.rank == 0:  # the others of a group have the same documents
+            self.sums_5[3] += sum(document.supervised_tokens for document in documents)
+            self.sums_5[4] += sum(document.loss_weight for document in documents)
         return metrics_3[0] / loss_weight(documents), None, None

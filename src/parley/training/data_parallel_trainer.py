@@ -27,6 +27,7 @@ class DataParallelTrainer(RetryingTrainer):
     """RetryingTrainer, whose processes share out the documents of each step and of each batch of an evaluation."""
 
     data_collator: Any
+    context_parallel = 1  # processes that share each row (train_step/context_parallel.py), and so the same documents
 
     @property
     def deals_documents(self) -> bool:
@@ -38,10 +39,17 @@ class DataParallelTrainer(RetryingTrainer):
     def rows_per_step(self) -> int:
         """Rows of an optimizer step in this process; a share by tokens may have more, shorter ones."""
         rows = self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps
-        return -(-rows // process_count()) if self.deals_documents else rows
+        return -(-rows // self.shares) if self.deals_documents else rows
+
+    @property
+    def shares(self) -> int:
+        """Parts into which the documents of a step are dealt out."""
+        return process_count() // self.context_parallel
 
     def own_share(self, documents: Sequence[Document]) -> Sequence[Document]:
-        return deal_documents(documents, process_count())[process_rank()] if self.deals_documents else documents
+        if not self.deals_documents:
+            return documents
+        return deal_documents(documents, self.shares)[process_rank() // self.context_parallel]
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Make each parameter's gradient the sum over all processes."""

@@ -143,6 +143,8 @@ class FusedTrainer(CapturedTrainer):
                 raise Unsupported("engine: captured")
             if self.sharded:
                 raise Unsupported("weights are sharded")
+            if self.context_parallel > 1:
+                raise Unsupported(f"rows are split over {self.context_parallel} processes")
             self._check_options()
             bound = bind(self.model)
             if self.args.bf16 and bound.dtype != torch.bfloat16:
@@ -157,7 +159,7 @@ class FusedTrainer(CapturedTrainer):
     def _take_another_path(self, reason: str) -> None:
         """`reason`: why the fused step is not taken."""
         # On a CPU nothing is won by a capture.
-        if self.engine == "captured" or self.sharded or self.args.device.type == "cuda":
+        if self.engine == "captured" or self.passes_together or self.args.device.type == "cuda":
             self.bind_captured_step()
             if self.captured_step is not None:
                 logger.warning("captured path: %s", reason)
@@ -294,6 +296,12 @@ class FusedTrainer(CapturedTrainer):
             self._masked.forget_steps(self.monitor.skipped - skipped)
 
     # ---- Evaluation ----
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in PackedTrainer. Where passes are of several processes, none is evaluated by itself."""
+        if self.passes_together:
+            self.bind_fused_step()
+        return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self,

@@ -26,7 +26,7 @@ from parley.models.resolve import adapter_chain
 from parley.text import print_text, visible
 from parley.training.processes import process_count
 from parley.training.resource_usage import StageTimer
-from parley.training.shard_decision import shards_weights
+from parley.training.shard_decision import check_context_parallel, shards_weights
 
 
 @dataclass
@@ -51,6 +51,7 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
         config.model.dtype = "float32"  # an update of 1e-4 is below half a unit of most bfloat16 weights
         print_text(console, "full fine-tuning keeps its weights in float32, so that small updates are not lost")
     resolve_adapter(config, console)
+    check_context_parallel(config)
     sharded = shards_weights(config)
     with console.status(Text(f"loading {visible(config.model.name)}")):
         model, tokenizer = load_sharded(config.model) if sharded else load_model(config.model)

@@ -143,6 +143,18 @@ def largest(*numbers: int) -> list[int]:
     return [int(number) for number in tensor]
 
 
+def group_of(size: int) -> tuple[int, dist.ProcessGroup | None]:
+    """This process's rank in its group of `size` consecutive ones, and the group; None where that is all of them.
+
+    Every process calls this, and their number is a multiple of `size`.
+    """
+    count, rank = process_count(), process_rank()
+    if size == count:
+        return rank, None
+    groups = [dist.new_group(list(range(i, i + size)), timeout=TIMEOUT) for i in range(0, count, size)]
+    return rank % size, groups[rank // size]
+
+
 def sum_in_place(tensor: Tensor) -> None:
     """Replace a contiguous tensor by its sum over all processes. Every process gets the same bits."""
     if process_count() > 1:

@@ -49,7 +49,7 @@ def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals
             nonfinite=setup.config.training.nonfinite,
             nonfinite_limit=setup.config.training.nonfinite_limit,
             deterministic=setup.config.training.deterministic,
-            **({"scale_batch": False} if setup.config.training.method == "sft" else {}),
+            **(_several_processes(setup) if setup.config.training.method == "sft" else {}),
         )
     except ParleyError:
         raise
@@ -69,6 +69,10 @@ def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(args.output_dir).parent / "tensorboard")
     return trainer
+
+
+def _several_processes(setup: TrainingSetup) -> dict[str, Any]:
+    return {"scale_batch": False, "context_parallel": setup.config.training.context_parallel}
 
 
 def _in_order(setup: TrainingSetup) -> Any:

@@ -1,4 +1,7 @@
-"""Whether a run cuts its weights over the processes (training.shard), and what does not go together with that."""
+"""Whether a run cuts its weights (training.shard) or rows (training.context_parallel) over the processes.
+
+Both take passes that several processes run together, and refuse what such a pass does not know.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,27 @@ def shards_weights(config: RunConfig) -> bool:
             raise UsageError(f"training.shard: full and {obstacle} do not go together; leave one of them out")
         return True
     return False
+
+
+def check_context_parallel(config: RunConfig) -> None:
+    """Raises UsageError where `training.context_parallel` cannot be followed."""
+    training = config.training
+    ranks = training.context_parallel
+    if ranks == 1:
+        return
+    if process_count() % ranks:
+        raise UsageError(
+            f"training.context_parallel is {ranks} and there {'is' if process_count() == 1 else 'are'} "
+            f"{process_count()} process{'' if process_count() == 1 else 'es'}: their number has to be a multiple of it"
+        )
+    for unsupported, setting in (
+        (training.method != "sft", f"training.method: {training.method}"),
+        (training.engine == "plain", "training.engine: plain"),
+    ):
+        if unsupported:
+            raise UsageError(
+                f"training.context_parallel: {ranks} and {setting} do not go together; leave one of them out"
+            )
 
 
 def _obstacle(config: RunConfig) -> str | None:
