@@ -13,6 +13,7 @@ from parley.safe_yaml import load_yaml
 from parley.studio.draft import Draft
 from parley.studio.queue import Queue
 from parley.studio.security import Keys, read_secret
+from parley.studio.sweep import sweep
 from parley.studio.worker import Worker
 from parley.training.run_summary import RunSummary, list_runs
 
@@ -94,3 +95,10 @@ class Studio:
         """Queue a run with these settings; returns its id. Raises UsageError for settings that are wrong."""
         self.check_settings(RunConfig.create(load_yaml(config_yaml, "the settings") or {}))
         return self.queue.add(config_yaml, name)
+
+    def start_sweep(self, config_yaml: str, values: dict[str, str], name: str | None = None) -> list[str]:
+        """Queue a run for each combination of `values`; see `sweep`. Raises UsageError, and queues none then."""
+        runs = sweep(config_yaml, values)
+        for _, text in runs:
+            self.check_settings(RunConfig.create(load_yaml(text, "the settings") or {}))
+        return [self.queue.add(text, f"{name}-{suffix}" if name else suffix) for suffix, text in runs]

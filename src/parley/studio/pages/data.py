@@ -131,6 +131,8 @@ async def cure(request: Request, studio: StudioDep) -> Response:
     if key not in CURABLE:
         raise UsageError(f"got {key}, wanted one of {', '.join(CURABLE)}")
     if key == "data.drop":
+        if not isinstance(value, list):
+            raise UsageError(f"data.drop: got {value}, wanted a list of checks")
         before = studio.draft.value(key) or []
         kept = [name for name in before if name not in value]
         value = (kept if form.get("undo") else [*kept, *value]) or None
