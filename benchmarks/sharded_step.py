@@ -133,6 +133,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     started = time.perf_counter()
     model = build(args.shape, not args.bf16, device)
     made = time.perf_counter() - started
+    if process_rank() == 0:
+        print(f"made in {made:.1f} s", flush=True)
     made_gib = from_all(torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0.0)
     training = Training(model, args.tokens, device)
     losses, seconds = [], []
@@ -142,6 +144,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(training(documents))
         seconds.append(time.perf_counter() - start)
+        if process_rank() == 0 and index < WARM_UP:
+            print(f"step {index + 1}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}", flush=True)
     step = statistics.median(seconds[WARM_UP:])
     tokens = args.tokens * count
     # Forward, recomputed, and the gradient of the input: nothing else of a frozen matrix; a head for half of the rows.

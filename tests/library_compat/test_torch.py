@@ -87,6 +87,25 @@ def test_varlen_flash_attention(window: int | None) -> None:
             torch.testing.assert_close(ours[span], theirs[0].transpose(0, 1), rtol=3e-2, atol=3e-2)
 
 
+@pytest.mark.gpu
+@CUDA
+def test_varlen_flash_attention_of_the_last_queries() -> None:
+    """Of documents with 60 and 100 keys the last 20 and 100 are queries."""
+    k, v = (randn(160, 4, 64, seed=seed, device="cuda", dtype=torch.bfloat16) for seed in range(2))
+    q, dout = (randn(120, 4, 64, seed=seed, device="cuda", dtype=torch.bfloat16) for seed in (2, 3))
+    edges, key_edges = (torch.tensor(e, dtype=torch.int32, device="cuda") for e in ([0, 20, 120], [0, 60, 160]))
+    out, lse = compat.varlen_flash_attention(q, k, v, edges, 100, 0.125, None, key_edges, 100)
+    gradients = compat.varlen_flash_attention_backward(dout, q, k, v, out, lse, edges, 100, 0.125, None, key_edges, 100)
+    for queries, keys in ((slice(0, 20), slice(0, 60)), (slice(20, 120), slice(60, 160))):
+        rows, columns = queries.stop - queries.start, keys.stop - keys.start
+        hidden = torch.ones(rows, columns, device="cuda").triu(1 + columns - rows).bool()
+        mask = torch.zeros(1, 1, rows, columns, device="cuda", dtype=torch.bfloat16).masked_fill(hidden, -torch.inf)
+        parts = [x[span].transpose(0, 1)[None] for x, span in ((q, queries), (k, keys), (v, keys), (dout, queries))]
+        spans = (queries, queries, keys, keys)
+        for ours, theirs, span in zip((out, *gradients), sdpa(*parts, mask, 0.125), spans, strict=True):
+            torch.testing.assert_close(ours[span], theirs[0].transpose(0, 1), rtol=3e-2, atol=3e-2)
+
+
 def test_fake_tensors_have_shapes_and_gradients_and_no_memory() -> None:
     with compat.fake_tensors():
         weight = torch.nn.Parameter(torch.empty(1 << 20, 1 << 20, dtype=torch.bfloat16))
