@@ -74,6 +74,25 @@ def test_one_run_at_a_time_in_order(queue: Queue) -> None:
     assert states(queue) == [("b", "running"), ("a-2", "waiting")]
 
 
+@pytest.mark.parametrize(
+    ("files", "visible", "found"),
+    [
+        ([], None, ("cpu",)),
+        (["nvidia0", "nvidia3", "nvidiactl", "nvidia-uvm"], None, ("0", "1")),
+        (["nvidia0", "nvidia1", "nvidia2"], "2,0", ("2", "0")),
+        (["nvidia0"], "", ("cpu",)),
+    ],
+)
+def test_devices_are_counted_without_torch(
+    monkeypatch: pytest.MonkeyPatch, files: list[str], visible: str | None, found: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [self / name for name in files])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert queue_module.devices() == found
+
+
 def test_each_gpu_gets_a_run_and_sees_itself_alone(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(queue_module, "devices", lambda: ("0", "3"))
     for name in ("a", "b", "c"):
