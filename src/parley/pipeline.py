@@ -277,11 +277,11 @@ def dry_run(config: RunConfig, console: Console) -> None:
     model_config = load_config(config.model)
     tokenizer = load_tokenizer(config.model)
     check_tokens(args, tokenizer, "training.")
-    data = prepare_data(config, tokenizer, console)
+    data = prepare_data(config, tokenizer, console, keep_tokens=False)
     print_mask(data, tokenizer, console)
     report_questions(config, data.heldout_examples, tokenizer, max_positions(model_config))
     training = config.training
-    steps = training.max_steps if data.summary.streaming else planned_steps(training, len(data.train))
+    steps = training.max_steps if data.summary.streaming else planned_steps(training, data.summary.kept)
     rows = rows_per_step(training)
     print_text(console, f"would train {steps:,} steps of {rows} conversations into {config.output}")
 

@@ -20,8 +20,10 @@ from rich.progress import track
 from parley.config import DataSection
 from parley.data.bad_rows import BadRow, BadRows, LeftOut
 from parley.data.control_tokens import IGNORE_INDEX
-from parley.data.doctor.diagnose import rows_to_drop
+from parley.data.doctor.diagnose import conclude, rows_to_drop
+from parley.data.doctor.examine import Doctor
 from parley.data.doctor.findings import Diagnosis
+from parley.data.doctor.row_reader import CheckedRow, SupervisedReader
 from parley.data.example import Example
 from parley.data.files import ERROR, Row
 from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
@@ -51,7 +53,7 @@ class Prepared:
     IGNORE_INDEX where not supervised, and the row's origin; where a row has loss weights other than 1, also a column of
     them, (T,), null in rows without. `heldout_examples` are in the order of `heldout`'s rows;
     `preview` and `preview_origins` are the first training rows; `bad_rows` are those skipped; `diagnosis` is what the
-    data doctor found, where it was asked.
+    data doctor found, where it was asked and the rows are no stream.
     """
 
     train: Dataset | IterableDataset
@@ -64,7 +66,9 @@ class Prepared:
     diagnosis: Diagnosis | None = None
 
 
-def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
+def prepare(
+    data: DataSection, tokenizer: Any, max_length: int, *, diagnosed: bool = False, keep_tokens: bool = True
+) -> Prepared:
     """Read, recognise, render and split the data set that `data` describes.
 
     Rows longer than `max_length` tokens follow `data.overlong`, rows that cannot be read or rendered follow
@@ -72,6 +76,9 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     `data.heldout` (its split may follow after a `#`), or the share of the source that it names, by a hash of each
     conversation; or else `data.heldout_rows` of the source: at most a tenth, sampled with a fixed seed; of a stream the
     first ones. The summary reports all of it.
+
+    diagnosed: have the data doctor check the rows in the same pass. keep_tokens: False leaves `train` empty, for who
+    wants the summary alone: it counts the rows all the same.
 
     Raises DataError in one line: a source that cannot be read or recognised, a bad row, or nothing left to train on.
     """
@@ -81,8 +88,14 @@ def prepare(data: DataSection, tokenizer: Any, max_length: int) -> Prepared:
     heldout_rows = 0 if data.heldout else data.heldout_rows
     left_out = rows_to_drop(data, "supervised") if data.drop else {}
     source_rows = read_rows(data.source, data, keep_bad=True)
-    rows = RowRenderer(source_rows, tokenizer, data, max_length, data.source, left_out=left_out)
-    prepared, trained = rows.stream(heldout_rows) if rows.summary.streaming else rows.split(heldout_rows)
+    doctor = Doctor(data, left_out=left_out) if diagnosed else None
+    rows = RowRenderer(source_rows, tokenizer, data, max_length, data.source, left_out=left_out, doctor=doctor)
+    if rows.summary.streaming:
+        prepared, trained = rows.stream(heldout_rows)
+    else:
+        prepared, trained = rows.split(heldout_rows, keep_tokens)
+        if doctor is not None:
+            prepared.diagnosis = conclude(doctor, data, rows.reader, for_training=True)
     if data.heldout_share is not None:
         _check_share(prepared, data)
     elif data.heldout:
@@ -109,7 +122,7 @@ def read_examples(data: DataSection) -> tuple[Recognised, Iterator[Example]]:
     """
     rows = read_rows(data.source, data, keep_bad=True)
     format = recognise(_readable(rows), data, data.source)
-    return format, _good(_examples(rows, format), BadRows(data))
+    return format, _good((example for _, example in _examples(rows, format)), BadRows(data))
 
 
 def _good(examples: Iterable[Example | BadRow], bad_rows: BadRows) -> Iterator[Example]:
@@ -126,32 +139,38 @@ def _readable(rows: Iterable[Row], prefix: str = "") -> Iterator[tuple[str, Row]
     return islice(((origin, row) for origin, row in located(rows, prefix) if ERROR not in row), RECOGNITION_ROWS)
 
 
-def _examples(rows: Iterable[Row], format: Recognised, prefix: str = "") -> Iterator[Example | BadRow]:
+def _examples(rows: Iterable[Row], format: Recognised, prefix: str = "") -> Iterator[tuple[Row, Example | BadRow]]:
     for origin, row in located(rows, prefix):
         if ERROR in row:
-            yield BadRow(origin, DataError(row[ERROR]))
+            yield row, BadRow(origin, DataError(row[ERROR]))
             continue
         try:
-            yield format.example(row, origin)
+            yield row, format.example(row, origin)
         except DataError as error:
-            yield BadRow(origin, error, row)
+            yield row, BadRow(origin, error, row)
 
 
 class _TokenColumns:
-    """Rendered rows collected for a Dataset of `FEATURES`. `digests` identify rows of the same ids."""
+    """Rendered rows collected for a Dataset of `FEATURES`. `digests` identify rows of the same ids.
 
-    def __init__(self) -> None:
+    keep: False for the digests alone.
+    """
+
+    def __init__(self, keep: bool = True) -> None:
+        self.keep = keep
         self.digests: list[bytes] = []
         self.tables: list[Dataset] = []
         self.pending: list[dict[str, Any]] = []
 
     def add(self, rendered: Rendered, origin: str) -> bytes:
-        row = _columns(rendered, origin)
-        self.pending.append(row)
-        if len(self.pending) == ARROW_BATCH:
-            self._to_arrow()
-        self.digests.append(hashlib.blake2b(row["input_ids"].tobytes(), digest_size=16).digest())
-        return self.digests[-1]
+        ids_T = array("i", rendered.input_ids)
+        digest = hashlib.blake2b(ids_T, digest_size=16).digest()
+        self.digests.append(digest)
+        if self.keep:
+            self.pending.append(_columns(rendered, ids_T, origin))
+            if len(self.pending) == ARROW_BATCH:
+                self._to_arrow()
+        return digest
 
     def dataset(self) -> Dataset:
         if self.pending or not self.tables:
@@ -175,7 +194,8 @@ class _TokenColumns:
 class RowRenderer:
     """Recognises, renders and filters rows, and counts them in `summary`. `prefix` names rows without a file.
 
-    left_out: the checks of `data.drop` by the numbers, from 0, of the rows they found.
+    left_out: the checks of `data.drop` by the numbers, from 0, of the rows they found. doctor: what checks each row
+    that `split` reads.
     """
 
     def __init__(
@@ -187,10 +207,12 @@ class RowRenderer:
         where: str,
         prefix: str = "",
         left_out: Mapping[int, str] | None = None,
+        doctor: Doctor | None = None,
     ) -> None:
         self.rows, self.tokenizer, self.data, self.max_length = rows, tokenizer, data, max_length
         self.where, self.prefix, self.left_out = where, prefix, left_out or {}
         self.format = recognise(_readable(rows, prefix), data, where)
+        self.doctor, self.reader = doctor, SupervisedReader(self.format)
         self.bad_rows = BadRows(data, advise=not prefix)  # else there are no settings to change
         streaming = isinstance(rows, IterableDataset)
         self.summary = DataSummary(
@@ -215,14 +237,25 @@ class RowRenderer:
         self.summary.unread = list(self.format.unread)
 
     def _examples(self) -> Iterator[Candidate]:
-        for number, example in enumerate(_examples(self.rows, self.format, self.prefix)):
-            yield LeftOut(example.origin, self.left_out[number]) if number in self.left_out else example
+        for number, (row, example) in enumerate(_examples(self.rows, self.format, self.prefix)):
+            left_out = number in self.left_out
+            if self.doctor is not None:
+                self.doctor.add(example.origin, None if left_out else self._checked(row, example))
+            yield LeftOut(example.origin, self.left_out[number]) if left_out else example
 
-    def split(self, heldout_rows: int) -> tuple[Prepared, set[bytes]]:
+    def _checked(self, row: Row, example: Example | BadRow) -> CheckedRow | DataError:
+        if isinstance(example, BadRow):
+            return example.error
+        try:
+            return self.reader.checked(row, example)
+        except DataError as error:
+            return error
+
+    def split(self, heldout_rows: int, keep_tokens: bool = True) -> tuple[Prepared, set[bytes]]:
         """All rows, some of them held out, with the digests of the training rows."""
         count = len(self.rows)
         is_chosen = self._chosen(heldout_rows)
-        train, heldout, seen = _TokenColumns(), _TokenColumns(), set[bytes]()
+        train, heldout, seen = _TokenColumns(keep_tokens), _TokenColumns(), set[bytes]()
         examples: list[Example] = []
         preview: list[Rendered] = []
         origins: list[str] = []
@@ -286,7 +319,7 @@ class RowRenderer:
         def columns() -> Iterator[dict[str, Any]]:
             for example, rendered in training_rows():
                 for part in self._parts(rendered):
-                    yield {LOSS_WEIGHTS: None, **_columns(part, example.origin)}
+                    yield {LOSS_WEIGHTS: None, **_columns(part, array("i", part.input_ids), example.origin)}
 
         # No read-ahead on streams: the first batch would wait for 1,280 rows, and rows not yet used would be counted.
         shown = list(islice(training_rows(), PREVIEWED))
@@ -353,9 +386,9 @@ def _hold_out(prepared: Prepared, trained: set[bytes], data: DataSection, tokeni
     prepared.heldout = tokens.dataset()
 
 
-def _columns(rendered: Rendered, origin: str) -> dict[str, Any]:
+def _columns(rendered: Rendered, id_array: array[int], origin: str) -> dict[str, Any]:
     # array and bytes read a list of Python numbers faster than numpy does, and this is done for every row.
-    ids_T = np.frombuffer(array("i", rendered.input_ids), dtype=np.int32)
+    ids_T = np.frombuffer(id_array, dtype=np.int32)
     supervised_T = np.frombuffer(bytes(rendered.mask), dtype=np.bool_)
     labels_T = np.where(supervised_T, ids_T, np.int32(IGNORE_INDEX))
     # Arrow holds UTF-8; a file's name may be none.

@@ -93,19 +93,21 @@ def resolve_adapter(config: RunConfig, console: Console) -> None:
     print_text(console, f"{section.name} is an adapter on {base.name}: {meaning[section.adapter]}")
 
 
-def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepared:
+def prepare_data(config: RunConfig, tokenizer: Any, console: Console, keep_tokens: bool = True) -> Prepared:
     """Read, render and check the run's data, print what was found, and see that it has rows for a step.
 
-    Raises DataError.
+    keep_tokens: see `prepare`. Raises DataError.
     """
     if config.training.method != "sft":
         kind: Kind = "labelled" if config.training.method == "kto" else "pairs"
         data = prepare_preferences(config.data, tokenizer, config.model.max_seq_length, kind)
         row_kind: RowKind = kind
     else:
-        data, row_kind = prepare(config.data, tokenizer, config.model.max_seq_length), "supervised"
-    with console.status("checking the data"):
-        data.diagnosis = diagnose(config.data, for_training=True, kind=row_kind)
+        length, row_kind = config.model.max_seq_length, "supervised"
+        data = prepare(config.data, tokenizer, length, diagnosed=True, keep_tokens=keep_tokens)
+    if data.diagnosis is None:
+        with console.status("checking the data"):
+            data.diagnosis = diagnose(config.data, for_training=True, kind=row_kind)
     # The data doctor says which rows repeat others, with the cure.
     for line in (*data.summary.lines(repeats=False), *data.diagnosis.short_lines()):
         print_text(console, line)
@@ -114,9 +116,9 @@ def prepare_data(config: RunConfig, tokenizer: Any, console: Console) -> Prepare
 
 
 def _check_steps(config: RunConfig, data: Prepared) -> None:
-    if not data.summary.streaming and planned_steps(config.training, len(data.train)) == 0:
+    if not data.summary.streaming and planned_steps(config.training, data.summary.kept) == 0:
         raise DataError(
-            f"{config.data.source}: {len(data.train)} rows to train on, fewer than the "
+            f"{config.data.source}: {data.summary.kept} rows to train on, fewer than the "
             f"{rows_per_step(config.training)} of one step, and training.dataloader_drop_last leaves the rest out; set "
             "it to false, or lower training.per_device_train_batch_size"
         )

@@ -349,3 +349,21 @@ def test_percentiles_are_within_the_stated_error() -> None:
     for percent in (5, 50, 95, 99):
         expected = np.percentile(values, percent, method="lower")
         assert abs(histogram.percentile(percent) - expected) <= RELATIVE_ERROR * expected + 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"drop": ["duplicate", "bad-row"]}, {"heldout": "20%"}, {"heldout_rows": 3}])
+def test_rows_are_diagnosed_while_they_are_rendered_as_alone(
+    tmp_path: Path, tiny_tokenizer: Any, settings: dict[str, Any]
+) -> None:
+    if "drop" in settings:
+        settings = {"drop": [name for name in settings["drop"] if name in DROPPABLE]}
+    rows = [*CLEAN, *(row for faulty in PLANTED.values() for row in faulty)]
+    data = DataSection(source=str(write(tmp_path / "rows.jsonl", rows)), **settings)
+    prepared = prepare(data, tiny_tokenizer, 2048, diagnosed=True)
+    assert prepared.diagnosis == diagnose(data, for_training=True, kind="supervised")
+    assert prepare(data, tiny_tokenizer, 2048).diagnosis is None
+    # The summary counts the same where no token is kept.
+    counted = prepare(data, tiny_tokenizer, 2048, keep_tokens=False)
+    assert counted.summary == prepared.summary
+    assert (counted.preview_origins, counted.heldout_examples) == (prepared.preview_origins, prepared.heldout_examples)
+    assert (len(counted.train), len(prepared.train)) == (0, prepared.summary.kept)

@@ -44,6 +44,18 @@ def diagnose(
     doctor = Doctor(data, left_out=left_out)
     counts = TokenCounts(tokenizer, data, max_length, doctor.find) if tokenizer is not None else None
     reader = _examine(doctor, data, kind, counts)
+    diagnosis = conclude(doctor, data, reader, for_training)
+    if counts is not None:
+        diagnosis.tokens, diagnosis.supervised_tokens = Lengths.of(counts.lengths), counts.supervised
+        diagnosis.max_length, diagnosis.tokens_over = max_length, counts.over
+    for finding in diagnosis.findings:
+        if finding.check == checks.OVERLONG.name and counts is not None:
+            finding.cure = counts.overlong_cure()
+    return diagnosis
+
+
+def conclude(doctor: Doctor, data: DataSection, reader: RowReader, for_training: bool) -> Diagnosis:
+    """The diagnosis of rows that were all given to `doctor`; the rows of a source `data.heldout` are read here."""
     heldout = _heldout(doctor, data, reader, for_training)
     find_repeated(doctor)
     for finding in doctor.findings.values():
@@ -53,7 +65,7 @@ def diagnose(
         kind=reader.kind,
         format=visible(reader.reason),
         rows=doctor.rows,
-        left_out=dict(Counter(left_out.values())),
+        left_out=dict(Counter(doctor.left_out.values())),
         complete=not data.streaming or doctor.rows < STREAM_ROWS,
         heldout_source=data.heldout if data.heldout_share is None else None,
         heldout_rows=heldout.rows if heldout else 0,
@@ -62,12 +74,6 @@ def diagnose(
         characters=Lengths.of(doctor.characters),
         findings=[*doctor.findings.values(), *find_shared(*sides(doctor, heldout))],
     )
-    if counts is not None:
-        diagnosis.tokens, diagnosis.supervised_tokens = Lengths.of(counts.lengths), counts.supervised
-        diagnosis.max_length, diagnosis.tokens_over = max_length, counts.over
-    for finding in diagnosis.findings:
-        if finding.check == checks.OVERLONG.name and counts is not None:
-            finding.cure = counts.overlong_cure()
     diagnosis.sort()
     return diagnosis
 

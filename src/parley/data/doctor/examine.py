@@ -41,6 +41,15 @@ class Origins:
         return f"{visible(list(self._ids)[self._prefixes[index]])} {self._numbers[index]}".strip()
 
 
+def _read(row: Row, origin: str, reader: RowReader) -> CheckedRow | DataError:
+    if ERROR in row:
+        return DataError(row[ERROR])
+    try:
+        return reader.read(row, origin)
+    except DataError as error:
+        return error
+
+
 class Doctor:
     """The checks of one source's rows, as they come.
 
@@ -66,20 +75,23 @@ class Doctor:
     def read(self, rows: Iterable[tuple[str, Row]], reader: RowReader) -> Iterator[tuple[int, list[Example]]]:
         """Check each row, and yield those that can be understood with their numbers, from 0."""
         for origin, row in rows:
-            self.origins.add(origin)
             if self.rows in self.left_out:
-                self.rows += 1
+                self.add(origin, None)
                 continue
-            try:
-                if ERROR in row:
-                    raise DataError(row[ERROR])
-                checked = reader.read(row, origin)
-                self._check(checked)
-                yield self.rows, checked.examples
-            except DataError as error:
-                reason = str(error).removeprefix(f"{origin}: ")
-                self.find(checks.SURROGATE if "lone surrogate" in reason else checks.BAD_ROW, self.rows, reason)
-            self.rows += 1
+            checked = _read(row, origin, reader)
+            self.add(origin, checked)
+            if isinstance(checked, CheckedRow):
+                yield self.rows - 1, checked.examples
+
+    def add(self, origin: str, row: CheckedRow | DataError | None) -> None:
+        """Check the next row: one that cannot be read is its error, one that is left out None."""
+        self.origins.add(origin)
+        if isinstance(row, CheckedRow):
+            self._check(row)
+        elif row is not None:
+            reason = str(row).removeprefix(f"{origin}: ")
+            self.find(checks.SURROGATE if "lone surrogate" in reason else checks.BAD_ROW, self.rows, reason)
+        self.rows += 1
 
     def _check(self, row: CheckedRow) -> None:
         self.fingerprints.add(row.text)

@@ -48,7 +48,10 @@ class SupervisedReader:
 
     def read(self, row: Row, origin: str) -> CheckedRow:
         """Raises DataError naming the row."""
-        example = self.format.example(row, origin)
+        return self.checked(row, self.format.example(row, origin))
+
+    def checked(self, row: Row, example: Example) -> CheckedRow:
+        """`row`, which is read already, with its example. Raises DataError as `read` does."""
         conversation = conversation_of(example)
         empty = (
             None if example.input_ids is not None else empty_answer(row, example, self.format.format, self.format.data)
