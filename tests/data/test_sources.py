@@ -18,6 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from parley.config import DEMO_DATA, DataSection
 from parley.data import sources
+from parley.data.files import count_rows, read_files
 from parley.data.sources import FileRows, located, read_rows
 from parley.errors import DataError, UsageError
 
@@ -364,3 +365,18 @@ def test_rows_of_files_are_a_sequence(tmp_path: Path) -> None:
 def test_a_file_that_is_neither_file_nor_folder(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     assert "is neither a file nor a folder" in refused(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize("blank", ["\u00a0", "\u2003 \t", "\u2028", "\x1c", " \r", "\x85"])
+def test_lines_are_counted_where_they_are_read(tmp_path: Path, blank: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = json.dumps({"text": "a"}).encode()
+    for lines in (
+        [row, blank.encode(), row],
+        [b"\xef\xbb\xbf" + blank.encode(), row],
+        [b"\xef\xbb\xbf", row],
+        [row, b"\xff\xfe", row],
+        [row, b"  7", b"\xc2\xa0" + row],
+    ):
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        assert count_rows([str(path)]) == len(list(read_files([str(path)], keep_bad=True)))

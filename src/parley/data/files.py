@@ -246,11 +246,23 @@ _READERS = {
 }
 
 
-def _non_blank(path: Path) -> Iterator[bytes]:
-    return (line for line in _raw_lines(path) if line.strip())
+def _json_lines_of(path: Path) -> Iterator[bytes]:
+    """The lines that `_json_lines` gives as rows."""
+    for number, line in enumerate(_raw_lines(path), 1):
+        stripped = line.strip()
+        # Bytes know only the white space of ASCII; text that is blank has others, U+00A0 for one, or a byte-order mark.
+        if stripped and (stripped[0] in b"{[" or not _is_blank(line, number)):
+            yield line
 
 
-_COUNTERS = {".jsonl": _non_blank, ".ndjson": _non_blank}
+def _is_blank(line: bytes, number: int) -> bool:
+    try:
+        return not line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+    except UnicodeDecodeError:
+        return False
+
+
+_COUNTERS = {".jsonl": _json_lines_of, ".ndjson": _json_lines_of}
 """Kinds whose rows can be counted without being parsed."""
 
 
