@@ -38,7 +38,7 @@ def create_app(studio: Studio, *, host: str = "127.0.0.1") -> FastAPI:
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching
-        studio.worker.close()
+        studio.close()
 
     app = FastAPI(title="Parley studio", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.state.studio = studio

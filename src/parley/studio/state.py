@@ -7,13 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from parley.config import DEMO_DATA, DEMO_MODEL, DEMO_PREFERENCES, RunConfig
+from parley.config_reference import SettingReference
 from parley.data.files import is_local
 from parley.errors import RunError, UsageError
 from parley.safe_yaml import load_yaml
+from parley.studio.answers import Answers
+from parley.studio.comparison import Shelf
 from parley.studio.draft import Draft
 from parley.studio.queue import Queue
 from parley.studio.security import Keys, read_secret
 from parley.studio.sweep import sweep
+from parley.studio.votes import PREFERENCES
 from parley.studio.worker import Worker
 from parley.training.run_summary import RunSummary, list_runs
 
@@ -35,9 +39,13 @@ class Studio:
             self.keys = Keys(read_secret(self.folder / "secret"), port, token)
         except OSError as error:
             raise RunError(f"{root}: cannot be written ({error.strerror}); give another folder for the runs") from None
+        self.queue = Queue(self.root, self.folder)
         self.draft = Draft(self.folder / "draft.yaml")
         self.worker = Worker()
-        self.queue = Queue(self.root, self.folder)
+        self.answers = Answers()
+        self.comparisons = Shelf()
+        self.references: list[SettingReference] | None = None  # of all settings, for completion
+        self.preferences = self.folder / PREFERENCES
 
     def runs(self) -> list[RunSummary]:
         """The runs below `root`, newest first."""
@@ -62,6 +70,11 @@ class Studio:
                 return path
         places = ", ".join(map(str, self.roots))
         raise UsageError(f"{text}: not in a folder that this studio may open ({places}); start it with --allow FOLDER")
+
+    def close(self) -> None:
+        """End the processes of the pages. Runs are not touched."""
+        self.worker.close()
+        self.answers.close()
 
     @staticmethod
     def _below(root: Path, text: str) -> Path | None:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
+from math import exp
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, quote
 
@@ -121,6 +122,7 @@ def _environment(language: str) -> Environment:
         "size": file_size,
         "figure": figure,
         "duration": duration,
+        "probability": lambda logprob: f"{100 * exp(logprob):.0f}%",
         "thousands": lambda value: f"{value:,.0f}",
     }
     return environment

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter
 
 from parley.studio.i18n import N_
-from parley.studio.pages import data, home, run
+from parley.studio.pages import compare, data, export, home, model, run, train
 
 
 @dataclass(frozen=True)
@@ -22,5 +22,9 @@ class Page:
 PAGES = (
     Page(N_("Runs"), "/", home.router),
     Page(N_("Data"), "/data", data.router),
+    Page(N_("Model"), "/model", model.router),
+    Page(N_("Train"), "/train", train.router),
+    Page(N_("Compare"), "/compare", compare.router),
+    Page(N_("Export"), "/export", export.router),
     Page(N_("Run"), None, run.router),
 )
