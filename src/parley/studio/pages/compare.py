@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ async def stream(request: Request, studio: StudioDep, question: int) -> Response
     """The pieces of both answers as they come; a browser that reconnects gets what it missed."""
     shown = studio.comparisons.get(question)
     last = request.headers.get("last-event-id", "")
-    return event_stream(_events(shown, int(last) + 1 if last.isdecimal() else 0))
+    return event_stream(request, _events(shown, int(last) + 1 if last.isdecimal() else 0))
 
 
 @router.post("/stop/{question}", response_model=None)
@@ -135,7 +135,7 @@ async def learn(studio: StudioDep) -> Response:
     return Response(status_code=204, headers={"HX-Redirect": "/train"})
 
 
-async def _events(shown: Shown, start: int) -> AsyncIterator[Event | None]:
+async def _events(shown: Shown, start: int) -> AsyncGenerator[Event | None]:
     async for item in shown.asked.follow(start):
         if item is None:
             yield None
