@@ -24,10 +24,14 @@ from parley.text import shorten_middle
 DEMO_MODEL = "parley-demo"
 DEMO_DATA = "parley-demo-pirate"
 DEMO_PREFERENCES = "parley-demo-preferences"
+DEMO_PROMPTS = "parley-demo-prompts"
+BUILT_IN_REWARDS = "parley.rewards:"
 _SECRET_KEY = re.compile(r"(^|_)(token|api_key|password|secret|credentials?)$", re.IGNORECASE)
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PERCENTAGE = re.compile(r"\s*([+-]?\d*\.?\d+)\s*%\s*")
 LEAST_LIKENESS = 0.5  # of a misspelled key; below it a suggestion is a guess
+GRPO_DEFAULTS = {"learning_rate": 1e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
+"""Eight answers to a prompt, four prompts a step."""
 PREFERENCE_LEARNING_RATE = 2e-5  # by default; at 2e-4 adapters leave the reference within some steps
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -218,10 +222,16 @@ class EarlyStoppingSection(Section):
 
 
 class TrainingSection(OpenSection):
-    method: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo"] = Field(
+    method: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "grpo"] = Field(
         "sft",
         description="sft: imitate the answers. dpo, ipo, orpo, simpo: prefer the chosen answer of a pair to the "
-        "rejected one; kto: learn from answers that are labelled one by one.",
+        "rejected one; kto: learn from answers that are labelled one by one; grpo: learn from rewards for sampled "
+        "answers.",
+    )
+    rewards: list[str] = Field(
+        default_factory=list,
+        description="grpo: reward functions, as module:function or file.py:function. They are programs: a resumed run "
+        "takes them from its command line alone.",
     )
     engine: Literal["auto", "captured", "plain"] = Field(
         "auto",
@@ -280,10 +290,21 @@ class TrainingSection(OpenSection):
 
     @model_validator(mode="before")
     @classmethod
-    def _preferences_learn_slowly(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("method", "sft") != "sft":
-            return {"learning_rate": PREFERENCE_LEARNING_RATE} | values
-        return values
+    def _defaults_of_the_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("method", "sft") == "sft":
+            return values
+        return (GRPO_DEFAULTS if values["method"] == "grpo" else {"learning_rate": PREFERENCE_LEARNING_RATE}) | values
+
+    @model_validator(mode="after")
+    def _rewards_are_of_grpo(self) -> TrainingSection:
+        if self.rewards and self.method != "grpo":
+            raise ValueError(f"rewards are read by method: grpo, and this is method: {self.method}; leave them out")
+        return self
+
+    @property
+    def trusts_rewards(self) -> bool:
+        """Whether all reward functions come with Parley, so that a run's folder may name them, too."""
+        return all(name.startswith(BUILT_IN_REWARDS) for name in self.rewards)
 
     @property
     def keeps_best(self) -> bool:

@@ -5,8 +5,10 @@ rows -> conversations -> tokens + mask -> packed batch -> training step -> adapt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from signal import Signals
@@ -14,14 +16,17 @@ from typing import Any, Literal, cast
 
 from rich.console import Console
 
-from parley.config import DEMO_DATA, DEMO_MODEL, DEMO_PREFERENCES, RunConfig
+from parley.config import DEMO_DATA, DEMO_MODEL, DEMO_PREFERENCES, DEMO_PROMPTS, RunConfig
 from parley.errors import ModelError, RunError, UsageError
 from parley.evaluation.answers_during_training import AnswersDuringTraining
 from parley.evaluation.evaluate_model import Evaluation, answer_questions, evaluate_model, heldout_scores
 from parley.evaluation.failed_run import FailedRun
 from parley.evaluation.questions import Question, report_questions
-from parley.evaluation.report_events import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
+from parley.evaluation.report_events import add_event_notes, add_events, steps_of_events
 from parley.evaluation.run_report import add_evaluations, begin_report, next_commands
+from parley.grpo.rewards import load_rewards
+from parley.grpo.samples import add_sample_log
+from parley.grpo.trainer import GRPOTrainer
 from parley.models.base_answers import base_obstacle, is_identity_adapter
 from parley.models.device import pick_device
 from parley.models.load import load_config, load_tokenizer, max_positions
@@ -82,6 +87,21 @@ DEMO_DPO_SETTINGS: dict[str, Any] = {
     },
 }
 
+DEMO_GRPO_SETTINGS: dict[str, Any] = {
+    "model": DEMO_MODEL,
+    "data": {"source": DEMO_PROMPTS, "system": "Talk like a pirate.", "heldout_rows": 50},
+    "training": {
+        "method": "grpo",
+        "rewards": ["parley.rewards:ends_with"],
+        "max_steps": 20,
+        "learning_rate": 3e-3,
+        "max_completion_length": 48,
+        "gradient_checkpointing": False,
+        "save_steps": 1000,
+    },
+}
+DEMO_METHODS = {"sft": DEMO_SETTINGS, "dpo": DEMO_DPO_SETTINGS, "grpo": DEMO_GRPO_SETTINGS}
+
 
 @dataclass
 class RunResult:
@@ -138,6 +158,7 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
     if resumed is None and is_main_process():
         RunFolder.check_output(config.output)
     args, notes = training_arguments(config)
+    make = trainer_maker(config)
     if config.training.deterministic:
         fix_cublas_workspaces()
     notes += processes_notes(config.training)
@@ -160,7 +181,7 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
     on_sudden_end(leave)
     try:
         with recorded_outcome(log) as outcome:
-            result = _run(setup, args, notes, questions, folder, log, timer, console, signals, resumed)
+            result = _run(setup, args, make, notes, questions, folder, log, timer, console, signals, resumed)
             outcome.stopped = result.interrupted
             return result
     except OSError as error:
@@ -174,6 +195,7 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
 def _run(
     setup: TrainingSetup,
     args: Any,
+    make: Callable[..., FusedTrainer] | None,
     notes: list[str],
     questions: list[Question],
     folder: RunFolder,
@@ -196,7 +218,9 @@ def _run(
     validation = Validation(config.training, folder.best, console)
     answering = AnswersDuringTraining(setup, questions, log, progress.console)
     last_good = LastGoodWeights()
-    trainer = build_trainer(setup, args, [log, progress, answering, last_good, *validation.callbacks], signals)
+    callbacks = [log, progress, answering, last_good, *validation.callbacks]
+    trainer = build_trainer(setup, args, callbacks, signals, make)
+    add_sample_log(trainer, log)
     faults = StepFaultLog(log, folder.nonfinite, setup.tokenizer, progress.progress.console)
     trainer.monitor.listeners.append(faults)
     setup.model = trainer.model  # TRL may have wrapped it
@@ -240,9 +264,7 @@ def _run(
     report.kept_step = log.kept_step if log.kept_step != log.steps_done else None
     timer.end("training")
     report.steps = steps_of_events(log.events)
-    add_event_notes(report, log.events)
-    add_answers_of_events(report, log.events)
-    add_step_faults(report, log.events)
+    add_events(report, log.events)
     report.resources = training_resources(trainer, log, memory_before, meter.seconds())
     report.notes += kept_notes
     fault = broken_weights(setup)
@@ -271,6 +293,7 @@ def _run(
 def dry_run(config: RunConfig, console: Console) -> None:
     """Check settings and data of `train`, show mask and number of steps; loads no weights, writes nothing."""
     args, notes = training_arguments(config)
+    trainer_maker(config)  # rewards that cannot be loaded are refused
     for note in [*notes, *_without_effect(config, args)]:
         print_text(console, note)
     resolve_adapter(config, console)
@@ -282,14 +305,14 @@ def dry_run(config: RunConfig, console: Console) -> None:
     report_questions(config, data.heldout_examples, tokenizer, max_positions(model_config))
     training = config.training
     steps = training.max_steps if data.summary.streaming else planned_steps(training, data.summary.kept)
-    rows = rows_per_step(training)
-    print_text(console, f"would train {steps:,} steps of {rows} conversations into {config.output}")
+    rows, things = rows_per_step(training), "prompts" if training.method == "grpo" else "conversations"
+    print_text(console, f"would train {steps:,} steps of {rows:g} {things} into {config.output}")
 
 
-def demo(output: Path, console: Console | None = None, method: Literal["sft", "dpo"] = "sft") -> RunResult:
-    """Train the embedded model to talk like a pirate: from answers, or from pairs whose chosen one is a pirate's."""
-    settings = DEMO_SETTINGS if method == "sft" else DEMO_DPO_SETTINGS
-    return train(RunConfig.create(settings | {"output": str(output)}), console)
+def demo(output: Path, console: Console | None = None, method: Literal["sft", "dpo", "grpo"] = "sft") -> RunResult:
+    """Train the embedded model to talk like a pirate: from answers, or from pairs whose chosen one is a pirate's; or a
+    pirate to end with one word, from rewards."""
+    return train(RunConfig.create(DEMO_METHODS[method] | {"output": str(output)}), console)
 
 
 def _new_folder(config: RunConfig) -> RunFolder:
@@ -314,6 +337,13 @@ def training_arguments(config: RunConfig) -> tuple[Any, list[str]]:
     return args, notes
 
 
+def trainer_maker(config: RunConfig) -> Callable[..., FusedTrainer] | None:
+    """What makes the trainer of a method that needs more than `build_trainer` knows. Loads reward functions."""
+    if config.training.method != "grpo":
+        return None
+    return partial(GRPOTrainer, reward_funcs=load_rewards(config.training.rewards))
+
+
 def _without_effect(config: RunConfig, args: Any) -> list[str]:
     return [f"training.{line}" for line in without_effect(args)] if config.training.method == "sft" else []
 
@@ -323,9 +353,7 @@ def _stopped(
 ) -> RunResult:
     """The result of a run that a signal ended after a step, once its report says so."""
     report.steps = steps_of_events(log.events)
-    add_event_notes(report, log.events)
-    add_answers_of_events(report, log.events)
-    add_step_faults(report, log.events)
+    add_events(report, log.events)
     report.notes.append(f"stopped by {signal.name} after step {log.steps_done}; to continue: {folder.resume_command}")
     report.next_commands = [folder.resume_command]
     write_report(folder.path, report)

@@ -14,7 +14,11 @@ from parley.cli.train import until_stopped
 def demo(
     output: Annotated[Path | None, typer.Option(help="Folder for the run; runs/demo, or the next one free.")] = None,
     method: Annotated[
-        Literal["sft", "dpo"], typer.Option(help="sft: imitate a pirate's answers; dpo: prefer them to plain ones.")
+        Literal["sft", "dpo", "grpo"],
+        typer.Option(
+            help="sft: imitate a pirate's answers; dpo: prefer them to plain ones; grpo: end answers with one word, "
+            "for a reward."
+        ),
     ] = "sft",
 ) -> None:
     """Train the embedded model to talk like a pirate."""

@@ -117,6 +117,8 @@ def _kind(run: RunConfig) -> RowKind | None:
     """What the training method learns from; None where none was named: the columns show it."""
     if "method" not in run.training.model_fields_set:
         return None
+    if run.training.method == "grpo":
+        raise UsageError("inspect looks at answers, which grpo samples itself; parley train --dry-run shows prompts")
     return {"sft": "supervised", "kto": "labelled"}.get(run.training.method, "pairs")  # type: ignore[return-value]
 
 

@@ -30,7 +30,15 @@ def train(
     output: Annotated[Path | None, typer.Option(help="Folder for the run; must be new.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="sft, or a preference method: dpo, ipo, kto, orpo or simpo.", show_default=False),
+        typer.Option(
+            help="sft; a preference method: dpo, ipo, kto, orpo or simpo; or grpo, with --reward.", show_default=False
+        ),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="grpo: a reward function, file.py:function or module:function, to be run. Repeatable."
+        ),
     ] = None,
     resume: Annotated[
         Path | None,
@@ -64,15 +72,15 @@ def train(
         given |= {"--method": method, "--dry-run": dry_run, "--scale-batch": scale_batch}
         if extra := [name for name, value in given.items() if value]:
             raise UsageError(f"--resume continues a run with its own settings: leave {extra[0]} out; --set changes one")
-        run = _resumed_config(resume, settings or [])
+        run = _resumed_config(resume, [*_rewards(reward), *(settings or [])])
     else:
-        run = run_config(config, settings or [], model, data, output, method)
+        run = run_config(config, [*_rewards(reward), *(settings or [])], model, data, output, method)
     if dry_run and (gpus or processes):
         raise UsageError("--dry-run looks at data and settings alone: leave --gpus and --processes out")
     if gpus is not None or processes is not None:
         count = launch.gpu_processes(gpus, run) if gpus is not None else launch.cpu_processes(processes or 1, run)
         if count > 1:
-            options = _options(settings, model, data, output, resume, method, scale_batch)
+            options = _options([*_rewards(reward), *(settings or [])], model, data, output, resume, method, scale_batch)
             launch.launch(count, ["train", *([str(config)] if config else []), *options])
             return
     with importing():
@@ -109,6 +117,11 @@ def _options(
     named = {"--model": model, "--data": data, "--output": output, "--resume": resume, "--method": method}
     options = [f"{name}={value}" for name, value in named.items() if value is not None]
     return [*options, *(f"--set={setting}" for setting in settings or []), *(["--scale-batch"] * scale_batch)]
+
+
+def _rewards(rewards: list[str] | None) -> list[str]:
+    """`--reward` as a `--set`."""
+    return [f"training.rewards={json.dumps(rewards)}"] if rewards else []
 
 
 def until_stopped(start: Callable[[], RunResult], output: Path) -> None:

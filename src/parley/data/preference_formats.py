@@ -70,8 +70,8 @@ class Ranking(PreferenceFormat):
     columns = (_TURNS, _CHOSEN, _REJECTED)
 
     def preference(self, fields: Fields) -> Preference:
-        prompt = _turns(fields, "messages")
-        answers = [_turns(fields, name) for name in ("chosen", "rejected")]
+        prompt = turns_of(fields, "messages")
+        answers = [turns_of(fields, name) for name in ("chosen", "rejected")]
         return _pair(fields, prompt, *answers)
 
 
@@ -84,7 +84,7 @@ class Comparison(PreferenceFormat):
 
     def preference(self, fields: Fields) -> Preference:
         answers = [_assistant(fields, name) for name in ("chosen", "rejected")]
-        return _pair(fields, _instruction(fields), *answers)
+        return _pair(fields, instruction_turns(fields), *answers)
 
 
 class RankedOutputs(PreferenceFormat):
@@ -102,7 +102,7 @@ class RankedOutputs(PreferenceFormat):
         if len(answers) != 2 or not all(isinstance(answer, str) for answer in answers):
             raise DataError(f"{fields.origin}: 'output' has {len(answers)} entries; wanted two texts, the better first")
         turns = [[_said(fields, name, text)] for name, text in zip(("chosen", "rejected"), answers, strict=True)]
-        return _pair(fields, _instruction(fields), *turns)
+        return _pair(fields, instruction_turns(fields), *turns)
 
 
 class Pair(PreferenceFormat):
@@ -122,8 +122,8 @@ class Pair(PreferenceFormat):
         prompt = fields.value("prompt")
         if kinds["chosen"] == "text":
             return self._of_text(fields, prompt)
-        chosen, rejected = (_turns(fields, name) for name in ("chosen", "rejected"))
-        turns = _turns(fields, "prompt") if isinstance(prompt, list | dict) else None
+        chosen, rejected = (turns_of(fields, name) for name in ("chosen", "rejected"))
+        turns = turns_of(fields, "prompt") if isinstance(prompt, list | dict) else None
         if turns is None or (_begins_with(chosen, turns) and _begins_with(rejected, turns)):
             turns, chosen, rejected = self._implicit(fields, chosen, rejected)
         return _pair(fields, turns, chosen, rejected)
@@ -132,7 +132,7 @@ class Pair(PreferenceFormat):
         chosen, rejected = fields.text("chosen"), fields.text("rejected")
         if isinstance(prompt, list | dict):
             answers = ([_said(fields, name, fields.text(name))] for name in ("chosen", "rejected"))
-            return _pair(fields, _turns(fields, "prompt"), *answers)
+            return _pair(fields, turns_of(fields, "prompt"), *answers)
         _check_answers(fields, chosen, rejected)
         text = fields.text("prompt")
         if "prompt" not in fields.own:
@@ -174,7 +174,7 @@ class Labelled(PreferenceFormat):
     def preference(self, fields: Fields) -> Preference:
         prompt, answer = fields.value("prompt"), fields.value("completion")
         if isinstance(prompt, list | dict) or isinstance(answer, list | dict):
-            turns = _turns(fields, "prompt") if isinstance(prompt, list | dict) else None
+            turns = turns_of(fields, "prompt") if isinstance(prompt, list | dict) else None
             return _labelled(fields, turns or [{"role": "user", "content": fields.text("prompt")}], "completion")
         text, answer = fields.text("prompt"), fields.text("completion")
         _check_label(fields)
@@ -197,7 +197,7 @@ class LabelledInstruction(PreferenceFormat):
     labelled = True
 
     def preference(self, fields: Fields) -> Preference:
-        return _labelled(fields, _instruction(fields), "output")
+        return _labelled(fields, instruction_turns(fields), "output")
 
 
 class LabelledConversation(PreferenceFormat):
@@ -208,7 +208,7 @@ class LabelledConversation(PreferenceFormat):
     labelled = True
 
     def preference(self, fields: Fields) -> Preference:
-        turns = _turns(fields, "messages")
+        turns = turns_of(fields, "messages")
         start = len(turns)
         while start and turns[start - 1]["role"] != "user":
             start -= 1
@@ -237,7 +237,7 @@ def _kind(fields: Fields, name: str) -> str:
     return "turns" if value.lstrip().startswith("[{") else "text"  # CSV holds turns as JSON text
 
 
-def _turns(fields: Fields, name: str) -> list[Message]:
+def turns_of(fields: Fields, name: str) -> list[Message]:
     """The turns of a column, or of a single turn. Raises DataError where there is none."""
     value, own = fields.value(name), fields.own.get(name, name)
     if isinstance(value, dict):
@@ -253,7 +253,7 @@ def _turns(fields: Fields, name: str) -> list[Message]:
 
 def _assistant(fields: Fields, name: str) -> list[Message]:
     """An answer that may come as text or as turns."""
-    return _turns(fields, name) if _kind(fields, name) == "turns" else [_said(fields, name, fields.text(name))]
+    return turns_of(fields, name) if _kind(fields, name) == "turns" else [_said(fields, name, fields.text(name))]
 
 
 def _said(fields: Fields, name: str, text: str) -> Message:
@@ -262,7 +262,7 @@ def _said(fields: Fields, name: str, text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def _instruction(fields: Fields) -> list[Message]:
+def instruction_turns(fields: Fields) -> list[Message]:
     text = joined(fields.text(name) for name in ("instruction", "input"))
     if not text.strip():
         raise DataError(

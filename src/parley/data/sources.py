@@ -16,7 +16,7 @@ from typing import Any, TypeAlias, overload
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
 
-from parley.config import DEMO_DATA, DEMO_PREFERENCES, DataSection
+from parley.config import DEMO_DATA, DEMO_PREFERENCES, DEMO_PROMPTS, DataSection
 from parley.data.files import KINDS, ORIGIN, Row, count_rows, is_local, kind_of, path_exists, read_files
 from parley.errors import DataError, UsageError, one_line
 
@@ -32,6 +32,7 @@ _SPLIT_OF = {
     }.items()
     for word in words.split()
 }
+DEMO_ENDING = "hearty"
 LARGEST_FOLDER = 50_000
 """Files and folders looked through: a home folder is named by mistake."""
 # Metadata that datasets writes next to the rows (save_to_disk, push_to_hub).
@@ -102,6 +103,9 @@ def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
     if source == DEMO_PREFERENCES:
         _refuse_hub_settings(source, data)
         return _limited(demo_rows("preferences.jsonl"), data)
+    if source == DEMO_PROMPTS:
+        _refuse_hub_settings(source, data)
+        return _limited(_demo_prompts(), data)
     # Paths before hub ids: "data/train.jsonl" has the form of a hub id too, and must not be looked up on the network.
     if is_local(source):
         _refuse_hub_settings(source, data)
@@ -162,6 +166,14 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _demo_prompts() -> list[Row]:
+    """The questions of the demo's pairs, each with the word that answers are to end with: a pirate's own, at times."""
+    return [
+        {"instruction": row["instruction"], "input": row["input"], "ending": DEMO_ENDING}
+        for row in demo_rows("preferences.jsonl")
+    ]
 
 
 def _limited(rows: Any, data: DataSection) -> Rows:

@@ -55,6 +55,7 @@ class DataSummary(BaseModel):
     bad: RowGroup = Field(default_factory=RowGroup, description="Rows that could not be read or rendered.")
     bad_error: str = Field("", description="What was wrong with the first of them.")
     unread: list[str] = Field(default_factory=list, description="Columns that the format does not use.")
+    prompts_only: bool = Field(False, description="Rows are prompts, whose answers are sampled.")
     tokens: int = 0
     supervised_tokens: int = 0
 
@@ -131,7 +132,8 @@ class DataSummary(BaseModel):
             lines.append(self.shortened_line())
         if self.kept:
             share = self.supervised_tokens / self.tokens
-            lines.append(f"{self.tokens:,} tokens, {self.supervised_tokens:,} of them supervised ({share:.0%})")
+            supervised = f"tokens, {self.supervised_tokens:,} of them supervised ({share:.0%})"
+            lines.append(f"{self.tokens:,} {'tokens of prompts' if self.prompts_only else supervised}")
             lines.append(
                 f"tokens a row: mean {self.length_mean:.0f}, median {self.length_median:.0f}, "
                 f"95% up to {self.length_p95:.0f}, longest {self.length_max:,}"

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from parley.config import DEMO_DATA, DEMO_PREFERENCES, GenerationSection
+from parley.config import DEMO_DATA, DEMO_PREFERENCES, DEMO_PROMPTS, GenerationSection
 from parley.data.example import Message
+from parley.data.messages import with_system
 from parley.data.supervision import ControlText
 from parley.evaluation.demo_scoring import heldout_questions, rate
 from parley.evaluation.questions import Question
@@ -19,6 +20,8 @@ from parley.training.fused_trainer import FusedTrainer
 from parley.training.prepare_training import TrainingSetup
 from parley.training.processes import from_all, process_count, process_rank
 from parley.training.report import Scores
+
+DEMO_SOURCES = (DEMO_DATA, DEMO_PREFERENCES, DEMO_PROMPTS)
 
 
 @dataclass
@@ -46,6 +49,8 @@ def heldout_scores(setup: TrainingSetup, trainer: FusedTrainer, console: Console
         metrics = trainer.evaluate()
     # The first evaluation comes before the first step, and tells which metrics there are.
     check_best_metric(trainer.args, metrics)
+    if "eval_reward" in metrics:  # the loss of a policy gradient says nothing of the policy
+        return Scores(reward=metrics["eval_reward"])
     return Scores(
         heldout_loss=metrics["eval_loss"],
         heldout_tokens=metrics["eval_supervised_tokens"],
@@ -62,9 +67,9 @@ def answer_questions(
     """
     with console.status("answering held-out questions"):
         evaluation.answers = _dealt_answers(setup, questions, base=base)
-        if setup.config.data.source in (DEMO_DATA, DEMO_PREFERENCES) and setup.tokenizer.chat_template:
-            rated = heldout_questions()
-            answers = _generate(setup, [question.messages for question in rated], base=base)
+        if setup.config.data.source in DEMO_SOURCES and setup.tokenizer.chat_template:
+            rated, system = heldout_questions(), setup.config.data.system
+            answers = _generate(setup, [with_system(question.messages, system) for question in rated], base=base)
             evaluation.scores.style_rate, evaluation.scores.accuracy = rate(rated, answers)
 
 

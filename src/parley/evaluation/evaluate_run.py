@@ -44,7 +44,7 @@ def evaluate_run(
     if (method := folder.config.training.method) != "sft":
         raise UsageError(
             f"{folder.path}: was trained with training.method: {method}, and parley eval measures supervised rows; its "
-            "held-out preference accuracy is in report.html and events.jsonl"
+            f"held-out {'reward' if method == 'grpo' else 'preference accuracy'} is in report.html and events.jsonl"
         )
     config = _measured_config(folder.config, data)
     model, tokenizer = folder.load()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from parley.errors import TrainingError
-from parley.evaluation.report_events import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
+from parley.evaluation.report_events import add_events, steps_of_events
 from parley.training.callbacks import EventLog
 from parley.training.fused_trainer import FusedTrainer
 from parley.training.last_good_weights import LastGoodWeights
@@ -50,9 +50,7 @@ class FailedRun:
         message = f"{message}; {self._save(step)}; {advice}"
         report, events = self.report, self.log.events
         report.steps = steps_of_events(events)
-        add_step_faults(report, events)
-        add_event_notes(report, events)
-        add_answers_of_events(report, events)
+        add_events(report, events)
         report.notes.append(message)
         write_report(self.folder.path, report)
         return TrainingError(message)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from parley.errors import RunError
-from parley.evaluation.report_events import add_answers_of_events, add_event_notes, add_step_faults, steps_of_events
+from parley.evaluation.report_events import add_events, steps_of_events
 from parley.evaluation.run_report import report_of_settings
 from parley.text import print_text
 from parley.training.report import Report, Scores, write_report
@@ -37,9 +37,7 @@ def rebuild_report(run: Path, console: Console | None = None) -> Path:
     if len(steps) > len(report.steps):
         report.steps = steps
     _add_heldout_losses(report, events)
-    add_event_notes(report, events)
-    add_answers_of_events(report, events)
-    add_step_faults(report, events)
+    add_events(report, events)
     answered = any(answer.before or answer.during or answer.after for answer in report.answers)
     if not report.steps and not answered and report.before is None:
         raise RunError(f"{run}: neither report.json nor events.jsonl has anything to report; train again")

@@ -8,12 +8,34 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from parley.training.report import Report, StepAnswer, StepFault, StepFigures
+from parley.training.report import Report, SampledAnswer, StepAnswer, StepFault, StepFigures
 
 # Keys of a `step` event, as the trainer logs them, by the report's own.
-EVENT_KEYS = {"token_accuracy": "mean_token_accuracy"}
+EVENT_KEYS = {
+    "token_accuracy": "mean_token_accuracy",
+    "completion_tokens": "completions/mean_length",
+    "margin": "rewards/margins",
+    "chosen_reward": "rewards/chosen",
+    "rejected_reward": "rewards/rejected",
+}
+EVAL_KEYS = {
+    "step": "step",
+    "heldout_loss": "eval_loss",
+    "heldout_reward": "eval_reward",
+    "heldout_preference_accuracy": "eval_preference_accuracy",
+}
+MAX_SAMPLES = 24
+"""Sampled answers of a report: those of the first events and of the last ones."""
 MAX_SPIKES = 20
 NOTED = ("out_of_memory", "nonfinite")  # events whose message is a note of the report
+
+
+def add_events(report: Report, events: list[dict[str, Any]]) -> None:
+    """All that events.jsonl says beside the figures of its steps."""
+    add_event_notes(report, events)
+    add_answers_of_events(report, events)
+    add_step_faults(report, events)
+    add_samples(report, events)
 
 
 def add_answers_of_events(report: Report, events: Iterable[dict[str, Any]]) -> None:
@@ -68,12 +90,25 @@ def _figures_of(event: dict[str, Any]) -> StepFigures | None:
         case "step":
             names = {name: EVENT_KEYS.get(name, name) for name in StepFigures.model_fields}
         case "eval" if event.get("step"):
-            names = {"step": "step", "heldout_loss": "eval_loss"}
+            left_out = "heldout_loss" if "eval_reward" in event else ""  # of a policy gradient it says nothing
+            names = {name: key for name, key in EVAL_KEYS.items() if name != left_out}
         case "nonfinite":
             names = {"step": "step", "loss": "loss", "grad_norm": "grad_norm"}
         case _:
             return None
     return StepFigures.model_validate({name: event[key] for name, key in names.items() if key in event})
+
+
+def add_samples(report: Report, events: Iterable[dict[str, Any]]) -> None:
+    """The sampled answers of the `completions` events of events.jsonl."""
+    found = []
+    for event in events:
+        samples = event.get("samples") if event.get("event") == "completions" else None
+        for sample in samples if isinstance(samples, list) else []:
+            with suppress(ValidationError, TypeError):  # a line may be a stranger's, or of another version
+                found.append(SampledAnswer.model_validate({"step": event.get("step"), **sample}))
+    half = MAX_SAMPLES // 2
+    report.samples = found if len(found) <= MAX_SAMPLES else found[:half] + found[-half:]
 
 
 def add_event_notes(report: Report, events: Iterable[dict[str, Any]]) -> None:

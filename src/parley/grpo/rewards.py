@@ -40,7 +40,8 @@ def load_reward(name: str) -> Reward:
     try:
         found = vars(module)[function]
     except KeyError:
-        there = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        own = {key: value for key, value in vars(module).items() if inspect.isfunction(value) and key[0] != "_"}
+        there = sorted(key for key, value in own.items() if value.__module__ == module.__name__)
         raise UsageError(
             f"training.rewards: {place} has no function {function!r}; it has {', '.join(there) or 'none'}"
         ) from None

@@ -27,7 +27,6 @@ from trl.trainer.utils import RepeatSampler
 from parley.data.messages import parse_messages
 from parley.data.packing import ORIGIN, Document, PaddedCollator
 from parley.errors import DataError, UsageError
-from parley.grpo.options import check_options, sampling_settings
 from parley.grpo.policy_step import MicroBatch, PolicyStep, TokenScores
 from parley.grpo.rewards import checked_reward
 from parley.grpo.sampler import EpochSampler
@@ -41,6 +40,7 @@ from parley.train_step.ops import LogitTransform
 from parley.train_step.slots import Slots
 from parley.training.log_prob_trainer import LogProbTrainer
 from parley.training.preference.config import GRPOConfig
+from parley.training.preference.grpo_options import check_options, sampling_settings
 from parley.training.preference.reference import Reference
 from parley.training.preference.trainers import pad_rows
 from parley.training.trainer import restore_adapters

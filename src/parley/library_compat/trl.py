@@ -96,3 +96,19 @@ def _from_json(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return torch.tensor(value["values"], dtype=getattr(torch, value["dtype"]), device=device)
     return value
+
+
+def latest_completions(trainer: Any) -> list[dict[str, Any]]:
+    """Prompt, completion, weighted reward and advantage of each answer of a GRPOTrainer's last generation.
+
+    `_logs` holds them for TRL's table (log_completions). Public alternative: none.
+    """
+    logs, weights = trainer._logs, trainer.reward_weights.tolist()
+    by_function = [logs["rewards"][name] for name in trainer.reward_func_names]
+    rewards = [
+        sum(weight * value for weight, value in zip(weights, values, strict=True) if value == value)  # NaN is no reward
+        for values in zip(*by_function, strict=True)
+    ]
+    columns = zip(logs["prompt"], logs["completion"], rewards, logs["advantages"], strict=True)
+    names = ("prompt", "completion", "reward", "advantage")
+    return [dict(zip(names, values, strict=True)) for values in columns]

@@ -37,6 +37,7 @@ ELSEWHERE = {
 # Settings of the training section that are Parley's own.
 OWN = {
     "method",
+    "rewards",
     "deterministic",
     "engine",
     "memory",

@@ -157,6 +157,9 @@ class ProgressLine(TrainerCallback):
         loss = f"loss {last['loss']:.3f}" if "loss" in last else "no finite loss"
         if "rewards/margins" in last:
             loss += f" · margin {last['rewards/margins']:.2f} · accuracy {last['rewards/accuracies']:.2f}"
+        if "reward" in last:
+            loss += f" · reward {last['reward']:.2f} · {last['completions/mean_length']:.0f} tokens an answer"
+        if "rewards/margins" in last or "reward" in last:
             loss += f" · KL {last['kl']:.2f}" if "kl" in last else ""
         figures = f"{loss}{self._heldout} · {last['tokens_per_s']:,.0f} tokens/s"
         figures += f" · {last['memory_gib']:.2f} GiB"

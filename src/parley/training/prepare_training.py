@@ -17,6 +17,7 @@ from parley.data.doctor.row_reader import RowKind
 from parley.data.preferences import Kind, prepare_preferences
 from parley.data.prepare import Prepared, prepare
 from parley.data.preview import pieces, to_terminal
+from parley.data.prompts import prepare_prompts
 from parley.errors import DataError, UsageError
 from parley.models.adapters import attach_lora, continue_adapter, prepare_full, trainable_summary
 from parley.models.device import pick_device
@@ -24,9 +25,13 @@ from parley.models.load import load_model
 from parley.models.load_sharded import load_sharded
 from parley.models.resolve import adapter_chain
 from parley.text import print_text, visible
+from parley.training.preference.arguments import completion_tokens
 from parley.training.processes import process_count
 from parley.training.resource_usage import StageTimer
 from parley.training.shard_decision import check_context_parallel, shards_weights
+
+GENERATIONS = 8
+"""Answers to a prompt by default: TRL's."""
 
 
 @dataclass
@@ -98,6 +103,12 @@ def prepare_data(config: RunConfig, tokenizer: Any, console: Console, keep_token
 
     keep_tokens: see `prepare`. Raises DataError.
     """
+    if config.training.method == "grpo":
+        data = prepare_prompts(config.data, tokenizer, config.model.max_seq_length - completion_tokens(config))
+        for line in data.summary.lines():
+            print_text(console, line)
+        _check_steps(config, data)
+        return data
     if config.training.method != "sft":
         kind: Kind = "labelled" if config.training.method == "kto" else "pairs"
         data = prepare_preferences(config.data, tokenizer, config.model.max_seq_length, kind)
@@ -116,6 +127,18 @@ def prepare_data(config: RunConfig, tokenizer: Any, console: Console, keep_token
 
 
 def _check_steps(config: RunConfig, data: Prepared) -> None:
+    if config.training.method == "grpo":
+        values = config.training.model_dump()
+        batch = config.training.per_device_train_batch_size
+        steps = values.get("steps_per_generation") or config.training.gradient_accumulation_steps
+        answers = values.get("generation_batch_size") or batch * steps
+        prompts = answers // (values.get("num_generations") or GENERATIONS)
+        if len(data.train) < prompts:  # TRL leaves out what does not fill a generation
+            raise DataError(
+                f"{config.data.source}: {len(data.train)} prompts to train on, fewer than the {prompts} of one "
+                "generation; lower training.gradient_accumulation_steps or training.per_device_train_batch_size"
+            )
+        return
     if not data.summary.streaming and planned_steps(config.training, data.summary.kept) == 0:
         raise DataError(
             f"{config.data.source}: {data.summary.kept} rows to train on, fewer than the "
@@ -124,8 +147,13 @@ def _check_steps(config: RunConfig, data: Prepared) -> None:
         )
 
 
-def rows_per_step(training: TrainingSection) -> int:
-    return training.per_device_train_batch_size * training.gradient_accumulation_steps
+def rows_per_step(training: TrainingSection) -> float:
+    """Rows that an optimizer step consumes: a prompt of GRPO has a group of answers, learned once or repeatedly."""
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    if training.method != "grpo":
+        return rows
+    values = training.model_dump()
+    return rows / (values.get("num_generations") or GENERATIONS) / (values.get("num_iterations") or 1)
 
 
 def processes_notes(training: TrainingSection) -> list[str]:

@@ -55,6 +55,7 @@ class Scores(Figures):
     heldout_loss: float | None = None
     heldout_tokens: int | None = None
     preference_accuracy: float | None = None
+    reward: float | None = None
 
 
 class Turn(BaseModel):
@@ -94,6 +95,26 @@ class StepFigures(Figures):
     token_accuracy: float | None = None
     seconds: float | None = None
     heldout_loss: float | None = None
+    reward: float | None = None
+    reward_std: float | None = None
+    heldout_reward: float | None = None
+    kl: float | None = None
+    completion_tokens: float | None = None
+    margin: float | None = None
+    chosen_reward: float | None = None
+    rejected_reward: float | None = None
+    preference_accuracy: float | None = None
+    heldout_preference_accuracy: float | None = None
+
+
+class SampledAnswer(Figures):
+    """An answer that was sampled during training at `step`, its weighted reward, and its advantage over its group."""
+
+    step: int
+    prompt: Text
+    completion: Text
+    reward: float | None = None
+    advantage: float | None = None
 
 
 class StepFault(Figures):
@@ -147,6 +168,7 @@ class Report(Figures):
     after: Scores | None = None
     answers: list[Answer] = Field(default_factory=list)
     steps: list[StepFigures] = Field(default_factory=list)
+    samples: list[SampledAnswer] = Field(default_factory=list)
     step_faults: list[StepFault] = Field(default_factory=list)
     kept_step: int | None = None  # whose weights were saved, where they are not those of the last step
     resources: Resources = Field(default_factory=Resources)
@@ -227,12 +249,13 @@ def score_changes(report: Report) -> list[ScoreChange]:
         ("Style", "style_rate", "answers in the new style"),
         ("Accuracy", "accuracy", "held-out answers that are right"),
         ("Preference accuracy", "preference_accuracy", "held-out pairs whose chosen answer has the higher reward"),
+        ("Reward", "reward", "held-out mean of sampled answers"),
         ("Held-out loss", "heldout_loss", _heldout_note(before, after)),
     ):
         old, new = getattr(before, field), getattr(after, field)
         if old is None and new is None:
             continue
-        rate = field != "heldout_loss"
+        rate = field not in ("heldout_loss", "reward")
         values = [value for value in (old, new) if value is not None and isfinite(value)]
         top = 1.0 if rate else 1.1 * max(values, default=0.0)  # a loss has no upper end: the larger one, and a margin
         bar = (100 * old / top, 100 * new / top) if len(values) == 2 and top > 0 else None
@@ -293,6 +316,8 @@ def charts(report: Report) -> list[Chart]:
     ends = ((report.before, 0), (report.after, report.kept_step or (steps[-1].step if steps else 1)))
     heldout += [(step, scores.heldout_loss) for scores, step in ends if scores and step not in measured]
     smaller = (
+        ("Divergence", "KL to the reference, nats", "kl", True),
+        ("Answer length", "tokens", "completion_tokens", True),
         ("Learning rate", "", "learning_rate", False),
         ("Gradient norm", "", "grad_norm", True),
         ("Speed", "tokens/s", "tokens_per_s", True),
@@ -300,11 +325,35 @@ def charts(report: Report) -> list[Chart]:
     )
     loss = [(row.step, row.loss) for row in steps]
     spikes = [(fault.step, fault.loss) for fault in report.step_faults if fault.kind == "spike"]
-    found = [line_chart("Loss", "nats per supervised token", loss, dots=heldout, spikes=spikes, smooth=True)]
+    rewarded = any(row.reward is not None or row.margin is not None for row in steps)
+    unit = "of the method's objective" if rewarded else "nats per supervised token"
+    found = [*reward_charts(report), line_chart("Loss", unit, loss, dots=heldout, spikes=spikes, smooth=True)]
     for title, unit, field, smooth in smaller:
         values = [(row.step, getattr(row, field)) for row in steps]
         found.append(line_chart(title, unit, values, from_zero=True, smooth=smooth))
     return [chart for chart in found if chart]
+
+
+def reward_charts(report: Report) -> list[Chart | None]:
+    """What a preference method or GRPO is about: rewards, margins and accuracies, with the held-out ones as dots."""
+    steps = report.steps
+    last = report.kept_step or (steps[-1].step if steps else 1)
+    found = []
+    for title, unit, field, score in (
+        ("Reward", "mean of a step's answers", "reward", "reward"),
+        ("Preference accuracy", "of a step's pairs", "preference_accuracy", "preference_accuracy"),
+        ("Reward margin", "chosen minus rejected", "margin", ""),
+        ("Reward of chosen answers", "log-ratio to the reference", "chosen_reward", ""),
+        ("Reward of rejected answers", "log-ratio to the reference", "rejected_reward", ""),
+    ):
+        dots = [(row.step, getattr(row, f"heldout_{score}")) for row in steps] if score else []
+        measured = {step for step, value in dots if value is not None}
+        for scores, step in ((report.before, 0), (report.after, last)) if score else ():
+            if scores is not None and step not in measured:
+                dots.append((step, getattr(scores, score)))
+        values = [(row.step, getattr(row, field)) for row in steps]
+        found.append(line_chart(title, unit, values, dots=dots, smooth=True))
+    return found
 
 
 def data_rows(summary: dict[str, Any]) -> list[Row]:

@@ -25,6 +25,7 @@ FREE = {
     "training.keep",
     "training.nonfinite",
     "training.nonfinite_limit",
+    "training.rewards",  # compared with those of the checkpoint
 }
 
 
@@ -56,6 +57,7 @@ def open_to_resume(path: Path, config: RunConfig | None, console: Console) -> Re
     saved = with_places(folder.config.model_copy(update={"output": folder.path}))
     config = saved if config is None else with_places(config.model_copy(update={"output": folder.path}))
     changed = changed_settings(saved, config)
+    folder.keep_rewards(config)
     if folder.is_finished and not changed:
         raise UsageError(f"{path}: the run is finished; --set training.max_steps=N trains it further")
     folder.lock()

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -68,6 +69,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best = path / "best"
         self.trust_remote_code = False
+        self.rewards: list[str] = []  # programs that the run's command names, and that its folder alone does not run
         self.stopped_at: Path | None = None  # the checkpoint whose weights are read where the run did not finish
         self._made: list[Path] = []
         self._lock: RunLock | None = None
@@ -96,6 +98,7 @@ class RunFolder:
         """Make the folder and write run.yaml. Raises RunError where it is taken or cannot be written."""
         cls.check_output(config.output)
         folder = cls(config.output)
+        folder.keep_rewards(config)
         try:
             folder._made = _make_folders(folder.path)
             folder.lock()
@@ -113,6 +116,10 @@ class RunFolder:
         """Become the folder's one writer. Raises RunError where another process is."""
         self._lock = RunLock(self.path)
 
+    def keep_rewards(self, config: RunConfig) -> None:
+        """Name the rewards of `config` in `resume_command`, where a resumed run needs them named again."""
+        self.rewards = [] if config.training.trusts_rewards else list(config.training.rewards)
+
     def unlock(self) -> None:
         """End `lock`. Doing it again changes nothing."""
         if self._lock is not None:
@@ -124,7 +131,9 @@ class RunFolder:
 
     @property
     def resume_command(self) -> str:
-        return f"parley train --resume {self.path}"
+        return " ".join(
+            [f"parley train --resume {self.path}", *(f"--reward {shlex.quote(name)}" for name in self.rewards)]
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -233,6 +242,8 @@ class RunFolder:
         """run.yaml, with `output` as the folder is now called. Raises RunError where it is not settings."""
         config = self._read_config()
         config.model.trust_remote_code = self.trust_remote_code
+        if not config.training.trusts_rewards:  # a folder from elsewhere runs no program
+            config.training.rewards = []
         config.output = self.path
         return config
 

@@ -33,9 +33,15 @@ from parley.training.trainer import SFTTrainer
 LOGIT_TOKENS = 64  # of the first row: logits of a whole row of a large vocabulary may not fit
 
 
-def build_trainer(setup: TrainingSetup, args: Any, callbacks: list[Any], signals: StopSignals) -> FusedTrainer:
-    """The trainer of training.method. Raises UsageError for settings that TRL's constructor refuses."""
-    make = _trainer_class(setup.config.training.method, args)
+def build_trainer(
+    setup: TrainingSetup,
+    args: Any,
+    callbacks: list[Any],
+    signals: StopSignals,
+    make: Callable[..., FusedTrainer] | None = None,
+) -> FusedTrainer:
+    """The trainer of training.method, or what `make` makes. Raises UsageError for settings that TRL's refuses."""
+    make = make or _trainer_class(setup.config.training.method, args)
     try:
         trainer = make(
             model=setup.model,

@@ -49,6 +49,8 @@ def _comparison(report: Report) -> Table:
     for name, (old, new) in rates.items():
         if old is not None and new is not None:
             table.add_row(name, percent(old), percent(new))
+    if before.reward is not None and after.reward is not None:
+        table.add_row("held-out reward", f"{before.reward:.3f}", f"{after.reward:.3f}")
     if before.heldout_loss is not None and after.heldout_loss is not None:
         table.add_row("held-out loss", f"{before.heldout_loss:.3f}", f"{after.heldout_loss:.3f}")
     for answer in report.answers[:ANSWERS_SHOWN]:

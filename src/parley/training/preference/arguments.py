@@ -1,6 +1,6 @@
-"""From a run's settings to TRL's DPOConfig or KTOConfig, and to the loss of training.method.
+"""From a run's settings to TRL's DPOConfig, KTOConfig or GRPOConfig, and to the loss of training.method.
 
-Every field of the two is reachable under its own name.
+Every field of the three is reachable under its own name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from parley.config import RunConfig, TrainingSection, unknown_key
 from parley.errors import UsageError, one_line
 from parley.training.arguments import ELSEWHERE, OWN, UNREAD, Secret, precision, save_steps
 from parley.training.check_settings import check_types
-from parley.training.preference.config import METHOD_DEFAULTS, DPOConfig, KTOConfig
+from parley.training.preference.config import METHOD_DEFAULTS, DPOConfig, GRPOConfig, KTOConfig
+from parley.training.preference.grpo_options import check_options
 from parley.training.preference.losses import ORPO, Objective, SimPO, dpo_objective, kto_objective
 
 REFUSED = {
@@ -25,34 +26,33 @@ REFUSED = {
     "dataset_num_proc": "rows are rendered in one process",
 }
 """Fields without effect, with the reason."""
-OF_METHOD = {"simpo_gamma": ("simpo",), "cpo_alpha": ("simpo",), "loss_type": ("dpo", "kto"), "loss_weights": ("dpo",)}
+OF_METHOD = {
+    "simpo_gamma": ("simpo",),
+    "cpo_alpha": ("simpo",),
+    "loss_type": ("dpo", "kto", "grpo"),
+    "loss_weights": ("dpo",),
+}
 """Fields that only some methods read."""
+KINDS: dict[str, type[DPOConfig] | type[KTOConfig] | type[GRPOConfig]] = {"kto": KTOConfig, "grpo": GRPOConfig}
+MAX_COMPLETION = 512
+"""Tokens of a sampled answer by default: TRL's, or half of model.max_seq_length where that is less."""
 
 
 def preference_config(
     config: RunConfig, output_dir: Path, device: torch.device
-) -> tuple[DPOConfig | KTOConfig, list[str]]:
+) -> tuple[DPOConfig | KTOConfig | GRPOConfig, list[str]]:
     """The arguments to train with, and what was decided on the way in plain words. Raises UsageError in one line."""
-    method = config.training.method
-    kind = KTOConfig if method == "kto" else DPOConfig
-    values = config.training.model_dump(exclude=OWN)
-    known = {field.name for field in dataclasses.fields(kind) if field.init}
-    for name in set(values) - set(TrainingSection.model_fields):
-        if name in ELSEWHERE:
-            raise UsageError(f"training.{name} is decided by the run; set {ELSEWHERE[name]} instead")
-        if name not in known:
-            raise unknown_key(f"training.{name}", known, f"the settings of training.method: {method}")
-        if method not in OF_METHOD.get(name, (method,)):
-            raise UsageError(f"training.{name} is not read by method: {method}; leave it out")
+    method, values = config.training.method, config.training.model_dump(exclude=OWN)
+    kind = KINDS.get(method, DPOConfig)
+    _check_names(method, kind, values)
     if method == "kto" and config.training.per_device_train_batch_size < 2 and values.get("loss_type", "kto") == "kto":
         raise UsageError(
             "training.per_device_train_batch_size: got 1; kto estimates the divergence from another row's answer; "
             "set 2 or more"
         )
-    notes = [
-        f"training.{name} has no effect: {reason}" for name, reason in (REFUSED | UNREAD).items() if name in values
-    ]
-    for name in REFUSED:
+    without_effect = UNREAD if method == "grpo" else REFUSED | UNREAD
+    notes = [f"training.{name} has no effect: {reason}" for name, reason in without_effect.items() if name in values]
+    for name in without_effect.keys() - UNREAD.keys():
         values.pop(name, None)
     if values["optim"] == "auto":
         values["optim"] = "adamw_8bit" if device.type == "cuda" else "adamw_torch_fused"
@@ -67,7 +67,7 @@ def preference_config(
         "report_to": "none",
         "disable_tqdm": True,
         "save_total_limit": 2,
-        "max_length": config.model.max_seq_length,
+        **(_grpo_defaults(config) if method == "grpo" else {"max_length": config.model.max_seq_length}),
         "use_cpu": device.type == "cpu",
         "output_dir": str(output_dir),
         "eval_strategy": "no" if values["eval_steps"] is None else "steps",
@@ -79,8 +79,57 @@ def preference_config(
         args = kind(**(defaults | values))
     except (TypeError, ValueError, ImportError, OSError, KeyError) as error:
         raise UsageError(f"training: {one_line(error, 400)}") from None
-    objective_of(method, args)  # refuses what no loss reads
+    if isinstance(args, GRPOConfig):
+        check_options(args, "training.")
+        _check_run(config)
+    else:
+        objective_of(method, args)  # refuses what no loss reads
     return args, notes
+
+
+def _check_names(method: str, kind: type[Any], values: dict[str, Any]) -> None:
+    """Raises UsageError for fields that the method's configuration has not, or that are said elsewhere."""
+    known = {field.name for field in dataclasses.fields(kind) if field.init}
+    for name in set(values) - set(TrainingSection.model_fields):
+        elsewhere = ELSEWHERE | ({"chat_template_kwargs": "data.template"} if method == "grpo" else {})
+        if name in elsewhere:
+            raise UsageError(f"training.{name} is decided by the run; set {elsewhere[name]} instead")
+        if name not in known:
+            raise unknown_key(f"training.{name}", known, f"the settings of training.method: {method}")
+        if method not in OF_METHOD.get(name, (method,)):
+            raise UsageError(f"training.{name} is not read by method: {method}; leave it out")
+
+
+def completion_tokens(config: RunConfig) -> int:
+    """The most tokens of a sampled answer. Raises UsageError where they leave no room for a prompt."""
+    longest = config.model.max_seq_length
+    value = config.training.model_dump().get("max_completion_length")
+    if isinstance(value, int) and value >= longest:
+        raise UsageError(
+            f"training.max_completion_length: got {value}; wanted less than model.max_seq_length ({longest}), which "
+            "prompt and answer share"
+        )
+    return value if isinstance(value, int) and value > 0 else min(MAX_COMPLETION, longest // 2)
+
+
+def _grpo_defaults(config: RunConfig) -> dict[str, Any]:
+    return {"max_completion_length": completion_tokens(config), "num_generations_eval": 1, "log_completions": False}
+
+
+def _check_run(config: RunConfig) -> None:
+    """Raises UsageError for what a run of GRPO has not."""
+    training = config.training
+    if not training.rewards:
+        raise UsageError(
+            "training.rewards: grpo learns from rewards, and there are none; set training.rewards=[file.py:function], "
+            "or --reward file.py:function"
+        )
+    for name, is_set in (("early_stopping", training.early_stopping is not None), ("keep", training.keep == "best")):
+        if is_set:
+            raise UsageError(
+                f"training.{name} follows held-out loss, which says nothing of a policy; leave it out, or set "
+                "training.load_best_model_at_end with training.metric_for_best_model: reward"
+            )
 
 
 def objective_of(method: str, args: Any) -> Objective:

@@ -25,8 +25,13 @@ REFUSED = {
 """Options without which training is another one than asked for, with the reason."""
 OF_REFUSED = ("vllm_", "ref_model_")
 """Prefixes of options that only refused ones read."""
-UNREAD = ("log_multimodal",)
-"""Options of what Parley does not train: images."""
+CHOICES = {
+    "loss_type": ("dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo", "luspo", "vespo"),
+    "importance_sampling_level": ("token", "sequence"),
+    "scale_rewards": ("group", "batch", "none"),
+    "multi_objective_aggregation": ("sum_then_normalize", "normalize_then_sum"),
+}
+"""Options whose values TRL looks at in the first step."""
 GENERATION = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -49,6 +54,9 @@ def check_options(args: trl.GRPOConfig, prefix: str = "") -> None:
         if name.startswith(OF_REFUSED) and getattr(args, name) != default:
             reason = OWN_DECODER if name.startswith("vllm_") else REFUSED["sync_ref_model"]
             raise UsageError(f"{prefix}{name} is not followed: {reason}; leave it out, or use trl.GRPOTrainer")
+    for name, choices in CHOICES.items():
+        if (value := getattr(args, name)) not in choices:
+            raise UsageError(f"{prefix}{name}: got {value!r}; wanted one of {', '.join(choices)}")
     sampling_settings(args, 1, prefix)
 
 
