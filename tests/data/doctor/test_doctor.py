@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from parley.config import DataSection, Droppable, RunConfig
+from parley.data.doctor import tokens
 from parley.data.doctor.checks import DROPPABLE, SEVERITIES
 from parley.data.doctor.diagnose import diagnose, rows_to_drop
 from parley.data.doctor.findings import Diagnosis
@@ -367,3 +368,30 @@ def test_rows_are_diagnosed_while_they_are_rendered_as_alone(
     assert counted.summary == prepared.summary
     assert (counted.preview_origins, counted.heldout_examples) == (prepared.preview_origins, prepared.heldout_examples)
     assert (len(counted.train), len(prepared.train)) == (0, prepared.summary.kept)
+
+
+def test_of_many_rows_a_sample_is_tokenised_and_each_that_may_be_too_long(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [chat(number) for number in range(300)]
+    rows[250] = turns(("user", sentence(1)), ("assistant", sentence(2, words=1500)))
+    unweighted = chat(500)
+    unweighted["messages"][1]["weight"] = 0
+    rows[251] = unweighted
+    data = DataSection(source=str(write(tmp_path / "rows.jsonl", rows)))
+    exact = diagnose(data, tiny_tokenizer, 1500)
+    assert exact.tokenised is None
+    monkeypatch.setattr(tokens, "EXACT_ROWS", 20)
+    sampled = diagnose(data, tiny_tokenizer, 1500)
+    assert sampled.tokenised is not None
+    assert 20 < sampled.tokenised < 100
+    assert ("tokens are of", f"a sample of {sampled.tokenised}; all that may be too long are in it") in sampled.facts()
+    assert found(sampled) == found(exact) == {"overlong": [251], "unsupervised": [252]}
+    assert sampled.tokens_over == exact.tokens_over
+    assert exact.tokens is not None
+    assert sampled.tokens is not None
+    assert sampled.tokens.largest == exact.tokens.largest
+    assert sampled.tokens.count == pytest.approx(300, rel=0.25)
+    assert sampled.tokens.total / sampled.tokens.count == pytest.approx(exact.tokens.total / 300, rel=0.05)
+    assert sampled.tokens.percentiles["p50"] == pytest.approx(exact.tokens.percentiles["p50"], rel=0.05)
+    assert sampled.supervised_share == pytest.approx(exact.supervised_share, rel=0.05)

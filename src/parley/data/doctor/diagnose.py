@@ -47,6 +47,7 @@ def diagnose(
     diagnosis = conclude(doctor, data, reader, for_training)
     if counts is not None:
         diagnosis.tokens, diagnosis.supervised_tokens = Lengths.of(counts.lengths), counts.supervised
+        diagnosis.tokenised = counts.tokenised if counts.is_sample else None
         diagnosis.max_length, diagnosis.tokens_over = max_length, counts.over
     for finding in diagnosis.findings:
         if finding.check == checks.OVERLONG.name and counts is not None:

@@ -94,6 +94,7 @@ class Diagnosis(BaseModel):
         None, description="Tokens a row, before model.max_seq_length; of pairs, each answer with its prompt counts."
     )
     supervised_tokens: int | None = None
+    tokenised: int | None = Field(None, description="Rows (of pairs: answers) that were tokenised, where not all were.")
     max_length: int | None = None
     tokens_over: int | None = Field(None, description="Tokens past model.max_seq_length, of rows that are longer.")
     findings: list[Finding] = Field(default_factory=list)
@@ -147,4 +148,6 @@ class Diagnosis(BaseModel):
                     f"{self.supervised_tokens:,} tokens of {self.tokens.total:,} ({self.supervised_share:.0%})",
                 )
             )
+        if self.tokenised is not None:
+            facts.append(("tokens are of", f"a sample of {self.tokenised:,}; all that may be too long are in it"))
         return facts

@@ -20,12 +20,12 @@ class LogHistogram:
         self.smallest: int | None = None
         self._buckets: Counter[int] = Counter()
 
-    def add(self, value: int) -> None:
-        self.count += 1
-        self.total += value
+    def add(self, value: int, count: int = 1) -> None:
+        self.count += count
+        self.total += value * count
         self.largest = max(self.largest, value)
         self.smallest = value if self.smallest is None else min(self.smallest, value)
-        self._buckets[math.ceil(math.log(value, _GAMMA)) if value > 0 else -1] += 1
+        self._buckets[math.ceil(math.log(value, _GAMMA)) if value > 0 else -1] += count
 
     def counts(self) -> list[tuple[int, int]]:
         """Each bucket's middle value and the number of values in it, in ascending order."""
