@@ -235,6 +235,27 @@ def test_a_stopped_run_answers_with_its_last_checkpoint(
         RunFolder.open(stopped.folder.path)
 
 
+def test_a_finished_run_that_is_extended_and_stopped_answers_with_its_last_checkpoint(
+    configured: Callable[..., RunConfig], caplog: pytest.LogCaptureFixture
+) -> None:
+    finished = train(configured("training.max_steps=4"), QUIET)
+    assert RunFolder.open(finished.folder.path).weights == finished.folder.adapter
+    config = finished.folder.config
+    config.training.max_steps = 8
+    shutil.rmtree(finished.folder.checkpoints / "checkpoint-4")  # from before the saved weights on
+    stopped = train(config, Pressing("step 6/", signal.SIGTERM), resume=finished.folder.path)
+    assert stopped.interrupted
+    opened = RunFolder.open(finished.folder.path)
+    assert opened.weights.name == "checkpoint-6"
+    assert "the run has not finished; checkpoint-6 is used" in caplog.text
+    with pytest.raises(RunError, match="unfinished run; continue it with"):
+        train(configured(output=stopped.folder.path), QUIET)
+    again = stopped.resume(QUIET)
+    assert RunFolder.open(finished.folder.path).weights == again.folder.adapter
+    saved = load_file(again.folder.checkpoints / "checkpoint-8" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in adapter(again.folder).items())
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """Files of at most `size` bytes in this process: writing more raises EFBIG, as on a full disk."""

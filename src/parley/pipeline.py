@@ -37,6 +37,7 @@ from parley.training.check_settings import check_settings
 from parley.training.checkpoint import write_fault
 from parley.training.determinism import fix_cublas_workspaces
 from parley.training.fused_trainer import FusedTrainer
+from parley.training.json_lines import WEIGHTS
 from parley.training.last_good_weights import LastGoodWeights
 from parley.training.option_effects import check_tokens, without_effect
 from parley.training.preference.arguments import preference_config
@@ -271,6 +272,7 @@ def _run(
     if fault is not None:
         raise failed.diverged(fault)
     weights = folder.save_weights(trainer.model, setup.tokenizer, full=config.lora is None)
+    log.write({"event": WEIGHTS, "step": log.steps_done})
     write_figures(folder.path, report)
     timer.end("saving")
 

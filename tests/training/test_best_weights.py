@@ -74,6 +74,32 @@ def test_weights_that_are_gone_do_not_count(tmp_path: Path) -> None:
     assert torch.equal(model.weight, torch.full((2, 2), 30.0))
 
 
+@pytest.mark.parametrize("damage", ["cut", "flipped", "emptied", "swapped"])
+def test_weights_that_are_damaged_do_not_count(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = TrainingArguments(str(tmp_path / "checkpoints"), use_cpu=True)
+    (tmp_path / "checkpoints" / "checkpoint-15").mkdir(parents=True)
+    best, model = BestWeights(tmp_path / "best"), nn.Linear(2, 2, bias=False)
+    state = evaluated(best, model, {10: 3.0, 20: 1.0, 30: 4.0}, args)
+    path = tmp_path / "best" / "step-20.safetensors"
+    content = bytearray(path.read_bytes())
+    match damage:
+        case "cut":
+            content = content[:-3]
+        case "flipped":
+            content[-1] ^= 1
+        case "emptied":
+            content = bytearray()
+        case "swapped":
+            other = tmp_path / "best" / "step-10.safetensors"
+            content = bytearray(other.read_bytes()[:-1] + b"\x00")
+    path.write_bytes(content)
+    restored = best.restore(model, state)
+    assert restored is not None
+    assert restored.step == 10
+    assert torch.equal(model.weight, torch.full((2, 2), 10.0))
+    assert "step-20.safetensors is damaged and not used" in caplog.text
+
+
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 def test_a_resumed_run_keeps_and_stops_as_the_undisturbed_one(tiny_tokenizer: Any, tmp_path: Path, engine: Any) -> None:
     settings = {"eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.3, "save_steps": 3, "max_steps": 8}

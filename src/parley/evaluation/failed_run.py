@@ -8,6 +8,7 @@ from parley.errors import TrainingError
 from parley.evaluation.report_events import add_events, steps_of_events
 from parley.training.callbacks import EventLog
 from parley.training.fused_trainer import FusedTrainer
+from parley.training.json_lines import WEIGHTS
 from parley.training.last_good_weights import LastGoodWeights
 from parley.training.prepare_training import TrainingSetup
 from parley.training.report import Report, write_report
@@ -67,6 +68,7 @@ class FailedRun:
             return "no weights are saved, as those in memory are broken; the checkpoints are kept"
         self.report.kept_step = good
         weights = self.folder.save_weights(model, self.setup.tokenizer, full=self.setup.config.lora is None)
+        self.log.write({"event": WEIGHTS, "step": self.log.steps_done})
         untrained = " (untrained)" if good == 0 else ""
         return f"the weights of step {good}{untrained}, the last good ones, are in {weights}"
 

@@ -6,18 +6,26 @@ checkpoint is; the others go as soon as a better evaluation comes.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from parley.training.checkpoint import sync
 from parley.training.early_stopping import Evaluated, evaluations, lowest
 from parley.training.last_good_weights import trained_parameters
 from parley.training.processes import copy_from_main, from_main, is_main_process
+
+logger = logging.getLogger(__name__)
+
+DIGEST = "sha256"  # metadata of the file: of names and bytes of its tensors
 
 
 class BestWeights(TrainerCallback):
@@ -56,7 +64,7 @@ class BestWeights(TrainerCallback):
         if best is not None and best.step != state.global_step:
             trained = trained_parameters(model)
             if is_main_process():
-                saved = load_file(self._path(best.step))
+                saved = self._read(best.step)
                 with torch.no_grad():
                     for name, parameter in trained.items():
                         parameter.copy_(saved[name])
@@ -67,14 +75,31 @@ class BestWeights(TrainerCallback):
         return self.folder / f"step-{step}.safetensors"
 
     def _has(self, step: int) -> bool:
-        return self._path(step).is_file()
+        """Whether the weights of `step` are there, as they were written."""
+        path = self._path(step)
+        if not path.is_file():
+            return False
+        try:
+            with safe_open(path, framework="pt") as file:
+                recorded = (file.metadata() or {}).get(DIGEST)
+            if recorded is None or recorded == _digest(self._read(step)):
+                return True
+        except (OSError, SafetensorError):
+            pass
+        logger.warning("%s is damaged and not used", path)
+        return False
+
+    def _read(self, step: int) -> dict[str, torch.Tensor]:
+        return load_file(self._path(step))
 
     def _write(self, step: int, tensors: dict[str, torch.Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         unfinished = self.folder / ".unfinished"
         # Clones: the fused step's parameters are views of one buffer, which safetensors would refuse.
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, unfinished)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, unfinished, {DIGEST: _digest(tensors)})
+        sync(unfinished)
         os.replace(unfinished, self._path(step))
+        sync(self.folder)
 
     def _prune(self, args: TrainingArguments, state: TrainerState) -> None:
         """Remove all but the best up to now and up to each checkpoint."""
@@ -87,3 +112,11 @@ class BestWeights(TrainerCallback):
         for path in self.folder.glob("step-*.safetensors"):
             if path not in names:
                 path.unlink()
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from parley.text import print_text
 from parley.training.early_stopping import evaluations, lowest
-from parley.training.json_lines import append_line, read_events, to_json
+from parley.training.json_lines import WEIGHTS, append_line, read_events, to_json
 from parley.training.report import replace_file
 from parley.training.resource_usage import memory_peak
 from parley.training.run_outcome import OUTCOMES, process_identity
@@ -24,7 +24,7 @@ ENDS = ("end", *OUTCOMES)  # of a process, not of a run that continues
 class EventLog(TrainerCallback):
     """One JSON object a line: `start` (of a process, after `step` where it resumes), `step` (a logged step), `eval`
     (held-out loss), `answers` (to the report's first questions, at an evaluation), `nonfinite` and `spike` (steps that
-    need a look), `save` (a checkpoint), `end`.
+    need a look), `save` (a checkpoint), `end`, `weights` (adapter or model saved, of a run of so many steps).
 
     The last line says how the run ended (run_outcome.py). Each line is flushed, so that a run that is killed keeps its
     log. `seconds` counts from the start of training; `tokens_per_s` is the rate since the previous logged step; memory
@@ -46,7 +46,9 @@ class EventLog(TrainerCallback):
 
     def resume_after(self, step: int) -> None:
         """Continue the file of a run that is resumed from its checkpoint of `step`: later events are dropped."""
-        found = [event for event in read_events(self.path) if event["step"] <= step and event["event"] not in ENDS]
+        events = read_events(self.path)
+        # Weights that were saved stay in the folder until they are saved again, whatever their step.
+        found = [e for e in events if e["event"] == WEIGHTS or (e["step"] <= step and e["event"] not in ENDS)]
         self.events, self.steps = found, [event for event in found if event["event"] == "step"]
         self.steps_done = step
         self.seconds_before = max((event.get("seconds", 0.0) for event in found), default=0.0)

@@ -122,11 +122,11 @@ def commit(unfinished: Path, target: Path) -> None:
     """
     files = {}
     for file in _files(unfinished):
-        _sync(file)
+        sync(file)
         files[str(file.relative_to(unfinished))] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     manifest = unfinished / MANIFEST
     manifest.write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
-    _sync(manifest)
+    sync(manifest)
     _sync_names(unfinished)
     replace_folder(unfinished, target)
 
@@ -134,7 +134,7 @@ def commit(unfinished: Path, target: Path) -> None:
 def sync_folder(folder: Path) -> None:
     """Wait until every file in `folder`, and every name, is on the disk."""
     for file in _files(folder):
-        _sync(file)
+        sync(file)
     _sync_names(folder)
 
 
@@ -145,7 +145,7 @@ def replace_folder(source: Path, target: Path) -> None:
     if target.exists():
         os.rename(target, old)  # rename() replaces no folder that has files
     os.rename(source, target)
-    _sync(target.parent)
+    sync(target.parent)
     remove_folder(old)
 
 
@@ -240,7 +240,7 @@ def write_fault(error: BaseException) -> str | None:
 
 def _sync_names(folder: Path) -> None:
     for path in (*(path for path in folder.rglob("*") if path.is_dir()), folder):
-        _sync(path)
+        sync(path)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -252,7 +252,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -7,6 +7,9 @@ from math import isfinite, isnan
 from pathlib import Path
 from typing import Any
 
+WEIGHTS = "weights"
+"""The event of saved weights, adapter or model. Its step is the run's when they were saved."""
+
 
 def append_line(path: Path, value: dict[str, Any]) -> None:
     """Append `value` to `path` as one line."""
@@ -18,7 +21,7 @@ def append_line(path: Path, value: dict[str, Any]) -> None:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """The events of a run in `path`; without the last one where a kill left half of its line."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             event = json.loads(line)
         except ValueError:

@@ -41,12 +41,15 @@ from parley.safe_yaml import read_yaml_file
 from parley.training.checkpoint import (
     UNRELATED_TO_SPACE,
     WRITE_ERRORS,
+    checkpoints_in,
     newest_whole,
     read_json,
     replace_folder,
+    step_of,
     sync_folder,
     write_fault,
 )
+from parley.training.json_lines import WEIGHTS, read_events
 from parley.training.report import replace_file
 from parley.training.run_lock import LOCK, RunLock, is_locked
 
@@ -143,6 +146,12 @@ class RunFolder:
         except (OSError, ValueError):
             return False
 
+    @property
+    def is_overtaken(self) -> bool:
+        """Whether a checkpoint has more steps than the saved weights: the run was extended, and has not finished."""
+        saved = [event["step"] for event in read_events(self.events) if event["event"] == WEIGHTS]
+        return bool(saved) and any((step_of(path) or 0) > saved[-1] for path in checkpoints_in(self.checkpoints))
+
     def discard(self) -> None:
         """Remove what was written since `create`: the folder was empty, or did not exist."""
         # The folder itself stays where the user made it; _made has only those of create().
@@ -161,7 +170,7 @@ class RunFolder:
         """
         folder = cls.existing(path)
         folder.trust_remote_code = trust_remote_code
-        if not folder.weights.is_dir():
+        if not folder.weights.is_dir() or folder.is_overtaken:
             folder._use_checkpoint()
         if folder._read_config().model.trust_remote_code and not trust_remote_code:
             logger.warning("%s: trust_remote_code of run.yaml is ignored when a run is opened", path)
@@ -314,7 +323,7 @@ def _check_empty(path: Path) -> None:
     if not RunFolder.is_run(path):
         raise RunError(f"output {path}: already holds other files; choose another with --output, or remove it")
     folder = RunFolder(path)
-    if folder.is_finished or folder.weights.is_dir():
+    if folder.is_finished or (folder.weights.is_dir() and not folder.is_overtaken):
         raise RunError(f"output {path}: already holds another run; choose another with --output, or remove it")
     if is_locked(path):
         raise RunError(f"output {path}: another process is training into it; choose another with --output")
