@@ -72,6 +72,7 @@ def opened(
 ) -> Iterator[Any]:
     """A page of the studio; with `strict` nothing may be written to its console, which has refusals by the policy."""
     context = browser.new_context(**({"locale": "en-US"} | options))
+    context.set_default_timeout(60_000)  # eight test runs may share two cores
     page = context.new_page()
     complaints: list[str] = []
     page.on(

@@ -11,6 +11,7 @@ from parley.errors import RunError, UsageError
 from parley.studio import security
 from parley.studio.app import create_app
 from parley.studio.state import Studio
+from parley.studio.web import _environment
 
 ADDRESS = "http://127.0.0.1:7717"
 PREFERENCE = {"theme": "dark"}
@@ -141,3 +142,18 @@ def test_the_secret_is_its_owners_and_stays(studio: Studio) -> None:
     assert again.keys.token != studio.keys.token
     path.chmod(0o644)  # others may have read it
     assert Studio(studio.root, port=7717).keys.session != studio.keys.session
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_templates_escape_what_they_translate_and_show(language: str) -> None:
+    hostile = "<script>\u202e\x1b[2J%s%(x)s"
+    environment = _environment(language)
+    for template in (
+        "{{ _(text) }}",
+        "{{ text }}",
+        "{{ _('a %(name)s', name=text) }}",
+        "{% trans %}{{ text }}{% endtrans %}",
+    ):
+        rendered = environment.from_string(template).render(text=hostile)
+        assert "&lt;script&gt;" in rendered
+        assert not set(rendered) & set("<\u202e\x1b")

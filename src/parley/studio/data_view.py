@@ -25,10 +25,11 @@ if TYPE_CHECKING:
     from parley.data.doctor.row_reader import RowReader
     from parley.serving.token_text import TokenTexts
 
-LONGEST_TEXT = 8_000  # characters of a turn that are shown
+LONGEST_TEXT = 4_000  # characters of a turn that are shown
 LONGEST_SAMPLE = 80
 MOST_TOKENS = 4_000  # of a row that are shown
 MOST_TURNS = 50
+MOST_OF_BATCH = 64  # rows of a batch that are shown
 
 Kind = Literal["plain", "supervised", "control"]
 
@@ -138,6 +139,25 @@ def rows(text: str, start: int, count: int, search: str, found_by: str) -> RowsP
     matching = _matching(located(read_rows(data.source, data, keep_bad=True)), search.casefold(), flagged)
     taken = list(islice(matching, start, start + count + 1))
     return RowsPage([_shown(number, origin, row, reader) for number, origin, row in taken[:count]], len(taken) > count)
+
+
+def rows_at(text: str, origins: list[str]) -> list[ShownRow]:
+    """The rows of a run's data by their origins, in the order of the data; as many as there still are.
+
+    Raises DataError.
+    """
+    from parley.data.sources import located, read_rows
+
+    data = _config(text).data
+    reader = _reader(data, islice(located(read_rows(data.source, data, keep_bad=True)), 20))
+    wanted, found = set(origins[:MOST_OF_BATCH]), []
+    for number, (origin, row) in enumerate(located(read_rows(data.source, data, keep_bad=True)), 1):
+        if origin in wanted:
+            wanted.remove(origin)
+            found.append(_shown(number, origin, row, reader))
+        if not wanted:
+            break
+    return found
 
 
 def tokens(text: str, number: int) -> TokenView:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from math import exp
 from typing import Annotated, Any
@@ -114,7 +114,8 @@ def _environment(language: str) -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
-    environment.install_gettext_translations(translations(language), newstyle=True)  # type: ignore[attr-defined]
+    environment.install_gettext_translations(translations(language))  # type: ignore[attr-defined]
+    environment.globals["_"] = partial(message, translations(language).gettext)
     environment.globals["static"] = static
     environment.filters |= {
         "url": lambda value: quote(str(value), safe="/"),
@@ -126,6 +127,12 @@ def _environment(language: str) -> Environment:
         "thousands": lambda value: f"{value:,.0f}",
     }
     return environment
+
+
+def message(gettext: Callable[[str], str], text: str, **values: Any) -> str:
+    """`_` of templates. Jinja's own calls every translation safe, and what it is given may be a role of a data set."""
+    translated = gettext(text)
+    return translated % values if values else translated
 
 
 def shown(value: Any) -> Any:

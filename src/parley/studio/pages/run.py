@@ -10,8 +10,10 @@ from pathlib import Path
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 
-from parley.errors import RunError, UsageError
-from parley.studio import run_control
+from parley.config import RunConfig
+from parley.errors import ParleyError, RunError, UsageError
+from parley.safe_yaml import load_yaml
+from parley.studio import data_view, run_control
 from parley.studio.run_events import COLUMNS, offset_of, read_batch
 from parley.studio.run_view import RunView
 from parley.studio.sse import HEARTBEAT_SECONDS, Event, event_stream
@@ -127,4 +129,10 @@ async def batch_rows(request: Request, run_id: str, step: int, studio: StudioDep
     fault = next((each for each in view.faults() if each.step == f"{step:,}"), None)
     if fault is None:
         raise RunError(f"{run_id}: step {step} is no spike, and its loss was finite; only the rows of such are kept")
-    return fragment(request, "_batch.html", fault=fault)
+    try:
+        text = (path / "run.yaml").read_text(encoding="utf-8", errors="replace")
+        studio.check_settings(RunConfig.create(load_yaml(text, "run.yaml") or {}))
+        rows, problem = await studio.worker.call(data_view.rows_at, text, fault.rows), ""
+    except ParleyError as error:  # the data may be elsewhere by now: the names of the rows are shown all the same
+        rows, problem = [], str(error)
+    return fragment(request, "_batch.html", fault=fault, rows=rows, problem=problem)
