@@ -47,6 +47,7 @@ def empty_model(
     # Parameters alone: rotary tables and the like are buffers, which no checkpoint holds.
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()  # each parameter was made anew for its module
     model.requires_grad_(False)
     if nf4:
         head = model.get_output_embeddings()

@@ -14,6 +14,7 @@ from parley.training.check_settings import check_types
 from parley.training.option_effects import check_choices, check_options
 from parley.training.save_cadence import SAVE_STEPS
 from parley.training.sft_config import SFTConfig, has_bf16
+from parley.training.shard_decision import shards_weights
 
 # Fields that would contradict what the run decides elsewhere, and where to say it instead.
 ELSEWHERE = {
@@ -82,8 +83,10 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
 
     notes = []
     if values["optim"] == "auto":
-        values["optim"] = "adamw_8bit" if device.type == "cuda" else "adamw_torch_fused"
-        notes.append(f"optimizer: {'8-bit' if device.type == 'cuda' else 'fused'} AdamW")
+        # bitsandbytes' optimizers do not know sharded weights.
+        eight_bit = device.type == "cuda" and not (config.lora is None and shards_weights(config))
+        values["optim"] = "adamw_8bit" if eight_bit else "adamw_torch_fused"
+        notes.append(f"optimizer: {'8-bit' if eight_bit else 'fused'} AdamW")
     if values["save_steps"] == "auto":
         values["save_steps"] = save_steps(values)
         notes.append(f"checkpoints: every {values['save_steps']} steps, where that takes little of the time")

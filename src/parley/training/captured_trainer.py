@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,14 +16,14 @@ from parley.data.packing import DOCUMENTS, Document, loss_weight
 from parley.errors import UsageError
 from parley.library_compat.trl import count_tokens, metrics
 from parley.models.packing_isolation import LENGTH_DEPENDENT_ROPE, why_not_packed
-from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import CapturedStep, base_of, packed_logits
 from parley.train_step.context_parallel import ContextGroup
 from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
-from parley.training.packed_trainer import METRICS, PackedTrainer
+from parley.training.packed_trainer import METRICS
 from parley.training.processes import group_of, sum_all_in_place
+from parley.training.sharded_trainer import ShardedTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +49,8 @@ def captured_pass_tokens(longest: int, rows: int) -> int:
     return max(longest, min(longest * rows, MAX_PASS_TOKENS))
 
 
-class CapturedTrainer(PackedTrainer):
-    """PackedTrainer, whose passes are the captured step's once `bind_captured_step` has taken it.
+class CapturedTrainer(ShardedTrainer):
+    """ShardedTrainer, whose passes are the captured step's once `bind_captured_step` has taken it.
 
     `captured_step` is None on the plain path, for which `plain_because` gives the reason.
     """
@@ -106,11 +105,6 @@ class CapturedTrainer(PackedTrainer):
             raise Unsupported("rotary embeddings that depend on a row's length")
         rank, group = group_of(self.context_parallel)
         return ContextGroup(rank, self.context_parallel, group)
-
-    @cached_property
-    def sharded(self) -> bool:
-        """Whether the model's weights are cut over the processes, so that each pass is one of all of them."""
-        return is_sharded(self.model)
 
     def _check_captured_options(self) -> None:
         """Raises Unsupported for an option that the captured step does not implement."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from parley.units import GIB
@@ -50,7 +51,8 @@ class LastGoodWeights(TrainerCallback):
 
     def _copy(self, step: int, model: nn.Module) -> None:
         trained = trained_parameters(model)
-        if sum(parameter.nbytes for parameter in trained.values()) > LARGEST:
+        sharded = any(isinstance(parameter, DTensor) for parameter in trained.values())
+        if sharded or sum(parameter.nbytes for parameter in trained.values()) > LARGEST:
             return
         self.copies.pop(step, None)  # a step's copy is the newest, also where it replaces one
         self.copies[step] = {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}

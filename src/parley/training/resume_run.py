@@ -21,6 +21,8 @@ FREE = {
     "data.heldout",
     "model.trust_remote_code",
     "output",
+    "training.context_parallel",  # as the number of processes, these change rounding alone
+    "training.shard",
     "training.early_stopping",
     "training.keep",
     "training.nonfinite",

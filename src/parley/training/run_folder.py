@@ -36,6 +36,8 @@ from parley.library_compat.tokenizers import save_tokenizer
 from parley.models.adapter_files import CONFIG_FILE
 from parley.models.fingerprint import base_fingerprint
 from parley.models.load import load_adapter, load_model
+from parley.models.save_sharded import save_sharded
+from parley.models.sharding import is_sharded
 from parley.models.tokenizer import check_vocabulary, read_tokenizer
 from parley.safe_yaml import read_yaml_file
 from parley.training.checkpoint import (
@@ -375,7 +377,11 @@ def _remove_folders(made: list[Path]) -> None:
 
 
 def _write(model: Any, tokenizer: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
+    if is_sharded(model) and not is_adapter(model):
+        folder.mkdir(parents=True)
+        save_sharded(model, folder)
+    else:
+        model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
 
 

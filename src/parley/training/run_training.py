@@ -13,6 +13,7 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from parley.errors import DeviceError, ParleyError, RunError, UsageError
+from parley.models.sharded_nf4 import local_tensor
 from parley.models.sharding import is_sharded
 from parley.train_step.captured_step import base_of
 from parley.training.callbacks import EventLog, ProgressLine
@@ -23,6 +24,7 @@ from parley.training.last_good_weights import trained_parameters
 from parley.training.preference.arguments import objective_of
 from parley.training.preference.trainers import DPOTrainer, KTOTrainer
 from parley.training.prepare_training import TrainingSetup
+from parley.training.processes import from_all
 from parley.training.report import Resources
 from parley.training.resource_usage import device_name, memory_peak, memory_total
 from parley.training.run_folder import RunFolder
@@ -147,7 +149,9 @@ def training_resources(trainer: FusedTrainer, log: EventLog, memory_before: floa
 def broken_weights(setup: TrainingSetup) -> str | None:
     """What is wrong with the model's numbers, None where its trained weights and its logits are finite."""
     trained = trained_parameters(setup.model)
-    broken = [name for name, parameter in trained.items() if not bool(parameter.isfinite().all())]
+    broken = [name for name, parameter in trained.items() if not bool(local_tensor(parameter).isfinite().all())]
+    if is_sharded(setup.model):  # each process has looked at its own part
+        broken = sorted({name for names in from_all(broken) for name in names})
     if broken:
         return f"{len(broken)} trained tensors are not finite ({broken[0]})"
     ids_1T = torch.tensor([setup.data.preview[0].input_ids[:LOGIT_TOKENS]], device=setup.model.device)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from parley.config import RunConfig
+from parley.models.save_sharded import save_sharded
+from parley.models.sharding import is_sharded
 from parley.training.run_folder import RunFolder
 
 
@@ -30,6 +32,8 @@ class ScratchFolder(RunFolder):
         pass
 
     def save_weights(self, model: Any, tokenizer: Any, full: bool) -> Path:
+        if full and is_sharded(model):
+            save_sharded(model, None)  # the main process writes what all of them gather
         return self.shown / ("model" if full else "adapter")
 
     def discard(self) -> None:

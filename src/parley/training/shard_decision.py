@@ -9,6 +9,9 @@ from parley.config import RunConfig
 from parley.errors import UsageError
 from parley.training.processes import process_count
 
+SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+"""Those that train sharded weights; an adapter takes any."""
+
 
 def shards_weights(config: RunConfig) -> bool:
     """Whether weights are sharded in a run of these settings and of this many processes.
@@ -55,7 +58,11 @@ def _obstacle(config: RunConfig) -> str | None:
     for unsupported, setting in (
         (training.method != "sft", f"training.method: {training.method}"),
         (training.engine == "plain", "training.engine: plain"),
-        (training.keeps_best, "training.keep: best"),
+        (config.lora is None and training.keeps_best, "training.keep: best with lora: null"),
+        (
+            config.lora is None and training.optim not in ("auto", *SHARDED_OPTIMIZERS),
+            f"training.optim: {training.optim} with lora: null",
+        ),
         (config.model.adapter == "continue", "model.adapter: continue"),
         (lora.get("use_dora"), "lora.use_dora"),
         (lora.get("loftq"), "lora.loftq"),
