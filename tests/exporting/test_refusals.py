@@ -134,6 +134,23 @@ def test_a_full_disk(copied: Path, to: str, monkeypatch: pytest.MonkeyPatch) -> 
     refused(copied, RunError, "disk full while writing .*; free space, or choose another --output", to)
 
 
+@pytest.mark.parametrize("to", ["gguf", "gguf-lora"])
+@pytest.mark.parametrize(("free", "message"), [(0, "disk full while writing"), (2**30, "cannot be written")])
+def test_an_array_that_numpy_wrote_in_part(
+    copied: Path, to: str, free: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """numpy raises OSError without a number, whatever the system's reason was."""
+
+    def partly(*args: Any, **options: Any) -> None:
+        raise OSError("262144 requested and 217760 written")
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensor_data", partly)
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", partly)
+    usage = shutil.disk_usage(copied)._replace(free=free)
+    monkeypatch.setattr("parley.exporting.gguf.convert.shutil.disk_usage", lambda path: usage)
+    refused(copied, RunError, message, to)
+
+
 def test_a_place_that_cannot_be_written(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     refused(copied, RunError, "cannot be written", output=tmp_path / "file" / "inside")

@@ -125,6 +125,11 @@ class MergedWeights:
         return self._merged(module, name, attribute)
 
     def _merged(self, module: BaseTunerLayer, name: str, attribute: str) -> Tensor:
+        plain = self._plain_factors(module, attribute)
+        if plain is not None:
+            a_RK, b_NR, scale = plain
+            weight_NK = self.base.get(name).to(torch.float32, copy=True)
+            return weight_NK.addmm_(b_NR.float(), a_RK.float(), alpha=scale)
         layer = module.get_base_layer()
         empty = layer.get_parameter(attribute)
         # Trained biases of the base were loaded with the adapter; all other tensors are the base's.
@@ -138,6 +143,18 @@ class MergedWeights:
         finally:
             module.merged_adapters.clear()
             setattr(layer, attribute, empty)
+
+    def _plain_factors(self, module: BaseTunerLayer, attribute: str) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and their scale where the adapter adds B A to a matrix and nothing else.
+
+        PEFT's merge makes three more copies of a matrix, which takes twice the time of the rest.
+        """
+        if not isinstance(module, LoraLinear) or attribute != "weight" or self._bias_trained(module):
+            return None
+        adapter = self._adapted.active_adapter
+        if module.fan_in_fan_out or module.lora_variant:
+            return None
+        return module.lora_A[adapter].weight, module.lora_B[adapter].weight, module.scaling[adapter]
 
     def _config_bias(self) -> bool:
         return self._adapted.active_peft_config.bias != "none"

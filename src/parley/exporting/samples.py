@@ -62,6 +62,8 @@ def verification_samples(trained: TrainedModel, parameters: int) -> Samples:
     tokens = max(LEAST_ANSWERED, int(ANSWER_WORK / parameters))
     answers = min(MOST_ANSWERS, len(comparable), max(LEAST_ANSWERS, tokens // ANSWER_TOKENS[1]))
     length = min(ANSWER_TOKENS[1], max(ANSWER_TOKENS[0], tokens // max(1, answers)))
+    if answers < min(MOST_ANSWERS, len(comparable)):  # a large model's time is spent on answers, not on long prompts
+        comparable.sort(key=lambda prompt: len(str(prompt)))
     rows = _limited(rows, max(LEAST_SCORED, int(SCORED_WORK / parameters)))
     return Samples(source, comparable, rows, answers, length, len(prompts) - len(comparable))
 

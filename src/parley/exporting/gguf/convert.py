@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,6 +24,9 @@ from parley.exporting.gguf.vocabulary import Vocabulary
 from parley.exporting.merge import HEAD as MODEL_HEAD
 from parley.exporting.merge import BaseWeights, MergedWeights
 
+LEAST_FREE = 2**20
+"""Bytes: with less a disk is full."""
+
 
 @dataclass(frozen=True)
 class GgufTensor:
@@ -29,6 +36,19 @@ class GgufTensor:
     shape: tuple[int, ...]
     quant: GGMLQuantizationType
     read: Callable[[], Tensor]
+
+
+@contextmanager
+def whole_writes(path: Path) -> Iterator[None]:
+    """Raises OSError with the system's own number where numpy wrote a part of an array: its error has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        full = shutil.disk_usage(path.parent).free < LEAST_FREE
+        code = errno.ENOSPC if full else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def write_gguf(
@@ -69,8 +89,9 @@ def write_gguf(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in tensors:
-            writer.write_tensor_data(quantized(tensor.read(), tensor.quant, threads))
+        with whole_writes(path):
+            for tensor in tensors:
+                writer.write_tensor_data(quantized(tensor.read(), tensor.quant, threads))
     finally:
         writer.close()
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from parley.errors import ModelError
 from parley.exporting.comparison import Marks
 from parley.exporting.gguf.architectures import SUFFIXES, Architecture, architecture_of, check_tensors, converted
-from parley.exporting.gguf.convert import write_gguf, written_names
+from parley.exporting.gguf.convert import whole_writes, write_gguf, written_names
 from parley.exporting.gguf.exporter import MARKS, end_ids, general_metadata, longest, threads
 from parley.exporting.gguf.quantization import SCHEMES
 from parley.exporting.gguf.vocabulary import read_vocabulary
@@ -67,7 +67,8 @@ class LoraGgufExporter:
                 writer.add_tensor(f"{name}.lora_b", b_NR.contiguous().numpy().astype(np.float32))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
+            with whole_writes(path):
+                writer.write_tensors_to_file()
         finally:
             writer.close()
         if trained.tokenizer.chat_template:
