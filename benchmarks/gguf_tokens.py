@@ -32,6 +32,7 @@ from parley.exporting.gguf.quantization import SCHEMES
 from parley.exporting.gguf.vocabulary import read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
 from parley.exporting.merge import merged_weights
+from parley.exporting.samples import Prompt
 from parley.exporting.weights import CheckpointWeights
 from parley.library_compat.xllamacpp import LlamaModel
 
@@ -84,7 +85,7 @@ def compare_prompts(reader: LlamaCppReader, tokenizer: Any, data: Path) -> int:
         if question is None or any(control.search(str(message)) for message in question.messages):
             continue
         count += 1
-        same += reader.prompt_ids(question.messages) == render_prompt(tokenizer, question.messages)
+        same += reader.prompt_ids(Prompt(question.messages)) == render_prompt(tokenizer, question.messages)
     print(f"prompts by llama.cpp's template engine: {same:,} of {count:,} have the same ids")
     return count - same
 

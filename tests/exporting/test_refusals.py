@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 import parley
@@ -181,6 +183,20 @@ def test_two_exports_at_once_into_one_folder(copied: Path, monkeypatch: pytest.M
     assert "is being written by process" in messages[0]
     assert "adapter_model.safetensors" in done.record.files
     assert [path.name for path in (copied / "exports").iterdir()] == ["adapter"]
+
+
+def test_one_of_several_that_fails(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were finished stay, and are named."""
+
+    def full(*args: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("parley.exporting.merged.save_file", full)
+    said = Console(file=io.StringIO(), width=200)
+    with pytest.raises(RunError, match=r"disk full while writing .*merged"):
+        parley.export(copied, ["adapter", "merged", "vllm"], verify=False, console=said)
+    assert [path.name for path in (copied / "exports").iterdir()] == ["adapter"]
+    assert f"written before that: {copied}/exports/adapter (not verified)" in said.file.getvalue().splitlines()
 
 
 def test_ctrl_c_leaves_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

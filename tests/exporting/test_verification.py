@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -168,6 +169,36 @@ def test_a_run_of_preferences_is_compared_on_its_held_out_answers(
     assert done.record.figures is not None
     assert (done.record.figures.source, done.record.figures.prompts) == ("held-out conversations", 4)
     assert done.record.status == "verified"
+
+
+def test_prompts_have_their_tools_calls_and_results(
+    build_family: Callable[[str], Path], build_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(build_family("llama"), tmp_path / "base"))
+    shutil.copyfile(Path(__file__).parents[1] / "data/templates/qwen3.jinja", base / "chat_template.jinja")
+    tools = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object", "properties": {}}}}]
+    call = {"type": "function", "function": {"name": "sum", "arguments": '{"naïve": [1, 2]}'}}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What be {n} and 1?"},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "content": str(n + 1)},
+                {"role": "assistant", "content": "Arr."},
+            ],
+            "tools": tools,
+        }
+        for n in range(40)
+    ]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    run = build_run(base, data=str(data))
+    prompts = verification_samples(open_run(run), 1).prompts
+    assert [len(prompt.messages) for prompt in prompts] == [3] * 4
+    assert all(prompt.tools == tools for prompt in prompts)
+    for done in parley.export(run, ["adapter", "gguf"], "f32", output=tmp_path / "out"):
+        assert done.record.figures is not None
+        assert (done.record.status, done.record.figures.prompts_equal) == ("verified", 4), done.record.figures
 
 
 def test_without_the_run_s_data_the_golden_conversations_are_compared(

@@ -18,6 +18,7 @@ from parley.data.render import render_prompt
 from parley.errors import ModelError
 from parley.exporting.gguf.vocabulary import model_name, read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
+from parley.exporting.samples import Prompt
 from parley.library_compat.xllamacpp import LlamaModel
 
 TEMPLATES = Path(__file__).parents[1] / "data" / "templates"
@@ -120,4 +121,4 @@ def test_llama_cpp_renders_the_template_as_in_training(
     ]
     with LlamaCppReader(gguf_model(tokenizer), 512, threads=1) as reader:
         for messages in conversations:
-            assert reader.prompt_ids(messages) == render_prompt(tokenizer, messages)
+            assert reader.prompt_ids(Prompt(messages)) == render_prompt(tokenizer, messages)

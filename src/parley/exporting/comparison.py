@@ -96,8 +96,8 @@ def compare(reference: Reference, reader: Reader, marks: Marks) -> Figures:
 
 def _compare_prompts(reference: Reference, reader: Reader, figures: Figures) -> str | None:
     first = None
-    for index, messages in enumerate(reference.samples.prompts):
-        wanted, got = reference.prompt_ids[index], reader.prompt_ids(messages)
+    for index, prompt in enumerate(reference.samples.prompts):
+        wanted, got = reference.prompt_ids[index], reader.prompt_ids(prompt)
         figures.prompts += 1
         figures.prompts_equal += wanted == got
         if wanted != got and first is None:
@@ -209,7 +209,7 @@ def _compare_answers(reference: Reference, reader: Reader, figures: Figures, mar
 
 
 def _question(reference: Reference, index: int) -> str:
-    return str(reference.samples.prompts[index][-1].get("content"))
+    return str(reference.samples.prompts[index].messages[-1].get("content"))
 
 
 def _where(reference: Reference, index: int) -> str:

@@ -79,6 +79,9 @@ def export(
         for (exporter, kind), place in zip(jobs, places, strict=True):
             done.append(run_exports.one(exporter, kind, place))
     finally:  # those that are finished stay when a later one fails
+        if len(done) < len(jobs):  # an error follows, which names the one that failed
+            for each in done:
+                print_text(console, f"written before that: {each.folder} ({each.record.status})", wrap=False)
         if done and (missing := add_to_report(trained.folder, [each.record for each in done])) is not None:
             print_text(console, missing)
     return done

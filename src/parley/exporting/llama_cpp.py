@@ -17,9 +17,8 @@ import torch
 import xllamacpp
 from torch import Tensor
 
-from parley.data.example import Message
 from parley.errors import ModelError, one_line
-from parley.exporting.samples import ScoredRow
+from parley.exporting.samples import Prompt, ScoredRow
 from parley.library_compat.xllamacpp import LlamaModel
 
 LONGEST = 4096
@@ -57,11 +56,11 @@ class LlamaCppReader:
             params.lora_adapters = [adapter]
         return xllamacpp.Server(params)
 
-    def _rendered(self, messages: list[Message]) -> str:
+    def _rendered(self, prompt: Prompt) -> str:
         """The prompt as the server's template engine writes it, without the beginning of text that it adds itself."""
         request = urllib.request.Request(
             f"{self._server.listening_address}/apply-template",
-            json.dumps({"messages": messages}).encode(),
+            json.dumps(prompt.as_json).encode(),
             {"Content-Type": "application/json"},
         )
         try:
@@ -70,19 +69,19 @@ class LlamaCppReader:
         except OSError as error:
             raise ModelError(f"{self.path.name}: llama.cpp cannot run the chat template ({one_line(error)})") from None
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
-        return self._model.tokenize(self._rendered(messages), add_special=True, parse_special=True)
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        return self._model.tokenize(self._rendered(prompt), add_special=True, parse_special=True)
 
     def logits(self, rows: Sequence[ScoredRow]) -> Iterator[Tensor]:
         for row in rows:
             kept = [position for position in row.positions if position < self.length]
             yield torch.from_numpy(self._model.logits(row.input_ids[: self.length], kept))
 
-    def answers(self, prompts: Sequence[list[Message]], max_new_tokens: int) -> list[str]:
-        return [self._answer(messages, max_new_tokens) for messages in prompts]
+    def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
+        return [self._answer(prompt, max_new_tokens) for prompt in prompts]
 
-    def _answer(self, messages: list[Message], max_new_tokens: int) -> str:
-        request = {"prompt": self._rendered(messages), "temperature": 0, "max_tokens": max_new_tokens}
+    def _answer(self, prompt: Prompt, max_new_tokens: int) -> str:
+        request = {"prompt": self._rendered(prompt), "temperature": 0, "max_tokens": max_new_tokens}
         response = self._server.handle_completions(request)
         if "choices" not in response:  # an error of the server counts as another answer, and is shown as one
             return f"(llama.cpp: {one_line(json.dumps(response))})"

@@ -8,8 +8,7 @@ from typing import Protocol, Self
 
 from torch import Tensor
 
-from parley.data.example import Message
-from parley.exporting.samples import ScoredRow
+from parley.exporting.samples import Prompt, ScoredRow
 
 
 class Reader(Protocol):
@@ -19,13 +18,13 @@ class Reader(Protocol):
     def program(self) -> str:
         """Name and version, as the record of an export gives them."""
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The conversation with the generation prompt, by the program's own template engine and tokenizer."""
 
     def logits(self, rows: Sequence[ScoredRow]) -> Iterator[Tensor]:
         """For each row (S, V) float32: the logits at its positions."""
 
-    def answers(self, prompts: Sequence[list[Message]], max_new_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         """Greedy answers, without the token that ends them."""
 
     def ends_answers(self, token: int) -> bool:

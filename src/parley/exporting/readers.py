@@ -14,10 +14,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from parley.data.example import Message
 from parley.errors import ModelError, one_line
 from parley.exporting.reference import transformers_logits
-from parley.exporting.samples import ScoredRow
+from parley.exporting.samples import Prompt, ScoredRow
 
 BATCH = 16
 
@@ -39,15 +38,17 @@ class TransformersReader:
     def _load(self, folder: Path, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
 
-    def prompt_ids(self, messages: list[Message]) -> list[int]:
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
         return list(
-            self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, tokenize=True)
+            self.tokenizer.apply_chat_template(
+                prompt.messages, tools=prompt.tools, add_generation_prompt=True, return_dict=False, tokenize=True
+            )
         )
 
     def logits(self, rows: Sequence[ScoredRow]) -> Iterator[Tensor]:
         return transformers_logits(self.model, rows)
 
-    def answers(self, prompts: Sequence[list[Message]], max_new_tokens: int) -> list[str]:
+    def answers(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         return [
             answer
             for start in range(0, len(prompts), BATCH)
@@ -55,11 +56,10 @@ class TransformersReader:
         ]
 
     @torch.inference_mode()
-    def _batch(self, prompts: Sequence[list[Message]], max_new_tokens: int) -> list[str]:
+    def _batch(self, prompts: Sequence[Prompt], max_new_tokens: int) -> list[str]:
         self.tokenizer.padding_side = "left"
-        batch = self.tokenizer.apply_chat_template(
-            list(prompts), add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-        )
+        ids = {"input_ids": [self.prompt_ids(prompt) for prompt in prompts]}
+        batch = self.tokenizer.pad(ids, padding=True, return_tensors="pt")
         out = self.model.generate(
             **batch.to(self.model.device), do_sample=False, max_new_tokens=max_new_tokens, temperature=None, top_p=None
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -13,7 +15,7 @@ from torch import Tensor
 from parley.config import GenerationSection
 from parley.data.render import render_prompt
 from parley.errors import DeviceError
-from parley.exporting.samples import Samples, ScoredRow, verification_samples
+from parley.exporting.samples import Prompt, Samples, ScoredRow, verification_samples
 from parley.exporting.trained_model import TrainedModel
 from parley.inference.generate import end_of_turn_ids, generate
 from parley.units import GIB
@@ -46,10 +48,10 @@ def measure_reference(trained: TrainedModel) -> Reference:
     model = trained.load(dtype)
     try:
         greedy = GenerationSection(temperature=0, min_p=0, max_new_tokens=samples.answer_tokens)
-        answers = generate(model, trained.tokenizer, prompts[: samples.answer_count], greedy)
+        answers = _answers(model, trained.tokenizer, prompts[: samples.answer_count], greedy)
         return Reference(
             samples,
-            [render_prompt(trained.tokenizer, messages) for messages in prompts],
+            [render_prompt(trained.tokenizer, prompt.messages, prompt.tools) for prompt in prompts],
             list(transformers_logits(model, samples.rows)),
             answers,
             end_of_turn_ids(model, trained.tokenizer),
@@ -58,6 +60,20 @@ def measure_reference(trained: TrainedModel) -> Reference:
     finally:
         del model
         gc.collect()
+
+
+def _answers(model: Any, tokenizer: Any, prompts: Sequence[Prompt], greedy: GenerationSection) -> list[str]:
+    """Prompts with the same tools are answered together."""
+    answers = [""] * len(prompts)
+    groups: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        groups.setdefault(json.dumps(prompt.tools, default=str), []).append(index)
+    for group in groups.values():
+        conversations = [prompts[index].messages for index in group]
+        found = generate(model, tokenizer, conversations, greedy, prompts[group[0]].tools)
+        for index, answer in zip(group, found, strict=True):
+            answers[index] = answer
+    return answers
 
 
 @torch.inference_mode()

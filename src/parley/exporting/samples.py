@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 from parley.config import DEMO_DATA
 from parley.data.control_tokens import IGNORE_INDEX, control_tokens
-from parley.data.example import Message
+from parley.data.example import Example, Message
 from parley.data.golden import CONVERSATIONS
 from parley.data.preferences import Kind, prepare_preferences
 from parley.data.prepare import Prepared, prepare
@@ -38,11 +41,35 @@ class ScoredRow:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A conversation that the assistant is to continue, and the tools that it may call."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+
+    @cached_property
+    def as_json(self) -> dict[str, Any]:
+        """As clients send it: what a tool is called with is text."""
+        messages = [dict(message) for message in self.messages]
+        for message in messages:
+            if message.get("tool_calls"):
+                message["tool_calls"] = [_with_text(call) for call in message["tool_calls"]]
+        return {"messages": messages} | ({"tools": self.tools} if self.tools else {})
+
+
+def _with_text(call: dict[str, Any]) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments")
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return {"type": "function", **call, "function": {**function, "arguments": text}}
+
+
+@dataclass(frozen=True)
 class Samples:
     """`source` names where they are from; `left_out` counts conversations that no text-based reader could match."""
 
     source: str
-    prompts: list[list[Message]]
+    prompts: list[Prompt]
     rows: list[ScoredRow]
     answer_count: int
     answer_tokens: int
@@ -56,9 +83,9 @@ def verification_samples(trained: TrainedModel, parameters: int) -> Samples:
     """
     source, prompts, rows = _heldout(trained)
     if trained.settings.data.source == DEMO_DATA and trained.tokenizer.chat_template:
-        prompts = [question.messages for question in heldout_questions()] + prompts
+        prompts = [Prompt(question.messages) for question in heldout_questions()] + prompts
     control = control_tokens(trained.tokenizer).pattern
-    comparable = [prompt for prompt in prompts if not any(control.search(str(message)) for message in prompt)]
+    comparable = [prompt for prompt in prompts if not control.search(str(prompt))]
     tokens = max(LEAST_ANSWERED, int(ANSWER_WORK / parameters))
     answers = min(MOST_ANSWERS, len(comparable), max(LEAST_ANSWERS, tokens // ANSWER_TOKENS[1]))
     length = min(ANSWER_TOKENS[1], max(ANSWER_TOKENS[0], tokens // max(1, answers)))
@@ -68,7 +95,7 @@ def verification_samples(trained: TrainedModel, parameters: int) -> Samples:
     return Samples(source, comparable, rows, answers, length, len(prompts) - len(comparable))
 
 
-def _heldout(trained: TrainedModel) -> tuple[str, list[list[Message]], list[ScoredRow]]:
+def _heldout(trained: TrainedModel) -> tuple[str, list[Prompt], list[ScoredRow]]:
     tokenizer = trained.tokenizer
     try:
         prepared = _prepared(trained)
@@ -81,9 +108,20 @@ def _heldout(trained: TrainedModel) -> tuple[str, list[list[Message]], list[Scor
     # Of a pair the chosen answer is what the model learned to give.
     side = "chosen_" if "chosen_input_ids" in prepared.heldout.column_names else ""
     rows = [_scored(row[f"{side}input_ids"], row[f"{side}labels"]) for row in prepared.heldout]
-    questions = [last_question(example) for example in prepared.heldout_examples] if tokenizer.chat_template else []
-    prompts = [question.messages for question in questions if question and _renders(trained, question.messages)]
+    found = [_prompt(example) for example in prepared.heldout_examples] if tokenizer.chat_template else []
+    prompts = [prompt for prompt in found if prompt is not None and _renders(trained, prompt)]
     return "held-out conversations", prompts, [row for row in rows if row.positions]
+
+
+def _prompt(example: Example) -> Prompt | None:
+    """An example without its last answer; None where it has none, or settings of the template for this row alone."""
+    if example.template:
+        return None
+    messages = example.messages or []
+    if len(messages) > 1 and messages[-1]["role"] == "assistant":
+        return Prompt(messages[:-1], example.tools)
+    question = last_question(example)
+    return None if question is None else Prompt(question.messages, example.tools)
 
 
 def _prepared(trained: TrainedModel) -> Prepared:
@@ -94,14 +132,15 @@ def _prepared(trained: TrainedModel) -> Prepared:
     return prepare_preferences(settings.data, trained.tokenizer, settings.model.max_seq_length, kind)
 
 
-def _golden(trained: TrainedModel) -> tuple[list[list[Message]], list[ScoredRow]]:
+def _golden(trained: TrainedModel) -> tuple[list[Prompt], list[ScoredRow]]:
     if not trained.tokenizer.chat_template:
         raise DataError(f"{trained.folder.path}: no held-out rows and no chat template to verify with; add --no-verify")
     prompts, rows = [], []
     for messages in CONVERSATIONS:
         without_system = [message for message in messages if message["role"] != "system"]
-        if _renders(trained, without_system[:-1]):
-            prompts.append(without_system[:-1])
+        prompt = Prompt(without_system[:-1])
+        if _renders(trained, prompt):
+            prompts.append(prompt)
             rendered = render(trained.tokenizer, without_system)
             labels = [
                 token if kept else IGNORE_INDEX for token, kept in zip(rendered.input_ids, rendered.mask, strict=True)
@@ -110,9 +149,9 @@ def _golden(trained: TrainedModel) -> tuple[list[list[Message]], list[ScoredRow]
     return prompts, rows
 
 
-def _renders(trained: TrainedModel, messages: list[Message]) -> bool:
+def _renders(trained: TrainedModel, prompt: Prompt) -> bool:
     try:
-        return bool(render_prompt(trained.tokenizer, messages))
+        return bool(render_prompt(trained.tokenizer, prompt.messages, prompt.tools))
     except ParleyError:
         return False
 
