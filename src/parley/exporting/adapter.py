@@ -65,6 +65,9 @@ class AdapterExporter:
         folder = trained.adapters[-1]
         read_adapter_weights(folder, read_adapter_fields(folder))  # damaged weights are refused here
 
+    def size(self, trained: TrainedModel, quant: str | None) -> int:
+        return (trained.adapters[-1] / WEIGHTS_FILE).stat().st_size
+
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         # A checkpoint's folder holds an optimizer's state and more beside these.
         for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -5,8 +5,9 @@ KL divergence is of the export's next-token distribution from the trained model'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite, log
 
 import torch
@@ -80,17 +81,26 @@ class Figures(BaseModel):
         return self.failure is None
 
 
-def compare(reference: Reference, reader: Reader, marks: Marks) -> Figures:
-    """Measure the export that `reader` has opened. `failure` of the result says what did not pass, and where first."""
+def compare(
+    reference: Reference, reader: Reader, marks: Marks, on_progress: Callable[[Figures], None] | None = None
+) -> Figures:
+    """Measure the export that `reader` has opened. `failure` of the result says what did not pass, and where first.
+
+    `on_progress` is called with the figures so far, after each part of the comparison.
+    """
     samples = reference.samples
     figures = Figures(program=reader.program, source=samples.source, left_out=samples.left_out)
-    failures = [
-        _compare_prompts(reference, reader, figures),
-        _compare_ends(reference, reader),
-        _compare_logits(reference, reader, figures, marks),
-        _compare_answers(reference, reader, figures, marks),
-    ]
-    figures.failure = next((failure for failure in failures if failure is not None), None)
+    parts = (
+        partial(_compare_prompts, reference, reader, figures),
+        partial(_compare_ends, reference, reader),
+        partial(_compare_logits, reference, reader, figures, marks),
+        partial(_compare_answers, reference, reader, figures, marks),
+    )
+    for part in parts:
+        failure = part()
+        figures.failure = figures.failure or failure
+        if on_progress is not None:
+            on_progress(figures)
     return figures
 
 

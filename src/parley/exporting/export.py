@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from parley.config import DEMO_MODEL
 from parley.errors import ModelError, UsageError
 from parley.exporting.card import write_card
-from parley.exporting.comparison import Figures, Marks, compare
+from parley.exporting.comparison import Figures, compare
 from parley.exporting.exporter import Exporter
 from parley.exporting.record import ExportRecord
 from parley.exporting.reference import Reference, measure_reference
@@ -23,6 +24,8 @@ from parley.exporting.trained_model import TrainedModel, open_run
 from parley.exporting.write_folder import refuse_existing, write_folder
 from parley.text import print_text
 
+Progress = Callable[[str, Figures | None], None]
+"""Called with what is done now, and while an export is compared with the figures so far."""
 EXPORTS = "exports"
 """Folder of a run that exports are written to by default, each in its own."""
 
@@ -51,6 +54,7 @@ def export(
     base: str | None = None,
     console: Console | None = None,
     trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
 ) -> list[Export]:
     """Export a finished run, in one or several forms; nothing half-written is left behind.
 
@@ -61,6 +65,7 @@ def export(
         verify: read every export with a program that is not Parley and compare it with the trained model.
         output: folder of the export, or of several; by default `exports` in the run.
         base: a 16-bit model to merge into, where the run was trained on a quantised one.
+        on_progress: see Progress.
 
     Returns the exports in order; one that failed the comparison is kept, its card marked UNVERIFIED.
 
@@ -73,7 +78,7 @@ def export(
     places = _places(trained, jobs, output)
     for exporter, kind in jobs:
         exporter.check(trained, kind)
-    run_exports = _Exports(trained, verify, console)
+    run_exports = _Exports(trained, verify, console, on_progress)
     done: list[Export] = []
     try:
         for (exporter, kind), place in zip(jobs, places, strict=True):
@@ -128,12 +133,23 @@ def _places(
 class _Exports:
     """The exports of one run: its trained model is measured once, when the first is compared."""
 
-    def __init__(self, trained: TrainedModel, verify: bool, console: Console) -> None:
+    def __init__(
+        self, trained: TrainedModel, verify: bool, console: Console, on_progress: Progress | None = None
+    ) -> None:
         self.trained, self.verify, self.console = trained, verify, console
+        self._on_progress = on_progress
+
+    @contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Say what is done inside the block."""
+        if self._on_progress is not None:
+            self._on_progress(text, None)
+        with self.console.status(text):
+            yield
 
     @cached_property
     def reference(self) -> Reference:
-        with self.console.status("measuring the trained model"):
+        with self.stage("measuring the trained model"):
             return measure_reference(self.trained)
 
     def one(self, exporter: Exporter, quant: str | None, place: Path) -> Export:
@@ -151,12 +167,12 @@ class _Exports:
         )
 
         def write(folder: Path) -> None:
-            with self.console.status(f"writing {record.name}"):
+            with self.stage(f"writing {record.name}"):
                 exporter.write(trained, folder, quant)
             if self.verify:
-                with self.console.status(f"comparing {record.name}"):
+                with self.stage(f"comparing {record.name}"):
                     record.marks = exporter.marks(trained, quant)
-                    record.figures = self._compared(exporter, folder, record.marks)
+                    record.figures = self._compared(exporter, folder, record)
                 record.status = "verified" if record.figures.passed else "failed"
             record.notes = list(trained.notes)
             record.command = _portable(exporter.command(trained, folder), folder, trained)
@@ -169,10 +185,13 @@ class _Exports:
             trained.notes = shared
         return Export(place, record, exporter.command(trained, place))
 
-    def _compared(self, exporter: Exporter, folder: Path, marks: Marks) -> Figures:
+    def _compared(self, exporter: Exporter, folder: Path, record: ExportRecord) -> Figures:
+        on_progress = self._on_progress
+        watch = None if on_progress is None else partial(on_progress, f"comparing {record.name}")
+        assert record.marks is not None
         try:
             with exporter.open(self.trained, folder, self.reference) as reader:
-                return compare(self.reference, reader, marks)
+                return compare(self.reference, reader, record.marks, watch)
         except ModelError as error:  # the files are kept, as after any other difference
             return Figures(program="none", source=self.reference.samples.source, failure=f"cannot be read: {error}")
 

@@ -32,6 +32,9 @@ class Exporter(Protocol):
     def check(self, trained: TrainedModel, quant: str | None) -> None:
         """Raises ModelError where `trained` cannot be exported so; nothing has been written yet."""
 
+    def size(self, trained: TrainedModel, quant: str | None) -> int:
+        """Bytes of the weights that `write` would write."""
+
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         """Write the export into the empty `folder`; notes for the user go to `trained.notes`."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from math import prod
 from pathlib import Path
 
 import torch
@@ -32,6 +33,11 @@ class MergedExporter:
 
     def check(self, trained: TrainedModel, quant: str | None) -> None:
         trained.check_weights()
+
+    def size(self, trained: TrainedModel, quant: str | None) -> int:
+        weights = trained.weights
+        values = sum(prod(shape) for name, shape in weights.shapes().items() if name != HEAD or not weights.tied)
+        return values * self._dtype(trained, quant).itemsize
 
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         dtype = self._dtype(trained, quant)

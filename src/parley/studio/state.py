@@ -14,6 +14,7 @@ from parley.safe_yaml import load_yaml
 from parley.studio.answers import Answers
 from parley.studio.comparison import Shelf
 from parley.studio.draft import Draft
+from parley.studio.exports import ExportJobs
 from parley.studio.queue import Queue
 from parley.studio.security import Keys, read_secret
 from parley.studio.sweep import sweep
@@ -44,6 +45,7 @@ class Studio:
         self.worker = Worker()
         self.answers = Answers()
         self.comparisons = Shelf()
+        self.exports = ExportJobs(self.folder / "exports")
         self.references: list[SettingReference] | None = None  # of all settings, for completion
         self.preferences = self.folder / PREFERENCES
 

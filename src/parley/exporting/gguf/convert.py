@@ -80,7 +80,7 @@ def write_gguf(
         vocabulary.write(writer)
         tensors = [
             *(_vector(name, value) for name, value in factors.items()),
-            *_tensors(architecture, config, weights, scheme),
+            *model_tensors(architecture, config, weights, scheme),
         ]
         for tensor in tensors:
             # A shape in bytes, as the writer expects it with numpy's type of a byte.
@@ -121,16 +121,17 @@ def fallbacks(
     """How many matrices get another type than the scheme's, by both: their rows are no multiple of its block."""
     found: Counter[tuple[str, str]] = Counter()
     layers, tied = config.num_hidden_layers, weights.tied and architecture.tied_head
-    for tensor in _tensors(architecture, config, weights, scheme):
+    for tensor in model_tensors(architecture, config, weights, scheme):
         wanted = scheme.wanted(tensor.name, layers, tied)
         if len(tensor.shape) > 1 and tensor.quant is not wanted:
             found[wanted.name.lower(), tensor.quant.name.lower()] += 1
     return found
 
 
-def _tensors(
+def model_tensors(
     architecture: Architecture, config: Any, weights: BaseWeights | MergedWeights, scheme: QuantScheme
 ) -> Iterator[GgufTensor]:
+    """The tensors of a model under their names and in their types in GGUF. Raises ModelError as write_gguf does."""
     table, tied = architecture.names(config), weights.tied and architecture.tied_head
     for name in written_names(architecture, weights):
         shape = weights.shapes()[name]

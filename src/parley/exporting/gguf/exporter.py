@@ -11,9 +11,9 @@ from gguf import size_label
 
 from parley.exporting.comparison import Marks
 from parley.exporting.gguf.architectures import architecture_of, check_tensors, context_length, rope_parameters
-from parley.exporting.gguf.convert import fallbacks, write_gguf, written_names
+from parley.exporting.gguf.convert import fallbacks, model_tensors, write_gguf, written_names
 from parley.exporting.gguf.pretokenizers import INEXACT
-from parley.exporting.gguf.quantization import SCHEMES
+from parley.exporting.gguf.quantization import SCHEMES, byte_shape
 from parley.exporting.gguf.vocabulary import Vocabulary, model_name, read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
 from parley.exporting.reader import Reader
@@ -50,6 +50,13 @@ class GgufExporter:
         architecture = architecture_of(config, name)
         self._vocabulary(trained)
         check_tensors(architecture, written_names(architecture, trained.weights), config.num_hidden_layers, name)
+
+    def size(self, trained: TrainedModel, quant: str | None) -> int:
+        assert quant is not None
+        config = trained.config
+        architecture = architecture_of(config, trained.base_name)
+        tensors = model_tensors(architecture, config, trained.weights, SCHEMES[quant])
+        return sum(prod(byte_shape(tensor.shape, tensor.quant)) for tensor in tensors)
 
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         assert quant is not None

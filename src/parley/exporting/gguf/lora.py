@@ -50,6 +50,11 @@ class LoraGgufExporter:
         if weights.changes(EMBEDDING):
             raise ModelError(f"{trained.name}: an adapted embedding is not written as LoRA GGUF; use --to gguf")
 
+    def size(self, trained: TrainedModel, quant: str | None) -> int:
+        weights = _merged(trained)
+        factors = (weights.factors(name) for name in weights.shapes())
+        return sum(4 * (each[0].numel() + each[1].numel()) for each in factors if each is not None)
+
     def write(self, trained: TrainedModel, folder: Path, quant: str | None) -> None:
         architecture = architecture_of(trained.config, trained.base_name)
         path = folder / f"{trained.name}-lora.gguf"
