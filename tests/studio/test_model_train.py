@@ -12,6 +12,7 @@ from fastapi.testclient import TestClient
 from parley.config import RunConfig
 from parley.studio import run_form
 from parley.studio.model_list import list_models
+from parley.studio.queue import Job
 from parley.studio.run_diff import settings_diff
 from parley.studio.state import Studio
 from parley.training.run_summary import read_run
@@ -160,5 +161,22 @@ def test_a_start_queues_the_text_of_its_page(
     assert started == []
     text = "training:\n  max_steps: 3\n"
     response = client.post("/train/start", data={"settings": text, "name": " mine "})
-    assert response.headers["hx-redirect"] == "/runs/mine"
+    assert response.headers["hx-redirect"] == "/train/started/mine"
     assert started == [(text, "mine")]
+
+
+def test_a_run_is_shown_from_its_start_on(client: TestClient, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job("1", "mine", ["train"])
+    monkeypatch.setattr(studio.queue, "jobs", lambda: [job])
+    monkeypatch.setattr(studio.queue, "log", lambda _: f"parley: error: {HOSTILE}")
+    assert "Another run has the card" in client.get("/train/started/mine").text
+    job.state = "running"
+    assert "The model is loaded" in client.get("/train/started/mine", headers={"HX-Request": "true"}).text
+    job.state = "failed"
+    text = client.get("/train/started/mine").text
+    assert "parley: error: &lt;img" in text
+    assert client.get("/train/started/other").status_code == 400
+    write_run(studio, "mine", "model: parley-demo\n")
+    assert client.get("/train/started/mine", follow_redirects=False).headers["location"] == "/runs/mine"
+    there = client.get("/train/started/mine", headers={"HX-Request": "true"})
+    assert there.headers["hx-redirect"] == "/runs/mine"

@@ -97,7 +97,7 @@ class ExportJobs:
         """End the job where it runs, and forget it; a finished export stays in its run."""
         job = self.job(job_id)
         process = self._process(job.id, self._events(job.id))
-        if process is not None:
+        if process is not None and job.state == "running":
             process.terminate()
         for suffix in ("json", "jsonl", "log"):
             (self.folder / f"{job.id}.{suffix}").unlink(missing_ok=True)

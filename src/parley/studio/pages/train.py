@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 
 from parley.config import RunConfig
 from parley.config_reference import SettingReference, setting_references
-from parley.errors import ParleyError, UsageError
+from parley.errors import ParleyError, RunError, UsageError
 from parley.safe_yaml import load_yaml
 from parley.studio import run_form
 from parley.studio.completion import completions
@@ -101,7 +102,24 @@ async def start(request: Request, studio: StudioDep) -> Response:
     if studio.answers.state in ("ready", "loading"):
         studio.answers.close()
     run_id = studio.start_run(text or "{}", form.get("name", "").strip() or None)
-    return Response(status_code=204, headers={"HX-Redirect": f"/runs/{run_id}"})
+    return Response(status_code=204, headers={"HX-Redirect": f"/train/started/{quote(run_id)}"})
+
+
+@router.get("/started/{run_id:path}", response_model=None)
+def started(request: Request, run_id: str, studio: StudioDep) -> Response:
+    """A run until it has a folder: that it waits, or what ended it; then its page."""
+    if (studio.root / run_id / "run.yaml").is_file():
+        address = f"/runs/{quote(studio.run_id(studio.run_path(run_id)))}"
+        if "hx-request" in request.headers:
+            return Response(status_code=204, headers={"HX-Redirect": address})
+        return RedirectResponse(address, 303)
+    job = next((job for job in studio.queue.jobs() if job.run_id == run_id), None)
+    if job is None:
+        raise RunError(f"{run_id}: no run of that name in {studio.root}")
+    log = studio.queue.log(job.id)[-4000:] if job.state == "failed" else ""
+    if "hx-request" in request.headers:
+        return fragment(request, "_started.html", run_id=run_id, job=job, log=log)
+    return page(request, "started.html", run_id=run_id, job=job, log=log)
 
 
 def check(text: str) -> Checked:
