@@ -102,9 +102,8 @@ def test_the_report_can_be_written_again(evaluated: RunResult) -> None:
 
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 def test_losses_with_evaluation_are_those_without(configured: Callable[..., Any], engine: str) -> None:
-    """Dropout (plain path) and the order of the second epoch read the random states."""
-    dropout = ["lora.lora_dropout=0.1"] if engine == "plain" else []
-    common = [f"training.engine={engine}", "training.max_steps=8", *dropout]
+    """Dropout and the order of the second epoch read the random states."""
+    common = [f"training.engine={engine}", "training.max_steps=8", "lora.lora_dropout=0.1"]
     runs = [train(configured(*common, *more), QUIET) for more in ([], ["training.eval_steps=1"])]
     losses = [[event["loss"] for event in events_of(run, "step")] for run in runs]
     assert len(losses[0]) == 8

@@ -33,7 +33,7 @@ def test_findings_are_a_table_and_a_bad_one_an_exit_code(
 @pytest.mark.parametrize(
     ("family", "found"),
     [
-        ("gemma3", "fused step and Parley's decoder"),
+        ("gemma3", "fused step and Parley's decoder (gemma3_text family); dropout and DoRA"),
         ("starcoder2", "plain path: no fused step for the starcoder2 family"),
     ],
 )

@@ -181,8 +181,7 @@ def test_a_step_without_supervised_tokens_has_no_gradient(build_adapted: Any, ma
 @pytest.mark.parametrize(
     ("lora", "reason"),
     [
-        ({"lora_dropout": 0.1}, "dropout"),
-        ({"use_dora": True}, "Dora"),
+        ({"lora_dropout": 0.1, "use_dora": True}, "DoRA with LoRA dropout"),
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
         ({"lora_bias": True}, "bias"),
     ],

@@ -115,6 +115,46 @@ def test_adapters(sizes: tuple[int, ...], rank: int, scales: tuple[float, ...], 
     assert off(results[1], results[0]) < 1e-5
 
 
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(T, 300), (3, 1100)])
+def test_scaled_columns(biased: bool, rows: int, columns: int) -> None:
+    scale, bias = draw(columns, seed=0), draw(columns, seed=1) if biased else None
+    results = []
+    for ops in BOTH:
+        x, dy = draw(rows, columns + 5, seed=2), draw(rows, columns + 3, seed=3)
+        dot = torch.full((columns,), torch.nan, device=DEVICE)
+        ops.scale_columns(x[:, :columns], scale, bias)
+        ops.scale_columns_backward(dy[:, :columns], x[:, :columns], scale, bias, dot)
+        results.append(torch.cat([x.flatten(), dy.flatten(), dot]))
+    assert off(results[1], results[0]) < 1e-6
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 37), (9, 1050)])
+def test_dropout(rows: int, columns: int) -> None:
+    """A mask follows from seed, stream and element alone; each path has its own generator."""
+    x, p = draw(rows, columns + 5, seed=0)[:, :columns], 0.25
+    seed = torch.tensor(12, dtype=torch.int32, device=DEVICE)
+    for ops in BOTH:
+        out, again, other = (torch.full((rows, columns + 3), torch.nan, device=DEVICE) for _ in range(3))
+        ops.dropout(x, out[:, :columns], seed, 5, p)
+        ops.dropout(x, other[:, :columns], seed, 6, p)
+        kept = out[:, :columns] != 0
+        assert off(out[:, :columns][kept], x[kept] / (1 - p)) < 1e-6
+        share = float(kept.float().mean())
+        assert abs(share - (1 - p)) < 5 * (p * (1 - p) / kept.numel()) ** 0.5
+        both = float((kept & (other[:, :columns] != 0)).float().mean())
+        assert abs(both - (1 - p) ** 2) < 3 / kept.numel() ** 0.5
+        again.copy_(out)
+        ops.dropout(x, again[:, :columns], seed, 5, p, add=True)
+        assert off(again[:, :columns], 2 * out[:, :columns]) < 1e-6
+        later = torch.zeros(rows - 5, columns, device=DEVICE)
+        ops.dropout(x[5:], later, seed, 5, p, 5)
+        assert torch.equal(later, out[5:, :columns])
+        ops.dropout(x, other[:, :columns], seed + 1, 5, p)
+        assert not torch.equal(other[:, :columns] != 0, kept)
+        assert out[:, columns:].isnan().all()
+
+
 def test_nf4() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = draw(48, 192, seed=0)

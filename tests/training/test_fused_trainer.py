@@ -36,7 +36,7 @@ def trainer(
     tokenizer: Any,
     folder: Path,
     steps: int = 6,
-    dropout: float = 0.0,
+    lora: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
     rows: Dataset | None = None,
     **kwargs: Any,
@@ -50,8 +50,8 @@ def trainer(
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    lora = LoraConfig(target_modules=LLAMA_PROJECTIONS, lora_dropout=dropout, task_type="CAUSAL_LM")
-    model = get_peft_model(LlamaForCausalLM(config).to(torch.float32), lora)
+    adapter = LoraConfig(target_modules=LLAMA_PROJECTIONS, task_type="CAUSAL_LM", **lora or {})
+    model = get_peft_model(LlamaForCausalLM(config).to(torch.float32), adapter)
     defaults = {
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 4,
@@ -93,8 +93,9 @@ def weights(trained: SFTTrainer) -> torch.Tensor:
     return torch.cat([value.flatten() for value in get_peft_model_state_dict(trained.model).values()])
 
 
-def test_learns_what_the_plain_path_learns(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    fast, plain = (trainer(tiny_tokenizer, tmp_path / engine, engine=engine) for engine in ("auto", "plain"))
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}])
+def test_learns_what_the_plain_path_learns(tiny_tokenizer: Any, tmp_path: Path, lora: dict[str, Any]) -> None:
+    fast, plain = (trainer(tiny_tokenizer, tmp_path / engine, engine=engine, lora=lora) for engine in ("auto", "plain"))
     fast.train()
     plain.train()
     assert fast.plain_because is None
@@ -358,13 +359,11 @@ def test_an_optimizer_handed_in_keeps_the_plain_path_also_when_asked_for_held_ou
 def test_what_it_does_not_know_takes_the_plain_path_and_says_so(
     tiny_tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    dropped = trainer(tiny_tokenizer, tmp_path, steps=1, dropout=0.1)
-    dropped.train()
-    assert dropped.fused_step is None
-    assert dropped.plain_because == "LoRA dropout"
-    assert [record.message for record in caplog.records if "plain path" in record.message] == [
-        "plain path: LoRA dropout"
-    ]
+    biased = trainer(tiny_tokenizer, tmp_path, steps=1, lora={"lora_bias": True})
+    biased.train()
+    assert biased.fused_step is None
+    assert biased.plain_because == "LoRA bias"
+    assert [record.message for record in caplog.records if "plain path" in record.message] == ["plain path: LoRA bias"]
 
 
 @pytest.mark.parametrize("family", ["opt", "llama"])

@@ -150,6 +150,7 @@ CASES: dict[str, tuple[int, dict[str, Any]]] = {
         3,
         {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "include_num_input_tokens_seen": "all"},
     ),
+    "fused, dropout": (7, {"dropout": 0.2, "eval_strategy": "steps", "eval_steps": 3}),
     "fused, packed": (3, {"packing": True, "max_length": 32, "gradient_accumulation_steps": 1}),
     "fused, 3 steps in an epoch and a rest": (4, {"gradient_accumulation_steps": 5}),
     "plain, dropout and noise": (

@@ -1,11 +1,12 @@
 """From a transformers model to the weights that the fused step and the decoder read. Nothing in the model is replaced.
 
-Takes the families of parley.models.families, bare or with plain LoRA on any of their projections. `bind` is for
-training, `read_weights` for inference.
+Takes the families of parley.models.families, bare or with LoRA on any of their projections; in training also with DoRA
+or LoRA dropout. `bind` is for training, `read_weights` for inference.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -28,6 +30,7 @@ from parley.train_step.ops import Adapter, AttentionShape, LogitTransform, QkNor
 
 # tl.dot takes at least 16 columns; more than these do not fit into shared memory.
 MIN_TRITON_HEAD, MAX_TRITON_HEAD = 16, {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
+MAX_GROUP = 4  # at least as many as the projections of a fused matrix
 
 
 class Unsupported(Exception):
@@ -56,6 +59,16 @@ class LayerWeights:
     def transforms_branches(self) -> bool:
         """Whether anything lies between a branch's last product and the residual stream."""
         return bool(self.attention_out_norm or self.mlp_out_norm or self.residual_scale is not None)
+
+    @property
+    def keeps_attention_branch(self) -> bool:
+        """Whether the gradient needs the result of o's product: for a norm, or DoRA's magnitudes."""
+        return self.attention_out_norm is not None or self.o.dora is not None
+
+    @property
+    def keeps_mlp_branch(self) -> bool:
+        """The same of down."""
+        return self.mlp_out_norm is not None or self.down.dora is not None
 
 
 @dataclass(frozen=True)
@@ -117,6 +130,10 @@ class BoundModel(ModelWeights):
 
     flat: FlatAdapters
 
+    @property
+    def has_dropout(self) -> bool:
+        return any(linear.has_dropout for linear in self.linears)
+
 
 FindAdapter = Callable[[nn.Module], Adapter | None]
 
@@ -152,8 +169,9 @@ def bind(model: nn.Module, device_type: str | None = None) -> BoundModel:
     def adapter(module: nn.Module) -> Adapter | None:
         if not isinstance(module, LoraLayer):
             return None
-        a, b = _lora_pair(module)
-        return flat.adapter(index[id(a)], index[id(b)], module.scaling[module.active_adapters[0]])
+        a, b, *magnitude = (index[id(parameter)] for parameter in _lora_weights(module))
+        scale = module.scaling[module.active_adapters[0]]
+        return flat.adapter(a, b, scale, magnitude[0] if magnitude else None, _dropout(module))
 
     # 64 columns keep the rows of the fused matrices aligned to 128 bytes, as tensor cores want them.
     return BoundModel(**_weights(base, family, adapter, 64 if device_type == "cuda" else 1), flat=flat)
@@ -167,7 +185,9 @@ def read_weights(model: nn.Module) -> ModelWeights:
     def adapter(module: nn.Module) -> Adapter | None:
         if not isinstance(module, LoraLayer):
             return None
-        a, b = (parameter.data for parameter in _lora_pair(module, trained=False))
+        if _dora(module) is not None:
+            raise Unsupported("DoRA adapters")
+        a, b = (parameter.data for parameter in _lora_weights(module))
         no_gradient = a.new_empty(0)
         return Adapter(a, b, no_gradient, no_gradient, module.scaling[module.active_adapters[0]])
 
@@ -177,6 +197,7 @@ def read_weights(model: nn.Module) -> ModelWeights:
 def _weights(base: PreTrainedModel, family: ModelFamily, adapter: FindAdapter, rank_multiple: int) -> dict[str, Any]:
     """The fields of ModelWeights."""
     decoder = base.model
+    streams = itertools.count()
 
     def fused(modules: list[nn.Module], names: tuple[str, ...]) -> FusedLinear:
         bases = [_base_weight(module) for module in modules]
@@ -184,7 +205,9 @@ def _weights(base: PreTrainedModel, family: ModelFamily, adapter: FindAdapter, r
             if bias is not None and name not in family.biases:
                 raise Unsupported(f"a bias on {name}")
         bias_N = _fused_bias([bias for _, bias in bases])
-        return FusedLinear([weight for weight, _ in bases], [adapter(m) for m in modules], bias_N, rank_multiple)
+        stream = MAX_GROUP * next(streams)
+        adapters = [adapter(module) for module in modules]
+        return FusedLinear([weight for weight, _ in bases], adapters, bias_N, rank_multiple, stream)
 
     def norm(parent: nn.Module, name: str | None) -> RmsNorm | None:
         if name is None:
@@ -267,13 +290,13 @@ def _projections(base: PreTrainedModel, family: ModelFamily) -> list[list[list[n
 
 
 def _lora_parameters(group: list[nn.Module]) -> list[nn.Parameter]:
-    """All A, then all B: neighbours in the flat buffer, so that one kernel launch serves a group."""
-    pairs = [_lora_pair(module) for module in group if isinstance(module, LoraLayer)]
-    return [a for a, _ in pairs] + [b for _, b in pairs]
+    """All A, then all B, then all magnitudes: neighbours in the flat buffer, so that one launch serves a group."""
+    weights = [_lora_weights(module) for module in group if isinstance(module, LoraLayer)]
+    return [weight for part in itertools.zip_longest(*weights) for weight in part if weight is not None]
 
 
-def _lora_pair(module: LoraLayer, *, trained: bool = True) -> tuple[nn.Parameter, nn.Parameter]:
-    """A and B of the one active adapter; Unsupported for whatever is not plain LoRA (dropout: in training)."""
+def _lora_weights(module: LoraLayer) -> list[nn.Parameter]:
+    """A and B of the one active adapter, and DoRA's magnitude; Unsupported for whatever else there is."""
     if not isinstance(module, LoraLinear) and type(module).__name__ != "Linear4bit":
         raise Unsupported(f"adapters of type {type(module).__name__}")
     if len(module.lora_A) != 1 or len(module.active_adapters) != 1:
@@ -281,13 +304,37 @@ def _lora_pair(module: LoraLayer, *, trained: bool = True) -> tuple[nn.Parameter
     name = module.active_adapters[0]
     if module.merged or module.disable_adapters:
         raise Unsupported("the adapter is merged or switched off")
-    if name in module.lora_variant:
+    if name in module.lora_variant and not isinstance(module.lora_variant[name], DoraLinearVariant):
         raise Unsupported(f"{type(module.lora_variant[name]).__name__} adapters")
     if module.lora_bias[name]:
         raise Unsupported("LoRA bias")
-    if trained and not isinstance(module.lora_dropout[name], nn.Identity):
-        raise Unsupported("LoRA dropout")
-    return module.lora_A[name].weight, module.lora_B[name].weight
+    weights, magnitude = [module.lora_A[name].weight, module.lora_B[name].weight], _dora(module)
+    return weights if magnitude is None else [*weights, magnitude]
+
+
+def _dora(module: LoraLayer) -> nn.Parameter | None:
+    """The magnitude of DoRA; None for plain LoRA."""
+    name = module.active_adapters[0]
+    return module.lora_magnitude_vector[name].weight if name in module.lora_variant else None
+
+
+def _dropout(module: LoraLayer) -> float:
+    """The probability of LoRA dropout in training."""
+    dropout = module.lora_dropout[module.active_adapters[0]]
+    p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
+    if p and _dora(module) is not None:  # PEFT then multiplies W with the input as it is and with the dropped one
+        raise Unsupported("DoRA with LoRA dropout")
+    if not 0 <= p < 1:
+        raise Unsupported(f"LoRA dropout of {p}")
+    return float(p)
+
+
+def has_lora_dropout(model: nn.Module) -> bool:
+    """Whether an active adapter of `model` has dropout in training."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    names = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.lora_dropout]
+    dropouts = [layer.lora_dropout[name] for layer, name in names]
+    return any(isinstance(dropout, nn.Dropout) and dropout.p > 0 for dropout in dropouts)
 
 
 def _base_weight(module: nn.Module) -> tuple[BaseWeight, Tensor | None]:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from parley.train_step.bind import LayerWeights
-from parley.train_step.fused_linear import FusedLinear, FusedMatrixCache
+from parley.train_step.fused_linear import Dropout, FusedLinear, FusedMatrixCache
 from parley.train_step.matmul import copy_if_elsewhere
 from parley.train_step.ops import Ops, RmsNorm, RopeTable
 from parley.train_step.packed_batch import DeviceBatch
@@ -45,9 +45,21 @@ class PassContext:
     batch: DeviceBatch
     workspace: Workspace
     tokens: int  # rows of a buffer: the pass's, or the supervised ones
+    training: bool = True  # adapters have their dropout
 
     def take(self, name: str, index: int, columns: int | None = None) -> Tensor:
         return self.workspace.take(name, index, self.tokens, columns)
+
+    def dropout(self, rows: slice) -> Dropout | None:
+        """For a linear of these rows of the pass; None where no adapter has any."""
+        if not self.training or "dropped" not in self.workspace.columns:
+            return None
+        scratch = self.workspace.take("dropped", 0, rows.stop - rows.start)
+        return Dropout(self.ops, self.batch.seed, scratch, rows.start)
+
+    @property
+    def rows(self) -> slice:
+        return slice(0, self.tokens)
 
     def mlp_chunks(self) -> Iterator[slice]:
         """The rows that go through the MLP at a time."""
@@ -113,7 +125,7 @@ def forward(
     normed = context.take("normed", index, layer.qkv.in_features + layer.qkv.lora_columns)
     x_TD = h_TD if delta_TD is None else context.take("x", index)
     _norm(context, h_TD, delta_TD, layer.input_norm, normed, x_TD)
-    layer.qkv.lora_down(context.matrices[layer.qkv], normed)
+    _lora_down(context, layer.qkv, normed)
     saved = SavedActivations(index, x_TD, normed)
     _recompute_attention(context, layer, saved)
     if supervised is None:
@@ -121,7 +133,10 @@ def forward(
     assert saved.attention_out is not None
     x_SD, attention_out = (tensor.index_select(0, supervised.row_S) for tensor in (saved.x, saved.attention_out))
     saved.supervised = SavedActivations(index, x_SD, attention_out=attention_out)
-    return saved, *_mlp(replace(context, tokens=len(x_SD)), layer, saved.supervised)
+    context = replace(context, tokens=len(x_SD))
+    if layer.o.has_dropout:  # masks go by row, and the backward pass has these rows alone
+        _lora_down(context, layer.o, attention_out)
+    return saved, *_mlp(context, layer, saved.supervised)
 
 
 def _mlp(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> tuple[Tensor, Tensor]:
@@ -130,12 +145,12 @@ def _mlp(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> 
     assert saved.mid is not None
     mid_TD, y_TD = saved.mid, context.take("branch", saved.index)
     raw_TD = y_TD
-    if layer.mlp_out_norm is not None:
+    if layer.keeps_mlp_branch:
         raw_TD = saved.mlp_branch = context.take("mlp_branch", saved.index)
     policy = SAVED_BUFFERS[context.workspace.plan.saved]
     for chunk in context.mlp_chunks():
         gate_up, act = _recompute_mlp(context, layer, saved, chunk)
-        copy_if_elsewhere(layer.down.forward(context.matrices[layer.down], act, raw_TD[chunk]), raw_TD[chunk])
+        _forward_into(context, layer.down, act, raw_TD[chunk])
         if "gate_up" in policy:
             saved.gate_up, saved.act = gate_up, act
     _finish_branch(context, layer, layer.mlp_out_norm, raw_TD, y_TD)
@@ -146,26 +161,28 @@ def _mlp(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> 
 def _finish_branch(
     context: PassContext, layer: LayerWeights, norm: RmsNorm | None, raw_TD: Tensor, out_TD: Tensor
 ) -> None:
-    """Write what a branch adds to the residual stream into `out_TD`, which is `raw_TD` itself without a norm."""
+    """Write what a branch adds to the residual stream into `out_TD`, from its product, which may lie there already."""
     if norm is not None:
         context.ops.rms_norm(raw_TD, None, norm.weight_D, norm.eps, out_TD)
+    else:
+        copy_if_elsewhere(raw_TD, out_TD)
     if layer.residual_scale is not None:
         out_TD.mul_(layer.residual_scale)
 
 
 def _recompute_attention(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> None:
     """Compute what `saved` lacks up to the attention output, from what it has."""
-    ops, matrices, index = context.ops, context.matrices, saved.index
+    ops, index = context.ops, saved.index
     if saved.normed is None:
         saved.normed = context.take("normed", index, layer.qkv.in_features + layer.qkv.lora_columns)
         _norm(context, saved.x, None, layer.input_norm, saved.normed, saved.x)
-        layer.qkv.lora_down(matrices[layer.qkv], saved.normed)
+        _lora_down(context, layer.qkv, saved.normed)
     if saved.qkv is None:
         saved.qkv = context.take("qkv", index, layer.qkv.out_features)
         raw_TC = saved.qkv
         if layer.qk_norm is not None:  # the norm's gradient needs its input
             raw_TC = saved.qkv_unnormed = context.take("qkv_unnormed", index, layer.qkv.out_features)
-        copy_if_elsewhere(layer.qkv.forward(matrices[layer.qkv], saved.normed, raw_TC), raw_TC)
+        _forward_into(context, layer.qkv, saved.normed, raw_TC)
         if layer.qk_norm is not None:
             ops.qk_norm(raw_TC, layer.qk_norm, layer.shape, saved.qkv)
         if layer.rope is not None:
@@ -174,12 +191,12 @@ def _recompute_attention(context: PassContext, layer: LayerWeights, saved: Saved
         saved.attention_out = context.take("attention_out", index, layer.o.in_features + layer.o.lora_columns)
         out_TD = saved.attention_out[:, : layer.o.in_features]
         saved.lse = ops.attention(saved.qkv, context.batch, layer.shape, out_TD)
-        layer.o.lora_down(matrices[layer.o], saved.attention_out)
+        _lora_down(context, layer.o, saved.attention_out)
 
 
 def _recompute_mid(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> None:
     """Compute what `saved` lacks between the attention output and the MLP."""
-    matrices, index = context.matrices, saved.index
+    index = saved.index
     assert saved.attention_out is not None
     if saved.mid_normed is None:
         saved.mid_normed = context.take("mid_normed", index, layer.gate_up.in_features + layer.gate_up.lora_columns)
@@ -188,18 +205,20 @@ def _recompute_mid(context: PassContext, layer: LayerWeights, saved: SavedActiva
             residual_TD, saved.mid = saved.x, context.take("mid", index)
             delta_TD = _attention_branch(context, layer, saved)
         _norm(context, residual_TD, delta_TD, layer.mlp_norm, saved.mid_normed, saved.mid)
-        layer.gate_up.lora_down(matrices[layer.gate_up], saved.mid_normed)
+        _lora_down(context, layer.gate_up, saved.mid_normed)
 
 
 def _attention_branch(context: PassContext, layer: LayerWeights, saved: SavedActivations) -> Tensor:
     """What attention adds to the residual stream, from its output."""
     out_TD = raw_TD = context.take("branch", saved.index)
-    if layer.attention_out_norm is not None:
+    if layer.keeps_attention_branch:
         raw_TD = saved.attention_branch = context.take("attention_branch", saved.index)
-    product_TD = layer.o.forward(context.matrices[layer.o], saved.attention_out, raw_TD)
-    if not layer.transforms_branches:  # wherever the product lies
+    product_TD = layer.o.forward(context.matrices[layer.o], saved.attention_out, raw_TD, context.ops)
+    if not (layer.transforms_branches or layer.keeps_attention_branch):  # wherever the product lies
         return product_TD
     copy_if_elsewhere(product_TD, raw_TD)
+    if not layer.transforms_branches:
+        return raw_TD
     _finish_branch(context, layer, layer.attention_out_norm, raw_TD, out_TD)
     return out_TD
 
@@ -214,13 +233,12 @@ def _recompute_mlp(
     if gate_up is None:
         gate_up = take("gate_up", saved.index, rows, layer.gate_up.out_features + layer.gate_up.lora_columns)
         out_T2F = gate_up[:, : layer.gate_up.out_features]
-        matrix = context.matrices[layer.gate_up]
-        copy_if_elsewhere(layer.gate_up.forward(matrix, saved.mid_normed[chunk], out_T2F), out_T2F)
+        _forward_into(context, layer.gate_up, saved.mid_normed[chunk], out_T2F)
     if act is None:
         act = take("act", saved.index, rows, layer.down.in_features + layer.down.lora_columns)
         gate_up_T2F = gate_up[:, : layer.gate_up.out_features]
         context.ops.glu(gate_up_T2F, act[:, : layer.down.in_features], layer.activation)
-        layer.down.lora_down(context.matrices[layer.down], act)
+        _lora_down(context, layer.down, act, chunk)
     return gate_up, act
 
 
@@ -268,39 +286,49 @@ def _mlp_backward(
         gate_up, act = _recompute_mlp(context, layer, saved, chunk)
         products_T2F = gate_up[:, : layer.gate_up.out_features]
         raw_TD = _mlp_branch(context, layer, saved, chunk, act)
-        dy = _branch_gradient(context, layer, saved.index, layer.mlp_out_norm, raw_TD, dh_TDP[chunk])
-        dact_TF = _linear_backward(context, layer.down, dy, act, act)
-        ops.glu_backward(dact_TF, products_T2F, products_T2F, layer.activation)
+        dy = _branch_gradient(context, layer, layer.down, layer.mlp_out_norm, raw_TD, dh_TDP[chunk])
+        dact_TF = _linear_backward(context, layer.down, dy, act, act, raw_TD, chunk)
+        dgate_up = gate_up
+        if layer.gate_up.dora is not None:  # whose gradient needs the products
+            dgate_up = context.workspace.take("dgate_up", 0, len(gate_up), gate_up.shape[1])
+        dproducts_T2F = dgate_up[:, : layer.gate_up.out_features]
+        ops.glu_backward(dact_TF, products_T2F, dproducts_T2F, layer.activation)
         normed = saved.mid_normed[chunk]
-        copy_if_elsewhere(_linear_backward(context, layer.gate_up, gate_up, normed, normed), dnormed_TD[chunk])
+        dx_TD = _linear_backward(context, layer.gate_up, dgate_up, normed, normed, products_T2F, chunk)
+        copy_if_elsewhere(dx_TD, dnormed_TD[chunk])
     _norm_backward(context, dnormed_TD, saved.mid, layer.mlp_norm, dh_TDP)
-    if layer.attention_out_norm is not None and saved.attention_branch is None:
+    if layer.keeps_attention_branch and saved.attention_branch is None:
         _attention_branch(context, layer, saved)
-    dy = _branch_gradient(context, layer, saved.index, layer.attention_out_norm, saved.attention_branch, dh_TDP)
-    return _linear_backward(context, layer.o, dy, saved.attention_out, out_TD)
+    raw_TD = saved.attention_branch
+    dy = _branch_gradient(context, layer, layer.o, layer.attention_out_norm, raw_TD, dh_TDP)
+    return _linear_backward(context, layer.o, dy, saved.attention_out, out_TD, raw_TD)
 
 
 def _mlp_branch(
     context: PassContext, layer: LayerWeights, saved: SavedActivations, chunk: slice, act: Tensor
 ) -> Tensor | None:
-    """The rows `chunk` of y before its norm; None for families without one."""
-    if layer.mlp_out_norm is None:
+    """The rows `chunk` of down's product, where its gradient needs them."""
+    if not layer.keeps_mlp_branch:
         return None
     if saved.mlp_branch is not None:
         return saved.mlp_branch[chunk]
     raw_TD = context.take("mlp_branch", saved.index)[chunk]
-    copy_if_elsewhere(layer.down.forward(context.matrices[layer.down], act, raw_TD), raw_TD)
-    return raw_TD
+    return _forward_into(context, layer.down, act, raw_TD)
 
 
 def _branch_gradient(
-    context: PassContext, layer: LayerWeights, index: int, norm: RmsNorm | None, raw_TD: Tensor | None, dh_TDP: Tensor
+    context: PassContext,
+    layer: LayerWeights,
+    linear: FusedLinear,
+    norm: RmsNorm | None,
+    raw_TD: Tensor | None,
+    dh_TDP: Tensor,
 ) -> Tensor:
-    """The gradient of a branch's product, with LoRA columns: `dh_TDP` itself where nothing lies between."""
-    if norm is None and layer.residual_scale is None:
+    """The gradient of a branch's product by `linear`, with LoRA columns: `dh_TDP` itself where nothing lies between."""
+    if norm is None and layer.residual_scale is None and linear.dora is None:  # DoRA scales it in place
         return dh_TDP
     hidden = layer.down.out_features
-    dy_TDP = context.workspace.take("dbranch", index, len(dh_TDP), dh_TDP.shape[1])
+    dy_TDP = context.workspace.take("dbranch", 0, len(dh_TDP), dh_TDP.shape[1])
     dy_TD = dy_TDP[:, :hidden]
     if norm is None:
         context.ops.copy_scaled(dh_TDP[:, :hidden], dy_TD, layer.residual_scale or 1.0)
@@ -335,7 +363,10 @@ def _attention_backward(
     if layer.qk_norm is not None:
         assert saved.qkv_unnormed is not None
         ops.qk_norm_backward(dqkv_TC, saved.qkv_unnormed, layer.qk_norm, layer.shape)
-    dnormed_TD = _linear_backward(context, layer.qkv, dqkv, saved.normed, saved.normed, want_dx=want_dx)
+    raw_TC = saved.qkv if saved.qkv_unnormed is None else saved.qkv_unnormed
+    if layer.qkv.dora is not None and layer.qk_norm is None and layer.rope is not None:  # the product before rotation
+        ops.rope(saved.qkv, context.batch, context.rope[layer.rope], layer.shape, inverse=True)
+    dnormed_TD = _linear_backward(context, layer.qkv, dqkv, saved.normed, saved.normed, raw_TC, want_dx=want_dx)
     if want_dx:
         _norm_backward(context, dnormed_TD, saved.x, layer.input_norm, dh_TDP)
 
@@ -364,14 +395,34 @@ def _norm_backward(
         context.ops.rms_norm_backward(dnormed_TD, x_TD, norm.weight_D, norm.eps, dh_TD)
 
 
+def _lora_down(context: PassContext, linear: FusedLinear, x: Tensor, rows: slice | None = None) -> None:
+    """Fill the LoRA columns of `x`, which are these rows of the pass; all without `rows`."""
+    linear.lora_down(context.matrices[linear], x, context.dropout(rows or context.rows))
+
+
+def _forward_into(context: PassContext, linear: FusedLinear, x: Tensor, out_TN: Tensor) -> Tensor:
+    """`linear` of `x`, whose LoRA columns are filled, in `out_TN`."""
+    return copy_if_elsewhere(linear.forward(context.matrices[linear], x, out_TN, context.ops), out_TN)
+
+
 def _linear_backward(
-    context: PassContext, linear: FusedLinear, dy: Tensor, x: Tensor, out: Tensor, *, want_dx: bool = True
+    context: PassContext,
+    linear: FusedLinear,
+    dy: Tensor,
+    x: Tensor,
+    out: Tensor,
+    y_TN: Tensor | None,
+    rows: slice | None = None,
+    *,
+    want_dx: bool = True,
 ) -> Tensor:
     """The gradient of `linear`'s input, in the first columns of `out` or elsewhere; undefined without `want_dx`.
 
-    `dy` may have more LoRA columns than this linear needs.
+    `dy` may have more LoRA columns than this linear needs. `y_TN`: the linear's result, which DoRA's gradient reads.
+    `rows` as in `_lora_down`.
     """
     dy = dy[:, : linear.out_features + linear.lora_columns]
-    out_TK = out[:, : linear.in_features]
-    dx_TK = linear.backward(context.matrices[linear], dy, x, context.ops, out_TK if want_dx else None)
+    out_TK, matrix = out[:, : linear.in_features], context.matrices[linear]
+    dropout = context.dropout(rows or context.rows)
+    dx_TK = linear.backward(matrix, dy, x, context.ops, out_TK if want_dx else None, y_TN, dropout)
     return out_TK if dx_TK is None else dx_TK

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from parley.train_step.ops import Adapter
+from parley.train_step.ops import Adapter, Magnitude
 from parley.units import round_up
 
 OPTIMIZER_BLOCK = 256  # 8-bit AdamW quantises its state in such blocks: none may span two parameters
@@ -104,7 +104,9 @@ class FlatAdapters:
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
 
-    def adapter(self, a: int, b: int, scale: float) -> Adapter:
-        """The adapter whose A and B are the parameters at index `a` and `b`."""
-        trainable = self.trainable[a] or self.trainable[b]
-        return Adapter(self.weights[a], self.weights[b], self.gradients[a], self.gradients[b], scale, trainable)
+    def adapter(self, a: int, b: int, scale: float, m: int | None = None, dropout: float = 0.0) -> Adapter:
+        """The adapter whose A, B and DoRA's magnitude are the parameters at these indices."""
+        trainable = any(self.trainable[index] for index in (a, b, m) if index is not None)
+        magnitude = None if m is None else Magnitude(self.weights[m], self.gradients[m])
+        weights = self.weights[a], self.weights[b], self.gradients[a], self.gradients[b]
+        return Adapter(*weights, scale, trainable, magnitude, dropout)

@@ -160,7 +160,7 @@ class FusedStep:
             packed = self._pack(documents[run])
             if len(packed.row_S):
                 batch = self._upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
-                loss_S = self.head(batch, self.forward(batch), want_gradient=False)
+                loss_S = self.head(batch, self.forward(batch, training=False), want_gradient=False)
                 sums.index_add_(0, slots.of(run).to(sums.device), -loss_S)
         return sums
 
@@ -172,7 +172,7 @@ class FusedStep:
             packed = self._pack(documents[run])
             if len(packed.row_S):
                 batch = self._upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
-                self.head(batch, self.forward(batch), want_gradient=False)
+                self.head(batch, self.forward(batch, training=False), want_gradient=False)
         return self.metrics_3.clone()
 
     def idle_buffers(self) -> list[Tensor]:
@@ -227,17 +227,21 @@ class FusedStep:
         if any(moved) and self.graphs is not None:
             self.graphs.clear()
 
-    def _upload(self, packed: PackedBatch, scale: float, tokens: int, *, graphed: bool = False) -> DeviceBatch:
+    def _upload(
+        self, packed: PackedBatch, scale: float, tokens: int, *, graphed: bool = False, seed: int = 0
+    ) -> DeviceBatch:
         """`packed` on the device, padded to `tokens`. Drops the graphs if a buffer that they read had to move."""
         self.reserve(tokens, max(packed.lengths))
-        return self.staging.upload(packed.padded(tokens), scale, None if graphed else packed.lengths)
+        return self.staging.upload(packed.padded(tokens), scale, None if graphed else packed.lengths, seed)
 
     def _pass(self, packed: PackedBatch, scale: float, head: Head | None = None) -> None:
-        head = head or self.head
-        if self.graphs is not None and self.graphs.takes(len(packed.ids_T)):
-            self.graphs.run(self._upload(packed, scale, self.graphs.tokens_for(len(packed.ids_T)), graphed=True), head)
+        head, tokens = head or self.head, len(packed.ids_T)
+        # Of torch's generator on the host, which checkpoints hold.
+        seed = int(torch.randint(2**31, ())) if self.bound.has_dropout else 0
+        if self.graphs is not None and self.graphs.takes(tokens):
+            self.graphs.run(self._upload(packed, scale, self.graphs.tokens_for(tokens), graphed=True, seed=seed), head)
             return
-        self.run_eager(self._upload(packed, scale, round_up(len(packed.ids_T), self.row_multiple)), head)
+        self.run_eager(self._upload(packed, scale, round_up(tokens, self.row_multiple), seed=seed), head)
 
     def run_eager(self, batch: DeviceBatch, head: Head | None = None) -> None:
         """A whole pass without a graph."""
@@ -245,8 +249,9 @@ class FusedStep:
         (head or self.head)(batch, state)
         self.backward(batch, state)
 
-    def forward(self, batch: DeviceBatch) -> ForwardState:
-        context = self._context(batch)
+    def forward(self, batch: DeviceBatch, *, training: bool = True) -> ForwardState:
+        """`training`: with the adapters' dropout."""
+        context = self._context(batch, training=training)
         self.matrices.refresh_adapters()
         h_TD = torch.index_select(self.bound.embedding_VD, 0, batch.ids_T, out=context.take("x", 0))
         if self.bound.embedding_scale is not None:
@@ -302,8 +307,8 @@ class FusedStep:
             dh_TDP = backward(context, layer, saved, dh_TDP, want_dx=index > 0, supervised=supervised)
             supervised = None
 
-    def _context(self, batch: DeviceBatch) -> PassContext:
-        return PassContext(self.ops, self.matrices, self.rope, batch, self.workspace, batch.tokens)
+    def _context(self, batch: DeviceBatch, *, training: bool = True) -> PassContext:
+        return PassContext(self.ops, self.matrices, self.rope, batch, self.workspace, batch.tokens, training)
 
 
 class _WeightedHead:

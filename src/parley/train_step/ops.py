@@ -87,10 +87,19 @@ class LogitTransform:
 
 
 @dataclass(frozen=True)
+class Magnitude:
+    """DoRA's magnitude of each output feature and its gradient, views of the flat buffers, fp32."""
+
+    m_N: Tensor
+    dm_N: Tensor
+
+
+@dataclass(frozen=True)
 class Adapter:
     """Views of one projection's LoRA weights and gradients in the flat buffers, fp32.
 
-    `trainable`: whether A or B is. The gradient of the other, if it is frozen, is computed and never read.
+    `trainable`: whether A, B or the magnitude is. The gradient of another, if it is frozen, is computed and never read.
+    `dropout`: probability that an element of the adapter's input is zeroed.
     """
 
     a_RK: Tensor
@@ -99,6 +108,8 @@ class Adapter:
     db_NR: Tensor
     scale: float
     trainable: bool = True
+    magnitude: Magnitude | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -131,6 +142,31 @@ class Ops(Protocol):
         """Add v^T x to each adapter's dA and s dy^T u to its dB, in fp32.
 
         Columns of `dy_TNP` from `out_features` on hold v = s dy B, those of `x_TKP` from `in_features` on u = x A^T.
+        """
+
+    def scale_columns(self, x_TN: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> None:
+        """x = scale x + bias in place; `scale_N` in fp32."""
+
+    def scale_columns_backward(
+        self, dy_TN: Tensor, y_TN: Tensor, scale_N: Tensor, bias_N: Tensor | None, dot_N: Tensor
+    ) -> None:
+        """Write the sum over tokens of dy (y - bias) into the fp32 `dot_N`, then dy = scale dy in place."""
+
+    def dropout(
+        self,
+        x_TK: Tensor,
+        out_TK: Tensor,
+        seed: Tensor,
+        stream: int,
+        p: float,
+        first_row: int = 0,
+        *,
+        add: bool = False,
+    ) -> None:
+        """out = x with each element zeroed with probability p, the others divided by 1 - p; `add`: out += that.
+
+        Which are zeroed is a function of the 0-dim int32 `seed`, `stream`, row and column alone; rows count from
+        `first_row`. Both matrices may be strided.
         """
 
     def dequantize_nf4(self, packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:

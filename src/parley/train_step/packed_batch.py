@@ -128,6 +128,7 @@ class DeviceBatch:
     row_S: Tensor
     target_S: Tensor
     scale: Tensor  # 0-dim fp32: one over the summed loss weights of the whole optimizer step
+    seed: Tensor  # 0-dim int32, of the pass's dropout
     lengths: tuple[int, ...] | None  # None under a CUDA graph, where only the device knows them
     weight_S: Tensor | None = None  # loss weights in fp32; not in the static copy, so not for a captured graph
     context: ContextLayout | None = None  # where the row is split over ranks, and these are the tokens of one
@@ -161,10 +162,10 @@ class StagingBuffer:
         self.host, self.static = self._allocate(tokens)
         return True
 
-    def upload(self, batch: PackedBatch, scale: float, lengths: tuple[int, ...] | None) -> DeviceBatch:
+    def upload(self, batch: PackedBatch, scale: float, lengths: tuple[int, ...] | None, seed: int = 0) -> DeviceBatch:
         """Copy `batch` to the device; the result's tensors are views of the static device copy."""
         parts = [
-            np.array([scale], dtype=np.float32).view(np.int32),
+            np.array([np.float32(scale).view(np.int32), seed], dtype=np.int32),
             *(batch.ids_T, batch.position_T, batch.start_T, batch.end_T, batch.row_S, batch.target_S),
         ]
         ends = list(accumulate(round_up(len(part), ALIGNMENT) for part in parts))
@@ -177,12 +178,12 @@ class StagingBuffer:
         self.static[: ends[-1]].copy_(self.host[: ends[-1]], non_blocking=True)
         if self.uploaded is not None:
             self.uploaded.record()
-        scale_1, ids_T, position_T, start_T, end_T, row_S, target_S = (self.static[span] for span in spans)
+        scalars_2, ids_T, position_T, start_T, end_T, row_S, target_S = (self.static[span] for span in spans)
         weight_S = None if batch.weight_S is None else torch.from_numpy(batch.weight_S).to(self.device)
-        scale = scale_1.view(torch.float32)[0]
-        return DeviceBatch(ids_T, position_T, start_T, end_T, row_S, target_S, scale, lengths, weight_S)
+        scale = scalars_2.view(torch.float32)[0]
+        return DeviceBatch(ids_T, position_T, start_T, end_T, row_S, target_S, scale, scalars_2[1], lengths, weight_S)
 
 
 def _capacity(tokens: int) -> int:
-    """The most int32 elements a packed batch of `tokens` takes: the scale and six arrays, each aligned."""
+    """The most int32 elements a packed batch of `tokens` takes: the two scalars and six arrays, each aligned."""
     return ALIGNMENT + 6 * round_up(tokens, ALIGNMENT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,6 +20,7 @@ __all__ = [
     "copy_scaled",
     "cross_entropy",
     "dequantize_nf4",
+    "dropout",
     "glu",
     "glu_backward",
     "prepare_copies",
@@ -28,6 +30,8 @@ __all__ = [
     "rms_norm_backward",
     "rope",
     "run_copies",
+    "scale_columns",
+    "scale_columns_backward",
 ]
 
 
@@ -64,6 +68,32 @@ def _add_product(p_TM: Tensor, q_TN: Tensor, out_MN: Tensor, scale: float) -> No
     else:
         # In fp32, as the gradients are: a sum over many tokens in bf16 loses small terms.
         out_MN.add_(p_TM.t().float() @ q_TN.float(), alpha=scale)
+
+
+def scale_columns(x_TN: Tensor, scale_N: Tensor, bias_N: Tensor | None) -> None:
+    x_TN.mul_(scale_N)
+    if bias_N is not None:
+        x_TN.add_(bias_N)
+
+
+def scale_columns_backward(dy_TN: Tensor, y_TN: Tensor, scale_N: Tensor, bias_N: Tensor | None, dot_N: Tensor) -> None:
+    z_TN = y_TN.float() if bias_N is None else y_TN.float() - bias_N
+    dot_N.copy_((z_TN * dy_TN).sum(0))
+    dy_TN.mul_(scale_N)
+
+
+def dropout(
+    x_TK: Tensor, out_TK: Tensor, seed: Tensor, stream: int, p: float, first_row: int = 0, *, add: bool = False
+) -> None:
+    # numpy's, since torch's generator on a CPU reads 32 bits of a seed. It fills rows one after the other, so that
+    # earlier rows have to be sampled for later ones.
+    generator = np.random.default_rng([int(seed), stream])
+    random_TK = generator.random((first_row + len(x_TK), x_TK.shape[1]), dtype=np.float32)[first_row:]
+    factor_TK = torch.from_numpy(random_TK >= p).to(x_TK.dtype) / (1 - p)
+    if add:
+        out_TK.addcmul_(x_TK, factor_TK)
+    else:
+        torch.mul(x_TK, factor_TK, out=out_TK)
 
 
 def dequantize_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out_NK: Tensor) -> None:

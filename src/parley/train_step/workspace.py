@@ -30,7 +30,7 @@ SAVED_BUFFERS = {
     "attention_offloaded": ATTENTION,
     "layer_inputs": frozenset({"x"}),
 }
-MLP_BUFFERS = ("gate_up", "act")  # chunked by rows where the plan says so
+MLP_BUFFERS = ("gate_up", "act", "dgate_up")  # chunked by rows where the plan says so
 OFFLOAD_BUFFERS = 2  # device buffers of each offloaded name
 MMAP_BYTES = 31 * 2**20  # glibc's M_MMAP_THRESHOLD grows to at most 32 MiB
 
@@ -59,12 +59,16 @@ def buffer_columns(bound: BoundModel) -> dict[str, int]:
     }
     if any(layer.qk_norm is not None for layer in bound.layers):
         columns["qkv_unnormed"] = columns["qkv"]
-    if any(layer.attention_out_norm is not None for layer in bound.layers):
+    if any(layer.keeps_attention_branch for layer in bound.layers):
         columns["attention_branch"] = hidden
-    if any(layer.mlp_out_norm is not None for layer in bound.layers):
+    if any(layer.keeps_mlp_branch for layer in bound.layers):
         columns["mlp_branch"] = hidden
-    if any(layer.transforms_branches for layer in bound.layers):
+    if any(layer.transforms_branches or layer.o.dora or layer.down.dora for layer in bound.layers):
         columns["dbranch"] = columns["dh"]
+    if any(layer.gate_up.dora for layer in bound.layers):
+        columns["dgate_up"] = columns["gate_up"]
+    if bound.has_dropout:
+        columns["dropped"] = max(linear.in_features + linear.lora_columns for linear in bound.linears)
     return columns
 
 

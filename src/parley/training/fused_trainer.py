@@ -255,6 +255,7 @@ class FusedTrainer(CapturedTrainer):
 
     def _retry_fused(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Result]) -> Result:
         """`attempt()`, with the step's passes halved while memory runs out."""
+        random_state = torch.get_rng_state()  # what the seeds of dropout are sampled from
 
         def reduce() -> bool:
             step = self.fused_step
@@ -263,6 +264,7 @@ class FusedTrainer(CapturedTrainer):
             if tokens is None:
                 return False
             step.limit_pass(tokens)
+            torch.set_rng_state(random_state)
             self.record_reduction(during, f"passes of at most {tokens:,} tokens")
             return True
 

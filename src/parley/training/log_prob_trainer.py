@@ -18,6 +18,7 @@ from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, padding_free_row, split_by_tokens
 from parley.errors import UsageError
 from parley.library_compat.trl import copy_figures, restore_figures
+from parley.train_step.bind import has_lora_dropout
 from parley.train_step.slots import Slots
 from parley.training.fused_trainer import FusedTrainer, unsupported_training_option
 from parley.training.out_of_memory import lengths_of
@@ -55,7 +56,10 @@ class LogProbTrainer(FusedTrainer):
         self.plain_because = CAPTURED
 
     def _unsupported_option(self) -> str | None:
-        return unsupported_training_option(self.args)
+        reason = unsupported_training_option(self.args)
+        if reason is None and has_lora_dropout(self.model):  # the sums would be of other masks than their gradient
+            return "LoRA dropout"
+        return reason
 
     def rehearse(self, model: torch.nn.Module) -> None:
         # A pass that does not fit is split in two while training.

@@ -21,4 +21,6 @@ def path_finding(name: str) -> Finding:
         return Finding(
             label, f"{path}: {reason}", "note", "`parley plan` counts a run; training says the path it takes"
         )
-    return Finding(label, f"fused step and Parley's decoder ({family.model_type} family)")
+    return Finding(
+        label, f"fused step and Parley's decoder ({family.model_type} family); dropout and DoRA train on the fused step"
+    )

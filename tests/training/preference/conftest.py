@@ -58,11 +58,13 @@ def labelled() -> Dataset:
     return Dataset.from_list(rows)
 
 
-def demo_adapter(seed: int = 0) -> tuple[PeftModel, Any]:
+def demo_adapter(seed: int = 0, dropout: float = 0.0) -> tuple[PeftModel, Any]:
     """The embedded model with an adapter whose B is not zero, so that it differs from its base."""
     model, tokenizer = load_model(RunConfig.create({"model": "parley-demo"}).model)
     torch.manual_seed(seed)
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=LLAMA_PROJECTIONS))
+    adapted = get_peft_model(
+        model, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=LLAMA_PROJECTIONS)
+    )
     return adapted, tokenizer
 
 

@@ -236,6 +236,18 @@ def test_log_probabilities_are_of_the_answers_alone(pairs: Dataset, options: dic
             assert float(sums[index]) == pytest.approx(expected, abs=2e-4, rel=1e-5)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_dropout_takes_the_plain_path(dropout: float, pairs: Dataset, options: dict[str, Any]) -> None:
+    """The fused step's sums would be of other masks than their gradient, where they take a pass of their own."""
+    model, tokenizer = demo_adapter(dropout=dropout)
+    trainer = parley.DPOTrainer(
+        model, args=parley.DPOConfig(**options), train_dataset=pairs, processing_class=tokenizer
+    )
+    trainer.bind_fused_step()
+    assert (trainer.fused_step is None) == (dropout > 0)
+    assert dropout == 0 or "LoRA dropout" in (trainer.plain_because or "")
+
+
 @pytest.mark.parametrize("engine", ["auto", "plain"])
 def test_a_step_in_several_passes_is_the_same(engine: Engine, pairs: Dataset, options: dict[str, Any]) -> None:
     """KTO's, ORPO's and DPO's losses need all sums of a micro-batch: they are computed before the passes."""
