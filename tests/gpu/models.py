@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -36,10 +38,11 @@ def quantised(model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-def adapted(model: LlamaForCausalLM, deviation: float) -> PeftModel:
+def adapted(model: LlamaForCausalLM, deviation: float, **options: Any) -> PeftModel:
     """LoRA r = 8 on all projections, off its start so that it says something."""
     torch.manual_seed(1)
-    adapted = get_peft_model(model, LoraConfig(target_modules=LLAMA_PROJECTIONS, r=8, task_type="CAUSAL_LM"))
+    lora = LoraConfig(target_modules=LLAMA_PROJECTIONS, r=8, task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(model, lora)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, deviation)

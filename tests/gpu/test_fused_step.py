@@ -1,5 +1,7 @@
 """The fused step on a GPU: Triton kernels, 4-bit weights and CUDA graphs against transformers, PEFT and autograd."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -68,7 +70,7 @@ def fused_gradient(step: FusedStep, model: PeftModel, examples: list[Document]) 
     )
 
 
-@pytest.mark.parametrize("lengths", [(3, 70, 1, 129, 64), (2500, 90, 33)])
+@pytest.mark.parametrize("lengths", [(3, 70, 1, 129, 64), (2500, 90, 33), (20, 2049, 3000)])
 @pytest.mark.parametrize(
     "plan",
     [
@@ -134,6 +136,37 @@ def test_with_deterministic_algorithms_the_passes_before_one_do_not_change_its_b
                 fused_gradient(step, model, documents(lengths, seed))
             gradients.append(fused_gradient(step, model, documents((100, 20, 130), 7))[1])
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("lora", [{"use_dora": True}, {"lora_dropout": 0.3}])
+@pytest.mark.parametrize("nf4", [False, True])
+def test_dora_and_dropout_are_the_same_eagerly_replayed_and_recomputed(lora: dict[str, Any], nf4: bool) -> None:
+    """Masks follow from the seed, also in a replayed graph and where the backward pass computes them again."""
+    gradients, examples = [], documents((100, 20, 130))
+    for plan in (
+        MemoryPlan(),
+        MemoryPlan(graph_tokens=1024, tokens=1000),
+        MemoryPlan(saved="layer_inputs", cache_matrices=False, mlp_rows=64),
+    ):
+        model = models.llama(VOCABULARY, torch.bfloat16)
+        model = models.adapted(models.quantised(model) if nf4 else model, 0.02, **lora)
+        step = FusedStep(bind(model), plan)
+        step.compile()
+        for _ in range(4):
+            torch.manual_seed(3)
+            loss, gradient = fused_gradient(step, model, examples)
+        gradients.append(gradient)
+    for gradient in gradients[1:]:
+        assert float((gradient - gradients[0]).norm() / gradients[0].norm()) < 0.02
+    torch.manual_seed(4)
+    _, other = fused_gradient(step, model, examples)
+    same = float((other - gradients[0]).norm() / gradients[0].norm()) < 0.02
+    assert same == ("use_dora" in lora)
+    if "use_dora" in lora:
+        model.zero_grad()
+        wanted_loss, wanted = exact_gradient(model, examples)
+        assert loss == pytest.approx(wanted_loss, rel=2e-3)
+        assert float((gradients[0] - wanted).norm() / wanted.norm()) < 0.03
 
 
 def test_compiling_ahead_launches_nothing_and_leaves_the_gradient_as_it_is() -> None:

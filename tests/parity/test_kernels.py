@@ -201,6 +201,17 @@ def test_rope(half: int, inverse: bool) -> None:
     [(6, 2, 16, None), (8, 2, 16, 0.8), (4, 4, 32, None), (2, 1, 24, None), (2, 2, 256, 3.0)],
 )
 def test_attention(heads: int, kv_heads: int, size: int, softcap: float | None, window: int | None) -> None:
+    check_attention(heads, kv_heads, size, softcap, window, None)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_attention_with_sinks(window: int | None) -> None:
+    check_attention(4, 2, 16, None, window, 2 * draw(4, seed=5))
+
+
+def check_attention(
+    heads: int, kv_heads: int, size: int, softcap: float | None, window: int | None, sinks: torch.Tensor | None
+) -> None:
     shape = AttentionShape(heads, kv_heads, size, size**-0.5, window, softcap)
     lengths = (3, 70, 1, 64, 33)
     tokens, columns = sum(lengths), heads * size
@@ -214,7 +225,7 @@ def test_attention(heads: int, kv_heads: int, size: int, softcap: float | None, 
             rows = StagingBuffer(device, tokens).upload(packed, 1.0, packed.lengths)
         out = torch.zeros(tokens, columns + 3, device=device)
         dx = torch.zeros(tokens, shape.columns + 5, device=device)
-        saved = ops.attention(on[0], rows, shape, out[:, :columns])
+        saved = ops.attention(on[0], rows, shape, out[:, :columns], None if sinks is None else sinks.to(device))
         ops.attention_backward(on[1], on[0], out[:, :columns], saved, rows, shape, dx[:, : shape.columns])
         results.append(torch.cat([out, dx], dim=1).cpu())
     assert off(results[1], results[0]) < 1e-5

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from parley.train_step.graph_threshold import EAGER_PASSES, MIN_GAIN, GraphThreshold
+from parley.train_step.graph_threshold import BUSY_HOST, EAGER_PASSES, GraphThreshold
 
 
 @pytest.fixture
@@ -26,13 +26,13 @@ def test_nothing_is_captured_before_the_second_pass_has_been_timed(threshold: Gr
 
 def test_passes_whose_kernels_take_longer_than_their_launches_run_without_a_graph(threshold: GraphThreshold) -> None:
     threshold.passes = EAGER_PASSES
-    threshold.measure(4000, launched=0.05, finished=0.1)
-    assert threshold.max_tokens == pytest.approx(2000 * MIN_GAIN)
-    assert threshold.pays(2000)
-    assert not threshold.pays(4000)
+    threshold.measure(4000, launched=0.02, finished=0.1)
+    assert threshold.max_tokens == pytest.approx(800 * BUSY_HOST)
+    assert threshold.pays(1500)
+    assert not threshold.pays(1700)
 
 
 def test_passes_that_the_host_launches_as_slowly_as_they_run_are_captured(threshold: GraphThreshold) -> None:
     threshold.passes = EAGER_PASSES
-    threshold.measure(4000, launched=0.1, finished=0.1 * MIN_GAIN)
+    threshold.measure(4000, launched=0.1, finished=0.1 * BUSY_HOST)
     assert threshold.pays(10**9)

@@ -275,6 +275,7 @@ class FusedMatrixCache:
         for linear in self.linears:
             linear.matrix = self._allocate(linear)
             linear.fill_base(linear.matrix, self.ops)
+            linear.update_dora(linear.matrix)  # which takes the norms of W, once
         self.copies = self.ops.prepare_copies(
             [c for linear in self.linears if linear.matrix is not None for c in linear.adapter_copies(linear.matrix)]
         )
@@ -282,6 +283,10 @@ class FusedMatrixCache:
     def allocate_shared(self) -> None:
         """One matrix for each of a layer's linears, shared by all layers."""
         self.shared = [self._allocate(linear) for linear in self.linears[: self.per_layer]]
+        for linear in self.linears:
+            if linear.dora is not None:  # takes the norms of W now: FusedStep.compile fills matrices with garbage
+                self[linear]
+        self.filled_for = [None] * self.per_layer
 
     def refresh_adapters(self) -> None:
         """Bring the matrices up to date with the adapters, which the optimizer has changed."""

@@ -24,10 +24,11 @@ from parley.train_step.decoder_layer import PassContext, SavedActivations, Super
 from parley.train_step.device_ops import ops_for
 from parley.train_step.fused_linear import FusedMatrixCache
 from parley.train_step.lm_head import loss_and_gradient
+from parley.train_step.long_documents import LONG_DOCUMENT, planned_lengths
 from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
 from parley.train_step.memory_plan import MemoryPlan
 from parley.train_step.ops import Ops, RopeTable
-from parley.train_step.packed_batch import LONG_DOCUMENT, DeviceBatch, PackedBatch, StagingBuffer, pack
+from parley.train_step.packed_batch import DeviceBatch, PackedBatch, StagingBuffer, pack
 from parley.train_step.slots import Slots
 from parley.train_step.workspace import Workspace, retain_freed_memory
 from parley.units import round_up
@@ -193,6 +194,22 @@ class FusedStep:
                 self.run_eager(self.upload_dummy(round_up(tokens, plan.pad_multiple)))
 
     @torch.no_grad()
+    def prepare_attention(self, length_N: NDArray[np.integer]) -> None:
+        """Build cuDNN's plans for the long documents among `length_N`. Does nothing on a CPU."""
+        shapes = {layer.shape for layer in self.bound.layers}
+        for length in planned_lengths(length_N) if self.bound.device.type == "cuda" else []:
+            length = min(length, self.workspace.tokens)
+            batch = self._upload(_documents_of([length]), 1.0, length)
+            for shape in shapes:
+                qkv, dqkv = (self.workspace.take(name, 0, length, shape.columns).zero_() for name in ("qkv", "dqkv"))
+                out, dout = (
+                    self.workspace.take(name, 0, length, shape.heads * shape.head_dim).zero_()
+                    for name in ("attention_out", "dattention_out")
+                )
+                saved = self.ops.attention(qkv, batch, shape, out)
+                self.ops.attention_backward(dout, qkv, out, saved, batch, shape, dqkv)
+
+    @torch.no_grad()
     def prepare_graphs(self, tokens_N: NDArray[np.integer]) -> None:
         """Capture the graphs that passes of `tokens_N` will replay, where they pay. Does nothing without graphs."""
         if self.graphs is not None:
@@ -340,4 +357,8 @@ def _dummy_batch(tokens: int, longest: int) -> PackedBatch:
     """A packed batch of `tokens`, of documents that are short enough for the Triton attention kernels."""
     longest = min(longest, LONG_DOCUMENT - 1)
     lengths = [longest] * (tokens // longest) + [tokens % longest] * (tokens % longest > 0)
+    return _documents_of(lengths)
+
+
+def _documents_of(lengths: Sequence[int]) -> PackedBatch:
     return pack(Document.from_lists([0] * length, [0] * length) for length in lengths)

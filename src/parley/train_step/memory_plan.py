@@ -15,8 +15,8 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from parley.train_step.long_documents import LONG_DOCUMENT, padded_length
 from parley.train_step.matmul import uses_onednn
-from parley.train_step.packed_batch import LONG_DOCUMENT
 from parley.train_step.workspace import (
     OFFLOAD_BUFFERS,
     SAVED_BUFFERS,
@@ -214,14 +214,15 @@ def buffer_bytes(plan: MemoryPlan, bound: BoundModel, device: torch.device, stat
 
 
 def _attention_bytes(plan: MemoryPlan, bound: BoundModel, *, cuda: bool) -> int:
-    """The log-sum-exp of each row, and cuDNN's temporaries for long documents (kernels/library_attention.py): its
-    output, the gradients, those of keys and values for every query head before they are summed, and queries' in fp32.
+    """The log-sum-exp of each row, and cuDNN's temporaries for long documents (kernels/library_attention.py): padded
+    inputs, output and its gradient, the inputs' gradients, those of keys and values for every query head before they
+    are summed, and queries' in fp32.
     """
     shape = bound.layers[0].shape
     lse = 4 * shape.heads * plan.tokens * (1 if plan.saved == "layer_inputs" else len(bound.layers))
-    longest = plan.positions if plan.positions >= LONG_DOCUMENT and cuda else 0
+    longest = padded_length(plan.positions) if plan.positions >= LONG_DOCUMENT and cuda else 0
     itemsize = bound.dtype.itemsize
-    return lse + longest * (shape.columns * itemsize + shape.heads * shape.head_dim * (3 * itemsize + 4))
+    return lse + longest * (2 * shape.columns * itemsize + shape.heads * shape.head_dim * (5 * itemsize + 4))
 
 
 def _host_bytes(plan: MemoryPlan, bound: BoundModel) -> int:

@@ -6,9 +6,9 @@ Shape suffixes (legend in docs/design.md): T tokens of the row, S supervised row
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from parley.units import round_up
 if TYPE_CHECKING:
     from parley.train_step.context_parallel import ContextLayout
 
-LONG_DOCUMENT = 2048  # tokens from which on attention's arithmetic outweighs a library's launch overhead
 ALIGNMENT = 4  # int32 elements: Triton specialises a kernel for 16-byte aligned pointers and compiles another otherwise
 Ints = NDArray[np.int32]
 
@@ -132,6 +131,7 @@ class DeviceBatch:
     lengths: tuple[int, ...] | None  # None under a CUDA graph, where only the device knows them
     weight_S: Tensor | None = None  # loss weights in fp32; not in the static copy, so not for a captured graph
     context: ContextLayout | None = None  # where the row is split over ranks, and these are the tokens of one
+    runs: dict[bool, Any] = field(default_factory=dict, compare=False)  # of kernels/library_attention.py
 
     @property
     def tokens(self) -> int:

@@ -67,7 +67,7 @@ def buffer_columns(bound: BoundModel) -> dict[str, int]:
         columns["dbranch"] = columns["dh"]
     if any(layer.gate_up.dora for layer in bound.layers):
         columns["dgate_up"] = columns["gate_up"]
-    if bound.has_dropout:
+    if any(linear.has_dropout for linear in bound.linears):
         columns["dropped"] = max(linear.in_features + linear.lora_columns for linear in bound.linears)
     return columns
 

@@ -181,6 +181,7 @@ class FusedTrainer(CapturedTrainer):
             longest = max(self.longest_evaluated(), plan.positions)
             step.reserve(max(longest, plan.tokens), longest)
             lengths = self.row_lengths()
+            step.prepare_attention(lengths)
             if len(lengths) > 1:  # of a stream, whose rows are unknown, each size is captured when it comes
                 step.prepare_graphs(np.minimum(sampled_steps(lengths, self.rows_per_step), plan.tokens))
             return step

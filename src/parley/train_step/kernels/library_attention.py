@@ -2,7 +2,9 @@
 
 On an H200 cuDNN takes 36 ms for forward and backward of 32,768 tokens (32 heads of 64), flash-attention 2 takes 53 and
 the kernels of `attention.py` 58; with 2 x 4,096 tokens and heads of 128 the three take 2.2, 3.8 and 3.8. cuDNN builds
-a plan for each new length, which takes the host milliseconds: so short documents, of many lengths, do not go there.
+a plan for each new length, which takes the host more than 100 ms: short documents, of many lengths, do not go there,
+and long ones are padded to few lengths. Padding rows lie behind a document's, where causal attention does not see them,
+and the gradient of their output is zero.
 
 Shape suffixes (legend in docs/design.md): T tokens, D query columns, C query, key and value columns.
 """
@@ -10,11 +12,12 @@ Shape suffixes (legend in docs/design.md): T tokens, D query columns, C query, k
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from parley.library_compat.torch import (
     cudnn_attention,
@@ -22,8 +25,9 @@ from parley.library_compat.torch import (
     varlen_flash_attention,
     varlen_flash_attention_backward,
 )
+from parley.train_step.long_documents import LONG_DOCUMENT, padded_length
 from parley.train_step.ops import AttentionShape
-from parley.train_step.packed_batch import LONG_DOCUMENT, DeviceBatch
+from parley.train_step.packed_batch import DeviceBatch
 
 
 def applies(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape) -> bool:
@@ -32,28 +36,52 @@ def applies(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape) -> bool:
     return long and shape.softcap is None and x_TC.dtype in (torch.bfloat16, torch.float16)
 
 
-def _runs(batch: DeviceBatch, shape: AttentionShape) -> Iterator[tuple[slice, Tensor | None, int]]:
-    """Each long document as (its rows, None, its length); the short ones between them as (rows, boundaries, longest).
+@dataclass(frozen=True)
+class _Run:
+    """Rows of one long document, or of the short ones between two of these."""
+
+    rows: slice
+    boundaries: Tensor | None  # of the short documents; None for a long one
+    longest: int
+
+    def padded(self, x_THE: Tensor) -> Tensor:
+        """The rows of a long document as cuDNN takes them, (1, H, padded length, E)."""
+        x_1HLE = x_THE[self.rows].transpose(0, 1)[None]
+        return functional.pad(x_1HLE, (0, 0, 0, padded_length(self.longest) - self.longest))
+
+    def unpadded(self, x_1HLE: Tensor) -> Tensor:
+        return x_1HLE[0, :, : self.longest].transpose(0, 1)
+
+
+def _runs(batch: DeviceBatch, shape: AttentionShape) -> list[_Run]:
+    """The runs of `batch`, whose boundaries are copied to the device once a pass.
 
     cuDNN's operator has no window, so that with one even long documents go to the flash kernels; and its backward pass
     adds in no fixed order, so that they do with torch's deterministic algorithms, which the flash kernels follow.
     """
-    assert batch.lengths is not None
-    begin, short = 0, [0]
     by_cudnn = shape.window is None and not torch.are_deterministic_algorithms_enabled()
+    if by_cudnn not in batch.runs:
+        batch.runs[by_cudnn] = _split(batch, by_cudnn=by_cudnn)
+    return batch.runs[by_cudnn]
+
+
+def _split(batch: DeviceBatch, *, by_cudnn: bool) -> list[_Run]:
+    assert batch.lengths is not None
+    runs, begin, short = [], 0, [0]
     for length in (*batch.lengths, None):  # None flushes the last run
         by_itself = length is not None and length >= LONG_DOCUMENT and by_cudnn
         if (by_itself or length is None) and len(short) > 1:
             # The library's kernels take cumulative lengths as int32 on the device.
             boundaries = torch.tensor(short, dtype=torch.int32).to(batch.ids_T.device, non_blocking=True)
             longest = max(b - a for a, b in itertools.pairwise(short))
-            yield slice(begin, begin + short[-1]), boundaries, longest
+            runs.append(_Run(slice(begin, begin + short[-1]), boundaries, longest))
             begin, short = begin + short[-1], [0]
         if length is not None and by_itself:
-            yield slice(begin, begin + length), None, length
+            runs.append(_Run(slice(begin, begin + length), None, length))
             begin += length
         elif length is not None:
             short.append(short[-1] + length)
+    return runs
 
 
 def _zero_padding(out: Tensor, batch: DeviceBatch) -> None:
@@ -67,17 +95,16 @@ def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: T
     qkv = shape.split_qkv(x_TC)
     saved: list[Any] = []
     _zero_padding(out_TD, batch)
-    for run, boundaries, longest in _runs(batch, shape):
-        q, k, v = (part[run] for part in qkv)
-        if boundaries is None:
-            # cuDNN takes a batch of (heads, tokens, head size).
-            q, k, v = (part.transpose(0, 1)[None] for part in (q, k, v))
+    for run in _runs(batch, shape):
+        if run.boundaries is None:
+            q, k, v = map(run.padded, qkv)
             out, state = cudnn_attention(q, k, v, shape.scale)
-            out_TD[run] = out[0].transpose(0, 1).flatten(1)
+            out_TD[run.rows] = run.unpadded(out).flatten(1)
             saved.append(state)
         else:
-            out, lse = varlen_flash_attention(q, k, v, boundaries, longest, shape.scale, shape.window)
-            out_TD[run] = out.flatten(1)
+            q, k, v = (part[run.rows] for part in qkv)
+            out, lse = varlen_flash_attention(q, k, v, run.boundaries, run.longest, shape.scale, shape.window)
+            out_TD[run.rows] = out.flatten(1)
             saved.append(lse)
     return saved
 
@@ -92,17 +119,17 @@ def attention_backward(
     dx_TC: Tensor,
 ) -> None:
     out_THE, dout_THE = (x_TD.unflatten(1, (-1, shape.head_dim)) for x_TD in (out_TD, dout_TD))
-    _zero_padding(dx_TC, batch)
     inputs = (dout_THE, *shape.split_qkv(x_TC), out_THE)
-    for (run, boundaries, longest), state in zip(_runs(batch, shape), saved, strict=True):
-        dout, q, k, v, out = (part[run] for part in inputs)
-        if boundaries is None:
-            dout, q, k, v, out = (part.transpose(0, 1)[None] for part in (dout, q, k, v, out))
-            grads = cudnn_attention_backward(dout, q, k, v, out, state, shape.scale)
-            grads = tuple(grad[0].transpose(0, 1) for grad in grads)
+    _zero_padding(dx_TC, batch)
+    for run, state in zip(_runs(batch, shape), saved, strict=True):
+        if run.boundaries is None:
+            dout, q, k, v, out = map(run.padded, inputs)
+            dq, dk, dv = cudnn_attention_backward(dout, q, k, v, out, state, shape.scale)
+            grads = run.unpadded(dq), run.unpadded(dk), run.unpadded(dv)
         else:
+            dout, q, k, v, out = (part[run.rows] for part in inputs)
             grads = varlen_flash_attention_backward(
-                dout, q, k, v, out, state, boundaries, longest, shape.scale, shape.window
+                dout, q, k, v, out, state, run.boundaries, run.longest, shape.scale, shape.window
             )
         for grad, part in zip(grads, shape.split_qkv(dx_TC), strict=True):
-            part[run] = grad
+            part[run.rows] = grad
