@@ -3,7 +3,8 @@
     python benchmarks/engine_step.py check --shape 1b
     python benchmarks/engine_step.py time --shape 1b --quantization nf4
     python benchmarks/engine_step.py time --shape 1b --kernels 30
-    python benchmarks/engine_step.py time --shape 1b --path captured --lora dora
+    python benchmarks/engine_step.py time --shape 1b --lora dora
+    python benchmarks/engine_step.py time --shape 1b --path captured --lora full
 
 `check` compares gradients with the plain path and with float32. `time` prints one RESULT line of JSON for each step
 size, and with `--kernels` the kernels of one step by their share of its time.
@@ -213,9 +214,9 @@ def check(shape: str, quantization: str) -> None:
 class TrainingLoop:
     """A model with its fused step and optimizer; a call is one optimizer step, as the trainer does it."""
 
-    def __init__(self, shape: str, quantization: str, memory: Any, documents: list[Document]) -> None:
+    def __init__(self, shape: str, quantization: str, memory: Any, lora: str, documents: list[Document]) -> None:
         torch.cuda.reset_peak_memory_stats()
-        bound = bind(build(shape, quantization))
+        bound = bind(build(shape, quantization, lora=lora))
         lengths = np.array([len(example.ids_L) for example in documents])
         plan = make_plan(bound, memory, lengths, len(documents))
         print("\n".join(plan.describe()), flush=True)
@@ -284,11 +285,14 @@ def report_captured(shape: str, quantization: str, lora: str, sizes: list[list[D
         print("RESULT " + json.dumps(result), flush=True)
 
 
-def report(shape: str, quantization: str, memory: Any, sizes: list[list[Document]], repeats: int, listed: int) -> None:
+def report(
+    shape: str, quantization: str, memory: Any, lora: str, sizes: list[list[Document]], repeats: int, listed: int
+) -> None:
     loop = TrainingLoop(
         shape,
         quantization,
         memory,
+        lora,
         max(sizes, key=lambda documents: sum(len(document.ids_L) for document in documents)),
     )
     for documents in sizes:
@@ -298,6 +302,7 @@ def report(shape: str, quantization: str, memory: Any, sizes: list[list[Document
             shape=shape,
             quantization=quantization,
             memory=memory,
+            lora=lora,
             saved=loop.step.plan.saved,
             tokens=sum(len(document.ids_L) for document in documents),
             documents=len(documents),
@@ -340,7 +345,7 @@ def main() -> None:
     parser.add_argument("--supervised", type=float, default=1 / 3)
     parser.add_argument("--even", action="store_true", help="documents of one length")
     parser.add_argument("--path", default="fused", choices=["fused", "captured"])
-    parser.add_argument("--lora", default="plain", choices=LORA, help="of the captured path")
+    parser.add_argument("--lora", default="plain", choices=LORA, help="full: captured path alone")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--kernels", type=int, default=0, help="list so many kernels of one step by their share of it")
     args = parser.parse_args()
@@ -352,7 +357,7 @@ def main() -> None:
     if args.path == "captured":
         report_captured(args.shape, args.quantization, args.lora, sizes, args.repeats)
         return
-    report(args.shape, args.quantization, memory, sizes, args.repeats, args.kernels)
+    report(args.shape, args.quantization, memory, args.lora, sizes, args.repeats, args.kernels)
 
 
 if __name__ == "__main__":

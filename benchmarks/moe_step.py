@@ -3,8 +3,9 @@
     python benchmarks/moe_step.py --shape qwen3-30b-a3b
     python benchmarks/moe_step.py --shape gpt-oss-20b
 
-Random weights in the published shapes, cut to `--layers`, bfloat16, LoRA r = 16 on the attention's projections. Two
-plain paths bound what bfloat16 rounds: experts as grouped products and one by one. `--shape tiny` runs on a CPU.
+Random weights in the published shapes, cut to `--layers`, bfloat16, LoRA r = 16 on the attention's projections. Other
+plain paths show what bfloat16 rounds: experts one by one, documents one at a time. `--exact` compares in float32,
+without a graph and with experts one by one. `--shape tiny` runs on a CPU.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def build(shape: str, layers: int, device: str) -> PeftModel:
     return model
 
 
-def padded_pass(model: PeftModel, documents: Sequence[Document]) -> float:
-    """Loss of one padded batch through transformers, PEFT and autograd; the gradient is left in `grad`."""
+def padded_pass(model: PeftModel, documents: Sequence[Document], count: int) -> float:
+    """Summed loss of one padded batch through transformers, PEFT and autograd; that over `count` adds to `grad`."""
     device = model.device
     longest = max(len(document.ids_L) for document in documents)
     ids_BL = torch.zeros(len(documents), longest, dtype=torch.long)
@@ -70,13 +71,13 @@ def padded_pass(model: PeftModel, documents: Sequence[Document]) -> float:
         length = len(document.ids_L)
         ids_BL[row, :length], mask_BL[row, :length] = torch.tensor(document.ids_L), 1
         labels_BL[row, :length] = torch.tensor(document.label_L)
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
         logits_BLV = model(input_ids=ids_BL.to(device), attention_mask=mask_BL.to(device), use_cache=False).logits
     target = labels_BL[:, 1:].to(device).flatten()
     loss = functional.cross_entropy(
         logits_BLV[:, :-1].flatten(0, 1).float(), target, ignore_index=IGNORE_INDEX, reduction="sum"
     )
-    (loss / int((target != IGNORE_INDEX).sum())).backward()
+    (loss / count).backward()
     return loss.item()
 
 
@@ -98,11 +99,14 @@ def compare(shape: str, layers: int, tokens: int, repeats: int) -> dict[str, Any
     count = sum(document.supervised_tokens for document in documents)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
-    def plain() -> tuple[float, Tensor]:
+    def plain(batch: int = len(documents)) -> tuple[float, Tensor]:
         model.zero_grad(set_to_none=True)
-        return padded_pass(model, documents) / count, torch.cat([p.grad.flatten().float() for p in trained])
+        batches = [documents[start : start + batch] for start in range(0, len(documents), batch)]
+        loss = sum(padded_pass(model, batch, count) for batch in batches) / count
+        return loss, torch.cat([p.grad.flatten().float() for p in trained])
 
     (loss, wanted), plain_ms = plain(), milliseconds(plain, max(repeats // 4, 1))
+    alone_loss, alone = plain(1)
     model.get_base_model().set_experts_implementation("eager")
     (other_loss, other), one_by_one_ms = plain(), milliseconds(plain, 1)
     model.get_base_model().set_experts_implementation("grouped_mm")
@@ -123,10 +127,30 @@ def compare(shape: str, layers: int, tokens: int, repeats: int) -> dict[str, Any
         "graph_pays_up_to": pays_up_to, "captured_ms": round(captured_ms, 1),
         "without_graph_ms": round(eager_ms, 1), "plain_ms": round(plain_ms, 1),
         "plain_one_by_one_ms": round(one_by_one_ms, 1), "losses": [round(loss, 5) for loss in losses],
-        "plain_loss": round(loss, 5), "plain_one_by_one_loss": round(other_loss, 5),
+        "plain_loss": round(loss, 5), "plain_one_document_loss": round(alone_loss, 5),
+        "plain_one_document_gradient_error": round(float((alone - wanted).norm() / wanted.norm()), 4),
+        "plain_one_by_one_loss": round(other_loss, 5),
         "gradient_error": round(float((got - wanted).norm() / wanted.norm()), 4),
         "plain_one_by_one_gradient_error": round(float((other - wanted).norm() / wanted.norm()), 4),
         "peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2) if device == "cuda" else None,
+    }  # fmt: skip
+
+
+def compare_exactly(shape: str, layers: int, tokens: int) -> dict[str, Any]:
+    model = build(shape, layers, "cuda" if torch.cuda.is_available() else "cpu").float()
+    model.get_base_model().set_experts_implementation("eager")
+    documents = random_documents(tokens, 8, 1 / 3, tokens)
+    count = sum(document.supervised_tokens for document in documents)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    loss = padded_pass(model, documents, count) / count
+    wanted = torch.cat([parameter.grad.flatten() for parameter in trained])
+    step = CapturedStep(model, tokens=tokens, graphs=False)
+    step.experts_one_by_one = False  # grouped products take 16-bit types on a GPU
+    step.forward_backward(documents, count)
+    got = torch.cat([gradient.flatten() for gradient in step.gradients])
+    return {
+        "shape": shape, "layers": layers, "dtype": "float32", "loss": float(step.metrics_3[0]) / count,
+        "plain_loss": loss, "gradient_error": float((got - wanted).norm() / wanted.norm()),
     }  # fmt: skip
 
 
@@ -136,8 +160,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1890)
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--exact", action="store_true", help="in float32, gradients alone")
     args = parser.parse_args()
-    print("RESULT " + json.dumps(compare(args.shape, args.layers, args.tokens, args.repeats)), flush=True)
+    if args.exact:
+        result = compare_exactly(args.shape, args.layers, args.tokens)
+    else:
+        result = compare(args.shape, args.layers, args.tokens, args.repeats)
+    print("RESULT " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
