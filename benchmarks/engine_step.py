@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--supervised", type=float, default=1 / 3)
     parser.add_argument("--even", action="store_true", help="documents of one length")
     parser.add_argument("--path", default="fused", choices=["fused", "captured"])
-    parser.add_argument("--lora", default="plain", choices=LORA, help="full: captured path alone")
+    parser.add_argument("--lora", nargs="+", default=["plain"], choices=LORA, help="full: captured path alone")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--kernels", type=int, default=0, help="list so many kernels of one step by their share of it")
     args = parser.parse_args()
@@ -354,10 +354,12 @@ def main() -> None:
         return
     memory = args.memory if args.memory in ("auto", "low") else float(args.memory)
     sizes = [random_documents(t, args.documents, args.supervised, t, even=args.even) for t in args.tokens]
-    if args.path == "captured":
-        report_captured(args.shape, args.quantization, args.lora, sizes, args.repeats)
-        return
-    report(args.shape, args.quantization, memory, args.lora, sizes, args.repeats, args.kernels)
+    for lora in args.lora:
+        if args.path == "captured":
+            report_captured(args.shape, args.quantization, lora, sizes, args.repeats)
+        else:
+            report(args.shape, args.quantization, memory, lora, sizes, args.repeats, args.kernels)
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
-from parley.training.captured_trainer import CapturedStep
+from parley.train_step.captured_step import SPARE, CapturedStep, GraphSize
 from parley.training.trainer import SFTTrainer
 
 
@@ -74,6 +74,38 @@ def test_learns_what_the_plain_path_learns(
         assert ours == pytest.approx(theirs, rel=1e-3)
     for ours, theirs in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)
+
+
+def test_steps_rehearsed_before_training_cover_the_data_and_leave_no_trace(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, sizes = [], []
+    for rehearses in (False, True):
+        monkeypatch.setattr(SFTTrainer, "wants_rehearsal", rehearses)
+        run = trainer(build_family, tiny_tokenizer, tmp_path, "captured", {"r": 4, "lora_dropout": 0.3})
+        run.bind_fused_step()
+        step = run.captured_step
+        assert step is not None
+        # What a GPU would capture: on a CPU passes run without a graph.
+        step.uses_graphs = rehearses
+        monkeypatch.setattr(
+            step,
+            "_pass",
+            lambda packed, scale, step=step: (
+                sizes.append(GraphSize(len(packed.ids_T), len(packed.row_S))),
+                step._run_eager(packed, sizes[-1], scale),
+            ),
+        )
+        run.train()
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters() if p.requires_grad]))
+    assert torch.equal(*weights)
+    steps = run.args.max_steps
+    trained, rehearsed = sizes[-steps:], sizes[steps:-steps]
+    assert sizes[:steps] == trained
+    assert len(rehearsed) > 2
+    assert all(any(SPARE * size.tokens * 1.1 >= other.tokens for size in rehearsed) for other in trained)
+    tokens = [size.tokens for size in rehearsed[2:]]
+    assert tokens == sorted(tokens, reverse=True)
 
 
 def test_memory_that_runs_out_halves_passes_and_then_takes_the_plain_path(

@@ -43,7 +43,8 @@ from parley.units import round_up
 logger = logging.getLogger(__name__)
 
 TOKEN_MULTIPLE, ROW_MULTIPLE = 128, 128  # of a captured size
-SPARE = 1.1  # a captured size is larger than its first pass by so much, so that sizes are few
+SPARE = 1.1  # a captured size has so many times its first pass's tokens, so that sizes are few
+ROW_SPARE = 1.3  # and so many supervised rows: their share differs, and the head takes little of the time
 MAX_PADDING = 1.25  # a pass is padded to a captured size of at most so many times its own tokens
 
 
@@ -163,7 +164,7 @@ class CapturedStep:
         captured = next((known for known in self.graphs if known.holds(size)), None)
         if captured is None:
             captured = GraphSize(
-                round_up(int(SPARE * size.tokens), TOKEN_MULTIPLE), round_up(int(SPARE * size.rows), ROW_MULTIPLE)
+                round_up(int(SPARE * size.tokens), TOKEN_MULTIPLE), round_up(int(ROW_SPARE * size.rows), ROW_MULTIPLE)
             )
             if not self._capture(packed, captured, scale):
                 self._run_eager(packed, size, scale)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from trl import SFTConfig
@@ -17,7 +20,7 @@ from parley.errors import UsageError
 from parley.library_compat.trl import count_tokens, metrics
 from parley.models.packing_isolation import LENGTH_DEPENDENT_ROPE, why_not_packed
 from parley.train_step.bind import Unsupported
-from parley.train_step.captured_step import CapturedStep, base_of, packed_logits
+from parley.train_step.captured_step import SPARE, CapturedStep, base_of, packed_logits
 from parley.train_step.context_parallel import ContextGroup
 from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
@@ -28,6 +31,7 @@ from parley.training.sharded_trainer import ShardedTrainer
 logger = logging.getLogger(__name__)
 
 MAX_PASS_TOKENS = 16384  # more are no faster, and activations are saved whole
+SAMPLED_STEPS, RARE_STEPS = 400, 4  # before training, to capture their sizes; as many at either end are left out
 
 
 def unsupported_captured_option(args: SFTConfig) -> str | None:
@@ -162,6 +166,30 @@ class CapturedTrainer(ShardedTrainer):
         else:
             supervised = sum(document.supervised_tokens for document in documents)
             self._step_on_documents(model, documents, supervised, loss_weight(documents))
+            self._rehearse_typical_steps()
+
+    def _rehearse_typical_steps(self) -> None:
+        """Have the graph threshold measured, and the sizes captured that the data's steps will have."""
+        for documents in self._typical_steps():
+            step = self.captured_step
+            if step is None or not step.uses_graphs:
+                return
+            share = self.own_share(documents)
+            self._retry_captured("rehearsal", share, partial(step.forward_backward, share, loss_weight(documents)))
+
+    def _typical_steps(self) -> list[Sequence[Document]]:
+        """Steps of randomly sampled rows, each smaller than the one before by what a captured size allows."""
+        rows = self.train_dataset
+        if not isinstance(rows, Dataset) or self.padded_collator is None:
+            return []
+        samples = np.random.default_rng(0).integers(len(rows), size=(SAMPLED_STEPS, self.rows_per_step))
+        tokens = self.row_lengths()[samples].sum(1)
+        chosen: list[int] = []
+        for index in np.argsort(-tokens)[RARE_STEPS:-RARE_STEPS]:
+            if not chosen or SPARE * tokens[index] < tokens[chosen[-1]]:
+                chosen.append(int(index))
+        # The first of these is timed without a graph, and captured when it comes again.
+        return [self.data_collator([rows[int(i)] for i in samples[index]])[DOCUMENTS] for index in chosen[:1] + chosen]
 
     def _retry_captured(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Any]) -> Any:
         """`attempt()`, with passes halved while memory runs out; the plain path where one document does not fit.
