@@ -86,7 +86,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 LORA: dict[str, dict[str, Any] | None] = {
-    "plain": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.05}, "full": None,
+    "plain": {}, "dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.05}, "full": None, "full-8bit": None,
 }  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def build(
 ) -> nn.Module:
     """A model of this shape with LoRA r = 16 on all projections, quantised on the GPU, never on disk.
 
-    `lora`: a key of LORA; "full" trains every weight instead.
+    `lora`: a key of LORA; "full" and "full-8bit" (its optimizer) train every weight instead.
     """
     sizes = dict(vocab_size=128256, max_position_embeddings=32768, pad_token_id=0) | SHAPES[shape]
     if layers is not None:
