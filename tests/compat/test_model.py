@@ -251,7 +251,6 @@ def test_older_and_other_options_of_loading(tiny_llama_folder: Path) -> None:
         (lambda: unsloth.FastVisionModel.from_pretrained("x"), "FastVisionModel is for vision models"),
         (lambda: unsloth.UnslothVisionDataCollator(None, None), "UnslothVisionDataCollator is for vision models"),
         (lambda: unsloth.FastSentenceTransformer.from_pretrained("x"), "is for embedding models"),
-        (lambda: unsloth.PatchFastRL("GRPO"), "PatchFastRL is for reinforcement learning"),
     ],
 )
 def test_what_is_out_of_scope_says_so_by_name_once_it_is_used(use: Any, said: str) -> None:
@@ -287,7 +286,9 @@ def test_embeddings_have_a_learning_rate_of_their_own(
     assert rates[1] == [(1e-3, 1), (1e-3, 0)]
     assert "embedding_learning_rate: neither embeddings nor output head are trained" in caplog.text
     unsloth.PatchDPOTrainer()
-    assert "nothing is patched here" in caplog.text
+    assert "nothing is patched here; import DPOTrainer and DPOConfig from parley" in caplog.text
+    unsloth.PatchFastRL("GRPO", FastLanguageModel)
+    assert "nothing is patched here; import GRPOTrainer and GRPOConfig from parley" in caplog.text
 
 
 def test_arguments_that_trl_dropped_are_taken(tmp_path: Path) -> None:

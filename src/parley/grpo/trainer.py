@@ -26,6 +26,7 @@ from trl.trainer.utils import RepeatSampler
 
 from parley.data.messages import parse_messages
 from parley.data.packing import ORIGIN, Document, PaddedCollator
+from parley.data.tool_calls import parse_tools
 from parley.errors import DataError, UsageError
 from parley.grpo.policy_step import MicroBatch, PolicyStep, TokenScores
 from parley.grpo.rewards import checked_reward
@@ -94,6 +95,7 @@ class GRPOTrainer(LogProbTrainer, trl.GRPOTrainer):
         check_options(args)
         self._scores: TokenScores | None = None  # of the micro-batch whose loss TRL computes
         self._micro_batches: list[MicroBatch] = []  # of the step that is arriving
+        self._row_tools: list[Any] = []  # of the generation that is sampled
         self._eval_loss = [0.0, 0]  # of an evaluation: summed over its rows, and their number
         self._eval_tokens = 0
         self.reference: Reference | None = None
@@ -188,16 +190,24 @@ class GRPOTrainer(LogProbTrainer, trl.GRPOTrainer):
 
     def _tokenize_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         """As Parley renders them for training and chat, where nothing of TRL's own asks for another template."""
+        ids, images, fields = self._rendered_prompts(prompts)
+        if (longest := vars(self.args).get("max_prompt_length")) is not None:
+            ids = [each[-longest:] for each in ids]
+        return ids, images, fields
+
+    def _rendered_prompts(self, prompts: list[Any]) -> tuple[list[list[int]], Any, dict[str, Any]]:
         own = isinstance(prompts[0], list) and self.environment_factories is None and not self.tools
         if not own or self.chat_template_kwargs or self._is_vlm:
             return super()._tokenize_prompts(prompts)
         rendered: list[list[int]] = []
+        tools = self._row_tools or [None] * len(prompts)
         for index, prompt in enumerate(prompts):
-            if index and prompt == prompts[index - 1]:  # a group's prompts are neighbours
+            if index and (prompt, tools[index]) == (prompts[index - 1], tools[index - 1]):  # groups are neighbours
                 rendered.append(rendered[-1])
                 continue
             messages = parse_messages(prompt, "a prompt", "prompt")
-            rendered.append(prompt_ids(self.model, self._tokenizer, messages, None))
+            parsed = parse_tools(tools[index], "a prompt")
+            rendered.append(prompt_ids(self.model, self._tokenizer, messages, parsed))
         return rendered, None, {}
 
     def _generate_single_turn(
@@ -235,6 +245,7 @@ class GRPOTrainer(LogProbTrainer, trl.GRPOTrainer):
         return generated
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> MicroBatch:
+        self._row_tools = [row.get("tools") for row in inputs]
         scored = super()._generate_and_score_completions(inputs)
         return scored | {ORIGIN: [str(row.get(ORIGIN, "")) for row in inputs]}
 

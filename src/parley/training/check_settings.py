@@ -60,6 +60,7 @@ RANGES = {
     "beta": Range(0, 1e6),
     "num_generations": Range(2, 1024),
     "num_generations_eval": Range(1, 1024),
+    "max_prompt_length": Range(1, MAX_COUNT),
     "max_completion_length": Range(1, MAX_COUNT),
     "num_iterations": Range(1, 1024),
     "steps_per_generation": Range(1, MAX_ACCUMULATION),

@@ -293,3 +293,16 @@ def test_a_reference_is_measured_once_a_row(pairs: Dataset, options: dict[str, A
     trainer._measure_reference = None  # type: ignore[method-assign,assignment]
     torch.testing.assert_close(trainer.reference_logps(documents[::-1]), first.flip(0))
     assert list(trainer.model.peft_config) == ["default"]
+
+
+def test_arguments_of_older_releases_are_taken(
+    pairs: Dataset, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = demo_adapter()
+    args = parley.DPOConfig(**options)
+    trainer = parley.DPOTrainer(
+        model, None, args, train_dataset=pairs, tokenizer=tokenizer, beta=0.3, max_length=300, max_prompt_length=100
+    )
+    assert (trainer.args.beta, trainer.objective.beta, trainer.max_tokens) == (0.3, 0.3, 300)
+    assert (args.beta, args.max_length) == (0.1, 512)
+    assert "max_prompt_length has no effect" in caplog.text

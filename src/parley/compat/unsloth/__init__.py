@@ -36,12 +36,12 @@ from parley.compat.unsloth.out_of_scope import (
     FastSentenceTransformer,
     FastTextModel,
     FastVisionModel,
-    PatchFastRL,
     SyntheticDataKit,
     UnslothVisionDataCollator,
 )
 from parley.compat.unsloth.trainer import (
     PatchDPOTrainer,
+    PatchFastRL,
     UnslothTrainer,
     UnslothTrainingArguments,
     unsloth_train,

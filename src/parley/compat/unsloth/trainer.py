@@ -48,8 +48,13 @@ class UnslothTrainer(SFTTrainer):
 
 
 def PatchDPOTrainer() -> None:
-    """Nothing to do: TRL's DPOTrainer takes the models of `from_pretrained` as they are."""
-    logger.warning("PatchDPOTrainer: nothing is patched here; trl.DPOTrainer takes the model as it is")
+    """Nothing to do: `parley.DPOTrainer` and TRL's take the models of `from_pretrained` as they are."""
+    logger.warning("PatchDPOTrainer: nothing is patched here; import DPOTrainer and DPOConfig from parley")
+
+
+def PatchFastRL(algorithm: str | None = None, FastLanguageModel: Any = None) -> None:
+    """Nothing to do: `parley.GRPOTrainer` samples answers from the model that it trains."""
+    logger.warning("PatchFastRL: nothing is patched here; import GRPOTrainer and GRPOConfig from parley")
 
 
 def unsloth_train(trainer: Any, *args: Any, **kwargs: Any) -> Any:

@@ -62,6 +62,10 @@ class GRPOConfig(trl.GRPOConfig):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
     )
+    max_prompt_length: int | None = field(
+        default=None,
+        metadata={"help": "Longest prompt in tokens; longer ones lose their start, as in older releases of TRL."},
+    )
 
     def __post_init__(self) -> None:
         drop_unavailable_formats(self)

@@ -37,6 +37,7 @@ class _Prepares(PreferenceTrainer):
         nonfinite, nonfinite_limit: see PackedTrainer.
         tokenizer: older name of `processing_class`.
         train_on, overlong: as in parley.SFTTrainer; an overlong pair is dropped without a value.
+        beta, max_length, max_prompt_length: as in older releases of TRL.
     """
 
     kind: Kind
@@ -54,6 +55,9 @@ class _Prepares(PreferenceTrainer):
         tokenizer: PreTrainedTokenizerBase | None = None,
         train_on: TrainOn = "all",
         overlong: Overlong = "drop",
+        beta: float | None = None,
+        max_length: int | None = None,
+        max_prompt_length: int | None = None,
         **kwargs: Any,
     ) -> None:
         if tokenizer is not None and processing_class is not None:
@@ -63,6 +67,11 @@ class _Prepares(PreferenceTrainer):
         if train_dataset is not None and not isinstance(train_dataset, Dataset):
             raise UsageError("train_dataset is a stream; preference pairs are rendered before training: load it whole")
         args = self._own_args(args, model)
+        for name, value in {"beta": beta, "max_length": max_length}.items():
+            if value is not None:
+                setattr(args, name, value)
+        if max_prompt_length is not None:
+            logger.warning("max_prompt_length has no effect: prompts are not cut; overlong says what becomes of a row")
         self.train_on, self.overlong, self.max_tokens = train_on, overlong, args.max_length
         self.data_summaries: dict[str, DataSummary] = {}
         self.objective = self._objective(args)
