@@ -10,9 +10,11 @@ from fastapi.testclient import TestClient
 
 from parley.errors import UsageError
 from parley.studio import queue as queue_module
+from parley.studio import summaries
 from parley.studio.state import Studio
 from parley.studio.sweep import sweep
 from parley.training.run_lock import RunLock
+from parley.training.run_summary import read_run
 
 SETTINGS = "model: parley-demo\ndata: parley-demo-pirate  # the pirate's\n"
 
@@ -123,3 +125,20 @@ def test_a_run_that_could_not_start_shows_its_output(studio: Studio, client: Tes
     text = client.get("/").text
     assert "could not start" in text
     assert "&lt;b&gt;no card&lt;/b&gt;" in text
+
+
+def test_a_summary_is_read_again_when_the_run_has_changed(
+    studio: Studio, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(studio.root, "a", "stopped")
+    reads: list[Path] = []
+    monkeypatch.setattr(summaries, "read_run", lambda path: reads.append(path) or read_run(path))
+    for _ in range(3):
+        assert 'class="state stopped"' in client.get("/").text
+    assert reads == [folder]
+    lock = RunLock(folder)
+    assert 'class="state running"' in client.get("/").text
+    with (folder / "events.jsonl").open("a") as file:
+        file.write(json.dumps({"event": "step", "step": 4, "loss": 0.5}) + "\n")
+    assert "0.5" in client.get("/").text
+    lock.release()

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from parley.evaluation.report_events import add_answers_of_events, add_step_faults
 from parley.studio.run_events import EventBatch, read_batch
 from parley.training.report import Answer, FaultRow, Report, answer_runs, fault_rows
-from parley.training.run_summary import RunSummary, read_run
+from parley.training.run_summary import RunSummary
 
 
 @dataclass
@@ -50,9 +50,6 @@ class RunView:
         while (batch := read_batch(log, position, until=until)) is not None:
             self.add(batch)
             position = batch.position
-
-    def summary(self) -> RunSummary:
-        return read_run(self.path)
 
     def seconds_left(self, run: RunSummary) -> float | None:
         """By the mean rate of the steps since the process began."""

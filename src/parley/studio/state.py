@@ -17,10 +17,11 @@ from parley.studio.draft import Draft
 from parley.studio.exports import ExportJobs
 from parley.studio.queue import Queue
 from parley.studio.security import Keys, read_secret
+from parley.studio.summaries import Summaries
 from parley.studio.sweep import sweep
 from parley.studio.votes import PREFERENCES
 from parley.studio.worker import Worker
-from parley.training.run_summary import RunSummary, list_runs
+from parley.training.run_summary import RunSummary
 
 FOLDER = ".studio"  # in the folder of runs: what was uploaded, the queue, the secret
 
@@ -43,6 +44,7 @@ class Studio:
         self.queue = Queue(self.root, self.folder)
         self.draft = Draft(self.folder / "draft.yaml")
         self.worker = Worker()
+        self.summaries = Summaries()
         self.answers = Answers()
         self.comparisons = Shelf()
         self.exports = ExportJobs(self.folder / "exports")
@@ -51,7 +53,7 @@ class Studio:
 
     def runs(self) -> list[RunSummary]:
         """The runs below `root`, newest first."""
-        return list_runs(self.root)
+        return self.summaries.list(self.root)
 
     def run_path(self, run_id: str) -> Path:
         """The folder of a run by its path below `root`. Raises RunError where there is none."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -47,12 +47,15 @@ class RunSummary:
     report: dict[str, Any] = field(default_factory=dict, repr=False)
 
 
-def list_runs(folder: Path) -> list[RunSummary]:
-    """The runs in `folder`, newest first; `folder` may be a run itself. Raises RunError where there is no folder."""
+def list_runs(folder: Path, read: Callable[[Path], RunSummary] | None = None) -> list[RunSummary]:
+    """The runs in `folder`, newest first; `folder` may be a run itself. Raises RunError where there is no folder.
+
+    read: in place of `read_run`, for a caller that keeps summaries.
+    """
     try:
         if not folder.is_dir():
             raise RunError(f"{folder}: no such folder; give the one that runs are written to")
-        found = [read_run(path) for path in _run_folders(folder)]
+        found = [(read or read_run)(path) for path in _run_folders(folder)]
     except PermissionError as error:
         raise RunError(f"{folder}: cannot be read ({error.strerror})") from None
     return sorted(found, key=lambda run: (-run.date, run.path))

@@ -17,8 +17,8 @@ from parley.studio import data_view, run_control
 from parley.studio.run_events import COLUMNS, offset_of, read_batch
 from parley.studio.run_view import RunView
 from parley.studio.sse import HEARTBEAT_SECONDS, Event, event_stream
+from parley.studio.state import Studio
 from parley.studio.web import StudioDep, fragment, language_of, page, read_form, render, translate
-from parley.training.run_summary import read_run
 
 router = APIRouter()
 
@@ -28,19 +28,21 @@ SUMMARY_SECONDS = 2.0  # a summary reads the whole log
 
 @router.get("/runs/{run_id:path}", response_model=None)
 def run_page(request: Request, run_id: str, studio: StudioDep) -> Response:
-    view = RunView(studio.run_path(run_id))
-    return page(request, "run.html", run_id=run_id, run=view.summary(), view=view, columns=COLUMNS)
+    path = studio.run_path(run_id)
+    run = studio.summaries.read(path)
+    return page(request, "run.html", run_id=run_id, run=run, view=RunView(path), columns=COLUMNS)
 
 
 @router.get("/events/{run_id:path}", response_model=None)
 async def run_events(request: Request, run_id: str, studio: StudioDep, after: str | None = None) -> Response:
     """Everything the page shows, as it changes. Points carry ids, so that a browser that returns gets the rest."""
-    path = studio.run_path(run_id)
+    studio.run_path(run_id)  # an error is a response of its own, not the first event
     position = request.headers.get("last-event-id") or after
-    return event_stream(request, _follow(path, run_id, position, language_of(request)))
+    return event_stream(request, _follow(studio, run_id, position, language_of(request)))
 
 
-async def _follow(path: Path, run_id: str, position: str | None, language: str) -> AsyncGenerator[Event | None]:
+async def _follow(studio: Studio, run_id: str, position: str | None, language: str) -> AsyncGenerator[Event | None]:
+    path = studio.run_path(run_id)
     view, position = await asyncio.to_thread(_replay, path, position)
     fragments: dict[str, str] = {}
     summarised = sent = 0.0
@@ -53,7 +55,7 @@ async def _follow(path: Path, run_id: str, position: str | None, language: str) 
         now = time.monotonic()
         if now - summarised >= SUMMARY_SECONDS or (batch is not None and batch.ended):
             summarised = now
-            for name, text in (await asyncio.to_thread(_fragments, view, run_id, language)).items():
+            for name, text in (await asyncio.to_thread(_fragments, studio, view, run_id, language)).items():
                 if text != fragments.get(name):
                     fragments[name], sent = text, now
                     yield Event(text, name)
@@ -73,10 +75,10 @@ def _replay(path: Path, position: str | None) -> tuple[RunView, str | None]:
     return view, position if target else None
 
 
-def _fragments(view: RunView, run_id: str, language: str) -> dict[str, str]:
+def _fragments(studio: Studio, view: RunView, run_id: str, language: str) -> dict[str, str]:
     """The parts of the page in words; none once the run's folder is gone."""
     try:
-        run = view.summary()
+        run = studio.summaries.read(view.path)
     except RunError:
         return {"status": render(language, "_run_gone.html")}
     return {
@@ -102,7 +104,7 @@ async def act_on_run(request: Request, run_id: str, studio: StudioDep) -> Respon
             await asyncio.to_thread(run_control.discard, path)
             return Response(status_code=204, headers={"HX-Redirect": "/"})
         case "resume":
-            if read_run(path).state == "running":
+            if studio.summaries.read(path).state == "running":
                 raise RunError(f"{run_id}: is running already")
             await asyncio.to_thread(studio.queue.resume, run_id)
             text = _("The run continues from its last checkpoint as soon as its card is free.")
