@@ -47,7 +47,7 @@ def status(folder: Path) -> str:
 
 def test_merged_16bit_is_verified_and_is_the_tuned_model(tuned: tuple[Any, Any], tmp_path: Path) -> None:
     model, tokenizer = tuned
-    model.save_pretrained_merged(str(tmp_path / "out"), tokenizer, save_method="merged_16bit")
+    model.save_pretrained_merged(str(tmp_path / "out"), tokenizer=tokenizer, save_method=None)
     assert status(tmp_path / "out") == "verified"
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -100,9 +100,9 @@ def test_options_of_unsloths_own_are_named_and_others_refused(
     model, tokenizer = tuned
     with caplog.at_level(logging.WARNING):
         model.save_pretrained_merged(
-            tmp_path / "a", tokenizer, save_method="lora", verify=False, maximum_memory_usage=0.5, max_shard_size="5GB"
+            tmp_path / "a", tokenizer, save_method="lora", verify=False, maximum_memory_usage=0.5, token="hf_x"
         )
-    assert "max_shard_size, maximum_memory_usage have no meaning here" in caplog.text
+    assert "maximum_memory_usage, token have no meaning here" in caplog.text
     with pytest.raises(UsageError, match="unknown option 'quantisation_method'; did you mean 'quantization_method'"):
         model.save_pretrained_gguf(tmp_path / "b", tokenizer, quantisation_method="q8_0")
     with pytest.raises(UsageError, match="save_method='merged_4bit' is not offered here; use 'merged_16bit'"):
@@ -111,6 +111,8 @@ def test_options_of_unsloths_own_are_named_and_others_refused(
         model.save_pretrained_gguf(tmp_path / "b", tokenizer, quantization_method="iq2_xxs")
     with pytest.raises(UsageError, match=r"push_to_hub=True.*call push_to_hub_merged"):
         model.save_pretrained_merged(tmp_path / "b", tokenizer, push_to_hub=True)
+    with pytest.raises(UsageError, match="the tokenizer is saved with the weights; give it after the folder"):
+        model.save_pretrained_gguf(tmp_path / "b", quantization_method="q8_0")
     assert not (tmp_path / "b").exists()
     with pytest.raises(UsageError, match="exists; remove it, or choose another folder"):
         model.save_pretrained_gguf(tmp_path / "a", tokenizer)

@@ -216,6 +216,11 @@ def test_an_adapter_that_is_more_than_lora_matrices_is_no_lora_gguf(
     refused(build_run("llama", **lora), ModelError, "is changed by more than LoRA matrices", "gguf-lora")
 
 
+def test_an_adapted_head_of_a_tied_base_is_no_lora_gguf(tied_llama: Path, build_run: Callable[..., Path]) -> None:
+    run = build_run(tied_llama, target_modules=["q_proj", "lm_head"])
+    refused(run, ModelError, "the adapted head of a base whose head is its embedding", "gguf-lora")
+
+
 @pytest.mark.parametrize(
     ("family", "lora"),
     [

@@ -31,6 +31,7 @@ NO_MEANING = [
     "max_shard_size", "maximum_memory_usage", "revision", "safe_serialization", "save_function", "save_peft_format",
     "tags", "temporary_location", "use_temp_dir", "variant",
 ]  # fmt: skip
+NO_MEANING_LOCALLY = [*NO_MEANING, "private", "token"]
 NOT_OFFERED = {"push_to_hub": "call push_to_hub_merged or push_to_hub_gguf", "state_dict": "leave it out"}
 METHODS_16BIT = ("merged_16bit", "16bit")
 GGUF_TYPES = {"not_quantized": "f16", "fast_quantized": "q8_0", "quantized": "q4_k_m"}
@@ -41,8 +42,8 @@ DATA = "data of a notebook"  # a file that does not exist: the exports are compa
 def save_pretrained_merged(
     self: Any,
     save_directory: str | Path,
-    tokenizer: Any,
-    save_method: str = "merged_16bit",
+    tokenizer: Any = None,
+    save_method: str | None = "merged_16bit",
     *,
     verify: bool = True,
     **options: Any,
@@ -51,14 +52,14 @@ def save_pretrained_merged(
 
     Raises UsageError for other methods and unknown options, and for a folder that exists.
     """
-    check_options(save_pretrained_merged, options, no_meaning=NO_MEANING, not_offered=NOT_OFFERED)
+    check_options(save_pretrained_merged, options, no_meaning=NO_MEANING_LOCALLY, not_offered=NOT_OFFERED)
     return _save(self, tokenizer, Path(save_directory), *_merged_target(self, save_method), verify)[0].folder
 
 
 def save_pretrained_gguf(
     self: Any,
     save_directory: str | Path,
-    tokenizer: Any,
+    tokenizer: Any = None,
     quantization_method: str | Sequence[str] | None = "fast_quantized",
     *,
     verify: bool = True,
@@ -68,7 +69,7 @@ def save_pretrained_gguf(
 
     Raises UsageError for unknown types and options, and for a folder that exists.
     """
-    check_options(save_pretrained_gguf, options, no_meaning=NO_MEANING, not_offered=NOT_OFFERED)
+    check_options(save_pretrained_gguf, options, no_meaning=NO_MEANING_LOCALLY, not_offered=NOT_OFFERED)
     done = _save(self, tokenizer, Path(save_directory), "gguf", _gguf_types(quantization_method), verify)
     return [each.folder for each in done]
 
@@ -76,8 +77,8 @@ def save_pretrained_gguf(
 def push_to_hub_merged(
     self: Any,
     repo_id: str,
-    tokenizer: Any,
-    save_method: str = "merged_16bit",
+    tokenizer: Any = None,
+    save_method: str | None = "merged_16bit",
     *,
     token: str | None = None,
     private: bool | None = None,
@@ -92,7 +93,7 @@ def push_to_hub_merged(
 def push_to_hub_gguf(
     self: Any,
     repo_id: str,
-    tokenizer: Any,
+    tokenizer: Any = None,
     quantization_method: str | Sequence[str] | None = "fast_quantized",
     *,
     token: str | None = None,
@@ -120,7 +121,8 @@ def with_saving(model: Any) -> Any:
     return model
 
 
-def _merged_target(model: Any, method: str) -> tuple[str, list[str]]:
+def _merged_target(model: Any, method: str | None) -> tuple[str, list[str]]:
+    method = method or METHODS_16BIT[0]
     if method == "lora":
         return "adapter", []
     if method in METHODS_16BIT:
@@ -138,6 +140,8 @@ def _gguf_types(method: str | Sequence[str] | None) -> list[str]:
 def _save(
     model: Any, tokenizer: Any, place: Path, target: str, quants: list[str], verify: bool, name: str | None = None
 ) -> list[Export]:
+    if tokenizer is None:
+        raise UsageError("the tokenizer is saved with the weights; give it after the folder or the repository")
     if place.exists():  # before the weights are written
         raise UsageError(f"{place}: exists; remove it, or choose another folder")
     with _as_run(model, tokenizer, name or place.resolve().name) as run:

@@ -23,7 +23,7 @@ from parley.exporting.gguf.exporter import MARKS, end_ids, general_metadata, lon
 from parley.exporting.gguf.quantization import SCHEMES
 from parley.exporting.gguf.vocabulary import read_vocabulary
 from parley.exporting.llama_cpp import LlamaCppReader
-from parley.exporting.merge import EMBEDDING, MergedWeights
+from parley.exporting.merge import EMBEDDING, HEAD, MergedWeights
 from parley.exporting.reader import Reader
 from parley.exporting.reference import Reference
 from parley.exporting.trained_model import TrainedModel
@@ -47,6 +47,11 @@ class LoraGgufExporter:
         check_tensors(architecture, names, trained.config.num_hidden_layers, trained.base_name)
         for name in weights.shapes():
             weights.factors(name)
+        if weights.base.tied and weights.changes(HEAD):  # the base's GGUF has no head to add to
+            raise ModelError(
+                f"{trained.name}: the adapted head of a base whose head is its embedding is not written as LoRA GGUF; "
+                "use --to gguf"
+            )
         if weights.changes(EMBEDDING):
             raise ModelError(f"{trained.name}: an adapted embedding is not written as LoRA GGUF; use --to gguf")
 
