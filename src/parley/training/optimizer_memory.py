@@ -24,7 +24,13 @@ BYTES = {
 }
 
 
-def state_bytes(optim: OptimizerNames | str) -> float:
-    """A paged optimizer's state may move to the host; it is counted as if it were on the device."""
+LIKE_WEIGHTS = ("adamw_torch", "adamw_torch_fused")  # two moments of the weights' own type
+
+
+def state_bytes(optim: OptimizerNames | str, weight_bytes: int = 4) -> float:
+    """A paged optimizer's state may move to the host; it is counted as if it were on the device.
+
+    `weight_bytes`: of a trained weight.
+    """
     name = str(OptimizerNames(optim).value).removeprefix("paged_")
-    return BYTES.get(name, ADAM)
+    return 2.0 * weight_bytes if name in LIKE_WEIGHTS else BYTES.get(name, ADAM)

@@ -99,7 +99,6 @@ def rehearse_saving(trainer: PackedTrainer) -> None:
     )
     parameters = list(saved)
     size = sum(parameter.nbytes for parameter in parameters)
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     folder = Path(trainer.args.output_dir)
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
     if size <= SAVED_WHOLE:
@@ -114,7 +113,7 @@ def rehearse_saving(trainer: PackedTrainer) -> None:
         max(parameters, key=lambda parameter: parameter.nbytes).detach().cpu()
     # One more than are kept: a new checkpoint is whole before the oldest is removed.
     checkpoints = 0 if trainer.args.save_strategy == "no" else (trainer.args.save_total_limit or 1) + 1
-    needed = size + checkpoints * (size + int(trained * state_bytes(trainer.args.optim)))
+    needed = size + checkpoints * (size + _state_size(trainer))
     free = shutil.disk_usage(existing).free
     if free < needed:
         logger.warning(
@@ -156,10 +155,15 @@ def _nothing_kept(trainer: PackedTrainer) -> Iterator[None]:
 @contextmanager
 def _optimizer_state(trainer: PackedTrainer) -> Iterator[None]:
     """Hold the memory of the optimizer's state, which its first step allocates."""
-    trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
-    size = 0 if trainer.optimizer is None or trainer.optimizer.state else int(trained * state_bytes(trainer.args.optim))
+    size = 0 if trainer.optimizer is None or trainer.optimizer.state else _state_size(trainer)
     held = torch.empty(size, dtype=torch.uint8, device=trainer.args.device)
     try:
         yield
     finally:
         del held
+
+
+def _state_size(trainer: PackedTrainer) -> int:
+    """Bytes of the optimizer's state."""
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return int(sum(p.numel() * state_bytes(trainer.args.optim, p.element_size()) for p in trained))

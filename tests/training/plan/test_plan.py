@@ -174,6 +174,20 @@ def test_full_fine_tuning_counts_weights_gradients_and_moments_in_fp32(folder: A
     assert any("lora={}" in alternative.settings for alternative in smaller.alternatives)
 
 
+@pytest.mark.parametrize(
+    ("optim", "dtype", "bytes_per_weight"),
+    [("adamw_8bit", "float32", 2.03), ("adamw_8bit", "bfloat16", 2.03), ("adamw_torch_fused", "bfloat16", 4)],
+)
+def test_full_fine_tuning_counts_the_optimizer_s_own_state(
+    folder: Any, optim: str, dtype: str, bytes_per_weight: float
+) -> None:
+    config = settings(folder(**BIG), "lora=null", f"training.optim={optim}", f"model.dtype={dtype}")
+    captured = plan_for(config, ROWS, gpu(100)).estimates[0]
+    assert captured.path == "captured"
+    assert captured.parts["optimizer state"] == pytest.approx(bytes_per_weight * 1.923e9, rel=0.01)
+    assert captured.parts["trained weights"] == pytest.approx((2 if dtype == "bfloat16" else 4) * 1.923e9, rel=0.01)
+
+
 def test_a_run_on_this_machine_is_planned_from_its_data(folder: Any, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text(
@@ -272,6 +286,8 @@ def test_what_cannot_be_planned_is_one_line(folder: Any) -> None:
 def test_optimizers_and_devices_by_name() -> None:
     assert state_bytes("adamw_8bit") == pytest.approx(2.03, abs=0.01)
     assert state_bytes("paged_adamw_32bit") == state_bytes("adamw_torch") == 8
+    assert state_bytes("adamw_torch", 2) == 4
+    assert state_bytes("paged_adamw_32bit", 2) == 8
     assert state_bytes("sgd") == 0
     assert peaks("NVIDIA H200")[0] == peaks("NVIDIA H100 80GB HBM3")[0] == 989e12
     assert peaks("NVIDIA L40S") != peaks("NVIDIA L4")

@@ -156,8 +156,8 @@ class Planner:
         values = config.model_copy(update={"training": training})
         # Arguments are checked as for a CPU: those for a GPU cannot be made where there is none.
         self.args, _ = sft_config(values, config.output / "checkpoints", torch.device("cpu"))
-        self.state_bytes = state_bytes(self.args.optim)
         self.dtype = self._weight_dtype()
+        self.state_bytes = state_bytes(self.args.optim, 4 if config.lora is not None else self.dtype.itemsize)
         self.model_config = load_config(config.model)
         self.model = meta_model(self.model_config, config.model, self.dtype, lora, config.training.seed)
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
