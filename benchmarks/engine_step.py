@@ -221,6 +221,7 @@ class TrainingLoop:
         plan = make_plan(bound, memory, lengths, len(documents))
         print("\n".join(plan.describe()), flush=True)
         self.step = FusedStep(bound, plan)
+        self.step.compile()
         self.flat = self.step.bound.flat
         self.optimizer = bitsandbytes.optim.AdamW8bit([self.flat.weight_Z], lr=2e-4, weight_decay=0.01)
 

@@ -70,7 +70,7 @@ def fused_gradient(step: FusedStep, model: PeftModel, examples: list[Document]) 
     )
 
 
-@pytest.mark.parametrize("lengths", [(3, 70, 1, 129, 64), (2500, 90, 33), (20, 2049, 3000)])
+@pytest.mark.parametrize("lengths", [(3, 70, 1, 129, 64), (3500, 90, 33), (20, 2049, 3073)])
 @pytest.mark.parametrize(
     "plan",
     [
@@ -122,6 +122,7 @@ def test_sizes_captured_before_the_first_step_are_replayed_and_leave_the_gradien
         assert results[0][0] == pytest.approx(results[1][0], rel=1e-3)
         assert float((results[0][1] - results[1][1]).norm() / results[1][1].norm()) < 0.01
     assert list(prepared.graphs.captured) == sizes
+    assert not prepared.graphs.takes(900)  # rare ones run without a graph
 
 
 def test_with_deterministic_algorithms_the_passes_before_one_do_not_change_its_bits() -> None:

@@ -52,6 +52,13 @@ def test_what_is_captured_before_the_first_step_serves_nearly_every_step(least: 
     )
 
 
+def test_where_sizes_were_captured_before_the_first_step_no_others_are() -> None:
+    sizes = GraphSizes(128)
+    sizes.prepared = True
+    assert {sizes.choose(100, [4096, 1024]) for _ in range(CAPTURE_COST_TOKENS)} == {1024}
+    assert sizes.choose(1025, [4096, 1024]) == 4096
+
+
 def test_a_single_step_size_is_captured_once() -> None:
     assert graph_sizes(np.array([1890]), 128, 8192) == [1920]
     assert graph_sizes(np.array([100]), 128, 8192) == [128]

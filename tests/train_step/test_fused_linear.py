@@ -1,12 +1,13 @@
 """The two forms of a product's matrix, and what they take."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from parley.train_step import reference_ops as reference
-from parley.train_step.fused_linear import FusedLinear, FusedMatrix, FusedMatrixCache
+from parley.train_step.fused_linear import Dropout, FusedLinear, FusedMatrix, FusedMatrixCache
 from parley.train_step.matmul import uses_onednn
 
 CPU = torch.device("cpu")
@@ -53,11 +54,15 @@ def test_kept_matrices_follow_the_adapters(bound: Any) -> None:
         linear.matrix = None
 
 
+@pytest.mark.parametrize("dropout", [True, False])
 @pytest.mark.parametrize("contiguous", [True, False])
-def test_padding_of_the_lora_columns_is_zero_whatever_the_memory_held(bound: Any, contiguous: bool) -> None:
+def test_padding_of_the_lora_columns_is_zero_whatever_the_memory_held(
+    bound: Any, contiguous: bool, dropout: bool
+) -> None:
     """On a GPU ranks are padded to 64 columns. NaN left there would spread: zero times NaN is NaN."""
     source = bound.linears[0]
-    linear = FusedLinear(source.bases, source.adapters, rank_multiple=16)
+    adapters = [None if adapter is None else replace(adapter, dropout=0.5 * dropout) for adapter in source.adapters]
+    linear = FusedLinear(source.bases, adapters, rank_multiple=16)
     rank = source.lora_columns
     assert linear.lora_columns == 16 > rank
     matrix = linear.allocate(torch.float32, CPU, contiguous=contiguous)
@@ -69,5 +74,6 @@ def test_padding_of_the_lora_columns_is_zero_whatever_the_memory_held(bound: Any
     assert not matrix.backward_NPK[linear.out_features + rank :].any()
     x_TKP = torch.full((3, linear.in_features + 16), torch.nan)
     x_TKP[:, : linear.in_features] = torch.arange(linear.in_features)
-    linear.lora_down(matrix, x_TKP)
+    scratch = torch.full_like(x_TKP, torch.nan)
+    linear.lora_down(matrix, x_TKP, Dropout(reference, torch.tensor(0), scratch) if dropout else None)
     assert torch.isfinite(linear.forward(matrix, x_TKP, torch.empty(3, linear.out_features), reference)).all()

@@ -132,6 +132,26 @@ def undisturbed(request: pytest.FixtureRequest, tiny_tokenizer: Any, tmp_path_fa
     return trainer
 
 
+def test_a_fused_step_with_dropout_is_done_again_from_its_own_random_state(tiny_tokenizer: Any, tmp_path: Path) -> None:
+    """Also where the passes did not shrink, it samples the masks that it would have had."""
+    trainer, states = make(tiny_tokenizer, tmp_path, "auto", dropout=0.2), []
+    trainer.bind_fused_step()
+    step = trainer.fused_step
+    assert step is not None
+    whole = step.forward_backward
+
+    def failing_once(*given: Any) -> None:
+        states.append(torch.get_rng_state())
+        whole(*given)
+        if len(states) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    step.forward_backward = failing_once  # type: ignore[method-assign]
+    trainer.train()
+    assert torch.equal(states[0], states[1])
+    assert not torch.equal(states[1], states[2])
+
+
 @pytest.mark.parametrize("during", ["training", "evaluation"])
 def test_a_step_that_does_not_fit_is_done_again_with_the_same_result(
     tiny_tokenizer: Any, tmp_path: Path, undisturbed: SFTTrainer, during: str

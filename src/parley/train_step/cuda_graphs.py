@@ -1,8 +1,9 @@
 """The forward and backward halves of a pass as CUDA graphs, one pair for each padded batch size.
 
 A capture costs the host as much as a few passes cost the device. So the sizes that the data's steps will have are
-captured before the first step, a few percent apart. A rare size beyond these replays the graph of the next larger one,
-until the padding spent there has cost about as much as a capture of its own.
+captured before the first step, a few percent apart, and larger ones, which are rare, run without a graph. Where the
+data's lengths are not known beforehand, a size replays the graph of the next larger one, until the padding spent there
+has cost about as much as a capture of its own.
 
 Only the number of rows is baked into a graph: documents, tokens and positions are read from the static buffer. The
 head runs between the two graphs, so that the number of supervised rows needs no buckets; its few launches are issued
@@ -43,7 +44,7 @@ class CapturedPass:
 CAPTURE_COST_TOKENS = 2048  # padding worth one capture, which takes an H200 the time of 5,000 tokens
 SIZE_RATIO = 1.08  # between two sizes that are captured before the first step: half of it is padding in the mean
 MAX_PADDING = 1.1  # a graph of at most so many times a pass's own tokens is as good as one of its own
-RARE = 0.005  # share of the steps at either end whose sizes are left to be captured when they come
+RARE = 0.005  # share of the steps at either end for whose sizes nothing is captured
 
 
 def graph_sizes(tokens_N: NDArray[np.integer], multiple: int, most: int) -> list[int]:
@@ -70,13 +71,14 @@ class GraphSizes:
     def __init__(self, pad_multiple: int) -> None:
         self.pad_multiple = pad_multiple
         self.padding: Counter[int] = Counter()  # tokens of padding spent so far, by the size that was padded
+        self.prepared = False  # no further sizes are captured
 
     def choose(self, tokens: int, captured: Iterable[int]) -> int:
         exact = round_up(tokens, self.pad_multiple)
         if is_deterministic():
             return exact
         larger = min((size for size in captured if size >= exact), default=exact)
-        if larger <= MAX_PADDING * exact:
+        if self.prepared or larger <= MAX_PADDING * exact:
             return larger
         if self.padding[exact] + larger - exact > CAPTURE_COST_TOKENS:
             return exact
@@ -100,12 +102,15 @@ class GraphRunner:
 
     def takes(self, tokens: int) -> bool:
         """Whether a pass of `tokens` comes here: while that is being measured, and where it pays."""
+        if self.sizes.prepared:
+            return tokens <= max(self.captured, default=0)
         pays = is_deterministic() or not self.threshold.is_known or self.threshold.pays(tokens)
         return tokens <= self.step.plan.graph_tokens and pays
 
     def clear(self) -> None:
         """Drop all graphs, because buffers that they read have moved. The pool is freed with the last of them."""
         self.captured.clear()
+        self.sizes.prepared = False
         self.pool = torch.cuda.graph_pool_handle()
 
     def prepare(self, tokens_N: NDArray[np.integer]) -> None:
@@ -122,6 +127,7 @@ class GraphRunner:
         for size in sizes:  # the largest first, whose memory the others share
             if self.threshold.pays(size):
                 self.captured[size] = self._capture(self.step.upload_dummy(size, graphed=True))
+        self.sizes.prepared = True
         logger.info("CUDA graphs: %d sizes of up to %d tokens", len(self.captured), max(self.captured, default=0))
 
     def run(self, batch: DeviceBatch, head: Head) -> None:
