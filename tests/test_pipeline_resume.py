@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from parley.config import RunConfig
 from parley.errors import RunError, UsageError
 from parley.pipeline import RunResult, train
+from parley.training.json_lines import read_events
 from parley.training.run_folder import RunFolder
 
 QUIET = Console(quiet=True)
@@ -156,6 +158,45 @@ def test_a_stop_after_the_last_step_leaves_the_rest_to_resuming(
         train(config, QUIET)
     monkeypatch.setattr(RunFolder, "save_weights", save)
     assert_same(train(resume=config.output, console=QUIET), whole)
+
+
+def test_a_stop_in_the_report_leaves_each_evaluation_once(
+    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = train(configured("training.eval_steps=3"), QUIET)
+    config = configured("training.eval_steps=3")
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("parley.pipeline.write_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, QUIET)
+    resumed = train(resume=config.output, console=QUIET)
+    assert_same(resumed, undisturbed)
+    evaluated = [
+        [(event["step"], event["eval_loss"]) for event in read_events(result.folder.events) if event["event"] == "eval"]
+        for result in (resumed, undisturbed)
+    ]
+    assert evaluated[0] == evaluated[1]
+    assert [step for step, _ in evaluated[0]] == [0, 3, 6, 6]
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_refused_in_one_line(
+    configured: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = train(configured(), Pressing("step 3/", signal.SIGINT))
+    opened = os.open
+
+    def refused(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if str(path).endswith("run.lock"):
+            raise OSError(errno.EROFS, "Read-only file system", str(path))
+        return opened(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refused)
+    with pytest.raises(RunError, match=r"cannot be written \(Read-only file system\); make it writable, or copy"):
+        stopped.resume(QUIET)
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(

@@ -118,6 +118,23 @@ def test_a_stop_at_once_says_what_is_kept(
     assert ended.err == f"parley: stopped; {kept if begun else 'nothing was written'}\n"
 
 
+def test_a_signal_while_checkpoints_are_verified_still_says_how_to_continue(
+    parley: Callable[..., Any], settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: Any, console: Any, resume: Any) -> None:
+        RunFolder.create(config).unlock()
+        raise KeyboardInterrupt
+
+    def verified(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "train", interrupted)
+    monkeypatch.setattr("parley.training.checkpoint.newest_whole", verified)
+    ended = parley("train", settings)
+    assert ended.code == 130
+    assert ended.err == f"parley: stopped; to continue: parley train --resume {tmp_path / 'run'}\n"
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

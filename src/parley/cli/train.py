@@ -177,6 +177,9 @@ def _what_is_kept(output: Path) -> str:
     folder = RunFolder(output)
     if not RunFolder.is_run(output):
         return "nothing was written"
-    checkpoint, _ = newest_whole(folder.checkpoints)
+    try:
+        checkpoint, _ = newest_whole(folder.checkpoints)
+    except KeyboardInterrupt:  # once more, while checksums are computed
+        return f"to continue: {folder.resume_command}"
     kept = f"{checkpoint.name} is whole" if checkpoint else "no checkpoint was written yet"
     return f"{kept}; to continue: {folder.resume_command}"

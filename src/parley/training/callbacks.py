@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from parley.text import print_text
@@ -47,8 +48,20 @@ class EventLog(TrainerCallback):
     def resume_after(self, step: int) -> None:
         """Continue the file of a run that is resumed from its checkpoint of `step`: later events are dropped."""
         events = read_events(self.path)
-        # Weights that were saved stay in the folder until they are saved again, whatever their step.
-        found = [e for e in events if e["event"] == WEIGHTS or (e["step"] <= step and e["event"] not in ENDS)]
+        saved = [i for i, event in enumerate(events) if (event["event"], event["step"]) == ("save", step)]
+        # A run evaluates once more after its last checkpoint, at the same step.
+        repeated = set(range(saved[-1] + 1, len(events))) if saved else set()
+        found = [
+            event
+            for i, event in enumerate(events)
+            # Weights that were saved stay in the folder until they are saved again, whatever their step.
+            if event["event"] == WEIGHTS
+            or (
+                event["step"] <= step
+                and event["event"] not in ENDS
+                and not (i in repeated and event["event"] == "eval")
+            )
+        ]
         self.events, self.steps = found, [event for event in found if event["event"] == "step"]
         self.steps_done = step
         self.seconds_before = max((event.get("seconds", 0.0) for event in found), default=0.0)
@@ -123,9 +136,8 @@ class ProgressLine(TrainerCallback):
         self.console = console
         self.log = log
         self.progress = Progress(
-            TextColumn("training"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),  # the bar gives way in 80 columns
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=console,

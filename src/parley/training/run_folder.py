@@ -118,8 +118,16 @@ class RunFolder:
         return folder
 
     def lock(self) -> None:
-        """Become the folder's one writer. Raises RunError where another process is."""
-        self._lock = RunLock(self.path)
+        """Become the folder's one writer. Raises RunError where another process is, or none can be."""
+        try:
+            self._lock = RunLock(self.path)
+        except RunError:
+            raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise RunError(
+                f"{self.path}: cannot be written ({reason}); make it writable, or copy the run elsewhere"
+            ) from None
 
     def keep_rewards(self, config: RunConfig) -> None:
         """Name the rewards of `config` in `resume_command`, where a resumed run needs them named again."""

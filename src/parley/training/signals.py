@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from parley.training.processes import is_main_process, largest, peer_failed, process_count
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_NOTICE = "\nparley: {} received; the step is finished and saved, then training stops (again: stop at once)\n"
+_NOTICE = "\nparley: {} received; the step is finished and saved, then training stops\n(again: stop at once)\n"
 _SAVING = "\nparley: SIGUSR1 received; a checkpoint is saved after the step, and training continues\n"
 
 
