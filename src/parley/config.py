@@ -71,6 +71,7 @@ Droppable = Literal[
     "duplicate",
     "near-duplicate",
     "control-token",
+    "media-placeholder",
     "template-text",
     "mojibake",
     "replacement-character",

@@ -15,6 +15,7 @@ from parley.data.doctor.checks import DROPPABLE, SEVERITIES
 from parley.data.doctor.diagnose import diagnose, rows_to_drop
 from parley.data.doctor.findings import Diagnosis
 from parley.data.doctor.histogram import RELATIVE_ERROR, LogHistogram
+from parley.data.doctor.text_faults import media_placeholder
 from parley.data.heldout_split import sampled_rows
 from parley.data.prepare import prepare
 from parley.errors import UsageError
@@ -81,6 +82,10 @@ PLANTED: dict[str, list[Any]] = {
         turns(("user", sentence(126)), ("assistant", sentence(127) + "</s>")),
         turns(("user", sentence(128)), ("assistant", "<start_of_turn>model " + sentence(129))),
     ],
+    "media-placeholder": [
+        turns(("user", "<|image|>" + sentence(400)), ("assistant", sentence(401))),
+        turns(("user", "<image>\n" + sentence(402)), ("assistant", sentence(403))),
+    ],
     "template-text": [
         turns(("user", "### Instruction:\n" + sentence(130)), ("assistant", sentence(131))),
         turns(("user", sentence(132)), ("assistant", sentence(133) + "\n\n### Response:\nmore")),
@@ -113,6 +118,7 @@ CLEAN: list[Any] = [
     {"messages": [dict(zip(("role", "content"), USER, strict=True)), WEATHER, {"role": "tool", "content": "sunny"},
                   {"role": "assistant", "content": sentence(203)}]},
     turns(("user", "Où est le CAFÉ? «NÃO», SÃO, Â, âge, ÐÑ " + sentence(210)), ("assistant", sentence(211))),
+    turns(("user", "an <image> tag and [IMG]http://x/y.png[/IMG] " + sentence(230)), ("assistant", sentence(231))),
     turns(("user", sentence(212)), ("assistant", "was <s>9</s> now 8, <b>x</b> and a[0] " + sentence(213))),
     turns(("user", "<s>9 coins</s> 8 coins " + sentence(220)), ("assistant", sentence(221) + " <s>x</s>")),
     turns(("user", sentence(214)), ("assistant", '{"a":1}')),
@@ -395,3 +401,12 @@ def test_of_many_rows_a_sample_is_tokenised_and_each_that_may_be_too_long(
     assert sampled.tokens.total / sampled.tokens.count == pytest.approx(exact.tokens.total / 300, rel=0.05)
     assert sampled.tokens.percentiles["p50"] == pytest.approx(exact.tokens.percentiles["p50"], rel=0.05)
     assert sampled.supervised_share == pytest.approx(exact.supervised_share, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "placeholder",
+    ["<|vision_start|><|image_pad|><|vision_end|>", "<|image_1|>\n", "<|audio|>", "[IMG]", "<start_of_image>",
+     "<image_soft_token>", "Listen:\n<audio>\n", "<|begin_of_image|>", "<|AUDIO|>", "<|audio_bos|>"],
+)  # fmt: skip
+def test_placeholders_of_media_in_other_families(placeholder: str) -> None:
+    assert media_placeholder(f"{placeholder}What is it?")

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from parley.data.doctor.conversation import Conversation
-from parley.data.doctor.text_faults import mojibake, nul, replacement_character, template_text, turn_mark
+from parley.data.doctor.text_faults import (
+    media_placeholder,
+    mojibake,
+    nul,
+    replacement_character,
+    template_text,
+    turn_mark,
+)
 
 Severity: TypeAlias = Literal["error", "warning", "note"]
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -144,6 +151,10 @@ def _turn_marks(row: Conversation) -> str | None:
     return next(filter(None, (turn_mark(text) for turn in row.turns for text in (turn.content, *turn.other))), None)
 
 
+def _media_placeholder(row: Conversation) -> str | None:
+    return next(filter(None, (media_placeholder(turn.content) for turn in row.turns)), None)
+
+
 def _template_text(row: Conversation) -> str | None:
     if row.plain:
         return None
@@ -157,6 +168,13 @@ TEXT_CHECKS: tuple[RowCheck, ...] = (
         "rows that hold control tokens of a model family in their text",
         drops("control-token", "remove them: Parley writes the model's own around each turn"),
         _turn_marks,
+    ),
+    RowCheck(
+        "media-placeholder",
+        "warning",
+        "rows that hold the placeholder of a picture or sound, which the model would never see",
+        drops("media-placeholder", "describe in words what it stood for"),
+        _media_placeholder,
     ),
     RowCheck(
         "template-text",

@@ -23,13 +23,24 @@ _MOJIBAKE = re.compile(
 _TURN_MARKS = re.compile(
     # Llama 3 and 4, ChatML (Qwen, Yi, SmolLM), Phi, Zephyr, GLM, gpt-oss, Granite, Cohere, fill-in-the-middle.
     r"<\|(?:begin_of_text|end_of_text|start_header_id|end_header_id|eot_id|eom_id|python_tag|eot|header_start"
-    r"|header_end|finetune_right_pad(?:_id)?|reserved_special_token_\d+|image|im_start|im_end|im_sep|endoftext"
+    r"|header_end|finetune_right_pad(?:_id)?|reserved_special_token_\d+|im_start|im_end|im_sep|endoftext"
     r"|system|user|assistant|end|observation|tool|channel|message|start|return|call|constrain|start_of_role"
     r"|end_of_role|START_OF_TURN_TOKEN|END_OF_TURN_TOKEN|USER_TOKEN|CHATBOT_TOKEN|SYSTEM_TOKEN|fim_prefix"
     r"|fim_middle|fim_suffix|pad|endofprompt)\|>"
     r"|<(?:start_of_turn|end_of_turn|bos|eos)>"  # Gemma
     r"|\[/?INST\]|<</?SYS>>|\[/?(?:AVAILABLE_TOOLS|TOOL_RESULTS|SYSTEM_PROMPT)\]|\[TOOL_CALLS\]"  # Llama 2, Mistral
     r"|<｜[^｜<>\n]{1,40}｜>"  # DeepSeek
+)
+# What processors of multimodal models put pictures, video and sound in place of.
+_PLACEHOLDERS = re.compile(
+    # Llama 3.2 and 4, Qwen VL and Omni, Phi vision, GLM.
+    r"<\|(?:(?:vision|audio|image|video)_(?:start|end|pad|bos|eos|\d+)|image|video|audio|AUDIO|IMAGE|VIDEO"
+    r"|begin_of_(?:image|audio|video)|end_of_(?:image|audio|video))\|>"
+    r"|<(?:(?:image|audio|video)_soft_token|(?:start|end)_of_(?:image|audio)|image_placeholder)>"  # Gemma 3 and 3n
+    r"|\[IMG\](?![^\n]{0,500}\[/IMG\])|\[IMG_(?:BREAK|END)\]"  # Pixtral; a picture of a forum has an end
+    # LLaVA's, which are HTML inside of a line: at an end of the text or on a line of their own.
+    r"|\A\s*<(?:image|video|audio)>|^[ \t]*<(?:image|video|audio)>[ \t]*$|<(?:image|video|audio)>\s*\Z",
+    re.MULTILINE,
 )
 # Alpaca, and headings of the same kind; Vicuna and Anthropic where one text holds both speakers.
 _HEADINGS = re.compile(
@@ -60,6 +71,12 @@ def turn_mark(text: str) -> str | None:
     """The first control token of a known model family in `text`."""
     found = _TURN_MARKS.search(text) if "<" in text or "[" in text else None
     return found[0] if found else _edge_mark(text.strip())
+
+
+def media_placeholder(text: str) -> str | None:
+    """The first placeholder of a picture, a video or a sound in `text`."""
+    found = _PLACEHOLDERS.search(text) if "<" in text or "[IMG" in text else None
+    return found[0].strip() if found else None
 
 
 def _edge_mark(text: str) -> str | None:
