@@ -2,7 +2,7 @@
 
     python benchmarks/render_rate.py TOKENIZER_FOLDER ROWS.jsonl
 
-ROWS has one object a line with `instruction`, `response` and optionally `context`. Prints one line of JSON: rows a
+ROWS has one object a line with `instruction`, `response` and optionally `context`. Prints one line of JSON: rows a CPU
 second (template, encoding and mask; reading the file and the checks are not timed), one by one and in batches, and
 the rate of apply_chat_template alone, which makes no mask, as a reference for the speed of the core; then how many
 rows have apply_chat_template's own ids, and how many masks decode to the trimmed response and one end-of-turn token.
@@ -14,7 +14,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 os.environ |= {"RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -43,19 +43,19 @@ def main() -> None:
         rows = [conversation(json.loads(line)) for line in lines]
     end_of_turn = render(tokenizer, [*rows[0][:1], {"role": "assistant", "content": "a"}]).input_ids[-1]
 
-    start = perf_counter()
+    start = process_time()
     single = [render(tokenizer, messages) for messages in rows]
-    single_s = perf_counter() - start
-    start = perf_counter()
+    single_s = process_time() - start
+    start = process_time()
     stock = [tokenizer.apply_chat_template(messages, return_dict=False) for messages in rows]
-    stock_s = perf_counter() - start
-    start = perf_counter()
+    stock_s = process_time() - start
+    start = process_time()
     batched: list[Any] = []
     for first in range(0, len(rows), BATCH):
         batched += render_many(
             tokenizer, [Example("row", messages=messages) for messages in rows[first : first + BATCH]]
         )
-    batched_s = perf_counter() - start
+    batched_s = process_time() - start
 
     print(
         json.dumps(

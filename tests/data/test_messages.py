@@ -205,3 +205,29 @@ def test_a_developer_turn_is_a_system_turn() -> None:
         assert with_system(own, "s") == own
     assert with_system(HELLO, " ") == with_system(HELLO, None) == HELLO
     assert with_system([], "s") == [system]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("[1.10]", "the arguments are a list, wanted an object"),
+        ("1.10", "the arguments are a number, wanted an object"),
+        ('"Oslo"', "is not JSON"),
+        (["Oslo"], "the arguments are a list, wanted an object"),
+        (7, "the arguments are a number, wanted an object"),
+        ('{"a": 1, "a": 2}', "the key 'a' is twice in"),
+        ('{"b": [{"a": 1, "a": 2}]}', "the key 'a' is twice in"),
+    ],
+)
+def test_arguments_that_templates_would_leave_out_are_refused(arguments: Any, said: str) -> None:
+    with pytest.raises(DataError, match="of pay") as caught:
+        parsed({"role": "assistant", "tool_calls": [{"name": "pay", "arguments": arguments}]})
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "values"), [("null", {}), ('"{\\"a\\": 1.10}"', {"a": 1.1}), (None, {}), (" ", {})]
+)
+def test_arguments_may_be_null_or_text_of_text(arguments: Any, values: dict[str, Any]) -> None:
+    turn = {"role": "assistant", "tool_calls": [{"name": "pay", "arguments": arguments}]}
+    assert parsed(turn)[0]["tool_calls"][0]["function"]["arguments"] == values

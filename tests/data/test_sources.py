@@ -18,7 +18,7 @@ from datasets import Dataset, IterableDataset
 
 from parley.config import DEMO_DATA, DataSection
 from parley.data import sources
-from parley.data.files import count_rows, read_files
+from parley.data.files import ERROR, count_rows, read_files
 from parley.data.sources import FileRows, located, read_rows
 from parley.errors import DataError, UsageError
 
@@ -380,3 +380,16 @@ def test_lines_are_counted_where_they_are_read(tmp_path: Path, blank: str) -> No
     ):
         path.write_bytes(b"\n".join(lines) + b"\n")
         assert count_rows([str(path)]) == len(list(read_files([str(path)], keep_bad=True)))
+
+
+@pytest.mark.parametrize(
+    "row", ['{"text": "a", "text": "b"}', '{"messages": [{"role": "user", "content": "a", "content": "b"}]}']
+)
+def test_a_key_that_is_there_twice_is_no_row(tmp_path: Path, row: str) -> None:
+    good = json.dumps({"text": "good"})
+    lines = write(tmp_path / "rows.jsonl", f"{good}\n{row}\n{good}\n")
+    bad = list(read_files([lines], keep_bad=True))[1][ERROR]
+    assert bad.startswith("rows.jsonl line 2: the key ")
+    assert "is twice in {" in bad
+    with pytest.raises(DataError, match="is twice in"):
+        list(read_files([write(tmp_path / "rows.json", f"[{good}, {row}]")]))

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from parley.data.compression import COMPRESSIONS, DAMAGED, open_file
-from parley.data.values import short, type_name
+from parley.data.values import RepeatedKeyError, short, type_name, unique_keys
 from parley.errors import DataError, one_line
 
 Row = dict[str, Any]
@@ -31,6 +31,7 @@ KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".txt", ".parquet")
 # A JSON document that is one object is a single row if it has one of these keys, not a container of rows.
 _ROW_KEYS = {"messages", "conversations", "conversation", "instruction", "prompt", "text", "input_ids"}
 _CSV_BATCH = 64
+_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _ANY_LENGTH = 2**31 - 1  # of a CSV field, in characters: the largest limit that the csv module takes everywhere
 
@@ -133,10 +134,10 @@ def _json_lines(path: Path) -> Iterator[Entry]:
 
 def _parse_line(line: str, location: str) -> Row | DataError:
     try:
-        row = json.loads(line)
+        row = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
         hint = "; the file looks like one JSON document: name it .json" if line.strip() in ("[", "{") else ""
-        return DataError(f"{location}: broken JSON ({_reason(error)}){hint}")
+        return DataError(f"{location}: {_what_is_wrong(error)}{hint}")
     return _as_row(row, location)
 
 
@@ -146,14 +147,14 @@ def _json_document(path: Path) -> Iterator[Entry]:
     if not text.strip():
         return
     try:
-        rows = json.loads(text)
+        rows = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         # json.loads stops after the first object of JSON lines with this message.
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             yield from _json_lines(path)
             return
         line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise DataError(f"{path.name}{line}: broken JSON ({_reason(error)})") from None
+        raise DataError(f"{path.name}{line}: {_what_is_wrong(error)}") from None
     if _is_single_row(rows):
         rows = [rows]
     if isinstance(rows, dict):
@@ -271,6 +272,10 @@ def _readable_line(line: str | DataError) -> str:
     if isinstance(line, DataError):
         raise line
     return line
+
+
+def _what_is_wrong(error: Exception) -> str:
+    return str(error) if isinstance(error, RepeatedKeyError) else f"broken JSON ({_reason(error)})"
 
 
 def _reason(error: Exception) -> str:

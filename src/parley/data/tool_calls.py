@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from parley.data.example import Arguments
-from parley.data.values import short, text_of, type_name
+from parley.data.values import RepeatedKeyError, short, text_of, type_name
 from parley.data.written_numbers import parse_written
 from parley.errors import DataError
 
@@ -58,15 +58,22 @@ def tool_call(call: Any, location: str) -> dict[str, Any]:
 def _arguments(value: Any, location: str) -> Any:
     if value is None or (isinstance(value, str) and not value.strip()):
         return {}
-    if not isinstance(value, str):
-        return value
-    arguments = parse_json(value, location, parse_written)
-    return Arguments(arguments, value) if isinstance(arguments, dict) else arguments
+    arguments = parse_json(value, location, parse_written) if isinstance(value, str) else value
+    if isinstance(arguments, str):  # JSON text of JSON text
+        value, arguments = arguments, parse_json(arguments, location, parse_written)
+    if arguments is None:
+        return {}
+    # Templates leave out what they do not know: Gemma 4's writes no list.
+    if not isinstance(arguments, dict):
+        raise DataError(f"{location}: the arguments are {type_name(arguments)}, wanted an object of names and values")
+    return Arguments(arguments, value) if isinstance(value, str) else arguments
 
 
 def parse_json(text: str, location: str, loads: Callable[[str], Any] = json.loads) -> Any:
     """JSON text of a field. Raises DataError for text that is not JSON."""
     try:
         return loads(text_of(text, location))
+    except RepeatedKeyError as error:
+        raise DataError(f"{location}: {error}") from None
     except (ValueError, RecursionError):
         raise DataError(f"{location} is not JSON: {short(text)}") from None

@@ -44,4 +44,20 @@ _REPR = _bounded_repr()
 def type_name(value: object) -> str:
     """The name of a JSON value's type in messages."""
     names = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    if isinstance(value, float):
+        return "a number"
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+class RepeatedKeyError(ValueError):
+    """A JSON object names a key twice, of which parsing would keep the last without a word."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these keys and values, for json's `object_pairs_hook`. Raises RepeatedKeyError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for number, name in enumerate(names) if name in names[:number])
+        raise RepeatedKeyError(f"the key {short(repeated)} is twice in {short(found)}; keep one")
+    return found

@@ -9,6 +9,8 @@ import json
 from itertools import count
 from typing import Any
 
+from parley.data.values import unique_keys
+
 
 class WrittenNumber(float):
     """A number whose `text` is not what Python writes for its value: 1.10, 1E5, -0."""
@@ -38,11 +40,11 @@ def _integer(text: str) -> float:
     return WrittenNumber(text) if text == "-0" else int(text)
 
 
-_DECODER = json.JSONDecoder(parse_float=_real, parse_int=_integer)
+_DECODER = json.JSONDecoder(parse_float=_real, parse_int=_integer, object_pairs_hook=unique_keys)
 
 
 def parse_written(text: str) -> Any:
-    """`json.loads(text)` with numbers that keep their text. Raises as json.loads does."""
+    """`json.loads(text)` with numbers that keep their text. Raises as json.loads does, and RepeatedKeyError."""
     return _DECODER.decode(text)
 
 
