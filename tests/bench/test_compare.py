@@ -10,7 +10,7 @@ import torch
 from parley.bench.compare import _run_in_subprocess, check, compare, table
 from parley.bench.jobs import JOBS, find_job
 from parley.bench.rows import as_text, read_rows, write_rows
-from parley.bench.worker import step_times
+from parley.bench.worker import step_times, step_tokens
 from parley.errors import DataError, DeviceError, RunError, UsageError
 
 KEYS = {
@@ -51,6 +51,11 @@ def test_the_table_says_what_was_measured_and_nothing_else() -> None:
     assert lines[3].startswith("| parley, run 2 | 9.0 |")
     assert "3.0 times the steps per second of trl" in lines[-1]
     assert "differ by at most 9.09% at any of 2 steps" in lines[-1]
+
+
+def test_tokens_of_a_step_come_from_the_running_count() -> None:
+    assert step_tokens([{"num_tokens": 10.0}, {"num_tokens": 35.0, "loss": 1.0}]) == [10, 25]
+    assert step_tokens([{"loss": 1.0}]) == []
 
 
 def test_no_speed_is_claimed_where_none_was_measured() -> None:

@@ -18,6 +18,7 @@ from trl import SFTConfig
 from parley.config import LLAMA_PROJECTIONS
 from parley.data.packing import PackedCollator
 from parley.errors import RunError, UsageError
+from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import make_plan
 from parley.training.trainer import SFTTrainer
 
@@ -564,6 +565,24 @@ def test_the_plan_knows_the_step_s_rows_and_the_optimizer_s_state(
         made.train_dataset = data
         made.bind_fused_step()
         assert seen.pop() == ("low", lengths if optim == "adamw_8bit" else [33], 8, state_bytes)
+
+
+def test_graphs_and_attention_are_prepared_for_the_lengths_of_the_data(
+    tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a stream, whose rows are unknown, only attention of the longest that a row may be."""
+    prepared: dict[str, Any] = {}
+    for name in ("graphs", "attention"):
+        monkeypatch.setattr(FusedStep, f"prepare_{name}", lambda step, N, name=name: prepared.update({name: N}))
+    made = trainer(tiny_tokenizer, tmp_path, steps=1)
+    made.bind_fused_step()
+    lengths = made.row_lengths()
+    assert sorted(prepared["attention"]) == sorted(lengths)
+    assert 8 * lengths.min() <= prepared["graphs"].min() < prepared["graphs"].max() <= 8 * lengths.max()
+    assert prepared["graphs"].mean() == pytest.approx(8 * lengths.mean(), rel=0.02)
+    prepared.clear()
+    trainer(tiny_tokenizer, tmp_path, steps=1, rows=make_rows().to_iterable_dataset()).bind_fused_step()
+    assert list(prepared) == ["attention"]
 
 
 def test_adapters_that_are_switched_off_are_not_bound(tiny_tokenizer: Any, tmp_path: Path) -> None:
