@@ -18,6 +18,9 @@ BREAKOUT = "\"'></div></main></body><svg onload=window.owned=1>{{7*7}}${7*7}<a h
 HTMX = '<div hx-get="/runs" hx-trigger="load" hx-on::load="window.owned=1" data-hx-post="/preferences">'
 OVERRIDE = "\u202emoc.live\u2066\u200f\x1b[31m\x07\x00\x9b2J\r"
 EVENTS = "id: 9\n\nevent: points\ndata: {}\n\n"
+WIDE = """[...document.querySelectorAll('main *')]
+  .filter(each => each.getBoundingClientRect().right > innerWidth + 1 && !each.closest('.scroll'))
+  .map(each => each.outerHTML.slice(0, 80))"""
 HOSTILE = SCRIPT + BREAKOUT + HTMX + OVERRIDE + EVENTS
 ROWS = [
     {"instruction": HOSTILE, "context": OVERRIDE, "response": HOSTILE},
@@ -52,6 +55,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     write_run(folder / "runs", "<script>window.owned=1<", HOSTILE, str(folder / "rows.jsonl"))
     write_run(folder / "runs", "plain", "Plain", str(folder / "rows.jsonl"))
+    (folder / "runs" / ".studio").mkdir()
+    (folder / "runs" / ".studio" / "draft.yaml").write_text(f"data:\n  source: {folder / 'rows.jsonl'}\n")
     (folder / "runs" / "broken").mkdir()
     (folder / "runs" / "broken" / "run.yaml").write_text(f"- {SCRIPT}: [")
     return folder
@@ -79,7 +84,7 @@ def check_unharmed(page: Any) -> None:
     assert page.locator("main").count() == 1
     text = page.locator("body").inner_text()
     assert not set(text) & set("\u202e\u2066\x1b\x07\x9b\x00")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert page.evaluate(WIDE) == []
 
 
 def serious_faults(page: Any) -> list[str]:
@@ -118,10 +123,7 @@ def test_a_hostile_run_changes_nothing_on_any_page(studio: StudioProcess, browse
         assert page.get_by_role("heading", level=1).inner_text() == "<script>window.owned=1<"
         assert "<script>" in page.locator(".sample").inner_text()
         for path in ("/runs/%3Cscript%3Ealert(1)%3C/script%3E", "/<script>", "/data/tokens/99999"):
-            page.goto(studio.url + "/data")  # else the console has the 404 of the page
-            page.evaluate(f"fetch({json.dumps(path)}).then(answer => answer.text()).then(text => window.answer = text)")
-            page.wait_for_timeout(100)
-            assert "<script>alert" not in str(page.evaluate("window.answer"))
+            assert "<script>alert" not in page.request.get(studio.url + path).text()
 
 
 def test_a_spike_shows_the_rows_of_its_batch(studio: StudioProcess, browser: Any) -> None:
@@ -139,10 +141,11 @@ def test_a_spike_shows_the_rows_of_its_batch(studio: StudioProcess, browser: Any
 def test_axe_finds_no_serious_fault(studio: StudioProcess, browser: Any, scheme: str, locale: str) -> None:
     with opened(browser, studio, "/", color_scheme=scheme, locale=locale) as page:
         assert serious_faults(page) == []
-        for path in ("/data", "/runs/plain"):
+        for path in ("/data", "/runs/plain", "/model", "/train", "/compare", "/export"):
             page.goto(studio.url + path)
-            page.locator(".facts" if path == "/data" else "#charts[data-points='30']").first.wait_for()
-            assert serious_faults(page) == []
+            shown = {"/data": ".facts", "/runs/plain": "#charts[data-points='30']"}.get(path, "h1")
+            page.locator(shown).first.wait_for()
+            assert serious_faults(page) == [], path
 
 
 def test_everything_is_reached_with_the_keyboard(studio: StudioProcess, browser: Any) -> None:
