@@ -295,6 +295,15 @@ def test_columns_that_nobody_reads_are_named() -> None:
     assert list(found.unread) == ["id", "rejected", "notes"]
 
 
+def test_keys_of_turns_that_neither_parley_nor_the_template_reads_are_named() -> None:
+    answer = {**ASSISTANT, "ignore": True, "channel": "final", "name": "Bo", "weight": 1, "thinking": "Hm", "note": ""}
+    found = recognise([("row 1", {"messages": [USER, answer]})], DataSection())
+    found.example({"messages": [USER, answer]}, "row 1")
+    found.example({"messages": [{**USER, "speed": 3}, ASSISTANT], "id": 1}, "row 2")
+    assert found.unread_with("{% if m.channel %}{% endif %}") == ["id", "ignore of turns", "speed of turns"]
+    assert found.unread_with(None) == ["id", "ignore of turns", "channel of turns", "speed of turns"]
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

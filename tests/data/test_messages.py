@@ -9,6 +9,7 @@ import pytest
 
 from parley.data.example import Arguments
 from parley.data.messages import parse_messages, with_system
+from parley.data.tool_calls import parse_tools
 from parley.errors import DataError
 
 
@@ -142,7 +143,10 @@ def test_tool_results_inside_a_user_s_turn_are_messages_of_their_own() -> None:
     ]
 
 
-@pytest.mark.parametrize("flag", ["weight", "loss_weight", "train", "training", "loss"])
+@pytest.mark.parametrize(
+    "flag",
+    ["weight", "loss_weight", "train", "training", "loss", "loss_mask", "train_on_turn", "trainable", "do_train"],
+)
 @pytest.mark.parametrize(("value", "weight"), [(0, 0.0), (False, 0.0), (0.25, 0.25), (True, 1.0), (1, 1.0)])
 def test_flags_of_a_message_become_its_weight(flag: str, value: Any, weight: float) -> None:
     assert parsed({"role": "assistant", "content": "a", flag: value}) == [
@@ -231,3 +235,17 @@ def test_arguments_that_templates_would_leave_out_are_refused(arguments: Any, sa
 def test_arguments_may_be_null_or_text_of_text(arguments: Any, values: dict[str, Any]) -> None:
     turn = {"role": "assistant", "tool_calls": [{"name": "pay", "arguments": arguments}]}
     assert parsed(turn)[0]["tool_calls"][0]["function"]["arguments"] == values
+
+
+def test_a_refusal_in_place_of_a_content_is_named() -> None:
+    with pytest.raises(DataError, match="says its text under 'refusal'"):
+        parsed({"role": "assistant", "content": None, "refusal": "I cannot help with that."})
+    assert parsed({"role": "assistant", "content": "Aye.", "refusal": None}) == [
+        {"role": "assistant", "content": "Aye."}
+    ]
+
+
+@pytest.mark.parametrize("tools", [{"pay": {}}, [{"function": {"name": "pay"}}, {}], [{"description": "pays"}]])
+def test_tools_without_a_name_are_refused(tools: Any) -> None:
+    with pytest.raises(DataError, match="wanted a description with a name"):
+        parse_tools(tools, "row 1")

@@ -53,7 +53,7 @@ def inspect_row(
     summary = DataSummary(source=data.source)
     errors = BadRows(data.model_copy(update={"bad_rows": "error"}), advise=False)
     (outcome,) = render_examples([example], tokenizer, data, max_length, summary, ahead=0, bad_rows=errors)
-    summary.unread = list(format.unread)
+    summary.unread = format.unread_with(tokenizer.chat_template)
     rendered = outcome[1] if outcome is not None else _dropped(example, tokenizer, data)
     return InspectedRow(format.reason, origin, {} if rendered is None else {"": rendered}, summary.row_lines())
 

@@ -15,7 +15,7 @@ from parley.data.example import WEIGHT, WEIGHT_SPANS
 from parley.data.values import short
 from parley.errors import DataError
 
-FLAGS = ("weight", "loss_weight", "train", "training", "loss")
+FLAGS = ("weight", "loss_weight", "train", "training", "loss", "loss_mask", "train_on_turn", "trainable", "do_train")
 ROW_FLAGS = ("weight", "loss_weight", "train")
 """Flags of a whole row; `label` and the like are often classes there."""
 _DETAIL = ("train_detail", "training_detail")

@@ -87,6 +87,10 @@ def _parse_turn(
         rest["tool_calls"] = calls if isinstance(calls, list) else [calls]
     _parse_keys(message, rest, location)
     _check_text_is_read(message, rest, turn, content_key, location)
+    if rest.get("refusal") and not _has_content(message):  # OpenAI's, in place of a content
+        raise DataError(
+            f"{location} says its text under 'refusal'; set data.columns={{content: refusal}}, or remove it"
+        )
     own = [message] if _has_content(message) or not results else []
     # Results first: Anthropic puts tool results and the user's next words into one user turn, and templates expect a
     # result directly after its call.

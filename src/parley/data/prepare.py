@@ -234,7 +234,7 @@ class RowRenderer:
         for outcome in outcomes:
             self.summary.rows += 1
             yield outcome
-        self.summary.unread = list(self.format.unread)
+        self.summary.unread = self.format.unread_with(self.tokenizer.chat_template)
 
     def _examples(self) -> Iterator[Candidate]:
         for number, (row, example) in enumerate(_examples(self.rows, self.format, self.prefix)):
@@ -324,7 +324,7 @@ class RowRenderer:
         # No read-ahead on streams: the first batch would wait for 1,280 rows, and rows not yet used would be counted.
         shown = list(islice(training_rows(), PREVIEWED))
         self._check_any()
-        self.summary.heldout, self.summary.unread = len(examples), list(self.format.unread)
+        self.summary.heldout, self.summary.unread = len(examples), self.format.unread_with(self.tokenizer.chat_template)
         # Whether a later row has loss weights is not known yet.
         features = Features({**FEATURES, LOSS_WEIGHTS: WEIGHTS})
         train = IterableDataset.from_generator(columns, features=features)
@@ -344,7 +344,7 @@ class RowRenderer:
             self.summary.keep(len(part.input_ids), sum(part.mask[1:]))
 
     def _check_any(self) -> None:
-        self.summary.unread = list(self.format.unread)
+        self.summary.unread = self.format.unread_with(self.tokenizer.chat_template)
         if not self.summary.kept:
             raise DataError(f"{self.where}: nothing left to train on; {self.summary.nothing_left()}")
         if not self.summary.streaming:

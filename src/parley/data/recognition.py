@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from parley.config import DataSection, unknown_key
 from parley.data.columns import TURN_KEYS, Fields, listed, lookup
-from parley.data.example import Example
+from parley.data.example import LOSS_KEYS, REASONING_KEYS, Example, Message
 from parley.data.files import Row
 from parley.data.formats import BY_NAME, FORMATS, Format
 from parley.data.loss_weights import ROW_FLAGS
@@ -21,6 +22,7 @@ RECOGNITION_ROWS = 20
 TEMPLATE_COLUMN = "chat_template_kwargs"
 """TRL's column of settings of the chat template, of each row."""
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
+_READ_KEYS = {"role", "content", "tool_calls", "tool_call_id", "name", "id", "type", *REASONING_KEYS, *LOSS_KEYS}
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos", "media")
 
 
@@ -28,7 +30,8 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos", "media")
 class Recognised:
     """A data set's format. `reason` says what it was recognised by, `origin` which row.
 
-    `unread` collects columns of rows made into examples that the format does not read, in their order.
+    `unread` collects columns of rows made into examples that the format does not read, in their order; `turn_keys`
+    the keys of turns that are left to the chat template, which may read them or not.
     """
 
     format: Format
@@ -36,6 +39,7 @@ class Recognised:
     origin: str
     data: DataSection
     unread: dict[str, None] = field(default_factory=dict)
+    turn_keys: dict[str, None] = field(default_factory=dict)
     _unread_of: dict[tuple[str | None, ...], list[str]] = field(default_factory=dict)  # by columns, and those read
 
     @property
@@ -56,11 +60,25 @@ class Recognised:
             raise DataError(f"{origin}: {seen}, but {expected}; keep one format in a data set")
         self._note_unread(row, fields)
         example = self.format.example(fields, self.data)
+        for messages in (example.messages, example.prompt, example.completion):
+            if isinstance(messages, list):
+                self._note_turn_keys(messages)
         settings = row.get(TEMPLATE_COLUMN)
         if not isinstance(settings, dict):
             return example
         # Arrow fills what a row leaves out with None.
         return replace(example, template={name: value for name, value in settings.items() if value is not None})
+
+    def _note_turn_keys(self, messages: list[Message]) -> None:
+        for message in messages:
+            if len(message) > 2:
+                self.turn_keys |= dict.fromkeys(key for key in message if key not in _READ_KEYS)
+
+    def unread_with(self, template: object) -> list[str]:
+        """What neither Parley nor the chat template reads: columns, and keys of turns."""
+        source = str(template or "")
+        keys = (key for key in self.turn_keys if not re.search(rf"\b{re.escape(key)}\b", source))
+        return [*self.unread, *(f"{key} of turns" for key in keys)]
 
     def _note_unread(self, row: Row, fields: Fields) -> None:
         _refuse_what_training_cannot_see(row, fields)

@@ -21,6 +21,12 @@ def parse_tools(value: Any, origin: str) -> list[dict[str, Any]] | None:
         return None
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise DataError(f"{origin}: field 'tools' is {type_name(value)}, wanted a list of tool descriptions")
+    for tool in value:
+        if not tool.keys() & {"function", "name", "type"}:
+            keys = short(", ".join(map(str, tool)), quoted=False) or "none"
+            raise DataError(
+                f"{origin}: field 'tools' holds an object with keys {keys}, wanted a description with a name"
+            )
     return value
 
 
