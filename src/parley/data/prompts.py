@@ -32,6 +32,7 @@ TOOLS = "tools"
 _COLUMNS = (("prompt",), ("instruction", "question", "problem", "query"), ("messages", "conversations", "conversation"))
 _OPTIONAL = (("input", "context"), ("system", "system_prompt"), ("tools", "functions"))
 _ANSWER = ("answer", "output", "response", "solution")
+MEDIA = ("image", "images", "audio", "video")
 RESERVED = ("prompts", "completions", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric")
 """Names under which a reward function gets something else than a column."""
 
@@ -106,7 +107,7 @@ class _PromptReader:
         assert not isinstance(source, IterableDataset), "streams are refused"
         self.source, self.bad_rows = source, BadRows(data, advise=not prefix)
         self.summary = DataSummary(source=where)
-        self.canonical = ""  # of the column that holds prompts, as the first row has it
+        self.canonical = self.own = ""  # the column that holds prompts in the first row, and its name there
 
     def rows(self) -> Iterator[tuple[PromptRow, Rendered]]:
         for origin, row in located(self.source, self.prefix):
@@ -144,7 +145,10 @@ class _PromptReader:
                 )
             self._recognise(canonical, fields)
         if canonical != self.canonical:
-            raise DataError(f"{origin}: has no {self.canonical!r}, as the first row has; keep one format in a data set")
+            raise DataError(f"{origin}: has no {self.own!r}, as the first row has; keep one format in a data set")
+        for column in MEDIA:
+            if row.get(column):
+                raise DataError(f"{origin}: has {column!r}; Parley trains on text alone: remove the column, or the row")
         prompt, reference = self._prompt(canonical, fields)
         tools = parse_tools(fields.value(TOOLS), origin)
         own = fields.own[canonical]
@@ -156,12 +160,12 @@ class _PromptReader:
         return PromptRow(origin, prompt, reference, tools, columns)
 
     def _recognise(self, canonical: str, fields: Fields) -> None:
-        self.canonical, own = canonical, fields.own[canonical]
+        self.canonical, self.own = canonical, fields.own[canonical]
         text = isinstance(fields.value(canonical), str) and canonical == PROMPT and not _is_json(fields.text(PROMPT))
         kind = "plain text that answers continue (questions of a chat are turns, or a column question)"
         self.summary.prompts_only = True
         self.summary.format = "text prompts" if text else "prompts"
-        self.summary.reason = f"{kind if text else 'prompts'} (column {own})"
+        self.summary.reason = f"{kind if text else 'prompts'} (column {self.own})"
 
     def _prompt(self, canonical: str, fields: Fields) -> tuple[list[Message] | str, str | None]:
         """The prompt, and the answer behind it where it is a whole conversation."""
