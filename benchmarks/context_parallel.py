@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any
 
 import bitsandbytes
@@ -67,8 +68,9 @@ def gradient(step: CapturedStep, documents: list[Document], *, together: bool) -
     return float(step.metrics_3[0]) / supervised, torch.cat([g.flatten().float() for g in step.gradients])
 
 
-def compare(model: nn.Module, tokens: int, device: torch.device) -> dict[str, Any]:
+def compare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The same three documents on all cards together and on each alone."""
+    tokens = args.compared
     documents = [row(tokens // 6, 1), row(tokens // 3, 2), row(tokens // 2, 3)]
     generator = torch.Generator().manual_seed(0)
     trained = {name: parameter for name, parameter in model.named_parameters() if "lora_B" in name}
@@ -140,10 +142,15 @@ def main() -> None:
         model = build(args.shape, "none" if args.cpu else "nf4", device=device.type)
         copy_from_main([parameter.data for parameter in model.parameters() if parameter.requires_grad])
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        for result in (compare(model, args.compared, device), long_steps(model, args, device)):
-            if process_rank() == 0:
-                print("RESULT " + json.dumps(result), flush=True)
-            from_main(None)
+        try:
+            for measure in (compare, long_steps):
+                result = measure(model, args, device)
+                if process_rank() == 0:
+                    print("RESULT " + json.dumps(result), flush=True)
+                from_main(None)
+        except Exception:  # before the launcher ends this process because another one has ended
+            traceback.print_exc()
+            raise
 
 
 if __name__ == "__main__":

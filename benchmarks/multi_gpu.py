@@ -65,7 +65,7 @@ JOBS = {
     "tiny": Job("tiny", 8, 600, even=False),  # on a CPU, to try this script
 }
 BATCHES = 6  # different steps, over and over: each has a captured size of its own
-COMPARED = 5  # steps
+COMPARED = 3  # steps
 
 
 class Training:
@@ -148,25 +148,25 @@ def compare_losses(training: Training, job: Job) -> float:
     return max(from_all(max(differences))[0], 0.0)
 
 
-def measure(name: str, job: Job, device: str, repeats: int) -> dict[str, object]:
+def measure(name: str, job: Job, device: str, repeats: int, batch_count: int) -> dict[str, object]:
     count, rank = process_count(), process_rank()
     started = time.perf_counter()
     training = Training(job, device)
     loss_difference = compare_losses(training, job)
     training.restart()
 
-    batches = [batch(job, count, index) for index in range(BATCHES)]
+    batches = [batch(job, count, index) for index in range(batch_count)]
     shares = [deal_documents(documents, count)[rank] for documents in batches]
     numbers = [supervised_tokens(documents) for documents in batches]
-    own = [batch(job, 1, index) for index in range(BATCHES)]  # of one card by itself
+    own = [batch(job, 1, index) for index in range(batch_count)]  # of one card by itself
     alone = [lambda d=documents: training(d, supervised_tokens(d), alone=True) for documents in own]
     together = [lambda s=share, n=n: training(s, n, alone=False) for share, n in zip(shares, numbers, strict=True)]
     compute = [
         lambda s=share, n=n: training.step.forward_backward(s, n) for share, n in zip(shares, numbers, strict=True)
     ]
     for actions in (alone, together):  # compiles, and captures each size
-        times(device, actions, 2 * BATCHES, together=True)
-    repeats = max(repeats // BATCHES, 1) * BATCHES
+        times(device, actions, 2 * batch_count, together=True)
+    repeats = max(repeats // batch_count, 1) * batch_count
 
     one_card = times(device, alone, repeats, together=False) if rank == 0 else []
     wait_for_all()
@@ -179,8 +179,8 @@ def measure(name: str, job: Job, device: str, repeats: int) -> dict[str, object]
     step, single = statistics.mean(steps), statistics.mean(one_card)
     imbalance = float((computed.max(0) - computed.mean(0)).mean())
     all_reduce = statistics.median(reduced)
-    tokens = sum(len(document.ids_L) for documents in batches for document in documents) / BATCHES
-    tokens_alone = sum(len(document.ids_L) for documents in own for document in documents) / BATCHES
+    tokens = sum(len(document.ids_L) for documents in batches for document in documents) / batch_count
+    tokens_alone = sum(len(document.ids_L) for documents in own for document in documents) / batch_count
     fair = [[sum(len(d.ids_L) for d in share) for share in deal_documents(documents, count)] for documents in batches]
     return dict(
         job=name, cards=count, device=torch.cuda.get_device_name() if device == "cuda" else "cpu", repeats=repeats,
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", default=["seed", "8b"], choices=list(JOBS))
     parser.add_argument("--gpus", type=int, default=None, help="all of this machine without it")
     parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--batches", type=int, default=BATCHES, help="different steps, over and over")
     parser.add_argument("--cpu", action="store_true", help="processes on the CPU, to try this script with --jobs tiny")
     args = parser.parse_args()
     device = "cpu" if args.cpu else "cuda"
@@ -212,7 +213,7 @@ def main() -> None:
         sys.exit(subprocess.run([*launcher, __file__, *sys.argv[1:]]).returncode)
     with joined_processes():
         for name in args.jobs:
-            result = measure(name, JOBS[name], device, args.repeats)
+            result = measure(name, JOBS[name], device, args.repeats, args.batches)
             if process_rank() == 0:
                 print("RESULT " + json.dumps(result), flush=True)
             if device == "cuda":

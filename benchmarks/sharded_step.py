@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from typing import Any
 
 import bitsandbytes
@@ -37,12 +38,11 @@ from parley.train_step.captured_step import CapturedStep
 from parley.training.dealing import deal_documents
 from parley.training.optimizer_memory import state_bytes
 from parley.training.plan.device import planned_device
-from parley.training.plan.memory import Batches, MemoryEstimate, sharded_estimate
-from parley.training.plan.step_time import model_work, peaks
+from parley.training.plan.memory import Batches, MemoryEstimate, joint_estimate
+from parley.training.plan.step_time import peaks
 from parley.training.processes import (
     copy_from_main,
     from_all,
-    from_main,
     joined_processes,
     process_count,
     process_rank,
@@ -93,20 +93,19 @@ def build(shape: str, nf4: bool, device: torch.device) -> Any:
     return model
 
 
-def planned(shape: str, nf4: bool, device: torch.device, tokens: int) -> tuple[MemoryEstimate, Any]:
-    """What `parley plan` counts for a process, and the model's work."""
+def planned(shape: str, nf4: bool, device: torch.device, tokens: int) -> MemoryEstimate:
+    """What `parley plan` counts for a process."""
     config = AutoConfig.for_model(
         **(dict(vocab_size=128256, max_position_embeddings=32768, pad_token_id=0) | SHAPES[shape])
     )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     section = ModelSection(name=shape, quantization="nf4" if nf4 else "none")
     model = meta_model(config, section, dtype, LoraSection(), 0)
-    batches = Batches(np.full(process_count(), tokens), process_count(), 1, tokens)
+    batches = Batches(np.full(1, tokens), 1, 1, tokens)
     compute = torch.bfloat16 if device.type == "cuda" else None
-    estimate = sharded_estimate(
+    return joint_estimate(
         model, batches, state_bytes("adamw_8bit"), compute, True, planned_device(device, None), process_count()
     )
-    return estimate, model_work(model, config)
 
 
 class Training:
@@ -129,7 +128,6 @@ class Training:
 
 def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     count = process_count()
-    estimate, work = from_main(planned(args.shape, not args.bf16, device, args.tokens) if process_rank() == 0 else None)
     started = time.perf_counter()
     model = build(args.shape, not args.bf16, device)
     made = time.perf_counter() - started
@@ -146,10 +144,15 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         if process_rank() == 0 and index < WARM_UP:
             print(f"step {index + 1}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}", flush=True)
+    head = model.get_output_embeddings()
+    linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in name}
+    sizes = {name: m.in_features * m.out_features for name, m in linears.items()}
+    head_weights = head.in_features * head.out_features
+    matrix_weights = sum(sizes.values()) - head_weights
     step = statistics.median(seconds[WARM_UP:])
     tokens = args.tokens * count
     # Forward, recomputed, and the gradient of the input: nothing else of a frozen matrix; a head for half of the rows.
-    flops = (3 * 2 * work.matrix_weights + 3 * work.head_weights) * tokens
+    flops = (3 * 2 * matrix_weights + 3 * head_weights) * tokens
     peak, _ = peaks(torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     used = [0.0]
     if device.type == "cuda":
@@ -158,14 +161,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         used = from_all((torch.cuda.max_memory_reserved() + outside) / GIB)
     return dict(
         shape=args.shape, cards=count, device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        parameters_b=round((work.matrix_weights + 2 * work.head_weights) / 1e9, 2), made_s=round(made, 1),
+        parameters_b=round((matrix_weights + 2 * head_weights) / 1e9, 2), made_s=round(made, 1),
         weights_gib_a_card=round(local_bytes(model) / GIB, 2), most_gib_while_made=round(max(made_gib), 2),
         steps=args.steps, tokens_a_step=tokens, step_ms=round(1000 * step, 1), tokens_per_s=round(tokens / step),
         share_of_peak=round(flops / count / step / peak, 3), first_loss=round(losses[0], 4),
         last_loss=round(losses[-1], 4), finite=all(map(math.isfinite, losses)),
-        gib_a_card=round(max(used), 2), planned_gib=round(estimate.peak_bytes / GIB, 2),
+        gib_a_card=round(max(used), 2),
         allocated_gib=round(torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0, 2),
-        planned_parts={name: round(size / GIB, 2) for name, size in estimate.parts.items()},
     )  # fmt: skip
 
 
@@ -184,9 +186,16 @@ def main() -> None:
         sys.exit(subprocess.run([*launcher, __file__, *sys.argv[1:]]).returncode)
     with joined_processes():
         device = torch.device("cpu") if args.cpu else torch.device("cuda", torch.cuda.current_device())
-        result = measure(args, device)
+        try:
+            result = measure(args, device)
+        except Exception:  # before the launcher ends this process because another one has ended
+            traceback.print_exc()
+            raise
         if process_rank() == 0:
             print("RESULT " + json.dumps(result), flush=True)
+            estimate = planned(args.shape, not args.bf16, device, args.tokens)
+            parts = {name: round(size / GIB, 2) for name, size in estimate.parts.items()}
+            print("PLAN " + json.dumps(dict(planned_gib=round(estimate.peak_bytes / GIB, 2), parts=parts)), flush=True)
 
 
 if __name__ == "__main__":

@@ -70,3 +70,11 @@ def test_refusals_are_one_line(
 
 def test_nothing_to_plan(parley: Callable[..., Any]) -> None:
     assert parley("plan").code == 2
+
+
+def test_a_plan_for_several_gpus_says_what_their_link_costs(parley: Callable[..., Any], settings: Path) -> None:
+    ended = parley("plan", settings, "--gpu-memory", "8GiB", "--gpus", "2", "--set", "training.max_steps=5")
+    assert ended.code == 0, ended.err
+    assert "2 GPUs: about " in ended.out
+    assert "that each sends over PCIe" in " ".join(ended.out.split())
+    assert "memory sharded" in ended.out or "sharded" in ended.out

@@ -37,6 +37,7 @@ def plan(
         str | None,
         typer.Option(metavar="SIZE", help="Plan for a GPU of this memory, such as 24GiB, not for this machine."),
     ] = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs that train together; sizes are those of one.")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON; sizes in bytes.")] = False,
 ) -> None:
     """Say what a run takes of memory, time and disk.
@@ -52,7 +53,7 @@ def plan(
         quiet_libraries()
         from parley.training.plan.run_plan import plan as plan_run
 
-    planned = plan_run(run, gpu_memory=gpu_memory)
+    planned = plan_run(run, gpu_memory=gpu_memory, gpus=gpus)
     if as_json:
         print(json.dumps(planned.to_json(), indent=1))
     else:
@@ -77,6 +78,8 @@ def _print(planned: RunPlan) -> None:
     for note in planned.notes:
         print_text(out, note, "yellow")
     print_text(out, f"time: about {duration(planned.seconds)} of training, {planned.time_basis}")
+    if planned.link is not None:
+        print_text(out, _several(planned))
     sizes = ", ".join(f"{name} {_size(size)}" for name, size in planned.disk.items())
     print_text(out, f"disk: {sizes}")
     peak, free = _size(planned.peak_bytes), _size(planned.free_bytes)
@@ -92,6 +95,15 @@ def _print(planned: RunPlan) -> None:
         )
     if not any(alternative.fits for alternative in planned.alternatives):
         print_text(out, "nothing of this fits: choose a smaller model, or a GPU with more memory", wrap=False)
+
+
+def _several(planned: RunPlan) -> str:
+    link = planned.link
+    assert link is not None
+    return (
+        f"{planned.gpus} GPUs: about {planned.step_seconds:.2g} s a step, of it at most {link.seconds_a_step:.2g} "
+        f"s for {_size(link.bytes_a_step)} that each sends over {link.link}"
+    )
 
 
 def _memory_table(planned: RunPlan) -> Table:

@@ -255,8 +255,15 @@ def trainable_summary(model: Any) -> str:
     """
     trained = model.num_parameters(only_trainable=True)
     added = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or "modules_to_save" in name)
-    total = model.num_parameters() - added
+    total = model.num_parameters() - added + _packed_beyond_bytes(model)
     return f"{short_count(trained)} of {short_count(total)} parameters are trained ({trained / total:.2%})"
+
+
+def _packed_beyond_bytes(model: Any) -> int:
+    """What the bytes of sharded NF4 weights (models/sharded_nf4.py) count too few, and their scales too many."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    scales = sum(size for name, size in sizes.items() if name.endswith(".absmax"))
+    return sum(size for name, size in sizes.items() if name.endswith(".packed")) - scales
 
 
 def _lora_config(section: LoraSection) -> LoraConfig:

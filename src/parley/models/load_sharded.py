@@ -102,7 +102,11 @@ class SafetensorsSource:
 
         A file of the model without its head has names without the model's own prefix.
         """
-        shapes = {path: parameter for path, parameter in model.named_parameters() if not path.endswith(".absmax")}
+        shapes = {
+            path.replace(".packed", ".weight"): parameter
+            for path, parameter in model.named_parameters()
+            if not path.endswith(".absmax")
+        }
         prefix = f"{model.base_model_prefix}."
         if not any(path in self.file_of for path in shapes):
             self.prefix = prefix

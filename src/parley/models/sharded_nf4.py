@@ -2,9 +2,11 @@
 
 bitsandbytes keeps the scales beside the weight in a QuantState, which FSDP does not see: every rank would hold all of
 them, and a sharded weight loses the object. Here both are parameters with one row a block of 64 weights, so that FSDP
-cuts them at the same block borders. The forward pass builds the QuantState of the gathered tensors anew. Both are uint8
-(scales without double quantisation fp32); FSDP gathers mixed types as bytes, never as floating point, which could
-rewrite NaN patterns.
+cuts them at the same block borders. The forward pass builds the QuantState of the gathered tensors anew.
+
+FSDP2 of torch 2.11 takes floating-point parameters alone. So bytes are held under the names of two 8-bit types, and
+only ever copied: FSDP gathers parameters of different types as uint8, and every layer has these two, so that no copy
+sees a number, of which it might rewrite NaN patterns.
 
 Double quantisation (arXiv 2305.14314) subtracts the mean of all scales of the matrix and stores them in 8 bits; what
 it needs for that, a second scale per 256 blocks and the mean, is on every rank: 2.4e-4 bytes a weight.
@@ -26,13 +28,15 @@ from torch.distributed.tensor import DTensor
 BLOCK = 64  # weights that share a scale
 SCALE_BLOCK = 256  # scales that share a second scale under double quantisation
 CODE_SIZE = 16
+PACKED_BYTES, SCALE_BYTES = torch.float8_e4m3fn, torch.float8_e5m2  # one byte each, and not equal
 
 
 class ShardedNf4Linear(nn.Linear):
     """x W^T + bias with W (N, K) in bitsandbytes' NF4 format, N K a multiple of 64.
 
-    `weight` (B, 32) are the packed bytes and `absmax` (B,) the scales, both without a gradient. Made on the meta
-    device; `fill` writes this rank's blocks after `fully_shard` and `to_empty`.
+    `packed` (B, 32) are the bytes of the weight and `absmax` (B,) the scales, both without a gradient. `weight` is this
+    rank's part of the bytes as uint8, for PEFT, which asks it for device and type. Made on the meta device; `fill`
+    writes this rank's blocks after `fully_shard` and `to_empty`.
     """
 
     def __init__(self, linear: nn.Linear, *, double: bool) -> None:
@@ -41,8 +45,9 @@ class ShardedNf4Linear(nn.Linear):
         self.compute_dtype, self.double = linear.weight.dtype, double
         blocks, rest = divmod(self.in_features * self.out_features, BLOCK)
         assert rest == 0, "check_blocks comes first"
-        scale_type = torch.uint8 if double else torch.float32
-        self.weight = _frozen(torch.empty(blocks, BLOCK // 2, dtype=torch.uint8, device="meta"))
+        scale_type = SCALE_BYTES if double else torch.float32
+        del self._parameters["weight"]
+        self.packed = _frozen(torch.empty(blocks, BLOCK // 2, dtype=PACKED_BYTES, device="meta"))
         self.absmax = _frozen(torch.empty(blocks, dtype=scale_type, device="meta"))
         self.requires_grad_(False)
         self.register_buffer("code", torch.empty(CODE_SIZE), persistent=False)
@@ -50,6 +55,10 @@ class ShardedNf4Linear(nn.Linear):
             self.register_buffer("second_absmax", torch.empty(-(-blocks // SCALE_BLOCK)), persistent=False)
             self.register_buffer("second_code", torch.empty(256), persistent=False)
             self.register_buffer("offset", torch.empty(()), persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return local_tensor(self.packed).view(torch.uint8)
 
     @property
     def blocks(self) -> int:
@@ -64,13 +73,14 @@ class ShardedNf4Linear(nn.Linear):
                 absmax=self.second_absmax, code=self.second_code, blocksize=SCALE_BLOCK, dtype=torch.float32
             )
         return QuantState(
-            absmax=self.absmax, shape=torch.Size((self.out_features, self.in_features)), code=self.code,
-            blocksize=BLOCK, quant_type="nf4", dtype=self.compute_dtype, offset=offset, state2=state2,
+            absmax=self.absmax.view(torch.uint8) if self.double else self.absmax,
+            shape=torch.Size((self.out_features, self.in_features)), code=self.code, blocksize=BLOCK, quant_type="nf4",
+            dtype=self.compute_dtype, offset=offset, state2=state2,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """As bitsandbytes.nn.Linear4bit: products in the compute type, the result in the input's."""
-        out = matmul_4bit(x.to(self.compute_dtype), self.weight, quant_state=self.quant_state(), bias=self.bias)
+        out = matmul_4bit(x.to(self.compute_dtype), self.weight, self.quant_state(), bias=self.bias)
         return out.to(x.dtype)
 
     def dequantized(self) -> Tensor:
@@ -97,8 +107,8 @@ class ShardedNf4Linear(nn.Linear):
             self.second_absmax.copy_(state2.absmax)
             self.second_code.copy_(state2.code)
             scales_b = quantised_B[local_rows(self.absmax)]
-        local_tensor(self.weight).copy_(packed.view(-1, BLOCK // 2))
-        local_tensor(self.absmax).copy_(scales_b)
+        self.weight.copy_(packed.view(-1, BLOCK // 2))
+        local_tensor(self.absmax).view(scales_b.dtype).copy_(scales_b)
 
 
 def local_rows(parameter: Tensor) -> slice:

@@ -104,8 +104,8 @@ def fill(model: PreTrainedModel, source: WeightSource, device: torch.device) -> 
         if isinstance(module, ShardedNf4Linear) and attribute == "absmax":
             continue  # written with the packed bytes
         rows = local_rows(parameter)
-        if isinstance(module, ShardedNf4Linear) and attribute == "weight":
-            values = _flat(source, name, module, rows).to(device, module.compute_dtype)
+        if isinstance(module, ShardedNf4Linear) and attribute == "packed":
+            values = _flat(source, f"{path}.weight", module, rows).to(device, module.compute_dtype)
             module.fill(values, lambda scales_b, blocks=module.blocks: _gathered(scales_b, blocks))
         else:
             values = source.rows(name, rows).to(device, parameter.dtype)

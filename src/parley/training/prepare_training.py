@@ -58,6 +58,8 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
     resolve_adapter(config, console)
     check_context_parallel(config)
     sharded = shards_weights(config)
+    if sharded:
+        print_text(console, f"weights are cut over {process_count()} processes (training.shard)")
     with console.status(Text(f"loading {visible(config.model.name)}")):
         model, tokenizer = load_sharded(config.model) if sharded else load_model(config.model)
     timer.end("model")

@@ -5,9 +5,16 @@ Both take passes that several processes run together, and refuse what such a pas
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
+import torch
+
 from parley.config import RunConfig
 from parley.errors import UsageError
-from parley.training.processes import process_count
+from parley.training.plan.device import PlanDevice, planned_device
+from parley.training.plan.memory import base_and_trained_bytes
+from parley.training.processes import from_main, is_main_process, process_count
 
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Those that train sharded weights; an adapter takes any."""
@@ -27,7 +34,26 @@ def shards_weights(config: RunConfig) -> bool:
         if (obstacle := _obstacle(config)) is not None:
             raise UsageError(f"training.shard: full and {obstacle} do not go together; leave one of them out")
         return True
-    return False
+    # On a CPU all processes share the memory that whole models would take.
+    on_gpus = config.model.device != "cpu" and torch.cuda.is_available()
+    if process_count() == 1 or not on_gpus or _obstacle(config) is not None:
+        return False
+    device = replace(planned_device(torch.device("cuda"), None), count=process_count())
+    return from_main(is_main_process() and needs_sharding(config, device))  # free memory may differ
+
+
+def needs_sharding(config: RunConfig, device: PlanDevice) -> bool:
+    """Whether a run on several of `device` fits with sharded weights, and not with whole ones, by its plan.
+
+    The data are read only where the weights alone take half of the memory.
+    """
+    # The plan builds a run's arguments, which ask here for the optimizer.
+    from parley.training.plan.run_plan import Data, Planner, read_data
+
+    longest = Data(np.array([config.model.max_seq_length]), None)
+    if base_and_trained_bytes(Planner(config, longest, device).model) < device.free_bytes / 2:
+        return False
+    return Planner(config, read_data(config), device).estimates_by_sharding()[0].memory == "sharded"
 
 
 def check_context_parallel(config: RunConfig) -> None:

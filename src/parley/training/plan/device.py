@@ -34,6 +34,7 @@ class PlanDevice:
     context_bytes: int
     bf16: bool
     host_bytes: int
+    count: int = 1  # such devices that train together
 
     @property
     def usable_bytes(self) -> int:

@@ -109,32 +109,45 @@ def captured_estimate(
     )
 
 
-def sharded_estimate(
+def joint_estimate(
     model: Any, batches: Batches, state_bytes: float, compute_dtype: torch.dtype | None, checkpointing: bool,
-    device: PlanDevice, processes: int,
+    device: PlanDevice, parts_of_weights: int,
 ) -> MemoryEstimate:  # fmt: skip
-    """The largest pass of one of `processes` that hold a part of the weights each (models/sharding.py).
+    """The largest pass of a process whose passes are those of several: each holds a part of the weights, of each row,
+    or of both. `batches` are the share of one process.
 
     All of them hold the whole adapter. Where all weights are trained, these, their gradients and moments are cut, too.
     """
-    share = -(-batches.rows_per_step // processes)
-    tokens = captured_pass_tokens(int(batches.length_N.max()), share)
-    in_all = float(batches.length_N.mean()) * share
+    tokens = captured_pass_tokens(int(batches.length_N.max()), batches.rows_per_step)
+    in_all = float(batches.length_N.mean()) * batches.rows_per_step
     shape = PassShape(1, tokens, False, compute_dtype, checkpointing, accumulated=in_all > tokens)
     parts = _autograd_parts(model, state_bytes, shape, device)
-    parts["base weights"] = -(-parts["base weights"] // processes)
-    if not isinstance(model, PeftModel):
-        for name in ("trained weights", "optimizer state"):
-            parts[name] = -(-parts[name] // processes)
-    parts["gathered weights"] = _gathered_bytes(model)
+    if parts_of_weights > 1:
+        cut = ["base weights"]
+        if not isinstance(model, PeftModel):
+            cut += ["trained weights", "optimizer state"]
+            # Gradients are as large as the weights that they are of, and reduced and scattered layer by layer.
+            gradients = parts["trained weights"]
+            parts["gradients, activations and loss"] -= gradients - gradients // parts_of_weights
+        parts |= {name: -(-parts[name] // parts_of_weights) for name in cut}
+        parts["gathered weights"] = _gathered_bytes(model)
     recomputed = "activations recomputed layer by layer" if checkpointing else "all activations saved"
-    notes = [
-        f"sharded: weights cut over {processes} processes; packed rows of up to {tokens:,} tokens in each; {recomputed}"
-    ]
+    cut_over = f"weights cut over {parts_of_weights} GPUs; " if parts_of_weights > 1 else ""
+    notes = [f"captured path: {cut_over}up to {tokens:,} tokens of a packed row on each; {recomputed}"]
     return MemoryEstimate(
-        "captured", "sharded", _with_overheads(parts, "captured", device), notes, passes=max(1.0, in_all / tokens),
+        "captured",
+        "sharded" if parts_of_weights > 1 else "",
+        _with_overheads(parts, "captured", device),
+        notes,
+        passes=max(1.0, in_all / tokens),
         recompute=float(checkpointing),
-    )  # fmt: skip
+    )
+
+
+def base_and_trained_bytes(model: Any) -> int:
+    """Of all weights that sharding cuts: without an adapter."""
+    trained = 0 if isinstance(model, PeftModel) else sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return base_bytes(model) + trained
 
 
 def _gathered_bytes(model: Any) -> int:

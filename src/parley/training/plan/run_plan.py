@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,16 @@ from parley.training.captured_trainer import unsupported_captured_option
 from parley.training.fused_trainer import unsupported_option
 from parley.training.optimizer_memory import state_bytes
 from parley.training.plan.device import PlanDevice, parse_memory, planned_device
-from parley.training.plan.memory import Batches, MemoryEstimate, captured_estimate, fused_estimate, plain_estimate
+from parley.training.plan.memory import (
+    Batches,
+    MemoryEstimate,
+    base_and_trained_bytes,
+    captured_estimate,
+    fused_estimate,
+    joint_estimate,
+    plain_estimate,
+)
+from parley.training.plan.several_gpus import LinkCost, check_gpus, link_cost, share_of
 from parley.training.plan.step_time import describe_basis, earlier_rate, model_work, step_seconds
 from parley.training.prepare_training import planned_steps
 
@@ -65,6 +74,9 @@ class RunPlan:
     disk: dict[str, int]
     alternatives: list[Alternative] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    gpus: int = 1
+    step_seconds: float = 0.0
+    link: LinkCost | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -87,12 +99,13 @@ class Data:
     rows: int | None
 
 
-def plan(config: RunConfig, *, gpu_memory: str | int | None = None) -> RunPlan:
+def plan(config: RunConfig, *, gpu_memory: str | int | None = None, gpus: int = 1) -> RunPlan:
     """What a run of `config` takes, without loading weights or writing anything. The data is read and rendered.
 
     Args:
         gpu_memory: of a GPU that is not here, as a text such as "24GiB" or in bytes; without it the plan is for the
             device that the run would use.
+        gpus: how many of them train together. Sizes are those of one.
 
     Raises UsageError, DataError, ModelError or DeviceError, as the run itself would.
     """
@@ -100,7 +113,8 @@ def plan(config: RunConfig, *, gpu_memory: str | int | None = None) -> RunPlan:
     check_planned(config)
     gpu_bytes = parse_memory(gpu_memory) if isinstance(gpu_memory, str) else gpu_memory
     here = torch.device("cpu") if gpu_bytes is not None else pick_device(config.model.device)
-    device = planned_device(here, gpu_bytes)
+    check_gpus(gpus, config.training.context_parallel)
+    device = replace(planned_device(here, gpu_bytes), count=gpus)
     return plan_for(config, read_data(config), device)
 
 
@@ -116,7 +130,7 @@ def check_planned(config: RunConfig) -> None:
 def plan_for(config: RunConfig, data: Data, device: PlanDevice) -> RunPlan:
     """The plan for rows of these lengths on `device`."""
     planner = Planner(config, data, device)
-    estimates = planner.estimates()
+    estimates = planner.estimates_by_sharding()
     taken = estimates[0]
     steps, tokens = planner.steps, planner.tokens
     seconds, basis = planner.time(taken)
@@ -140,6 +154,9 @@ def plan_for(config: RunConfig, data: Data, device: PlanDevice) -> RunPlan:
         disk=planner.disk(),
         alternatives=alternatives,
         notes=notes,
+        gpus=device.count,
+        step_seconds=seconds / max(steps, 1),
+        link=planner.link(taken),
     )
 
 
@@ -163,12 +180,13 @@ class Planner:
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.work = model_work(self.model, self.model_config)
         self.parameters = self.work.matrix_weights + self._vocabulary_weights()
-        self.batches = Batches(
+        self.whole_step = Batches(
             data.length_N,
             config.training.per_device_train_batch_size,
             config.training.gradient_accumulation_steps,
             config.model.max_seq_length,
         )
+        self.batches = share_of(self.whole_step, device.count, config.training.context_parallel)
         self.bound, self.not_fused_because = self._bind()
 
     def _weight_dtype(self) -> torch.dtype:
@@ -203,6 +221,8 @@ class Planner:
     def _bind(self) -> tuple[Any, str | None]:
         if self.config.training.engine != "auto":
             return None, f"engine: {self.config.training.engine}"
+        if self.config.training.context_parallel > 1:
+            return None, f"rows are split over {self.config.training.context_parallel} GPUs"
         if (reason := unsupported_option(self.args)) is not None:
             return None, reason
         try:
@@ -222,8 +242,36 @@ class Planner:
         plain = self._plain()
         return fast if plain is None else [*fast, plain]
 
+    def estimates_by_sharding(self) -> list[MemoryEstimate]:
+        """`estimates` with whole weights and, for several GPUs, with sharded ones; first what the run takes."""
+        choice = self.config.training.shard
+        if self.config.training.context_parallel > 1:
+            whole = [self._joint(1)]
+        else:
+            whole = [] if choice == "full" and self.device.count > 1 else self.estimates()
+        if self.device.count == 1 or choice == "none":
+            return whole
+        sharded = self._joint(self.device.count)
+        if choice == "full" or (sharded.fits(self.device) and not whole[0].fits(self.device)):
+            return [sharded, *(estimate for estimate in whole if choice == "auto")]
+        return [*whole, sharded]
+
+    def _joint(self, parts_of_weights: int) -> MemoryEstimate:
+        checkpointing = bool(self.config.training.gradient_checkpointing)
+        try:
+            return joint_estimate(
+                self.model, self.batches, self.state_bytes, self.compute_dtype, checkpointing, self.device,
+                parts_of_weights,
+            )  # fmt: skip
+        except UNCOUNTED as error:
+            raise ModelError(
+                f"{self.config.model.name}: its memory on several GPUs cannot be planned ({type(error).__name__})"
+            ) from None
+
     def taken(self) -> MemoryEstimate:
         """The path that the run takes."""
+        if self.device.count > 1:
+            return self.estimates_by_sharding()[0]
         if self.bound is not None:
             return self._fused(self.config.training.memory)
         estimate = next(iter(self._captured()), None) or self._plain()
@@ -271,19 +319,45 @@ class Planner:
     @property
     def tokens(self) -> int:
         """Of the whole run: rows times their mean length; for a stream, at most."""
-        return int(self.steps * self.batches.rows_per_step * float(self.data.length_N.mean()))
+        return int(self.steps * self.whole_step.rows_per_step * float(self.data.length_N.mean()))
 
     def time(self, taken: MemoryEstimate) -> tuple[float, str]:
         """Seconds of training, and where they come from."""
-        rate = earlier_rate(self.config, self.device.name)
+        rate = earlier_rate(self.config, self.device.name) if self.device.count == 1 else None
         basis = describe_basis(rate, self.device.name)
         if rate is not None:
             return self.tokens / rate[0], basis
-        rows = self.batches.rows_per_step
+        rows = -(-self.whole_step.rows_per_step * self.config.training.context_parallel // self.device.count)
         one = step_seconds(
             self.work, self.data.length_N, rows, taken.path, taken.passes, taken.recompute, self.device.name
         )
+        link = self.link(taken)
+        # Attention of a part of a row still reads the keys of all of it.
+        one = one / self.config.training.context_parallel + (link.seconds_a_step if link is not None else 0.0)
         return self.steps * one, basis
+
+    def link(self, taken: MemoryEstimate) -> LinkCost | None:
+        """What several GPUs send each other in a step."""
+        if self.device.count == 1:
+            return None
+        sharded = taken.memory == "sharded"
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        gathers = taken.passes * (
+            2 + (0 if self.config.lora is not None else 0.5)
+        )  # forward, backward; a reduce-scatter
+        kv = self.model_config.get_text_config().to_dict()
+        heads = kv.get("num_key_value_heads") or kv.get("num_attention_heads") or 1
+        size = kv.get("head_dim") or kv["hidden_size"] // kv["num_attention_heads"]
+        tokens = float(self.data.length_N.mean()) * self.batches.rows_per_step
+        ranks = self.config.training.context_parallel
+        split = (ranks - 1) / ranks * tokens * 2 * heads * size * 2 * self.work.layers  # keys and values in 16 bits
+        return link_cost(
+            self.device.name,
+            self.device.count,
+            gradient_bytes=0 if sharded and self.config.lora is None else 4 * trained,
+            gathered_bytes=int(gathers * base_and_trained_bytes(self.model)) if sharded else 0,
+            context_bytes=int(split * (2 + taken.recompute)),
+        )
 
     def disk(self) -> dict[str, int]:
         """What the run writes, and the weights that it reads."""
@@ -337,7 +411,7 @@ def read_data(config: RunConfig) -> Data:
 def _alternatives(config: RunConfig, data: Data, device: PlanDevice) -> Iterator[Alternative]:
     """Changes of settings, from the least to the most, with their peaks; it ends with the first pair that fits."""
     changes: list[list[str]] = []
-    single = [change for change in _single_changes(config, data) if change]
+    single = [change for change in _single_changes(config, data, device.count) if change]
     changes += [[change] for change in single]
     accumulated: list[str] = []
     for change in single:
@@ -355,7 +429,7 @@ def _alternatives(config: RunConfig, data: Data, device: PlanDevice) -> Iterator
                 yield alternative
 
 
-def _single_changes(config: RunConfig, data: Data) -> Iterator[str]:
+def _single_changes(config: RunConfig, data: Data, gpus: int) -> Iterator[str]:
     training = config.training
     if training.engine == "plain":
         yield "training.engine=auto"
@@ -363,6 +437,8 @@ def _single_changes(config: RunConfig, data: Data) -> Iterator[str]:
         yield "training.gradient_checkpointing=true"
     if training.memory != "low" and training.engine == "auto":
         yield "training.memory=low"
+    if gpus > 1 and training.shard == "none":
+        yield "training.shard=full"
     if config.model.quantization in ("auto", "none") and config.lora is not None:
         yield "model.quantization=nf4"
     if training.per_device_train_batch_size > 1:

@@ -1,0 +1,129 @@
+"""Plans for several GPUs: what each holds, what a step takes, and when weights are sharded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.training.plan.test_plan import BIG, ROWS, folder, gpu, settings  # noqa: F401 - a fixture among them
+
+import parley
+from parley.errors import UsageError
+from parley.training.plan.memory import Batches
+from parley.training.plan.run_plan import Data, plan_for
+from parley.training.plan.several_gpus import link_cost, share_of
+from parley.training.shard_decision import needs_sharding
+from parley.units import GIB
+
+
+def gpus(count: int, gib: float) -> Any:
+    return replace(gpu(gib), count=count)
+
+
+def test_the_rows_of_a_step_are_shared_out() -> None:
+    batches = Batches(np.array([512, 301]), 2, 4, 512)
+    assert share_of(batches, 1, 1) is batches
+    assert share_of(batches, 4, 1).rows_per_step == 2
+    assert share_of(batches, 16, 1).rows_per_step == 1
+    split = share_of(batches, 4, 2)
+    assert split.rows_per_step == 4
+    assert split.length_N.tolist() == [256, 151]
+
+
+def test_sharded_weights_are_a_part_of_each_gpu(folder: Any) -> None:  # noqa: F811
+    config = settings(folder(**BIG), "training.shard=full")
+    two, four = (plan_for(config, ROWS, gpus(count, 80)) for count in (2, 4))
+    [sharded] = two.estimates
+    whole = plan_for(settings(folder(**BIG)), ROWS, gpu(80)).estimates[0].parts["base weights"]
+    assert sharded.memory == "sharded"
+    assert sharded.parts["base weights"] == pytest.approx(whole / 2, rel=0.01)
+    assert four.estimates[0].parts["base weights"] == pytest.approx(whole / 4, rel=0.01)
+    assert sharded.parts["gathered weights"] == four.estimates[0].parts["gathered weights"]
+    assert two.steps == 8  # batch settings are those of the whole step
+    assert two.link is not None
+    # Forward and backward pass gather all weights, half of which the other one has; the adapter's gradient is summed.
+    assert two.link.bytes_a_step == pytest.approx(2 * whole / 2 + 4 * two.trained_parameters, rel=0.01)
+    assert 0 < two.link.seconds_a_step < two.step_seconds
+
+
+def test_full_fine_tuning_cuts_weights_gradients_and_moments(folder: Any) -> None:  # noqa: F811
+    config = settings(folder(**BIG), "lora=null", "training.optim=adamw_torch", "training.shard=full")
+    two, eight = (plan_for(config, ROWS, gpus(count, 80)).estimates[0].parts for count in (2, 8))
+    for name in ("trained weights", "optimizer state"):
+        assert two[name] == pytest.approx(4 * eight[name], rel=0.01)
+    weights = 2 * two["trained weights"]
+    assert two["optimizer state"] == weights
+    difference = two["gradients, activations and loss"] - eight["gradients, activations and loss"]
+    assert difference > weights * (1 / 2 - 1 / 8) * 0.99
+
+
+@pytest.fixture
+def between(folder: Any) -> float:  # noqa: F811
+    """GiB of a GPU that holds sharded weights of two, and not whole ones."""
+    whole, *_, sharded = plan_for(settings(folder(**BIG)), ROWS, gpus(2, 80)).estimates
+    assert (whole.memory, sharded.memory) == ("auto", "sharded")
+    low = plan_for(settings(folder(**BIG), "training.memory=low"), ROWS, gpus(2, 4)).estimates[0]
+    assert sharded.peak_bytes < low.peak_bytes
+    return (sharded.peak_bytes + low.peak_bytes) / 2 / GIB
+
+
+def test_auto_shards_what_does_not_fit_whole(folder: Any, between: float) -> None:  # noqa: F811
+    config = settings(folder(**BIG))
+    assert plan_for(config, ROWS, gpus(2, between)).estimates[0].memory == "sharded"
+    assert plan_for(config, ROWS, gpus(2, between)).fits
+    assert plan_for(config, ROWS, gpus(2, 80)).estimates[0].memory == "auto"
+    whole = plan_for(settings(folder(**BIG), "training.shard=none"), ROWS, gpus(2, between))
+    assert not whole.fits
+    assert "--set training.shard=full" in [alternative.settings for alternative in whole.alternatives]
+
+
+def test_the_decision_of_a_run_is_that_of_its_plan(
+    folder: Any,  # noqa: F811
+    between: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr("parley.training.plan.run_plan.read_data", lambda config: read.append(config) or ROWS)
+    config = settings(folder(**BIG))
+    assert not needs_sharding(config, gpus(2, 80))
+    assert not read  # the weights alone show it
+    assert needs_sharding(config, gpus(2, between))
+    assert not needs_sharding(config, gpus(2, 6))
+    assert len(read) == 2
+
+
+def test_split_rows_take_less_of_each_gpu(folder: Any) -> None:  # noqa: F811
+    long = Data(np.array([65536]), 1)
+    config = settings(folder(**BIG | {"max_position_embeddings": 65536}), "training.engine=captured")
+    config.model.max_seq_length = 65536
+    config.training.per_device_train_batch_size = config.training.gradient_accumulation_steps = 1
+    alone = plan_for(config, long, gpus(2, 80))
+    config.training.context_parallel = 2
+    split = plan_for(config, long, gpus(2, 80))
+    part = "gradients, activations and loss"
+    assert split.estimates[0].parts[part] < 0.6 * alone.estimates[0].parts[part]
+    assert alone.estimates[0].memory == "sharded"  # too long for one that holds all weights
+    config.training.shard = "none"
+    whole, split = (plan_for(config, long, gpus(count, 200)) for count in (4, 2))
+    assert split.link is not None
+    # Beside the adapter's gradient, keys and values of 32,768 tokens in 4 layers, and their gradients.
+    keys_and_values = 4 * 2 * 8 * 128 * 2 * 32768
+    assert split.link.bytes_a_step == pytest.approx(4 * split.trained_parameters + 3 * keys_and_values, rel=0.01)
+    assert whole.estimates[0].parts[part] == split.estimates[0].parts[part]  # two pairs have a row each
+
+
+def test_the_link_is_named() -> None:
+    cost = link_cost("NVIDIA H100 80GB HBM3", 4, gradient_bytes=4 * GIB, gathered_bytes=0, context_bytes=0)
+    assert (cost.link, cost.bytes_a_step) == ("NVLink", 6 * GIB)
+    assert link_cost("a GPU of 24 GiB", 2, gradient_bytes=4, gathered_bytes=0, context_bytes=0).link == "PCIe"
+
+
+@pytest.mark.parametrize(
+    ("count", "ranks", "message"),
+    [(0, 1, "--gpus 0: wanted a number of GPUs"), (3, 2, "context_parallel is 2 and there are 3 GPUs")],
+)
+def test_numbers_of_gpus_that_are_refused(folder: Any, count: int, ranks: int, message: str) -> None:  # noqa: F811
+    with pytest.raises(UsageError, match=message):
+        parley.plan(settings(folder(), f"training.context_parallel={ranks}"), gpu_memory="8GiB", gpus=count)
