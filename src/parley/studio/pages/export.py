@@ -54,6 +54,7 @@ ROWS = (
     N_("held-out loss, trained and exported"),
     N_("greedy answers the same"),
 )
+STAGES = (N_("starting"), N_("measuring the trained model"), N_("writing"), N_("comparing"))
 STATUSES = (N_("verified"), N_("not verified"), N_("failed"))
 
 

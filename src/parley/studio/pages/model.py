@@ -23,7 +23,7 @@ KINDS = {
     "hub": N_("downloaded from the hub"),
 }
 VERDICTS = (N_("fits"), N_("tight"), N_("does not fit"))
-AUTOMATIC = 6  # models whose memory is counted without a click: each takes a second or two
+AUTOMATIC = 3  # models whose memory is counted without a click: each takes a second or two
 
 
 @router.get("", response_model=None)
