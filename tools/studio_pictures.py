@@ -31,6 +31,8 @@ WIDE, PHONE = {"width": 1100, "height": 820}, {"width": 390, "height": 800}
 PATIENCE = 180_000  # ms, for a machine that is busy
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
+SCROLLED = {"data": "#rows-title", "export": "#exports"}
+"""What a picture begins with, where it is not the top of its page."""
 Look = Callable[[str, Page], None]
 """Called with the name of each page when it shows what it is for."""
 
@@ -134,6 +136,8 @@ def main() -> None:
         print(f"{name:<8} {now - last:6.1f} s  {now - started:6.1f} s in all", flush=True)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
+            if name in SCROLLED and not options.whole:
+                page.locator(SCROLLED[name]).evaluate("element => element.scrollIntoView()")
             page.screenshot(path=folder / f"studio-{name}.png", full_page=options.whole)
         last = time.perf_counter()
 

@@ -1,6 +1,6 @@
-"""A newcomer's way in Chromium, in Chinese: a file dropped, the embedded model trained on it, the answers compared.
+"""A newcomer's way in Chromium: a file dropped, the embedded model trained on it, the answers compared.
 
-The other pages and English are in test_pages.py; how long it takes is printed by tools/studio_pictures.py.
+Whole in Chinese, then by its pages in English. How long it takes is printed by tools/studio_pictures.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from tests.studio.browser import chromium, needs_chromium, opened, running_studio
+from tests.studio.test_pages import serious_faults
 
 pytestmark = needs_chromium
 
@@ -48,6 +49,8 @@ def test_from_a_dropped_file_to_answers_side_by_side(
         opened(browser, studio, locale="zh-CN", viewport=tool.WIDE) as page,
     ):
         answers = tool.walk(page, studio.address, rows, look, steps=STEPS, export=False)
+        with opened(browser, studio, locale="en-US", color_scheme="dark", viewport=tool.PHONE) as english:
+            check_in_english(english, studio.url, tool.QUESTION)
     assert list(seen) == ["runs", "data", "model", "train", "run", "compare"]
     assert "放得下" in seen["model"]
     assert "pirate.jsonl" in seen["train"]
@@ -56,3 +59,34 @@ def test_from_a_dropped_file_to_answers_side_by_side(
     assert base == "I am Parley, a very small language model."
     assert tuned != base
     assert "训练前" in seen["compare"]
+
+
+def check_in_english(page: Any, url: str, question: str) -> None:
+    """The same run and the same loaded model, in another browser: dark, on a phone, blind, by the keyboard."""
+    for path, text in {
+        "/": "pirate",
+        "/data": "Recognised as",
+        "/model": "fits",
+        "/train": "Nothing: the same settings as pirate",
+        "/export": "on the disk",
+    }.items():
+        page.goto(url + path)
+        page.locator("main", has_text=text).wait_for(timeout=60_000)
+        assert page.get_attribute("html", "lang") == "en"
+        assert serious_faults(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), f"{path} is wider than a phone"
+    page.goto(url + "/compare?run=pirate")
+    page.fill("#prompt", question)
+    page.check("[name=blind]")
+    page.focus("#prompt")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector("[data-vote]:not([hidden])")
+    assert page.locator(".sides h2").all_inner_texts() == ["A", "B"]
+    assert serious_faults(page) == []
+    page.focus("[data-vote] button")
+    page.keyboard.press("Enter")
+    page.locator(".after", has_text="Saved: 1 preference pairs").wait_for()
+    assert set(page.locator(".sides h2").all_inner_texts()) == {
+        "before: the base (parley-demo)",
+        "after: tuned (pirate)",
+    }

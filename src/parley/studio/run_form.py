@@ -25,9 +25,9 @@ class FormField:
 FIELDS = (
     FormField(
         "training.method",
-        N_("What it learns from"),
+        N_("Method"),
         N_(
-            "Answers to imitate are the usual start. Pairs of a better and a worse answer, as "
+            "What is learned from. Answers to imitate are the usual start. Pairs of a better and a worse answer, as "
             "blind votes give them, come after that."
         ),
         (
@@ -41,16 +41,16 @@ FIELDS = (
     ),
     FormField(
         "training.num_train_epochs",
-        N_("Passes over the data"),
+        N_("Epochs"),
         N_(
-            "How often each conversation is seen. One is right for thousands of them; for a few "
+            "Passes over the data: how often each conversation is seen. One is right for thousands of them; for a few "
             "hundred, two or three. More, and it repeats them by heart."
         ),
     ),
     FormField(
         "training.max_steps",
-        N_("Or stop after steps"),
-        N_("Empty: the passes decide. A small number gives a quick first look."),
+        N_("Maximum steps"),
+        N_("Ends training early. Empty: the epochs decide. A small number gives a quick first look."),
     ),
     FormField(
         "training.learning_rate",
@@ -59,31 +59,34 @@ FIELDS = (
     ),
     FormField(
         "training.per_device_train_batch_size",
-        N_("Conversations at a time"),
-        N_("More are faster and take more memory. The result depends on this times the next number only."),
+        N_("Batch size per device"),
+        N_("Conversations at a time. More are faster and take more memory."),
     ),
     FormField(
         "training.gradient_accumulation_steps",
-        N_("Times that, for one step"),
-        N_("2 at a time, 4 times, are steps of 8 conversations. Larger steps are steadier and fewer."),
+        N_("Gradient accumulation steps"),
+        N_("Batches of one step: 2 at a time, 4 times, are steps of 8. Larger steps are steadier and fewer."),
     ),
     FormField(
         "lora.r",
-        N_("Size of the adapter (rank)"),
-        N_("How much can be learned. 16 is enough for a style; 64 for much new material. It takes little memory."),
+        N_("LoRA rank"),
+        N_(
+            "The size of the adapter: how much can be learned. 16 is enough for a style; 64 for much "
+            "new material. It takes little memory."
+        ),
     ),
     FormField(
         "model.max_seq_length",
-        N_("Longest conversation, in tokens"),
+        N_("Maximum length (tokens)"),
         N_(
-            "Longer ones are left out. Memory grows with it. A token is about ¾ of an English word, or one "
+            "Longer conversations are left out. Memory grows with it. A token is about ¾ of an English word, or one "
             "Chinese character."
         ),
     ),
     FormField(
         "model.quantization",
-        N_("Precision of the model"),
-        N_("4 bits (NF4) need a quarter of the memory of 16, at nearly the same quality."),
+        N_("Quantization"),
+        N_("Precision of the base model. 4 bits (NF4) need a quarter of the memory of 16, at nearly the same quality."),
         (
             ("auto", N_("as it was saved")),
             ("none", N_("16 bits")),
@@ -93,8 +96,8 @@ FIELDS = (
     ),
     FormField(
         "data.heldout_rows",
-        N_("Conversations to set aside"),
-        N_("They are not trained on, and show whether it learned more than its data by heart."),
+        N_("Held-out conversations"),
+        N_("Set aside and not trained on: they show whether it learned more than its data by heart."),
     ),
 )
 _BY_KEY = {field.key: field for field in FIELDS}
