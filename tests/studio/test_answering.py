@@ -183,7 +183,10 @@ def test_a_process_of_its_own_answers_is_watched_cancelled_and_freed(adapters: l
         assert answers.state == "failed"
         assert "lack of memory" in str(answers.error)
         assert all(asked.finished for asked in answers.questions.values())
+        answers.load(adapters[:1])
+        process = answers._process
         answers.close()
         assert answers.state == "empty"
+        assert not process.is_alive()
 
     asyncio.run(visit())

@@ -85,7 +85,7 @@ def check_in_english(page: Any, url: str, question: str) -> None:
     assert serious_faults(page) == []
     page.focus("[data-vote] button")
     page.keyboard.press("Enter")
-    page.locator(".after", has_text="Saved: 1 preference pairs").wait_for()
+    page.locator(".after", has_text="Preference pairs saved: 1, in").wait_for()
     assert set(page.locator(".sides h2").all_inner_texts()) == {
         "before: the base (parley-demo)",
         "after: tuned (pirate)",

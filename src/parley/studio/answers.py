@@ -20,6 +20,7 @@ from parley.studio.child import begin_child
 
 State = Literal["empty", "loading", "ready", "failed"]
 IDLE_SECONDS = 15 * 60.0  # without a question; then the memory is freed
+END_SECONDS = 5.0  # a process that is terminated ends in some milliseconds
 MOST_QUESTIONS = 50  # of the last ones the answers are kept
 MOST_CHARACTERS = 32_000  # of a prompt
 
@@ -143,6 +144,7 @@ class Answers:
             self._timer.cancel()
         if self._process is not None:
             self._process.terminate()
+            self._process.join(END_SECONDS)  # what is loaded next finds its memory free
         self._gone("the models were freed")
         self.state, self.sources, self.loaded = "empty", (), None
 
