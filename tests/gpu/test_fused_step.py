@@ -16,6 +16,7 @@ from parley.data.packing import Document
 from parley.train_step.bind import bind
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import MemoryPlan
+from parley.train_step.slots import Slots
 from parley.training.determinism import deterministic_algorithms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -214,3 +215,22 @@ def test_every_kernel_of_a_pass_is_compiled_ahead() -> None:
     finally:
         triton.knobs.runtime.jit_post_compile_hook = None
     assert compiled == []
+
+
+def test_sums_by_the_forward_half_of_a_graph_are_those_of_the_eager_pass() -> None:
+    """As a preference loss measures its reference, between two steps whose weights differ."""
+    model, fresh = llama(), llama()
+    graphed = FusedStep(bind(model), MemoryPlan(graph_tokens=1024, tokens=1000))
+    eager = FusedStep(bind(fresh), MemoryPlan())
+    assert graphed.graphs is not None
+    graphed.graphs.threshold.measure = lambda *measured: None  # type: ignore[method-assign]
+    graphed.prepare_graphs(np.arange(200, 900))
+    for seed, lengths in enumerate([(100, 20, 130), (400, 300)]):
+        examples = documents(lengths, seed)
+        slots = Slots([np.full(d.supervised_tokens, i, dtype=np.int64) for i, d in enumerate(examples)], len(examples))
+        assert graphed.graphs.forward(graphed._pack(examples)) is not None
+        wanted = eager.forward_sums(examples, slots)
+        torch.testing.assert_close(graphed.forward_sums(examples, slots), wanted, rtol=1e-2, atol=1e-2)
+        for step in (graphed, eager):
+            with torch.no_grad():
+                step.bound.flat.weight_Z.add_(0.01)

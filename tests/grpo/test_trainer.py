@@ -107,9 +107,8 @@ def test_prompts_are_rendered_as_for_chat(options: dict[str, Any]) -> None:
 
 
 def test_a_prompt_that_fills_the_context_is_refused(options: dict[str, Any]) -> None:
-    made = trainer(Dataset.from_list([{"prompt": user("word " * 3000)}] * 2), single(options))
     with pytest.raises(DataError, match="tokens and the model's context is 2048"):
-        made.train()
+        trainer(Dataset.from_list([{"prompt": user("word " * 3000)}] * 2), single(options))
 
 
 def test_an_answer_is_cut_by_the_context_and_by_stop_strings(options: dict[str, Any]) -> None:
@@ -236,3 +235,13 @@ def test_a_step_that_is_not_finite_is_not_applied(prompts: Dataset, options: dic
     for name, parameter in made.model.named_parameters():
         if name in before:
             assert torch.equal(parameter, before[name])
+
+
+def test_buffers_are_for_the_prompts_and_not_for_the_context(prompts: Dataset, options: dict[str, Any]) -> None:
+    made = trainer(prompts, single(options))
+    lengths = [len(ids) for ids in made._tokenize_prompts(prompts["prompt"])[0]]
+    assert made.row_lengths().tolist() == [length + 12 for length in lengths]
+    assert made.longest_row == max(lengths) + 12
+    made.train()
+    assert made.fused_step is not None
+    assert made.fused_step.plan.positions < 200

@@ -50,6 +50,8 @@ MAX_SLOTS = 256
 """The most answers that are sampled at a time: more gain nothing, and each has its KV cache."""
 
 
+SAMPLED_ROWS = 2000
+"""Rows whose prompts are measured before training: longer ones make buffers grow when they come."""
 MAX_TOKENS = 4096
 """Tokens of an answer where neither max_completion_length nor the model has a limit."""
 
@@ -137,6 +139,9 @@ class GRPOTrainer(LogProbTrainer, trl.GRPOTrainer):
         slots = min(args.generation_batch_size, MAX_SLOTS)
         self.rollouts = RolloutDecoder(self.model, self._tokenizer, slots=slots, plain=self.engine == "plain")
         self.padded_collator = PaddedCollator(pad_rows)
+        if isinstance(self.train_dataset, Dataset) and self.environment_factories is None:
+            # Buffers are for answers to these prompts, not for the model's context.
+            self.max_tokens = min(int(self.row_lengths().max()), context_length(self.model) or MAX_TOKENS)
 
     # ---- What FusedTrainer asks ----
 
@@ -157,9 +162,14 @@ class GRPOTrainer(LogProbTrainer, trl.GRPOTrainer):
         return super()._build_fused_step(BoundModel(**(vars(bound) | {"logits": transform})))
 
     def row_lengths(self) -> NDArray[np.integer]:
-        """The most tokens of each completion with its prompt, which is rendered when it is sampled from."""
-        rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else 1
-        return np.full(rows, self.longest_row)
+        """The most tokens of a completion with its prompt, for at most SAMPLED_ROWS rows; a stream's are not known."""
+        rows = self.train_dataset
+        if not isinstance(rows, Dataset) or self.environment_factories is not None:
+            return np.array([self.longest_row])
+        sampled = rows.select(range(0, len(rows), -(-len(rows) // SAMPLED_ROWS)))
+        self._row_tools = list(sampled["tools"]) if "tools" in sampled.column_names else []
+        ids, _, _ = self._tokenize_prompts(list(sampled["prompt"]))
+        return np.array([len(prompt) for prompt in ids]) + self.sampling.max_new_tokens
 
     def longest_evaluated(self) -> int:
         return 0 if self.eval_dataset is None else self.longest_row

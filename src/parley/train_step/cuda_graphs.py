@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 
 from parley.train_step.graph_threshold import GraphThreshold
-from parley.train_step.packed_batch import DeviceBatch
+from parley.train_step.packed_batch import DeviceBatch, PackedBatch
 from parley.units import round_up
 
 if TYPE_CHECKING:
@@ -141,6 +141,22 @@ class GraphRunner:
         captured.forward.replay()
         head(batch, captured.state)
         captured.backward.replay()
+
+    def forward(self, packed: PackedBatch) -> tuple[DeviceBatch, ForwardState] | None:
+        """The forward half of a pass by a graph that was captured for training; None where there is none for its size.
+
+        Not with dropout, which the graph has, nor where a pass may not depend on what was captured.
+        """
+        tokens = len(packed.ids_T)
+        size = min((size for size in self.captured if size >= tokens), default=None)
+        if size is None or self.step.bound.has_dropout or is_deterministic():
+            return None
+        batch = self.step.upload(packed, 1.0, size, graphed=True)
+        captured = self.captured.get(size)  # a buffer that had to move has dropped them
+        if captured is None:
+            return None
+        captured.forward.replay()
+        return batch, captured.state
 
     def _capture(self, batch: DeviceBatch) -> CapturedPass:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()

@@ -160,10 +160,16 @@ class FusedStep:
         for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
             packed = self._pack(documents[run])
             if len(packed.row_S):
-                batch = self._upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
-                loss_S = self.head(batch, self.forward(batch, training=False), want_gradient=False)
+                graphed = None if self.graphs is None else self.graphs.forward(packed)
+                batch, state = graphed or self._eager_forward(packed)
+                loss_S = self.head(batch, state, want_gradient=False)
                 sums.index_add_(0, slots.of(run).to(sums.device), -loss_S)
         return sums
+
+    def _eager_forward(self, packed: PackedBatch) -> tuple[DeviceBatch, ForwardState]:
+        """The forward half of an evaluation."""
+        batch = self.upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
+        return batch, self.forward(batch, training=False)
 
     @torch.no_grad()
     def forward_only(self, documents: Sequence[Document]) -> Tensor:
@@ -172,8 +178,7 @@ class FusedStep:
         for run in split_by_tokens([len(d.ids_L) for d in documents], self.plan.tokens):
             packed = self._pack(documents[run])
             if len(packed.row_S):
-                batch = self._upload(packed, 1.0, round_up(len(packed.ids_T), self.row_multiple))
-                self.head(batch, self.forward(batch, training=False), want_gradient=False)
+                self.head(*self._eager_forward(packed), want_gradient=False)
         return self.metrics_3.clone()
 
     def idle_buffers(self) -> list[Tensor]:
@@ -199,7 +204,7 @@ class FusedStep:
         shapes = {layer.shape for layer in self.bound.layers}
         for length in planned_lengths(length_N) if self.bound.device.type == "cuda" else []:
             length = min(length, self.workspace.tokens)
-            batch = self._upload(_documents_of([length]), 1.0, length)
+            batch = self.upload(_documents_of([length]), 1.0, length)
             for shape in shapes:
                 qkv, dqkv = (self.workspace.take(name, 0, length, shape.columns).zero_() for name in ("qkv", "dqkv"))
                 out, dout = (
@@ -217,7 +222,7 @@ class FusedStep:
 
     def upload_dummy(self, tokens: int, *, graphed: bool = False) -> DeviceBatch:
         """A batch of `tokens` whose results are of no use."""
-        return self._upload(_dummy_batch(tokens, self.plan.positions), 1.0, tokens, graphed=graphed)
+        return self.upload(_dummy_batch(tokens, self.plan.positions), 1.0, tokens, graphed=graphed)
 
     def _pack(self, documents: Sequence[Document]) -> PackedBatch:
         """Without the rows that no loss depends on."""
@@ -244,7 +249,7 @@ class FusedStep:
         if any(moved) and self.graphs is not None:
             self.graphs.clear()
 
-    def _upload(
+    def upload(
         self, packed: PackedBatch, scale: float, tokens: int, *, graphed: bool = False, seed: int = 0
     ) -> DeviceBatch:
         """`packed` on the device, padded to `tokens`. Drops the graphs if a buffer that they read had to move."""
@@ -256,9 +261,9 @@ class FusedStep:
         # Of torch's generator on the host, which checkpoints hold.
         seed = int(torch.randint(2**31, ())) if self.bound.has_dropout else 0
         if self.graphs is not None and self.graphs.takes(tokens):
-            self.graphs.run(self._upload(packed, scale, self.graphs.tokens_for(tokens), graphed=True, seed=seed), head)
+            self.graphs.run(self.upload(packed, scale, self.graphs.tokens_for(tokens), graphed=True, seed=seed), head)
             return
-        self.run_eager(self._upload(packed, scale, round_up(tokens, self.row_multiple), seed=seed), head)
+        self.run_eager(self.upload(packed, scale, round_up(tokens, self.row_multiple), seed=seed), head)
 
     def run_eager(self, batch: DeviceBatch, head: Head | None = None) -> None:
         """A whole pass without a graph."""
