@@ -232,13 +232,26 @@ def test_steps_and_saving_may_change_and_are_written_down(configured: Callable[.
     said = Console(file=io.StringIO(), width=200)
     result = train(config, said, resume=stopped.folder.path)
     assert [step.step for step in result.report.steps] == list(range(1, 9))
-    assert "training.max_steps: 6 before, 8 from here on" in said.file.getvalue()  # type: ignore[attr-defined]
+    output = said.file.getvalue()  # type: ignore[attr-defined]
+    assert "training.max_steps: 6 before, 8 from here on" in output
+    assert output.count("the learning rate follows the schedule of the new number of steps from here on") == 1
     assert stopped.folder.config.training.max_steps == 8
     with pytest.raises(UsageError, match=r"is finished; --set training.max_steps=N"):
         train(resume=stopped.folder.path, console=QUIET)
     config.training.learning_rate = 1.0
     with pytest.raises(UsageError, match=r"training.learning_rate was 0.01 and cannot become 1.0"):
         train(config, QUIET, resume=stopped.folder.path)
+
+
+def test_fewer_steps_than_a_run_has_taken_are_refused(configured: Callable[..., RunConfig]) -> None:
+    stopped = train(configured(), Pressing("step 3/", signal.SIGINT))
+    config = stopped.folder.config
+    config.training.max_steps = 2
+    with pytest.raises(UsageError, match=r"max_steps: got 2, and .* has taken 3 steps already; give more"):
+        train(config, QUIET, resume=stopped.folder.path)
+    assert not (stopped.folder.path / "run.lock").exists()
+    config.training.max_steps = 3
+    assert [step.step for step in train(config, QUIET, resume=stopped.folder.path).report.steps] == [1, 2, 3]
 
 
 def test_settings_changed_in_run_yaml_itself_are_refused_too(configured: Callable[..., RunConfig]) -> None:

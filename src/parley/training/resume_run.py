@@ -73,13 +73,21 @@ def open_to_resume(path: Path, config: RunConfig | None, console: Console) -> Re
             )
         if checkpoint is None and folder.weights.is_dir():
             raise RunError(f"{path}: no checkpoint was kept, so the run cannot continue; start a new one")
-    except RunError:
+        done, wanted = 0 if checkpoint is None else step_of(checkpoint) or 0, config.training.max_steps
+        if 0 < wanted < done:
+            raise UsageError(
+                f"training.max_steps: got {wanted:,}, and {path} has taken {done:,} steps already; give more, or "
+                "start a new run"
+            )
+    except (RunError, UsageError):
         folder.unlock()
         raise
     for each in damaged:
         print_text(console, f"{each}: the one before it is used")
     for name, (was, now) in changed.items():
         print_text(console, f"{name}: {_short(was)} before, {_short(now)} from here on")
+    if changed.keys() & {"training.max_steps", "training.num_train_epochs"} and _schedule_has_an_end(config):
+        print_text(console, "the learning rate follows the schedule of the new number of steps from here on")
     resumed = ResumedRun(folder, config, checkpoint, changed)
     place = f"after step {resumed.step}" if checkpoint else "at its first step, as no checkpoint was written"
     print_text(console, f"{path} continues {place}")
@@ -101,6 +109,10 @@ def changed_settings(saved: RunConfig, config: RunConfig) -> dict[str, tuple[Any
                 f"be others; leave it, or start a new run from {saved.output}"
             )
     return changed
+
+
+def _schedule_has_an_end(config: RunConfig) -> bool:
+    return not config.training.lr_scheduler_type.startswith("constant")
 
 
 def _may_change(name: str) -> bool:
