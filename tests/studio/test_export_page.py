@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import time
@@ -108,6 +109,10 @@ def test_a_job_writes_what_it_does_for_pages_of_any_time(
     for name in ("read by", "KL divergence, mean and worst", "greedy answers the same"):
         assert name in text
     assert "llama-server --jinja --model ./" in text
+    job = studio.exports.jobs("tuned")[0]
+    with monkeypatch.context() as patch:  # the folder is there, and the job has not said so yet
+        patch.setattr(studio.exports, "jobs", lambda _: [dataclasses.replace(job, state="running")])
+        assert "verified" not in client.get("/export/list", params={"run": "tuned"}).text
     again = client.post("/export/start", data={"run": "tuned", "target": "gguf", "quant": "q8_0"})
     assert "has that export already" in again.text
     events = [json.loads(line) for line in next(studio.exports.folder.glob("*.jsonl")).read_text().splitlines()]

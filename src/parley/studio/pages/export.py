@@ -138,7 +138,9 @@ def _checked(target: str, quant: str) -> tuple[str, str]:
 async def _listed(studio: Studio, run_id: str) -> dict[str, Any]:
     run = studio.run_path(run_id)
     jobs = [job for job in studio.exports.jobs(run_id) if job.state != "done"]
-    done = await studio.worker.call(finished_exports, run)
+    # An export is there a moment before its job says so.
+    running = {job.target if not job.quant else f"{job.target}-{job.quant}" for job in jobs if job.state == "running"}
+    done = [each for each in await studio.worker.call(finished_exports, run) if each.name not in running]
     return {
         "run_id": run_id,
         "jobs": jobs,
