@@ -289,6 +289,7 @@ def test_tokens_seen_are_counted_without_padding(tiny_tokenizer: Any, tmp_path: 
         trained.train()
         assert trained.state.num_input_tokens_seen == sum(len(row["input_ids"]) for row in trained.train_dataset)
         assert steps_of(trained)[-1]["num_tokens"] == trained.state.num_input_tokens_seen
+        assert steps_of(trained)[-1]["num_supervised_tokens"] == trained.supervised_tokens
         assert trained.supervised_tokens == sum(
             label != -100 for row in trained.train_dataset for label in row["labels"][1:]
         )
