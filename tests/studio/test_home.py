@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,10 @@ def test_a_summary_is_read_again_when_the_run_has_changed(
         file.write(json.dumps({"event": "step", "step": 4, "loss": 0.5}) + "\n")
     assert "0.5" in client.get("/").text
     lock.release()
+
+
+def test_a_run_that_is_killed_is_not_running_any_more(studio: Studio, client: TestClient) -> None:
+    lock = RunLock(write_run(studio.root, "a"))
+    assert 'class="state running"' in client.get("/").text
+    os.close(lock._descriptor)  # as the kernel does with a process that is killed: the file stays
+    assert 'class="state failed"' in client.get("/").text
