@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import parley
 from parley.config import RunConfig
 from parley.errors import UsageError
 from parley.training.arguments import sft_config
@@ -58,3 +60,9 @@ def test_wrong_fields_are_named_in_one_line(override: str, words: str) -> None:
     with pytest.raises(UsageError, match=words) as caught:
         sft_config(config(override), Path("out"), CPU)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("config", [parley.SFTConfig, parley.DPOConfig, parley.KTOConfig, parley.GRPOConfig])
+def test_the_warmup_ratio_of_older_notebooks_is_followed(config: Any, tmp_path: Path) -> None:
+    assert config(output_dir=str(tmp_path), warmup_ratio=0.1, use_cpu=True).warmup_steps == 0.1
+    assert config(output_dir=str(tmp_path), warmup_ratio=0.1, warmup_steps=5, use_cpu=True).warmup_steps == 5

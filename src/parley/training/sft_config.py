@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import trl
@@ -39,12 +40,17 @@ class SFTConfig(trl.SFTConfig):
     def __post_init__(self) -> None:
         self.warmup_steps: float
         self.max_length: int | None
-        if self.warmup_ratio and not self.warmup_steps:
-            self.warmup_steps = self.warmup_ratio
+        take_warmup_ratio(self)
         if self.max_seq_length is not None:
             self.max_length = self.max_seq_length
         drop_unavailable_formats(self)
         super().__post_init__()
+
+
+def take_warmup_ratio(args: Any) -> None:
+    """`warmup_ratio`, which TRL dropped, as the `warmup_steps` below 1 that took its place."""
+    if args.warmup_ratio and not args.warmup_steps:
+        args.warmup_steps = args.warmup_ratio
 
 
 def drop_unavailable_formats(args: TrainingArguments) -> None:

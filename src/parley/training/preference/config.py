@@ -7,7 +7,7 @@ from typing import Any
 
 import trl
 
-from parley.training.sft_config import drop_unavailable_formats
+from parley.training.sft_config import drop_unavailable_formats, take_warmup_ratio
 
 
 @dataclass
@@ -28,8 +28,12 @@ class DPOConfig(trl.DPOConfig):
     cpo_alpha: float = field(
         default=0.0, metadata={"help": "SimPO: weight of the chosen answers' cross-entropy (1.0 in trl.CPOConfig)."}
     )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
+    )
 
     def __post_init__(self) -> None:
+        take_warmup_ratio(self)
         drop_unavailable_formats(self)
         super().__post_init__()
 
@@ -45,8 +49,12 @@ class KTOConfig(trl.KTOConfig):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
     )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
+    )
 
     def __post_init__(self) -> None:
+        take_warmup_ratio(self)
         drop_unavailable_formats(self)
         super().__post_init__()
 
@@ -66,8 +74,12 @@ class GRPOConfig(trl.GRPOConfig):
         default=None,
         metadata={"help": "Longest prompt in tokens; longer ones lose their start, as in older releases of TRL."},
     )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
+    )
 
     def __post_init__(self) -> None:
+        take_warmup_ratio(self)
         drop_unavailable_formats(self)
         super().__post_init__()
 
