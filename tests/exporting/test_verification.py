@@ -23,6 +23,14 @@ from parley.exporting.samples import verification_samples
 from parley.exporting.trained_model import open_run
 from parley.training.report import Report, write_report
 
+WITH_TOOLS = """{{- bos_token }}{%- if tools %}{{- tools | tojson }}{%- endif %}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+{%- for call in message.tool_calls or [] %}{{- call.function.arguments | tojson }}{%- endfor %}
+{{- message.content | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+
 
 def exported(run: Path, to: str, quant: str, tmp_path: Path) -> Export:
     (done,) = parley.export(run, to, quant, output=tmp_path / "out")
@@ -169,13 +177,17 @@ def test_a_run_of_preferences_is_compared_on_its_held_out_answers(
     assert done.record.figures is not None
     assert (done.record.figures.source, done.record.figures.prompts) == ("held-out conversations", 4)
     assert done.record.status == "verified"
+    if method == "dpo":
+        trained = open_run(run)
+        rows_ids = [row.input_ids for row in verification_samples(trained, 1).rows]
+        assert all("arr." in text for text in trained.tokenizer.batch_decode(rows_ids))
 
 
 def test_prompts_have_their_tools_calls_and_results(
     build_family: Callable[[str], Path], build_run: Callable[..., Path], tmp_path: Path
 ) -> None:
     base = Path(shutil.copytree(build_family("llama"), tmp_path / "base"))
-    shutil.copyfile(Path(__file__).parents[1] / "data/templates/qwen3.jinja", base / "chat_template.jinja")
+    (base / "chat_template.jinja").write_text(WITH_TOOLS, encoding="utf-8")
     tools = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object", "properties": {}}}}]
     call = {"type": "function", "function": {"name": "sum", "arguments": '{"naïve": [1, 2]}'}}
     rows = [
