@@ -188,7 +188,9 @@ def test_prompts_have_their_tools_calls_and_results(
 ) -> None:
     base = Path(shutil.copytree(build_family("llama"), tmp_path / "base"))
     (base / "chat_template.jinja").write_text(WITH_TOOLS, encoding="utf-8")
-    tools = [{"type": "function", "function": {"name": "sum", "parameters": {"type": "object", "properties": {}}}}]
+    # With a description: llama.cpp writes an empty one for a tool without, which is another prompt.
+    function = {"name": "sum", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
     call = {"type": "function", "function": {"name": "sum", "arguments": '{"naïve": [1, 2]}'}}
     rows = [
         {
