@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 from rich.console import Console
-from tests.distributed.conftest import free_port
+from tests.distributed.conftest import free_port, in_processes
 from tests.distributed.test_data_parallel import assert_same_run, events
 
 from parley.cli import launch
@@ -51,6 +51,32 @@ def test_ctrl_c_stops_all_processes_with_one_checkpoint(configured: Callable[...
     assert errors.count("SIGINT received") == 1
     assert "Traceback" not in errors
     assert [path.name for path in (config.output / "checkpoints").iterdir()] == [f"checkpoint-{last}"]
+
+
+@pytest.mark.slow
+# With --cpu, accelerate starts several processes through MPI alone; --multi_gpu is its way to torch's launcher.
+def test_accelerate_launch_starts_the_same_processes(configured: Callable[..., RunConfig]) -> None:
+    alone, together = configured("training.max_steps=2"), configured("training.max_steps=2")
+    train(alone, Console(quiet=True))
+    accelerate = [
+        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}", "-m", "parley", "train",
+        written(together),
+    ]  # fmt: skip
+    command = started(*accelerate)
+    printed, errors = command.communicate(timeout=150)
+    assert command.returncode == 0, errors
+    assert printed.count("step 2/2") == 1
+    assert "2 processes: the 5 conversations of each step are dealt out" in " ".join(printed.split())
+    assert_same_run(together.output, alone.output)
+
+
+def test_scale_batch_keeps_the_batch_settings_for_each_process(configured: Callable[..., RunConfig]) -> None:
+    alone = configured("training.max_steps=2", "training.gradient_accumulation_steps=2")
+    train(alone, Console(quiet=True))
+    together = configured("training.max_steps=2")
+    assert in_processes(2, lambda: main(["train", written(together), "--scale-batch"])) == [0, 0]
+    assert_same_run(together.output, alone.output)
 
 
 @pytest.mark.slow

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,6 +26,11 @@ from parley.units import GIB
 
 DISTRIBUTION = "parley-llm"
 State = Literal["good", "note", "bad"]
+LINKS = {
+    "PIX": "PCIe (one bridge)", "PXB": "PCIe (several bridges)", "PHB": "PCIe through the CPU",
+    "NODE": "PCIe through the CPU", "SYS": "PCIe between two CPUs",
+}  # fmt: skip
+"""In the words of nvidia-smi's own legend."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +45,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Check Python, packages, GPU, bitsandbytes, CPU, disk and the hub's settings. Never raises ParleyError."""
-    return [*_versions(), *_gpu(), *_bitsandbytes(), *_host(), *_hub()]
+    return [*_versions(), *_gpu(), *_links(), *_bitsandbytes(), *_host(), *_hub()]
 
 
 def _versions() -> Iterator[Finding]:
@@ -100,14 +107,49 @@ def _gpu() -> Iterator[Finding]:
 
 def _driver() -> str:
     """The NVIDIA driver's version, which torch does not expose."""
+    return _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").strip().partition("\n")[0] or "unknown"
+
+
+def _nvidia_smi(*arguments: str) -> str:
+    """What nvidia-smi prints; nothing where it is missing or fails."""
     if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return ""
     try:
-        completed = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+        completed = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return completed.stdout.strip().partition("\n")[0]
+        return ""
+    return completed.stdout
+
+
+def _links() -> Iterator[Finding]:
+    """How the GPUs of this machine reach each other, which bounds what several of them gain."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2:
+        yield Finding("GPU links", "one GPU" if count else "no GPU; several processes exchange through gloo on the CPU")
+        return
+    kinds = link_kinds(_nvidia_smi("topo", "-m"))
+    if not kinds:
+        yield Finding("GPU links", "unknown: nvidia-smi topo -m says nothing", "note", "install nvidia-smi to see them")
+        return
+    value = ", ".join(f"{kind} between {pairs} of {sum(kinds.values())} pairs" for kind, pairs in kinds.items())
+    if all(kind.startswith("NVLink") for kind in kinds):
+        yield Finding("GPU links", value)
+    else:
+        advice = (
+            "training.shard: full and training.context_parallel send much: parley plan --gpus N says how long it takes"
+        )
+        yield Finding("GPU links", value, "note", advice)
+
+
+def link_kinds(topology: str) -> dict[str, int]:
+    """Pairs of GPUs by their link, from the matrix that `nvidia-smi topo -m` prints."""
+    rows = [line.split() for line in re.sub(r"\x1b\[[0-9;]*m", "", topology).splitlines()]
+    matrix = [row[1:] for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row]
+    kinds: Counter[str] = Counter()
+    for i, row in enumerate(matrix):
+        for link in row[i + 1 : len(matrix)]:
+            kinds[f"NVLink ({link})" if link.startswith("NV") else LINKS.get(link, link)] += 1
+    return dict(kinds)
 
 
 def _bitsandbytes() -> Iterator[Finding]:

@@ -1,0 +1,58 @@
+"""What `parley doctor` says of the links between GPUs."""
+
+from __future__ import annotations
+
+import pytest
+
+from parley.models import doctor
+from parley.models.doctor import link_kinds
+
+NVLINKED = """\t\x1b[4mGPU0\tGPU1\tNIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m
+GPU0\t X \tNV18\tPIX\t0-31\t0\t\tN/A
+GPU1\tNV18\t X \tSYS\t0-31\t0\t\tN/A
+NIC0\tPIX\tSYS\t X
+
+Legend:
+
+  X    = Self
+"""
+PCIE = """\tGPU0\tGPU1\tGPU2\tCPU Affinity
+GPU0\t X \tPHB\tSYS\t0-31
+GPU1\tPHB\t X \tSYS\t0-31
+GPU2\tSYS\tSYS\t X \t32-63
+"""
+
+
+@pytest.mark.parametrize(
+    ("topology", "kinds"),
+    [
+        (NVLINKED, {"NVLink (NV18)": 1}),
+        (PCIE, {"PCIe through the CPU": 1, "PCIe between two CPUs": 2}),
+        ("", {}),
+    ],
+    ids=["NVLink", "PCIe", "nothing"],
+)
+def test_links_are_counted_by_pairs(topology: str, kinds: dict[str, int]) -> None:
+    assert link_kinds(topology) == kinds
+
+
+@pytest.mark.parametrize(
+    ("count", "topology", "state", "value"),
+    [
+        (0, "", "good", "no GPU; several processes exchange through gloo"),
+        (1, "", "good", "one GPU"),
+        (2, NVLINKED, "good", "NVLink (NV18) between 1 of 1 pairs"),
+        (3, PCIE, "note", "PCIe through the CPU between 1 of 3 pairs, PCIe between two CPUs between 2 of 3 pairs"),
+        (2, "", "note", "unknown: nvidia-smi topo -m says nothing"),
+    ],
+)
+def test_links_are_a_line_of_the_report(
+    monkeypatch: pytest.MonkeyPatch, count: int, topology: str, state: str, value: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: count > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.setattr(doctor, "_nvidia_smi", lambda *arguments: topology)
+    [finding] = doctor._links()
+    assert finding.state == state
+    assert finding.value.startswith(value)
+    assert (finding.advice is None) == (state == "good")
