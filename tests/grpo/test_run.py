@@ -82,29 +82,16 @@ def test_a_run_logs_rewards_and_samples_and_reports_both(folder: Path) -> None:
 
 @pytest.mark.parametrize("option", [{}, {"steps_per_generation": 3, "num_iterations": 2}])
 def test_a_resumed_run_is_the_undisturbed_one(folder: Path, option: dict[str, Any]) -> None:
-    """Also in the middle of a generation's steps, and in a later epoch: 18 prompts are 2 epochs of 9 steps."""
-    whole = train(settings(folder, "whole", max_steps=6, **option), QUIET)
-    part = train(settings(folder, "part", max_steps=4, lr_scheduler_type="constant", **option), QUIET)
-    del part
-    constant = train(settings(folder, "constant", max_steps=6, lr_scheduler_type="constant", **option), QUIET)
-    resumed = train(settings(folder, "part", max_steps=6, lr_scheduler_type="constant", **option), QUIET,
-                    resume=folder / "part")  # fmt: skip
-    assert whole.report.steps[-1].step == 6
-    names = ("loss", "grad_norm", "reward", "completion_tokens")
-    ours, expected = resumed.report.steps[-1], constant.report.steps[-1]
-    assert [getattr(ours, name) for name in names] == [getattr(expected, name) for name in names]
-
-
-def test_a_later_epoch_is_resumed_in_its_order(folder: Path) -> None:
-    (folder / "rows.jsonl").write_text(
-        "".join(json.dumps({"question": f"Say {n}", "answer": "x" * n}) + "\n" for n in range(3))
-    )
-    options = {"max_steps": 6, "lr_scheduler_type": "constant", "save_steps": 1}
-    constant = train(settings(folder, "constant", **options), QUIET)
-    train(settings(folder, "part", **(options | {"max_steps": 4})), QUIET)
-    resumed = train(settings(folder, "part", **options), QUIET, resume=folder / "part")
-    for step in (4, 5):
-        assert resumed.report.steps[step].reward == constant.report.steps[step].reward
+    """Also in the middle of a generation's steps."""
+    # The embedded model is sure of its answers: at temperature 1 a group's are equal, and nothing is learned.
+    options = {"lr_scheduler_type": "constant", "temperature": 3.0, **option}
+    whole = train(settings(folder, "whole", max_steps=6, **options), QUIET)
+    train(settings(folder, "part", max_steps=4, **options), QUIET)
+    resumed = train(settings(folder, "part", max_steps=6, **options), QUIET, resume=folder / "part")
+    names = ("step", "loss", "grad_norm", "reward", "completion_tokens")
+    ours, expected = ([[getattr(row, name) for name in names] for row in run.report.steps] for run in (resumed, whole))
+    assert ours == expected
+    assert all(row.grad_norm for row in whole.report.steps)
 
 
 def test_a_folders_rewards_are_not_run(folder: Path) -> None:

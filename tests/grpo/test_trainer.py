@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -245,3 +246,24 @@ def test_buffers_are_for_the_prompts_and_not_for_the_context(prompts: Dataset, o
     made.train()
     assert made.fused_step is not None
     assert made.fused_step.plan.positions < 200
+
+
+def test_a_later_epoch_is_resumed_in_its_order(options: dict[str, Any], tmp_path: Path) -> None:
+    """TRL's sampler shuffles with a generator that only iterating moves on."""
+    rows = Dataset.from_list([{"prompt": user(f"Say {number}")} for number in range(5)])
+
+    def asked(folder: str, steps: int, *, resume: bool = False) -> list[str]:
+        seen: list[str] = []
+
+        def reward(prompts: list[Any], **kwargs: Any) -> list[float]:
+            seen.append(prompts[0][0]["content"])
+            return [0.0] * len(prompts)
+
+        settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": 7, "lr_scheduler_type": "constant"}
+        changed = {"output_dir": str(tmp_path / folder), "max_completion_length": 2}
+        trainer(rows, single(options), reward, args=settings | changed).train(resume_from_checkpoint=resume)
+        return seen
+
+    whole = asked("whole", 12)
+    assert whole[:5] != whole[5:10], "each epoch has its own order"
+    assert asked("part", 7) + asked("part", 12, resume=True) == whole

@@ -79,6 +79,11 @@ def train(
         raise UsageError("--dry-run looks at data and settings alone: leave --gpus and --processes out")
     if gpus is not None or processes is not None:
         count = launch.gpu_processes(gpus, run) if gpus is not None else launch.cpu_processes(processes or 1, run)
+        if count > 1 and run.training.method != "sft":
+            raise UsageError(
+                f"--method {run.training.method} trains in one process, and here are {count}: leave --gpus and "
+                "--processes out"
+            )
         if count > 1:
             options = _options([*_rewards(reward), *(settings or [])], model, data, output, resume, method, scale_batch)
             launch.launch(count, ["train", *([str(config)] if config else []), *options])

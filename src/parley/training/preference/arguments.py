@@ -18,6 +18,7 @@ from parley.training.check_settings import check_types
 from parley.training.preference.config import METHOD_DEFAULTS, DPOConfig, GRPOConfig, KTOConfig
 from parley.training.preference.grpo_options import check_options
 from parley.training.preference.losses import ORPO, Objective, SimPO, dpo_objective, kto_objective
+from parley.training.processes import process_count
 
 REFUSED = {
     "padding_free": "documents of a step are always one row without padding",
@@ -44,6 +45,11 @@ def preference_config(
     """The arguments to train with, and what was decided on the way in plain words. Raises UsageError in one line."""
     method, values = config.training.method, config.training.model_dump(exclude=OWN)
     kind = KINDS.get(method, DPOConfig)
+    if (count := process_count()) > 1:
+        raise UsageError(
+            f"training.method: {method} trains in one process, and here are {count}: start it without --gpus, "
+            "--processes and torchrun"
+        )
     _check_names(method, kind, values)
     if method == "kto" and config.training.per_device_train_batch_size < 2 and values.get("loss_type", "kto") == "kto":
         raise UsageError(
