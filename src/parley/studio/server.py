@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import signal
 import socket
 from collections.abc import Callable
@@ -51,5 +52,7 @@ def serve(studio: Studio, bound: socket.socket, host: str, *, on_ready: Callable
     try:
         asyncio.run(Server(app, config, on_ready).serve(sockets=[bound]))
     finally:
+        for child in multiprocessing.active_children():  # a plan that is being counted must not delay the end
+            child.terminate()
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -77,7 +77,7 @@ class Studio:
 
     def close(self) -> None:
         """End the processes of the pages. Runs are not touched."""
-        self.worker.close()
+        self.worker.close(cancel=True)
         self.answers.close()
 
     @staticmethod

@@ -58,8 +58,8 @@ class Worker:
     def is_running(self) -> bool:
         return self._pool is not None
 
-    def close(self) -> None:
-        """End the process once its calls are done; the next call starts another."""
+    def close(self, *, cancel: bool = False) -> None:
+        """End the process once its calls are done, or with `cancel` the one that runs; the next call starts another."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=False)
+            self._pool.shutdown(wait=False, cancel_futures=cancel)
             self._pool = None
