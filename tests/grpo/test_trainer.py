@@ -150,7 +150,7 @@ def test_the_plain_path_samples_through_transformers(prompts: Dataset, options: 
     assert "reward" in made.state.log_history[0]
 
 
-def test_dropout_learns_on_the_plain_path_from_answers_without_it(prompts: Dataset, options: dict[str, Any]) -> None:
+def test_dropout_learns_from_answers_that_were_sampled_without_it(prompts: Dataset, options: dict[str, Any]) -> None:
     model, tokenizer = demo_adapter(lora_dropout=0.1)
     args = parley.GRPOConfig(**(single(options) | {"max_steps": 2, "beta": 0.1}))
     made = parley.GRPOTrainer(model, length_reward, args, prompts, processing_class=tokenizer)
