@@ -10,7 +10,9 @@ import pytest
 import yaml
 from fastapi.testclient import TestClient
 
+from parley.config import RunConfig
 from parley.errors import DataError, UsageError
+from parley.safe_yaml import load_yaml
 from parley.studio import data_view, uploads
 from parley.studio.state import Studio
 
@@ -154,6 +156,24 @@ def test_settings_edited_by_hand_open_nothing_else(studio: Studio, client: TestC
         assert "--allow" in response.text
     with pytest.raises(UsageError, match="--allow"):
         studio.start_run(studio.draft.text)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ("training: {method: grpo, rewards: ['os:getcwd']}", "training.rewards"),
+        ("model: {name: parley-demo, trust_remote_code: true}", "model.trust_remote_code"),
+    ],
+)
+def test_the_studio_starts_no_code_of_others(studio: Studio, settings: str, named: str) -> None:
+    with pytest.raises(UsageError, match=f"{named}: .*parley train"):
+        studio.start_run(f"data: parley-demo-pirate\n{settings}\n")
+    assert not studio.queue.jobs()
+
+
+def test_rewards_that_come_with_parley_may_be_named(studio: Studio) -> None:
+    settings = "{data: parley-demo-pirate, training: {method: grpo, rewards: ['parley.rewards:ends_with']}}"
+    studio.check_settings(RunConfig.create(load_yaml(settings, "the settings")))
 
 
 def test_cures_are_set_and_taken_back(studio: Studio, client: TestClient) -> None:

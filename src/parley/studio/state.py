@@ -98,7 +98,7 @@ class Studio:
         return str(self.check_path(str(Path(text).expanduser().absolute())))
 
     def check_settings(self, config: RunConfig) -> None:
-        """Raises UsageError where settings name a path outside of the allowed folders."""
+        """Raises UsageError where settings name a path outside of the allowed folders, or code to run."""
         self.check_source(config.data.source)
         if config.data.heldout is not None and config.data.heldout_share is None:
             self.check_source(config.data.heldout)
@@ -107,6 +107,12 @@ class Studio:
             self.check_path(str(Path(config.model.name).absolute()))
         if config.model.chat_template is not None:
             self.check_path(str(config.model.chat_template.absolute()))
+        for setting, is_program in (
+            ("training.rewards", not config.training.trusts_rewards),
+            ("model.trust_remote_code", config.model.trust_remote_code),
+        ):
+            if is_program:
+                raise UsageError(f"{setting}: the studio starts no code of others; start this run with parley train")
 
     def start_run(self, config_yaml: str, name: str | None = None) -> str:
         """Queue a run with these settings; returns its id. Raises UsageError for settings that are wrong."""
