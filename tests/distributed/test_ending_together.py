@@ -17,6 +17,7 @@ from parley.config import RunConfig
 from parley.errors import DeviceError
 from parley.pipeline import train
 from parley.training.callbacks import EventLog
+from parley.training.peer_watch import PeerWatch
 
 AT_STEP = 3
 
@@ -63,6 +64,19 @@ def test_an_error_in_one_process_ends_all_with_its_message_alone(
     assert [line for line in printed.splitlines() if "error" in line.lower()] == [
         f"parley: error: rank {who}: the card is on fire"
     ]
+
+
+def test_an_error_is_printed_although_the_launcher_ends_its_process(
+    configured: Callable[..., RunConfig], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun sends SIGTERM to all processes once one has ended, which may be another than the first that failed."""
+
+    def fail() -> None:
+        PeerWatch.outlive_peers = lambda watch: signal.raise_signal(signal.SIGTERM)  # in the forked process alone
+        raise DeviceError("the card is on fire")
+
+    assert in_processes(2, disturbed(configured(), 0, fail))[0] == DeviceError.exit_code
+    assert "parley: error: rank 0: the card is on fire" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("who", [0, 1])

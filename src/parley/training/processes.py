@@ -8,7 +8,9 @@ through gloo.
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -95,6 +97,9 @@ def _end_all(watch: PeerWatch, error: BaseException) -> None:
     if not isinstance(error, ParleyError) and (lost := watch.lost_peer(wait=True)) is not None:
         watch.end_because_of(lost)
     first = watch.is_first_failure()
+    if first and threading.current_thread() is threading.main_thread():
+        # A launcher that sees another process end sends SIGTERM to this one, before its error is printed.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     watch.stop()
     watch.outlive_peers()
     if not first:
