@@ -115,7 +115,7 @@ def test_one_process_splits_no_rows(configured: Callable[..., RunConfig]) -> Non
     ("family", "settings", "message"),
     [
         ("llama", ("training.engine=plain",), "training.engine: plain do not go together"),
-        ("llama", ("training.method=dpo",), "training.method: dpo do not go together"),
+        ("llama", ("training.method=dpo",), "training.method: dpo trains in one process"),
         ("gemma2", (), "attention with a soft cap is not split over processes"),
     ],
 )

@@ -42,7 +42,7 @@ def test_a_sharded_run_learns_what_one_process_learns(
     ("settings", "message"),
     [
         (("training.engine=plain",), "training.engine: plain do not go together"),
-        (("training.method=kto",), "training.method: kto do not go together"),
+        (("training.method=kto",), "training.method: kto trains in one process"),
         (("lora=null", "training.optim=adamw_8bit"), "training.optim: adamw_8bit with lora: null do not go together"),
         (("lora=null", "training.keep=best", "training.eval_steps=2"), "training.keep: best with lora: null do not go"),
         (("lora.use_dora=true",), "lora.use_dora do not go together"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,10 +21,11 @@ def config(path: Path) -> RunConfig:
     return RunConfig.create({"output": str(path)})
 
 
-class Full:
+class Full(torch.nn.Module):
     """A model whose disk fails after half of it was written."""
 
     def __init__(self, fault: Exception, times: int) -> None:
+        super().__init__()
         self.fault, self.times = fault, times
 
     def save_pretrained(self, folder: Path) -> None:

@@ -185,9 +185,9 @@ def read_weights(model: nn.Module) -> ModelWeights:
     def adapter(module: nn.Module) -> Adapter | None:
         if not isinstance(module, LoraLayer):
             return None
-        if _dora(module) is not None:
+        a, b, *magnitude = (parameter.data for parameter in _lora_weights(module))
+        if magnitude:
             raise Unsupported("DoRA adapters")
-        a, b = (parameter.data for parameter in _lora_weights(module))
         no_gradient = a.new_empty(0)
         return Adapter(a, b, no_gradient, no_gradient, module.scaling[module.active_adapters[0]])
 
