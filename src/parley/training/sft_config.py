@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import trl
@@ -14,14 +14,10 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class SFTConfig(trl.SFTConfig):
-    """TRL's SFTConfig, which a script for a GPU can construct on a CPU too.
+class DeviceDefaults:
+    """What Parley's configs change of TRL's, in front of which they name this class.
 
-    What differs from TRL's:
-    - `bf16`: without a value, where the GPU has it; TRL's default needs such a GPU. Where neither the GPU nor `use_cpu`
-      gives it, `bf16=True` and `fp16=True` are dropped with a warning, and training is in float32;
-    - `warmup_ratio`, which TRL dropped, and `max_seq_length`, the older name of `max_length`, are accepted;
-    - `logging_nan_inf_filter`: False, so that a loss that is not a number is logged as such.
+    It is no subclass of TrainingArguments: a dataclass would then take all of their defaults in place of TRL's.
     """
 
     bf16: bool | None = field(
@@ -31,19 +27,34 @@ class SFTConfig(trl.SFTConfig):
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
     )
-
     warmup_ratio: float | None = field(
         default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
     )
+
+    def __post_init__(self) -> None:
+        args = cast(TrainingArguments, self)
+        take_warmup_ratio(args)
+        drop_unavailable_formats(args)
+        super().__post_init__()  # type: ignore[misc]  # TRL's
+
+
+@dataclass
+class SFTConfig(DeviceDefaults, trl.SFTConfig):
+    """TRL's SFTConfig, which a script for a GPU can construct on a CPU too.
+
+    What differs from TRL's:
+    - `bf16`: without a value, where the GPU has it; TRL's default needs such a GPU. Where neither the GPU nor `use_cpu`
+      gives it, `bf16=True` and `fp16=True` are dropped with a warning, and training is in float32;
+    - `warmup_ratio`, which TRL dropped, and `max_seq_length`, the older name of `max_length`, are accepted;
+    - `logging_nan_inf_filter`: False, so that a loss that is not a number is logged as such.
+    """
+
     max_seq_length: int | None = field(default=None, metadata={"help": "Older name of `max_length`."})
 
     def __post_init__(self) -> None:
-        self.warmup_steps: float
         self.max_length: int | None
-        take_warmup_ratio(self)
         if self.max_seq_length is not None:
             self.max_length = self.max_seq_length
-        drop_unavailable_formats(self)
         super().__post_init__()
 
 

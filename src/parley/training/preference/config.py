@@ -7,81 +7,35 @@ from typing import Any
 
 import trl
 
-from parley.training.sft_config import drop_unavailable_formats, take_warmup_ratio
+from parley.training.sft_config import DeviceDefaults
 
 
 @dataclass
-class DPOConfig(trl.DPOConfig):
+class DPOConfig(DeviceDefaults, trl.DPOConfig):
     """TRL's DPOConfig, which a script for a GPU can construct on a CPU too; with the options of ORPO and SimPO.
 
     `bf16` and `logging_nan_inf_filter` differ from TRL's as in parley.SFTConfig.
     """
 
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Whether to use bf16 mixed precision; without a value, where the GPU has it."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
-    )
     simpo_gamma: float = field(default=0.5, metadata={"help": "Target reward margin of SimPO."})
     cpo_alpha: float = field(
         default=0.0, metadata={"help": "SimPO: weight of the chosen answers' cross-entropy (1.0 in trl.CPOConfig)."}
     )
-    warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
-    )
-
-    def __post_init__(self) -> None:
-        take_warmup_ratio(self)
-        drop_unavailable_formats(self)
-        super().__post_init__()
 
 
 @dataclass
-class KTOConfig(trl.KTOConfig):
+class KTOConfig(DeviceDefaults, trl.KTOConfig):
     """TRL's KTOConfig; `bf16` and `logging_nan_inf_filter` differ from TRL's as in parley.SFTConfig."""
 
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Whether to use bf16 mixed precision; without a value, where the GPU has it."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
-    )
-    warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
-    )
-
-    def __post_init__(self) -> None:
-        take_warmup_ratio(self)
-        drop_unavailable_formats(self)
-        super().__post_init__()
-
 
 @dataclass
-class GRPOConfig(trl.GRPOConfig):
+class GRPOConfig(DeviceDefaults, trl.GRPOConfig):
     """TRL's GRPOConfig; `bf16` and `logging_nan_inf_filter` differ from TRL's as in parley.SFTConfig."""
 
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "Whether to use bf16 mixed precision; without a value, where the GPU has it."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Whether to replace NaN and infinite losses by the mean when logging."}
-    )
     max_prompt_length: int | None = field(
         default=None,
         metadata={"help": "Longest prompt in tokens; longer ones lose their start, as in older releases of TRL."},
     )
-    warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Share of the steps to warm up in; `warmup_steps` below 1 means the same."}
-    )
-
-    def __post_init__(self) -> None:
-        take_warmup_ratio(self)
-        drop_unavailable_formats(self)
-        super().__post_init__()
 
 
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
