@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
 from parley.bench.compare import _run_in_subprocess, check, compare, table
 from parley.bench.jobs import JOBS, find_job
 from parley.bench.rows import as_text, read_rows, write_rows
+from parley.bench.trainers import build
 from parley.bench.worker import step_times, step_tokens
 from parley.errors import DataError, DeviceError, RunError, UsageError
 
@@ -121,6 +123,26 @@ def test_text_rows_make_the_same_ids(tmp_path: Path, tiny_tokenizer: Any, tiny_l
     assert again == list(rows["input_ids"])
 
 
+def test_settings_replace_the_job_s() -> None:
+    config = JOBS["seed"].config("model", "rows", 3, ["lora.use_dora=true", "model.quantization=none"])
+    assert config.lora is not None
+    assert config.lora.model_extra == {"use_dora": True}
+    assert (config.lora.r, config.model.quantization, config.training.max_steps) == (16, "none", 3)
+    with pytest.raises(UsageError, match=r"unknown key 'model.quantisation'.*did you mean 'quantization'"):
+        JOBS["seed"].config(None, None, None, ["model.quantisation=none"])
+
+
+@pytest.mark.parametrize("name", ["parley", "trl"])
+def test_full_fine_tuning_is_timed_too(name: str, tmp_path: Path, tiny_llama_folder: Path) -> None:
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(row(f"Say {n}", "it's 1 , 2 !") for n in range(9)))
+    config = JOBS["demo"].config(str(tiny_llama_folder), str(source), 2, ["lora=null"])
+    write_rows(JOBS["demo"], config, tmp_path / "data")
+    trainer = build(name, JOBS["demo"], config, tmp_path / "data")
+    assert not isinstance(trainer.model, PeftModel)
+    assert all(parameter.requires_grad for parameter in trainer.model.parameters())
+
+
 def test_too_few_rows_for_a_step_are_refused(tmp_path: Path, tiny_llama_folder: Path) -> None:
     source = tmp_path / "rows.jsonl"
     source.write_text(row("Say", "it"))
@@ -138,6 +160,7 @@ def test_the_demo_job_is_timed_in_processes_of_their_own() -> None:
         assert found["median_step_ms"] is None  # fewer steps than the job skips
         assert found["versions"]["trl"]
     assert ours["plain_because"] is None
+    assert (ours["path"], peer["path"]) == ("fused", None)
     assert ours["losses"] == pytest.approx(peer["losses"], rel=1e-4)
     assert ours["grad_norms"] == pytest.approx(peer["grad_norms"], rel=1e-2)
 

@@ -11,6 +11,7 @@ mix       3B, NF4, LoRA r = 64, 4 x 4 conversations of uneven length, at most 4,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,10 @@ class Job:
     def needs_gpu(self) -> bool:
         return self.quantization == "nf4"
 
-    def config(self, model: str | None, data: str | None, steps: int | None) -> RunConfig:
-        """The run's settings; `model`, `data` and `steps` override the job's."""
+    def config(
+        self, model: str | None, data: str | None, steps: int | None, overrides: Iterable[str] = ()
+    ) -> RunConfig:
+        """The run's settings; `model`, `data`, `steps` and `section.key=value` overrides replace the job's."""
         training: dict[str, Any] = {
             "max_steps": steps or self.steps,
             "per_device_train_batch_size": self.batch,
@@ -71,7 +74,8 @@ class Job:
                 "data": {"source": data or self.data, "system": self.system, "limit": ROWS, "heldout_rows": 0},
                 "training": training,
                 "lora": {"r": self.rank, "lora_alpha": self.rank},
-            }
+            },
+            overrides,
         )
 
 

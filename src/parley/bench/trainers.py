@@ -50,15 +50,15 @@ def _parley_or_trl(name: str, config: RunConfig, folder: Path) -> Any:
     # Imported here: Unsloth must be imported before TRL in a process of its own.
     import trl
 
-    from parley.models.adapters import attach_lora
+    from parley.models.adapters import attach_lora, prepare_full
     from parley.models.device import pick_device
     from parley.models.load import load_model
     from parley.training.arguments import sft_config
     from parley.training.trainer import SFTTrainer
 
     model, tokenizer = load_model(config.model)
-    assert config.lora is not None
-    model = attach_lora(model, config.lora, seed=config.training.seed)
+    lora, seed = config.lora, config.training.seed
+    model = prepare_full(model) if lora is None else attach_lora(model, lora, seed=seed)
     args, _ = sft_config(config, folder / name, pick_device(config.model.device))
     data = {"train_dataset": read_rows(folder), "processing_class": tokenizer}
     if name == "trl":
@@ -74,24 +74,30 @@ def _unsloth(job: Job, config: RunConfig, folder: Path) -> Any:
     from unsloth import FastLanguageModel
     from unsloth.chat_templates import get_chat_template, train_on_responses_only
 
-    assert config.lora is not None
     training, lora, longest = config.training, config.lora, config.model.max_seq_length
     model, tokenizer = FastLanguageModel.from_pretrained(
-        config.model.name, max_seq_length=longest, dtype=None, load_in_4bit=job.quantization == "nf4"
+        config.model.name,
+        max_seq_length=longest,
+        dtype=None,
+        load_in_4bit=config.model.quantization == "nf4",
+        full_finetuning=lora is None,
     )
     # Notebooks set the template and search for its headers; ids and masks equal those of the other trainers.
     tokenizer = get_chat_template(tokenizer, chat_template="llama-3.1")
-    model = FastLanguageModel.get_peft_model(
-        model,
-        r=lora.r,
-        lora_alpha=int(lora.lora_alpha),
-        lora_dropout=lora.lora_dropout,
-        bias=lora.bias,
-        target_modules=lora.target_modules,
-        random_state=training.seed,
-        # Their own checkpointing is the faster of the two that Unsloth offers.
-        use_gradient_checkpointing="unsloth" if job.checkpoint else False,
-    )
+    if lora is not None:
+        model = FastLanguageModel.get_peft_model(
+            model,
+            r=lora.r,
+            lora_alpha=int(lora.lora_alpha),
+            lora_dropout=lora.lora_dropout,
+            bias=lora.bias,
+            target_modules=lora.target_modules,
+            use_rslora=lora.use_rslora,
+            random_state=training.seed,
+            # Their own checkpointing is the faster of the two that Unsloth offers.
+            use_gradient_checkpointing="unsloth" if job.checkpoint else False,
+            **(lora.model_extra or {}),
+        )
     args = SFTConfig(
         output_dir=str(folder / "unsloth"),
         dataset_text_field="text",

@@ -79,6 +79,7 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
         "losses": losses,
         "tokens": int(clock.logs[-1]["num_tokens"]) if clock.logs and "num_tokens" in clock.logs[-1] else None,
         "grad_norms": [round(float(logs["grad_norm"]), 5) for logs in clock.logs if "grad_norm" in logs],
+        "path": path_of(trainer) if is_parley else None,
         "plain_because": trainer.plain_because if is_parley else None,
         "machine": machine(),
         "versions": {package: found for package in PACKAGES if (found := installed_version(package)) is not None},
@@ -94,6 +95,13 @@ def step_times(times: list[float], skip: int) -> dict[str, float | None]:
         "median_step_ms": round(1000 * steps[len(steps) // 2], 2),
         "mean_step_ms": round(1000 * sum(steps) / len(steps), 2),
     }
+
+
+def path_of(trainer: Any) -> str:
+    """The path that Parley's trainer took."""
+    if trainer.fused_step is not None:
+        return "fused"
+    return "plain" if trainer.captured_step is None else "captured"
 
 
 def captured_graphs(trainer: Any) -> int:

@@ -21,6 +21,10 @@ def bench(
     model: Annotated[str | None, typer.Option(help="Folder or hub id instead of the job's model.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows instead of the job's data.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps instead of the job's.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: lora.use_dora=true. Repeatable."),
+    ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each trainer; later ones find warm caches.")] = 1,
     output: Annotated[Path | None, typer.Option(help="Also append the JSON lines to this file.")] = None,
     who: Annotated[str | None, typer.Option(hidden=True)] = None,
@@ -44,7 +48,7 @@ def bench(
     names = [name.strip() for name in f"{trainers},{against}".split(",") if name.strip()]
     reports = []
     with err.status(Text(visible(f"{job}: {', '.join(names)}"))):
-        for report in compare(found, found.config(model, data, steps), names, repeat):
+        for report in compare(found, found.config(model, data, steps, settings or ()), names, repeat):
             reports.append(report)
             line = json.dumps(report)
             # Flushed line by line: a later trainer may run out of memory or time.
