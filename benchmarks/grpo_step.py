@@ -4,7 +4,8 @@
     python benchmarks/grpo_step.py --model parley-demo --tokens 16 --steps 3 --trl-steps 2      # on a CPU
 
 A step has 8 prompts with 8 answers each. Of random weights every answer has its full length. Each of the three runs in
-a process of its own; prints one RESULT line of JSON for each and a table. TRL samples through transformers' generate.
+a process of its own; prints one RESULT line of JSON for each and a table. TRL samples through transformers' generate,
+and its model is loaded by transformers, bitsandbytes and PEFT alone.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peers import in_turn, stock_model, synchronize
 
 import parley
 from parley.config import GenerationSection, RunConfig
@@ -33,11 +35,6 @@ PROMPTS, ANSWERS = 8, 8
 BATCH = PROMPTS * ANSWERS
 WHO = ("generate", "grpo", "trl")
 QUESTION = "What is {} plus {}? Explain each step of your calculation, and then say the sum once more."
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def prompts(count: int) -> list[list[dict[str, str]]]:
@@ -62,7 +59,7 @@ def measure_generate(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load(options)
     settings = GenerationSection(temperature=1.0, min_p=0, max_new_tokens=options.tokens, seed=0)
     rates = []
-    with Generator(model, tokenizer, slots=BATCH) as generator:
+    with in_turn(options.lock), Generator(model, tokenizer, slots=BATCH) as generator:
         asked = [prompt for prompt in prompts(PROMPTS) for _ in range(ANSWERS)]
         for _ in range(3):
             synchronize()
@@ -77,7 +74,6 @@ def measure_generate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_trainer(who: str, options: argparse.Namespace) -> dict[str, Any]:
-    model, tokenizer = load(options)
     on_gpu = torch.cuda.is_available()
     steps = options.trl_steps if who == "trl" else options.steps
     settings: dict[str, Any] = {
@@ -85,18 +81,20 @@ def measure_trainer(who: str, options: argparse.Namespace) -> dict[str, Any]:
         "num_generations": ANSWERS, "max_completion_length": options.tokens, "report_to": "none",
         "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "learning_rate": 1e-6, "seed": 0,
         "optim": "adamw_8bit" if on_gpu else "adamw_torch", "bf16": on_gpu, "use_cpu": not on_gpu,
-        "gradient_checkpointing": who == "trl",
     }  # fmt: skip
     data = Dataset.from_list([{"prompt": prompt} for prompt in prompts(PROMPTS * 8)])
     with tempfile.TemporaryDirectory() as folder:
         if who == "grpo":
+            model, tokenizer = load(options)
             args: Any = parley.GRPOConfig(folder, **settings)
             trainer: Any = parley.GRPOTrainer(model, reward, args, data, processing_class=tokenizer)
         else:
-            trainer = trl.GRPOTrainer(model, reward, trl.GRPOConfig(folder, **settings), data,
-                                      processing_class=tokenizer)  # fmt: skip
+            model, tokenizer, lora = stock_model(options.model, options.quantization)
+            args = trl.GRPOConfig(folder, **settings)
+            trainer = trl.GRPOTrainer(model, reward, args, data, processing_class=tokenizer, peft_config=lora)
         clock = _Clock(trainer)
-        trainer.train()
+        with in_turn(options.lock):
+            trainer.train()
     steps_of = [row for row in trainer.state.log_history if "step_time" in row][1:]  # the first one compiles
     step = statistics.median(row["step_time"] for row in steps_of)
     sampling = statistics.median(clock.seconds[1:])
@@ -122,11 +120,11 @@ class _Clock:
         def timed(*args: Any, **kwargs: Any) -> Any:
             synchronize()
             started = time.perf_counter()
-            completions, logprobs = sample(*args, **kwargs)
+            sampled = sample(*args, **kwargs)
             synchronize()
             self.seconds.append(time.perf_counter() - started)
-            self.rates.append(sum(map(len, completions)) / self.seconds[-1])
-            return completions, logprobs
+            self.rates.append(sum(map(len, sampled[0])) / self.seconds[-1])
+            return sampled
 
         trainer._generate_single_turn = timed
 
@@ -140,6 +138,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--trl-steps", type=int, default=2)
     parser.add_argument("--who", choices=WHO, help="this one alone, in this process")
+    parser.add_argument("--lock", help="a file whose holder measures; the other processes load and wait")
     options = parser.parse_args()
     if options.who:
         found = measure_generate(options) if options.who == "generate" else measure_trainer(options.who, options)

@@ -5,8 +5,8 @@
 
 A step has 4 x 2 pairs. The chosen answer is a row's own, the rejected one another row's, so that lengths are real; the
 supervised step has all those answers as conversations of their own. In the first epoch each pair's reference is
-measured, in the second it is known. Each trainer runs in a process of its own; prints one RESULT line of JSON for each
-and a table.
+measured, in the second it is known. TRL's model is loaded by transformers, bitsandbytes and PEFT alone, with TRL's
+defaults. Each trainer runs in a process of its own; prints one RESULT line of JSON for each and a table.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset
+from peers import in_turn, stock_model, synchronize
 from transformers import TrainerCallback
 
 import parley
@@ -31,9 +32,11 @@ from parley.config import DEMO_DATA, RunConfig
 from parley.data.prepare import read_examples
 from parley.models.adapters import attach_lora
 from parley.models.load import load_model
+from parley.training.preference.losses import ORPO, SimPO
 
 PAIRS, ACCUMULATION = 2, 4
-TRAINERS = ("supervised", "dpo", "trl")
+TRAINERS = ("supervised", "dpo", "trl", "kto", "orpo", "simpo")
+OBJECTIVES = {"orpo": ORPO(0.1), "simpo": SimPO(2.0, 1.0)}
 
 
 class StepClock(TrainerCallback):
@@ -50,11 +53,6 @@ class StepClock(TrainerCallback):
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         synchronize()
         self.seconds.append(time.perf_counter() - self.started)
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def pairs_of(data: str, count: int) -> list[dict[str, Any]]:
@@ -74,45 +72,61 @@ def pairs_of(data: str, count: int) -> list[dict[str, Any]]:
 
 
 def make_trainer(who: str, options: argparse.Namespace, folder: str) -> Any:
+    # Two epochs, so that half of the steps know their reference.
+    pairs = pairs_of(options.data, PAIRS * ACCUMULATION * max(1, options.steps // 2))
+    common: dict[str, Any] = {
+        "output_dir": folder, "max_steps": options.trl_steps if who == "trl" else options.steps, "logging_steps": 10,
+        "gradient_accumulation_steps": ACCUMULATION, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
+        "max_length": 2048, "learning_rate": 1e-5, "seed": 0, "bf16": torch.cuda.is_available(),
+        "optim": "adamw_8bit" if torch.cuda.is_available() else "adamw_torch", "use_cpu": not torch.cuda.is_available(),
+    }  # fmt: skip
+    clock = StepClock()
+    shared: dict[str, Any] = {"train_dataset": Dataset.from_list(rows_of(who, pairs)), "callbacks": [clock]}
+    if who == "trl":
+        model, tokenizer, lora = stock_model(options.model, options.quantization)
+        trainer: Any = trl.DPOTrainer(
+            model, args=trl.DPOConfig(per_device_train_batch_size=PAIRS, **common), processing_class=tokenizer,
+            peft_config=lora, **shared,
+        )  # fmt: skip
+        return trainer, clock
     section = RunConfig.create(
         {"model": {"name": options.model, "quantization": options.quantization, "max_seq_length": 2048}}
     )
     model, tokenizer = load_model(section.model)
     assert section.lora is not None
-    model = attach_lora(model, section.lora, seed=0)
-    steps = options.trl_steps if who == "trl" else options.steps
-    # Two epochs, so that half of the steps know their reference.
-    pairs = pairs_of(options.data, PAIRS * ACCUMULATION * max(1, options.steps // 2))
-    common: dict[str, Any] = {
-        "output_dir": folder, "max_steps": steps, "gradient_accumulation_steps": ACCUMULATION, "report_to": "none",
-        "disable_tqdm": True, "save_strategy": "no", "logging_steps": 10, "max_length": 2048, "learning_rate": 1e-5,
-        "optim": "adamw_8bit" if torch.cuda.is_available() else "adamw_torch", "seed": 0,
-        "bf16": torch.cuda.is_available(), "use_cpu": not torch.cuda.is_available(),
-    }  # fmt: skip
-    clock = StepClock()
+    model, shared["processing_class"] = attach_lora(model, section.lora, seed=0), tokenizer
+    if who in ("supervised", "kto"):
+        kind, config = (
+            (parley.SFTTrainer, parley.SFTConfig) if who == "supervised" else (parley.KTOTrainer, parley.KTOConfig)
+        )
+        return kind(model, args=config(per_device_train_batch_size=2 * PAIRS, **common), **shared), clock
+    args = parley.DPOConfig(per_device_train_batch_size=PAIRS, **common)
+    return parley.DPOTrainer(model, args=args, objective=OBJECTIVES.get(who), **shared), clock
+
+
+def rows_of(who: str, pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pairs, or each of their answers as a row of its own."""
+    sides = ("chosen", "rejected")
     if who == "supervised":
-        rows = [{"messages": [*pair["prompt"], *pair[side]]} for pair in pairs for side in ("chosen", "rejected")]
-        args = parley.SFTConfig(per_device_train_batch_size=2 * PAIRS, **common)
-        trainer: Any = parley.SFTTrainer(
-            model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
-        )
-    else:
-        make, config = (parley.DPOTrainer, parley.DPOConfig) if who == "dpo" else (trl.DPOTrainer, trl.DPOConfig)
-        args = config(per_device_train_batch_size=PAIRS, **common)
-        trainer = make(
-            model, args=args, train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, callbacks=[clock]
-        )
-    return trainer, clock
+        return [{"messages": [*pair["prompt"], *pair[side]]} for pair in pairs for side in sides]
+    if who == "kto":
+        return [
+            {"prompt": pair["prompt"], "completion": pair[side], "label": side == "chosen"}
+            for pair in pairs
+            for side in sides
+        ]
+    return pairs
 
 
 def measure(who: str, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trainer, clock = make_trainer(who, options, folder)
-        trainer.train()
+        with in_turn(options.lock):
+            trainer.train()
     half = len(clock.seconds) // 2
     memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     reserved = torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0.0
-    first = clock.seconds[1:half] or clock.seconds  # the first step compiles
+    first = clock.seconds[1:half] or clock.seconds[1:] or clock.seconds  # the first step compiles
     print("RESULT " + json.dumps({
         "who": who,
         "first_epoch_ms": round(1000 * statistics.median(first), 2),
@@ -132,12 +146,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--trl-steps", type=int, default=6)
     parser.add_argument("--who", choices=TRAINERS, help="this trainer alone, in this process")
+    parser.add_argument("--lock", help="a file whose holder measures; the other processes load and wait")
     options = parser.parse_args()
     if options.who:
         measure(options.who, options)
         return
     found: dict[str, dict[str, Any]] = {}
-    for who in TRAINERS:
+    for who in TRAINERS[:3]:
         command = [sys.executable, str(Path(__file__)), *sys.argv[1:], "--who", who]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         lines = [line[7:] for line in done.stdout.splitlines() if line.startswith("RESULT ")]
