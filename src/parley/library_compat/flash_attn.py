@@ -1,0 +1,75 @@
+"""flash-attn-4, an optional package: flash attention for Hopper in CuTe DSL, compiled at the first call of each kind.
+
+Its public functions are autograd functions that allocate what they return. The fused step runs the backward pass
+itself, into buffers of its own, so it calls the two functions below them. They take rows of any stride that is a
+multiple of 16 bytes, and number and lengths of documents are no part of what is compiled.
+
+Shape suffixes (legend in docs/design.md): T tokens, H query heads, G key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import torch
+from torch import Tensor
+
+HOPPER = (9, 0)
+DISTRIBUTION = "flash-attn-4"
+TESTED_VERSIONS = ("4.0.0b36",)  # a beta: what it returns has changed between two of them
+
+
+def installed_version() -> str | None:
+    """None where flash-attn-4 is not installed. Imports nothing."""
+    try:
+        return metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def usable(device: torch.device) -> bool:
+    """Whether a tested version is installed and `device` is a Hopper GPU."""
+    if device.type != "cuda" or installed_version() not in TESTED_VERSIONS:
+        return False
+    return torch.cuda.get_device_capability(device) == HOPPER
+
+
+def flash_attention_4(
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None,
+    out_THE: Tensor,
+) -> Tensor:  # fmt: skip
+    """Write causal attention of several documents into `out_THE`; returns the log-sum-exp, (H, T).
+
+    Args:
+        boundaries: int32, the first row of each document and the end of the last.
+        window: the number of tokens a query sees, itself included; None for all before it.
+
+    Public alternative: flash_attn.cute.flash_attn_varlen_func, which allocates its output.
+    """
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    _, lse_HT, *_ = _flash_attn_fwd(
+        q_THE, k_TGE, v_TGE, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest,
+        max_seqlen_k=longest, softmax_scale=scale, causal=True, return_lse=True, out=out_THE, **_window(window),
+    )  # fmt: skip
+    return lse_HT
+
+
+def flash_attention_4_backward(
+    dout_THE: Tensor, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, out_THE: Tensor, lse_HT: Tensor,
+    boundaries: Tensor, longest: int, scale: float, window: int | None, grads: tuple[Tensor, Tensor, Tensor],
+    *, deterministic: bool = False,
+) -> None:  # fmt: skip
+    """Write the gradients of queries, keys and values into `grads`."""
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq_THE, dk_TGE, dv_TGE = grads
+    _flash_attn_bwd(
+        q_THE, k_TGE, v_TGE, out_THE, dout_THE, lse_HT, scale, True, cu_seqlens_q=boundaries,
+        cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest, deterministic=deterministic,
+        dq=dq_THE, dk=dk_TGE, dv=dv_TGE, **_window(window),
+    )  # fmt: skip
+
+
+def _window(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
