@@ -4,8 +4,9 @@
     python benchmarks/moe_step.py --shape gpt-oss-20b
 
 Random weights in the published shapes, cut to `--layers`, bfloat16, LoRA r = 16 on the attention's projections. Other
-plain paths show what bfloat16 rounds: experts one by one, documents one at a time. `--exact` compares in float32,
-without a graph and with experts one by one. `--shape tiny` runs on a CPU.
+plain paths show what bfloat16 rounds: experts one by one, documents one at a time. `--exact` compares passes in
+bfloat16 with one in float32, without graphs: each with its own routing, with the share of tokens that reach other
+experts by layer, and with the routing of the float32 pass. The shapes `tiny` run on a CPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from engine_step import random_documents
+from expert_routing import Routing, routed_elsewhere
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn import functional
@@ -29,6 +31,7 @@ from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
 from parley.train_step.captured_step import CapturedStep
 from parley.train_step.graph_threshold import EAGER_PASSES
+from parley.train_step.packed_batch import pack
 from parley.units import GIB
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -39,6 +42,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt-oss-20b": dict(
         model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_local_experts=32,
         num_experts_per_tok=4, num_attention_heads=64, num_key_value_heads=8, head_dim=64, sliding_window=128,
+    ),
+    "tiny-gpt-oss": dict(  # rounding errors grow over its layers as in the published shape, by a larger initial range
+        model_type="gpt_oss", vocab_size=32000, hidden_size=256, intermediate_size=256, num_local_experts=32,
+        num_experts_per_tok=4, num_attention_heads=16, num_key_value_heads=2, head_dim=32, sliding_window=64,
+        initializer_range=0.067,
     ),
     "tiny": dict(
         model_type="qwen3_moe", vocab_size=32000, hidden_size=64, moe_intermediate_size=32, num_experts=8,
@@ -137,20 +145,63 @@ def compare(shape: str, layers: int, tokens: int, repeats: int) -> dict[str, Any
 
 
 def compare_exactly(shape: str, layers: int, tokens: int) -> dict[str, Any]:
-    model = build(shape, layers, "cuda" if torch.cuda.is_available() else "cpu").float()
-    model.get_base_model().set_experts_implementation("eager")
+    """Passes in bfloat16 against one in float32, each with its own routing and with that of the float32 pass."""
+    model = build(shape, layers, "cuda" if torch.cuda.is_available() else "cpu")
+    base, routing = model.get_base_model(), Routing(model)
+    weights = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     documents = random_documents(tokens, 8, 1 / 3, tokens)
     count = sum(document.supervised_tokens for document in documents)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    loss = padded_pass(model, documents, count) / count
-    wanted = torch.cat([parameter.grad.flatten() for parameter in trained])
-    step = CapturedStep(model, tokens=tokens, graphs=False)
-    step.experts_one_by_one = False  # grouped products take 16-bit types on a GPU
-    step.forward_backward(documents, count)
-    got = torch.cat([gradient.flatten() for gradient in step.gradients])
+    # The captured path leaves out the tokens behind a document's last supervised one.
+    kept, longest = pack(documents).trimmed().lengths, max(len(document.ids_L) for document in documents)
+    padded_T = torch.cat([i * longest + torch.arange(length) for i, length in enumerate(kept)]).to(model.device)
+    packed_T = torch.arange(sum(kept), device=model.device)
+
+    def run(captured: bool, given: Sequence[Tensor] | None = None) -> tuple[float, Tensor, list[Tensor]]:
+        model.zero_grad(set_to_none=True)
+        with routing.recorded(packed_T if captured else padded_T, given) as chosen:
+            if captured:
+                step = CapturedStep(
+                    model,
+                    tokens=tokens,
+                    graphs=False,
+                    autocast=torch.bfloat16 if model.dtype == torch.bfloat16 else None,
+                )
+                step.experts_one_by_one = step.experts_one_by_one and model.dtype == torch.bfloat16
+                step.forward_backward(documents, count)
+                loss = float(step.metrics_3[0])
+            else:
+                loss = padded_pass(model, documents, count)
+        return loss / count, torch.cat([p.grad.flatten().float() for p in trained]), chosen
+
+    def cast(dtype: torch.dtype) -> None:  # to the same values and back: they are bfloat16's
+        for weight in weights:
+            weight.data = weight.data.to(dtype)
+        # Grouped products take 16-bit types on a GPU.
+        base.set_experts_implementation("eager" if dtype == torch.float32 else "grouped_mm")
+
+    def in_bfloat16(given: Sequence[Tensor] | None = None) -> dict[str, tuple[float, Tensor, list[Tensor]]]:
+        passes = {"captured": run(True, given), "plain": run(False, given)}
+        base.set_experts_implementation("eager")
+        return passes | {"plain_one_by_one": run(False, given)}
+
+    own = in_bfloat16()
+    cast(torch.float32)
+    exact, exact_captured = run(False), run(True)
+    cast(torch.bfloat16)
+    same = in_bfloat16(exact[2])
+
+    def facts(pass_: tuple[float, Tensor, list[Tensor]], wanted: tuple[float, Tensor, list[Tensor]]) -> dict[str, Any]:
+        error = float((pass_[1] - wanted[1]).norm() / wanted[1].norm())
+        elsewhere = routed_elsewhere(pass_[2], wanted[2])
+        return {"loss": round(pass_[0], 6), "gradient_error": float(f"{error:.2g}"), "routed_elsewhere": elsewhere}
+
     return {
-        "shape": shape, "layers": layers, "dtype": "float32", "loss": float(step.metrics_3[0]) / count,
-        "plain_loss": loss, "gradient_error": float((got - wanted).norm() / wanted.norm()),
+        "shape": shape, "layers": layers, "tokens": tokens, "float32_loss": round(exact[0], 6),
+        "captured_in_float32": facts(exact_captured, exact),
+        "bfloat16_own_routing": {name: facts(pass_, exact) for name, pass_ in own.items()},
+        "captured_against_plain_in_bfloat16": facts(own["captured"], own["plain"]),
+        "bfloat16_same_routing": {name: facts(pass_, exact) for name, pass_ in same.items()},
     }  # fmt: skip
 
 
@@ -160,7 +211,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=1890)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--exact", action="store_true", help="in float32, gradients alone")
+    parser.add_argument("--exact", action="store_true", help="gradients and routing against float32")
     args = parser.parse_args()
     if args.exact:
         result = compare_exactly(args.shape, args.layers, args.tokens)
