@@ -69,6 +69,27 @@ def test_cudnn_attention() -> None:
 
 @pytest.mark.gpu
 @CUDA
+def test_cudnn_attention_of_a_part_of_the_keys() -> None:
+    """The backward operator gives a block's share of the gradient from output and log-sum-exp of all keys."""
+    q, dout = (randn(1, 4, 256, 64, seed=seed, device="cuda", dtype=torch.bfloat16) for seed in range(2))
+    k, v = (randn(1, 2, 768, 64, seed=seed, device="cuda", dtype=torch.bfloat16) for seed in (2, 3))
+    out, state = compat.cudnn_attention(q, k, v, 0.125, causal=False)
+    assert state[0].shape == (1, 4, 256, 1)
+    s = (q.float() @ k.float().repeat_interleave(2, 1).mT) * 0.125
+    torch.testing.assert_close(state[0], s.logsumexp(-1, keepdim=True), rtol=1e-3, atol=1e-3)
+    whole = compat.cudnn_attention_backward(dout, q, k, v, out, state, 0.125, causal=False)
+    parts = []
+    for keys in (slice(0, 512), slice(512, 768)):
+        _, (_, *others) = compat.cudnn_attention(q, k[:, :, keys], v[:, :, keys], 0.125, causal=False)
+        args = (dout, q, k[:, :, keys].contiguous(), v[:, :, keys].contiguous(), out, [state[0], *others], 0.125)
+        parts.append(compat.cudnn_attention_backward(*args, causal=False))
+    torch.testing.assert_close(parts[0][0] + parts[1][0], whole[0], rtol=3e-2, atol=3e-2)
+    for i in (1, 2):
+        torch.testing.assert_close(torch.cat([part[i] for part in parts], 2), whole[i], rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.gpu
+@CUDA
 @pytest.mark.parametrize("window", [None, 20])
 def test_varlen_flash_attention(window: int | None) -> None:
     lengths = (60, 100)

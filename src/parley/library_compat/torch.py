@@ -74,25 +74,28 @@ def cpu_flash_attention_backward(
     )
 
 
-def cudnn_attention(q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float) -> tuple[Tensor, list[Any]]:
-    """Causal attention through cuDNN, and the state that `cudnn_attention_backward` reads.
+def cudnn_attention(
+    q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, scale: float, *, causal: bool = True
+) -> tuple[Tensor, list[Any]]:
+    """Attention through cuDNN, and the state that `cudnn_attention_backward` reads, first the log-sum-exp (B, H, L, 1).
 
     Public alternative: scaled_dot_product_attention under torch.nn.attention.sdpa_kernel, which returns no state.
     """
     out_BHLE, *state, _ = _aten._scaled_dot_product_cudnn_attention(
-        q_BHLE, k_BHLE, v_BHLE, None, True, 0.0, True, scale=scale
+        q_BHLE, k_BHLE, v_BHLE, None, True, 0.0, causal, scale=scale
     )
     return out_BHLE, state
 
 
 def cudnn_attention_backward(
-    dout_BHLE: Tensor, q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, out_BHLE: Tensor, state: list[Any], scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of queries, keys and values."""
+    dout_BHLE: Tensor, q_BHLE: Tensor, k_BHLE: Tensor, v_BHLE: Tensor, out_BHLE: Tensor, state: list[Any],
+    scale: float, *, causal: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of queries, keys and values. Keys may be a part of those that output and log-sum-exp are of."""
     lse, start_q, start_k, max_q, max_k, seed, offset = state
     return _aten._scaled_dot_product_cudnn_attention_backward(
         dout_BHLE, q_BHLE, k_BHLE, v_BHLE, out_BHLE, lse, seed, offset, None, start_q, start_k, max_q, max_k, 0.0,
-        True, scale=scale,
+        causal, scale=scale,
     )  # fmt: skip
 
 

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.nn.functional import scaled_dot_product_attention
 
 from parley.data.control_tokens import IGNORE_INDEX
-from parley.library_compat.torch import varlen_flash_attention, varlen_flash_attention_backward
+from parley.train_step.chunk_attention import Chunk, attend
+from parley.train_step.long_documents import LONG_DOCUMENT
 from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import PackedBatch
 from parley.units import round_up
@@ -40,20 +40,6 @@ class ContextGroup:
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Consecutive tokens of one rank, and the keys that they see, which begin with the first query's document.
-
-    `query_edges`, `key_edges`: where the documents begin among queries and keys, and the end of the last; the last
-    query of each document sees its last key here.
-    """
-
-    queries: slice  # of this rank's tokens
-    keys: slice  # of the whole row
-    query_edges: tuple[int, ...]
-    key_edges: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class ContextLayout:
     """How a row lies on the ranks of `group`: the two chunks of this one."""
 
@@ -66,9 +52,12 @@ def split(packed: PackedBatch, group: ContextGroup) -> tuple[PackedBatch, Contex
 
     A rank without a supervised row gets one that is ignored, as every rank runs the head.
     """
-    size = round_up(len(packed.ids_T), 2 * group.ranks)
+    length = chunk_length(len(packed.ids_T), group.ranks)
+    size = length * 2 * group.ranks
+    # Causal attention of the last document does not see what lies behind it: padding counts as a part of it.
+    edges = np.concatenate([[0], np.cumsum(packed.lengths)])
+    edges[-1] = size
     packed = packed.padded(size)
-    length = size // (2 * group.ranks)
     starts = (group.rank * length, (2 * group.ranks - 1 - group.rank) * length)
     own_t = np.concatenate([np.arange(start, start + length) for start in starts])
     local_T = np.full(size, -1, dtype=np.int32)
@@ -83,9 +72,16 @@ def split(packed: PackedBatch, group: ContextGroup) -> tuple[PackedBatch, Contex
         packed, ids_T=packed.ids_T[own_t], position_T=packed.position_T[own_t], start_T=packed.start_T[own_t],
         end_T=packed.end_T[own_t], row_S=row_S, target_S=target_S, weight_S=weight_S,
     )  # fmt: skip
-    edges = np.concatenate([[0], np.cumsum(packed.lengths)])
     first, second = (_chunk(index * length, start, start + length, edges) for index, start in enumerate(starts))
     return local, ContextLayout(group, (first, second))
+
+
+def chunk_length(tokens: int, ranks: int) -> int:
+    """Tokens of a chunk of a row of so many. Long chunks have one of at most 32 lengths of each power of two: cuDNN's
+    attention (chunk_attention.py) takes the host more than 100 ms for each new one.
+    """
+    length = -(-tokens // (2 * ranks))
+    return length if length < LONG_DOCUMENT else round_up(length, 1 << (length.bit_length() - 6))
 
 
 def _chunk(offset: int, start: int, stop: int, edges: np.ndarray) -> Chunk:
@@ -106,8 +102,8 @@ def context_attention(
     """Causal attention of this rank's queries inside their documents, (t, H E). `shape` has no soft cap."""
     kv_t2GE = torch.cat([k_GtE.transpose(0, 1), v_GtE.transpose(0, 1)], dim=1)
     kv_T2GE = GatherTokens.apply(kv_t2GE, layout.group)
-    attend = FlashChunk.apply if q_HtE.is_cuda else reference_chunk
-    out = [attend(q_HtE.transpose(0, 1)[chunk.queries], kv_T2GE[chunk.keys], chunk, shape) for chunk in layout.chunks]
+    q_tHE = q_HtE.transpose(0, 1)
+    out = [attend(q_tHE[chunk.queries], kv_T2GE[chunk.keys], chunk, shape) for chunk in layout.chunks]
     return torch.cat(out).flatten(1)
 
 
@@ -130,50 +126,3 @@ class GatherTokens(torch.autograd.Function):
         own_t = torch.empty_like(parts[0])
         dist.reduce_scatter(own_t, list(parts.contiguous().unbind()), group=ctx.group.group)
         return own_t, None
-
-
-class FlashChunk(torch.autograd.Function):
-    """Flash-attention 2 of a chunk's documents. Its causal mask ends with the last query at the last key."""
-
-    @staticmethod
-    def forward(ctx: Any, q_tHE: Tensor, kv_L2GE: Tensor, chunk: Chunk, shape: AttentionShape) -> Tensor:
-        ctx.edges = [
-            torch.tensor(edges, dtype=torch.int32).to(q_tHE.device, non_blocking=True)
-            for edges in (chunk.query_edges, chunk.key_edges)
-        ]
-        ctx.longest = [int(np.diff(edges).max()) for edges in (chunk.query_edges, chunk.key_edges)]
-        ctx.shape = shape
-        k_LGE, v_LGE = kv_L2GE.chunk(2, dim=1)
-        out_tHE, lse = varlen_flash_attention(
-            q_tHE, k_LGE, v_LGE, ctx.edges[0], ctx.longest[0], shape.scale, shape.window, ctx.edges[1], ctx.longest[1]
-        )
-        ctx.save_for_backward(q_tHE, kv_L2GE, out_tHE, lse)
-        return out_tHE
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        q_tHE, kv_L2GE, out_tHE, lse = ctx.saved_tensors
-        k_LGE, v_LGE = kv_L2GE.chunk(2, dim=1)
-        dq_tHE, dk_LGE, dv_LGE = varlen_flash_attention_backward(
-            gradients[0].contiguous(), q_tHE, k_LGE, v_LGE, out_tHE, lse, ctx.edges[0], ctx.longest[0],
-            ctx.shape.scale, ctx.shape.window, ctx.edges[1], ctx.longest[1],
-        )  # fmt: skip
-        return dq_tHE, torch.cat([dk_LGE, dv_LGE], dim=1), None, None
-
-
-def reference_chunk(q_tHE: Tensor, kv_L2GE: Tensor, chunk: Chunk, shape: AttentionShape) -> Tensor:
-    """The same in plain PyTorch, document by document, with a mask of each."""
-    out = []
-    for i in range(len(chunk.query_edges) - 1):
-        q_HLE = q_tHE[chunk.query_edges[i] : chunk.query_edges[i + 1]].transpose(0, 1)
-        k_GLE, v_GLE = kv_L2GE[chunk.key_edges[i] : chunk.key_edges[i + 1]].transpose(0, 1).chunk(2)
-        queries, keys = q_HLE.shape[1], k_GLE.shape[1]
-        position_L = torch.arange(keys - queries, keys)[:, None]
-        seen_LL = torch.arange(keys) <= position_L
-        if shape.window is not None:
-            seen_LL &= torch.arange(keys) > position_L - shape.window
-        attended = scaled_dot_product_attention(
-            q_HLE[None], k_GLE[None], v_GLE[None], attn_mask=seen_LL, scale=shape.scale, enable_gqa=True
-        )
-        out.append(attended[0].transpose(0, 1))
-    return torch.cat(out)

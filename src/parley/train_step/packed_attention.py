@@ -95,19 +95,18 @@ def packed_attention(
     scale = head_dim**-0.5 if scaling is None else scaling
     shape = AttentionShape(heads, key.shape[1], head_dim, scale, sliding_window, softcap)
     if packed_batch.context is not None:
-        _check_context(query, shape, s_aux)
+        _check_context(shape, s_aux)
         out_TD = context_attention(query[0], key[0], value[0], packed_batch.context, shape)
         return out_TD.view(1, -1, heads, head_dim), None
     out_TD = PackedAttention.apply(query[0], key[0], value[0], s_aux, packed_batch, shape)
     return out_TD.view(1, -1, heads, head_dim), None
 
 
-def _check_context(query: Tensor, shape: AttentionShape, s_aux: Tensor | None) -> None:
+def _check_context(shape: AttentionShape, s_aux: Tensor | None) -> None:
     """Raises Unsupported for attention that is not split over ranks."""
     for unsupported, reason in (
         (shape.softcap is not None, "attention with a soft cap"),
         (s_aux is not None, "attention sinks"),
-        (query.is_cuda and query.dtype == torch.float32, "attention in float32"),
     ):
         if unsupported:
             raise Unsupported(f"{reason} is not split over processes (training.context_parallel)")
