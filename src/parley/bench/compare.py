@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,14 +21,23 @@ from parley.errors import DeviceError, RunError, UsageError, one_line
 COLUMNS = {
     "ms a step, median": "median_step_ms",
     "mean": "mean_step_ms",
+    "tokens/s": "tokens_per_s",
     "first step, s after start": "first_step_after_start_s",
     "GiB allocated": "peak_allocated_gib",
     "GiB reserved": "peak_reserved_gib",
 }
+SHARES = {
+    "all-reduce, share of a step": "all_reduce_share",
+    "waiting for others": "waiting_share",
+}  # of several processes
 
 
-def compare(job: Job, config: RunConfig, trainers: Sequence[str], repeat: int = 1) -> Iterator[dict[str, Any]]:
+def compare(
+    job: Job, config: RunConfig, trainers: Sequence[str], repeat: int = 1, processes: int = 1
+) -> Iterator[dict[str, Any]]:
     """Yields the report of each trainer as it ends; its key `run` counts repetitions, of which later ones find caches.
+
+    `processes`: of each trainer, one a GPU; the job's batch settings are those of each process.
 
     Raises UsageError for a trainer that is unknown or not installed, DeviceError where the job needs a GPU, RunError
     for a trainer that failed, and the errors of `write_rows`.
@@ -35,13 +45,13 @@ def compare(job: Job, config: RunConfig, trainers: Sequence[str], repeat: int = 
     check(job, trainers)
     with tempfile.TemporaryDirectory(prefix="parley-bench-") as temporary:
         folder = Path(temporary)
-        write_rows(job, config, folder / "data")
+        write_rows(job, config, folder / "data", processes)
         settings = folder / "run.yaml"
         settings.write_text(config.to_yaml(), encoding="utf-8")
         commit = _commit()
         for name in trainers:
             for run in range(1, repeat + 1):
-                report = _run_in_subprocess(name, job, settings, folder / "data")
+                report = _run_in_subprocess(name, job, settings, folder / "data", processes)
                 yield {**report, "run": run, "commit": commit}
 
 
@@ -64,11 +74,12 @@ def check(job: Job, trainers: Sequence[str]) -> None:
 
 def table(reports: Sequence[dict[str, Any]]) -> str:
     """A Markdown table of `reports`, and a line that compares Parley with each peer."""
-    head = ["trainer", *COLUMNS, "first losses", "last losses"]
+    columns = COLUMNS | (SHARES if any(report["processes"] > 1 for report in reports) else {})
+    head = ["trainer", *columns, "first losses", "last losses"]
     lines = ["| " + " | ".join(head) + " |", "| --- " * len(head) + "|"]
     for report in reports:
         name = report["trainer"] if report["run"] == 1 else f"{report['trainer']}, run {report['run']}"
-        figures = ["" if report[key] is None else f"{report[key]:,}" for key in COLUMNS.values()]
+        figures = ["" if report[key] is None else f"{report[key]:,}" for key in columns.values()]
         losses = [", ".join(f"{loss:.4f}" for loss in report[key]) for key in ("first_losses", "last_losses")]
         lines.append("| " + " | ".join([name, *figures, *losses]) + " |")
     # Reversed, so that each trainer's first run is kept: later runs find its caches.
@@ -90,18 +101,34 @@ def _comparison(ours: dict[str, Any], peer: dict[str, Any]) -> str:
     return f"Parley takes {speedup:.1f} times the steps per second of {peer['trainer']} (medians); {losses}"
 
 
-def _run_in_subprocess(trainer: str, job: Job, settings: Path, folder: Path) -> dict[str, Any]:
+def _run_in_subprocess(trainer: str, job: Job, settings: Path, folder: Path, processes: int = 1) -> dict[str, Any]:
     result = folder / "result.json"
     # Otherwise a trainer that writes no result would be reported with that of the previous one.
     result.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "parley.bench.worker", trainer, job.name, str(settings), str(folder), str(result)]
+    worker = ["-m", "parley.bench.worker", trainer, job.name, str(settings), str(folder), str(result)]
+    environment = dict(os.environ)
+    if processes > 1:
+        # The launcher that `torchrun` is, which TRL's users take; accelerate launch starts the same one.
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        worker = [*launcher, *worker]
+        threads = max(1, len(os.sched_getaffinity(0)) // processes)
+        environment.setdefault("OMP_NUM_THREADS", str(threads))
     # A process each: memory peaks, CUDA caches and libraries patched by one trainer must not affect the next.
-    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    process = subprocess.run(
+        [sys.executable, *worker], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        env=environment,
+    )  # fmt: skip
     if process.returncode or not result.is_file():
-        lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
-        reason = lines[-1] if lines else f"exit code {process.returncode}"
-        raise RunError(f"{trainer} failed on job {job.name}: {one_line(reason)}")
+        raise RunError(f"{trainer} failed on job {job.name}: {one_line(_reason(process, folder / 'failed'))}")
     return json.loads(result.read_text(encoding="utf-8"))
+
+
+def _reason(process: subprocess.CompletedProcess[str], failed: Path) -> str:
+    """What the first process that failed wrote down, before the launcher's own words; or the last line."""
+    if failed.is_file():
+        return failed.read_text(encoding="utf-8")
+    lines = [line.strip() for line in process.stdout.splitlines() if line.strip()]
+    return lines[-1] if lines else f"exit code {process.returncode}"
 
 
 def _commit() -> str | None:

@@ -20,7 +20,7 @@ LONG_ROWS = 32
 TEMPLATE_TOKENS = 60  # upper bound of what a template adds to one answer
 
 
-def write_rows(job: Job, config: RunConfig, folder: Path) -> None:
+def write_rows(job: Job, config: RunConfig, folder: Path, processes: int = 1) -> None:
     """Render the job's rows into the new `folder`. Raises DataError and ModelError."""
     tokenizer = load_tokenizer(config.model)
     data = config.data
@@ -33,7 +33,7 @@ def write_rows(job: Job, config: RunConfig, folder: Path) -> None:
         data = data.model_copy(update={"source": str(long), "limit": None})
     rows = prepare(data, tokenizer, config.model.max_seq_length).train
     # A step that is short of rows would be timed as a full one.
-    rows_per_step = job.batch * job.accumulate
+    rows_per_step = job.batch * job.accumulate * processes
     if len(rows) < rows_per_step:
         raise DataError(
             f"{config.data.source}: {len(rows)} rows are left, and a step of job {job.name} takes {rows_per_step}"

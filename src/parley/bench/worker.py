@@ -1,4 +1,7 @@
-"""Runs one trainer on one job: python -m parley.bench.worker TRAINER JOB SETTINGS.yaml FOLDER RESULT.json"""
+"""Runs one trainer on one job: python -m parley.bench.worker TRAINER JOB SETTINGS.yaml FOLDER RESULT.json
+
+Under torchrun, in each of its processes; the first one writes the result.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
@@ -24,14 +29,41 @@ PACKAGES = ("torch", "triton", "transformers", "trl", "peft", "bitsandbytes", "u
 def main(name: str, job_name: str, settings: str, folder: str, result: str) -> None:
     if name == "unsloth":
         importlib.import_module(name)  # it must be imported before the libraries that it patches
-    report = run(name, JOBS[job_name], RunConfig.from_yaml(settings), Path(folder))
-    Path(result).write_text(json.dumps(report), encoding="utf-8")
+    try:
+        with _processes(name):
+            report = run(name, JOBS[job_name], RunConfig.from_yaml(settings), Path(folder))
+    except Exception as error:
+        # The launcher prints a page of its own after this error.
+        if (failed := Path(folder) / "failed").parent.is_dir() and not failed.exists():
+            failed.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+        raise
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(result).write_text(json.dumps(report), encoding="utf-8")
+
+
+@contextmanager
+def _processes(name: str) -> Iterator[None]:
+    """Parley's processes are joined as `parley train` does it; those of a peer as the peer does it."""
+    import torch
+
+    if name.startswith("parley"):
+        from parley.training.processes import joined_processes
+
+        with joined_processes():
+            yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
     """Train and return the report, with the keys of benchmarks/results/. None: not measured."""
     from transformers import TrainerCallback
 
+    from parley.bench.collectives import ProfiledSteps
     from parley.bench.trainers import PARLEY, build
 
     class StepClock(TrainerCallback):
@@ -51,6 +83,10 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
 
     trainer, clock = build(name, job, config, folder), StepClock()
     trainer.add_callback(clock)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    profiled = ProfiledSteps(config.training.max_steps) if processes > 1 else None
+    if profiled is not None:
+        trainer.add_callback(profiled)
     started = time.time()
     trainer.train()
     wall = time.time() - started
@@ -59,13 +95,19 @@ def run(name: str, job: Job, config: RunConfig, folder: Path) -> dict[str, Any]:
     plan = trainer.fused_step.plan if is_parley and trainer.fused_step else None
     # Compared between trainers: a fast step with other losses would be another job.
     losses = [round(float(logs["loss"]), 5) for logs in clock.logs]
+    tokens = step_tokens(clock.logs)
+    timed = clock.times if profiled is None else clock.times[: profiled.first]
+    figures = step_times(timed, job.skip)
     return {
         "trainer": name,
         "job": job.name,
-        **step_times(clock.times, job.skip),
+        "processes": processes,
+        **figures,
+        "tokens_per_s": tokens_per_s(timed, tokens, job.skip),
+        **({} if profiled is None else profiled.figures(figures["mean_step_ms"])),
         # Before the first step, and numbers of the steps that captured one (more) of their own.
         "graphs": {"before": graphs[0], "at_steps": [i + 2 for i, (a, b) in enumerate(pairwise(graphs)) if b > a]},
-        "step_tokens": step_tokens(clock.logs),
+        "step_tokens": tokens,
         "step_ms": [round(1000 * (b - a), 2) for a, b in pairwise(clock.times)],
         "first_step_s": round(clock.times[0] - started, 1),
         # From the start of the process: imports, loading and compilation are part of what a user waits for.
@@ -102,6 +144,13 @@ def path_of(trainer: Any) -> str:
     if trainer.fused_step is not None:
         return "fused"
     return "plain" if trainer.captured_step is None else "captured"
+
+
+def tokens_per_s(times: list[float], tokens: list[int], skip: int) -> int | None:
+    """Of all processes, over the steps after the first `skip`; None where a trainer counts none."""
+    if len(times) <= skip + 1 or len(tokens) < len(times):
+        return None
+    return round(sum(tokens[skip + 1 : len(times)]) / (times[-1] - times[skip]))
 
 
 def captured_graphs(trainer: Any) -> int:

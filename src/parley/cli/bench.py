@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from parley.cli import launch
 from parley.cli.terminal import err, quiet_libraries, renamed_option
 from parley.errors import UsageError
 from parley.text import visible
@@ -26,6 +27,13 @@ def bench(
         typer.Option("--set", metavar="KEY=VALUE", help="Change one setting: lora.use_dora=true. Repeatable."),
     ] = None,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each trainer; later ones find warm caches.")] = 1,
+    gpus: Annotated[
+        str | None,
+        typer.Option(metavar="N|all", help="Train on so many GPUs of this machine, each with the job's batch."),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Train in so many processes on the CPU.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also append the JSON lines to this file.")] = None,
     who: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
@@ -46,9 +54,13 @@ def bench(
         raise UsageError(f"{output}: is a folder; wanted a file, choose another --output")
     found = find_job(job)
     names = [name.strip() for name in f"{trainers},{against}".split(",") if name.strip()]
+    config = found.config(model, data, steps, settings or ())
+    count = 1
+    if gpus is not None or processes is not None:
+        count = launch.gpu_processes(gpus, config) if gpus is not None else launch.cpu_processes(processes or 1, config)
     reports = []
     with err.status(Text(visible(f"{job}: {', '.join(names)}"))):
-        for report in compare(found, found.config(model, data, steps, settings or ()), names, repeat):
+        for report in compare(found, config, names, repeat, count):
             reports.append(report)
             line = json.dumps(report)
             # Flushed line by line: a later trainer may run out of memory or time.
