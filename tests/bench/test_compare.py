@@ -15,7 +15,6 @@ from parley.bench.compare import _run_in_subprocess, check, compare, table
 from parley.bench.jobs import JOBS, find_job
 from parley.bench.rows import as_text, read_rows, write_rows
 from parley.bench.trainers import build
-from parley.bench.worker import step_times, step_tokens
 from parley.bench.worker import step_times, step_tokens, tokens_per_s
 from parley.cli.main import main
 from parley.errors import DataError, DeviceError, RunError, UsageError
