@@ -1,7 +1,8 @@
-"""Attention of one long document by each kernel: ms and TFLOP/s of forward and backward, and the error of each.
+"""Attention of long or short documents by each kernel: ms and TFLOP/s of forward and backward, and errors.
 
     python benchmarks/long_attention.py --head-dim 64 --tokens 32767
     python benchmarks/long_attention.py --head-dim 128 --tokens 4095 4095
+    python benchmarks/long_attention.py --head-dim 128 --tokens 120 450 236 90 300 200 180 314 --graph
 
 `triton` is kernels/attention.py; `cudnn as called` is kernels/library_attention.py, with its copies; `cudnn`, `flash 2`
 and `flash 4` are operators alone, the last one over the rows as they lie. FLOPs are those of the causal half of all
@@ -144,6 +145,7 @@ def errors(shape: AttentionShape) -> dict[str, list[float]]:
 def milliseconds(run: Callable[[], Any], repeats: int) -> float:
     """Median of `repeats` calls by events, after one that is not counted."""
     run()
+    torch.cuda.synchronize()
     times = []
     for _ in range(repeats):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -155,6 +157,15 @@ def milliseconds(run: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
+def replayed_milliseconds(run: Callable[[], Any], repeats: int) -> float:
+    """The same of a call inside a CUDA graph of ten: without the host's part, which is most of a short document's."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            run()
+    return milliseconds(graph.replay, repeats) / 10
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", type=int, default=32)
@@ -162,6 +173,7 @@ def main() -> None:
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--tokens", type=int, nargs="+", default=[32767], help="of each document")
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--graph", action="store_true", help="time calls inside a CUDA graph, for short documents")
     args = parser.parse_args()
     shape = AttentionShape(args.heads, args.kv_heads, args.head_dim, args.head_dim**-0.5)
     for name, error in errors(shape).items():
@@ -174,8 +186,9 @@ def main() -> None:
         backward(saved)
         torch.cuda.synchronize()
         first = time.perf_counter() - start
-        forward_ms = milliseconds(forward, args.repeats)
-        backward_ms = milliseconds(lambda: backward(saved), args.repeats)  # noqa: B023
+        timed = replayed_milliseconds if args.graph else milliseconds
+        forward_ms = timed(forward, args.repeats)
+        backward_ms = timed(lambda: backward(saved), args.repeats)  # noqa: B023
         result = dict(
             tokens=args.tokens, heads=args.heads, kv_heads=args.kv_heads, head_dim=args.head_dim, kernel=name,
             forward_ms=round(forward_ms, 3), backward_ms=round(backward_ms, 3),
