@@ -162,3 +162,11 @@ def test_pairs_are_checked_before_training(parley: Callable[..., Any], tmp_path:
     assert ended.code == 0
     assert "rows that hold control tokens" in words(ended.out)
     assert "rows that repeat an earlier one" in words(ended.out)
+
+
+def test_a_source_of_bad_rows_alone_is_a_table_of_them(parley: Callable[..., Any], tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"messages": [["q", "a"]]}\n')
+    ended = parley("inspect", path)
+    assert (ended.code, ended.err) == (0, "")
+    assert "turn 1 is a list" in words(ended.out)

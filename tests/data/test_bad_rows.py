@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 
 from parley.config import DataSection
+from parley.data.doctor.row_reader import row_reader
+from parley.data.preference_recognition import preference_format
 from parley.data.prepare import Prepared, prepare, read_examples
+from parley.data.sources import located, read_rows
 from parley.errors import DataError
 
 GOOD = [{"instruction": f"question {n}?", "response": f"answer {n}."} for n in range(6)]
@@ -143,3 +146,34 @@ def test_examples_are_read_without_them(tmp_path: Path) -> None:
     assert len(list(read_examples(DataSection(source=str(path), bad_rows="skip"))[1])) == 6
     with pytest.raises(DataError, match="line 7"):
         list(read_examples(DataSection(source=str(path), bad_rows="error"))[1])
+
+
+UNREADABLE = {
+    "utf-16": ('{"instruction": "a"}\n'.encode("utf-16"), "line 1: not UTF-8 (byte 0xff); save the file as UTF-8"),
+    "one document": (b'[{"text": "a"}, {"text": "b"}]', "line 1: got a list of 2 objects, wanted one row"),
+    "python": (b"{'instruction': 'a'}\n" * 3, "line 1: broken JSON (Expecting property name"),
+    "repeated keys": (b'{"a": 1, "a": 2}\n', "line 1"),
+}
+
+
+@pytest.mark.parametrize("form", UNREADABLE)
+@pytest.mark.parametrize("kind", ["supervised", "pairs", None])
+def test_a_file_of_which_no_row_can_be_read_is_not_called_empty(tmp_path: Path, form: str, kind: Any) -> None:
+    content, expected = UNREADABLE[form]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(content)
+    data = DataSection(source=str(path))
+    with pytest.raises(DataError) as caught:
+        row_reader(located(read_rows(data.source, data, keep_bad=True)), data, kind)
+    assert "rows.jsonl " + expected in str(caught.value)
+    assert "empty" not in str(caught.value)
+
+
+def test_a_run_and_its_preferences_say_why_no_row_can_be_read(prepared: Any, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"prompt": "a"}\n'.encode("utf-16"))
+    data = DataSection(source=str(path))
+    with pytest.raises(DataError, match=r"line 1: not UTF-8.*; nor can the 1 after it be read"):
+        read_examples(data)
+    with pytest.raises(DataError, match="line 1: not UTF-8"):
+        preference_format(located(read_rows(data.source, data, keep_bad=True)), data, data.source, labelled=False)

@@ -97,6 +97,21 @@ def test_unknown_columns_are_listed_with_what_to_do() -> None:
     assert "data.columns" in message
 
 
+@pytest.mark.parametrize(
+    ("row", "mapping"),
+    [
+        ({"question": "q", "answer": "a"}, "{instruction: question, response: answer}"),
+        ({"prompt": "q", "response": "a"}, "{instruction: prompt}"),
+        ({"input": "q", "output": "a"}, "{instruction: input, response: output}"),
+        ({"Instruction": "q", "Response": "a"}, "{instruction: Instruction, response: Response}"),
+    ],
+)
+def test_columns_of_other_names_come_with_their_mapping(row: dict[str, Any], mapping: str) -> None:
+    assert f"--set 'data.columns={mapping}'" in refused(row)
+    columns = dict(part.split(": ") for part in mapping.strip("{}").split(", "))
+    assert messages(row, columns=columns) == [("user", "q"), ("assistant", "a")]
+
+
 def test_sharegpt_with_tools() -> None:
     call = {"name": "add", "arguments": {"a": 1.0, "b": None, "n": 12345678901234567890}}
     row = {
@@ -183,6 +198,8 @@ def test_a_system_turn_needs_turns(row: dict[str, Any]) -> None:
         ({"messages": [USER, "hi"]}, "turn 2 is text"),
         ({"messages": [USER, {"role": "assistant", "content": 3}]}, "turn 2: 'content' is a number (3), wanted text"),
         ({"messages": [{"role": "pirate", "content": "arr"}]}, "turn 1 has role 'pirate', wanted one of system"),
+        ({"messages": [{"human": "q", "assistant": "a"}]}, "turn 1 has no role, it has human, assistant; wanted role"),
+        ({"messages": "[{'role': 'user', 'content': 'q'}]"}, "Python wrote it, not JSON: save the rows as .jsonl"),
         ({"messages": [{"role": ["x"], "content": "arr"}]}, "turn 1 has role ['x']"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "turn 1: 'content' has a part 'image'"),
         ({"messages": [ASSISTANT | {"tool_calls": [{"id": 1}]}]}, "turn 1: 'tool_calls' holds a call without a name"),

@@ -140,6 +140,11 @@ def test_parquet_folders_have_splits_too(tmp_path: Path) -> None:
     assert "it has test, train" in refused(tmp_path, split="dev")
 
 
+def test_a_parquet_file_without_rows_is_called_empty(tmp_path: Path) -> None:
+    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "a.parquet")
+    assert "a.parquet: is empty; wanted at least one row" in refused(str(tmp_path / "a.parquet"))
+
+
 def test_the_demo_data_needs_no_file() -> None:
     rows = read(DEMO_DATA, limit=3)
     assert len(rows) == 3
@@ -178,6 +183,8 @@ def test_what_looks_like_a_path_is_never_asked_of_the_hub(source: str) -> None:
         ("a.jsonl.gz", b"not gzip", "not a whole gzip file"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 99, mtime=0)[:-12], "not a whole gzip file"),
         ("a.parquet", b"not parquet", "a.parquet: cannot be read"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull fetches it"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull fetches it"),
         ("a.doc", "words", "got a .doc; wanted .json, .jsonl, .ndjson, .csv, .tsv, .txt, .parquet"),
     ],
 )

@@ -47,7 +47,8 @@ class Fields:
 def candidates(names: tuple[str, ...], data: DataSection) -> Iterator[str]:
     """The row's possible names of a column: those that `data.columns` gives, then its spellings that are not mapped."""
     yield from (data.columns[name] for name in names if name in data.columns)
-    yield from (name for name in names if name not in data.columns)
+    own = data.columns.values()  # a column that is mapped to one name is not read under its own name as well
+    yield from (name for name in names if name not in data.columns and name not in own)
 
 
 def lookup(row: Row, column: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -33,6 +33,7 @@ _ROW_KEYS = {"messages", "conversations", "conversation", "instruction", "prompt
 _CSV_BATCH = 64
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_ONE_DOCUMENT = "; the file looks like one JSON document: name it .json"
 _ANY_LENGTH = 2**31 - 1  # of a CSV field, in characters: the largest limit that the csv module takes everywhere
 
 
@@ -79,6 +80,25 @@ def read_files(files: list[str], keep_bad: bool = False) -> Iterator[Row]:
         # Otherwise a failed export among several files would go unnoticed.
         if empty:
             raise DataError(f"{path}: is empty; wanted at least one row")
+
+
+def readable_rows(rows: Iterable[tuple[str, Row]], count: int) -> list[tuple[str, Row]]:
+    """The first `count` of `rows` (origin and row) that could be read.
+
+    Raises the first row's error where none could: their file is not empty, but of another encoding or notation.
+    """
+    found: list[tuple[str, Row]] = []
+    first_error, bad = "", 0
+    for origin, row in rows:
+        if ERROR not in row:
+            found.append((origin, row))
+            if len(found) == count:
+                break
+        else:
+            first_error, bad = first_error or row[ERROR], bad + 1
+    if bad and not found:
+        raise DataError(first_error + (f"; nor can the {bad - 1:,} after it be read" if bad > 1 else ""))
+    return found
 
 
 def count_rows(files: list[str]) -> int:
@@ -136,8 +156,10 @@ def _parse_line(line: str, location: str) -> Row | DataError:
     try:
         row = _DECODER.decode(line)
     except (ValueError, RecursionError) as error:
-        hint = "; the file looks like one JSON document: name it .json" if line.strip() in ("[", "{") else ""
+        hint = _ONE_DOCUMENT if line.strip() in ("[", "{") else ""
         return DataError(f"{location}: {_what_is_wrong(error)}{hint}")
+    if isinstance(row, list) and row and all(isinstance(item, dict) for item in row) and not _is_conversation(row):
+        return DataError(f"{location}: got a list of {len(row):,} objects, wanted one row{_ONE_DOCUMENT}")
     return _as_row(row, location)
 
 

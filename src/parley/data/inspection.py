@@ -43,8 +43,7 @@ def inspect_row(
     rows = _first_rows(data, max(number, RECOGNITION_ROWS))
     if len(rows) < number:
         raise DataError(f"{data.source}: got --row {number}; it has {len(rows)} rows, and the first is 1")
-    readable = [(origin, row) for origin, row in rows if ERROR not in row]
-    reader = row_reader(readable[:RECOGNITION_ROWS], data, kind)
+    reader = row_reader(rows, data, kind)
     origin, row = rows[number - 1]
     if isinstance(reader, PreferenceReader):
         return _inspect_preference(reader, row, origin, tokenizer, data, max_length)

@@ -73,6 +73,12 @@ def _parse_turn(
     turn: dict[str, Any], location: str, keys: Mapping[str, str], roles: Mapping[str, str]
 ) -> list[Message]:
     role_key = keys.get("role") or next((key for key in ROLE_KEYS if key in turn), "role")
+    if turn.get(role_key) is None:
+        found = short(", ".join(map(str, turn)), quoted=False) or "nothing"
+        raise DataError(
+            f"{location} has no role, it has {found}; wanted role and content: name yours in data.columns, such as "
+            "{role: speaker, content: words}"
+        )
     role = _role(turn.get(role_key), f"{location} has {role_key}", roles)
     content_key = keys.get("content") or _content_key(turn, role_key)
     # Null fields carry no meaning: Arrow adds every key of any turn to all turns.

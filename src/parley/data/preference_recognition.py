@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from parley.config import DataSection
 from parley.data.columns import listed
-from parley.data.files import ERROR, Row
+from parley.data.files import ERROR, Row, readable_rows
 from parley.data.preference_formats import PREFERENCE_FORMATS, Preference, PreferenceFormat
 from parley.errors import DataError, UsageError
 
@@ -24,9 +24,7 @@ def preference_format(
     labelled: for a method that learns from answers labelled one by one (KTO), which reads a pair as two of them.
     Raises DataError for rows that are no preferences, or not of the kind that the method wants.
     """
-    for origin, row in rows:
-        if ERROR in row:
-            continue
+    for origin, row in readable_rows(rows, 1):
         format = recognise_preferences(row, origin, data)
         if format is None:
             raise not_preferences(row, origin)

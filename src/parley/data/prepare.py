@@ -25,7 +25,7 @@ from parley.data.doctor.examine import Doctor
 from parley.data.doctor.findings import Diagnosis
 from parley.data.doctor.row_reader import CheckedRow, SupervisedReader
 from parley.data.example import Example
-from parley.data.files import ERROR, Row
+from parley.data.files import ERROR, Row, readable_rows
 from parley.data.filtering import AHEAD, BATCH, Candidate, render_examples, split_row
 from parley.data.heldout_split import heldout_section, is_heldout, sampled_rows
 from parley.data.packing import LOSS_WEIGHTS, ORIGIN
@@ -121,7 +121,7 @@ def read_examples(data: DataSection) -> tuple[Recognised, Iterator[Example]]:
     With `data.bad_rows: skip`, rows that cannot be understood are left out.
     """
     rows = read_rows(data.source, data, keep_bad=True)
-    format = recognise(_readable(rows), data, data.source)
+    format = recognise(readable_rows(located(rows), RECOGNITION_ROWS), data, data.source)
     return format, _good((example for _, example in _examples(rows, format)), BadRows(data))
 
 
@@ -132,11 +132,6 @@ def _good(examples: Iterable[Example | BadRow], bad_rows: BadRows) -> Iterator[E
             bad_rows.handle(example)
         else:
             yield example
-
-
-def _readable(rows: Iterable[Row], prefix: str = "") -> Iterator[tuple[str, Row]]:
-    """The first rows that could be read, to recognise a format by."""
-    return islice(((origin, row) for origin, row in located(rows, prefix) if ERROR not in row), RECOGNITION_ROWS)
 
 
 def _examples(rows: Iterable[Row], format: Recognised, prefix: str = "") -> Iterator[tuple[Row, Example | BadRow]]:
@@ -211,7 +206,7 @@ class RowRenderer:
     ) -> None:
         self.rows, self.tokenizer, self.data, self.max_length = rows, tokenizer, data, max_length
         self.where, self.prefix, self.left_out = where, prefix, left_out or {}
-        self.format = recognise(_readable(rows, prefix), data, where)
+        self.format = recognise(readable_rows(located(rows, prefix), RECOGNITION_ROWS), data, where)
         self.doctor, self.reader = doctor, SupervisedReader(self.format)
         self.bad_rows = BadRows(data, advise=not prefix)  # else there are no settings to change
         streaming = isinstance(rows, IterableDataset)

@@ -182,6 +182,21 @@ def _refuse_what_training_cannot_see(row: Row, fields: Fields) -> None:
         )
 
 
+def _likely_mapping(row: Row) -> str:
+    """data.columns for columns named as others name them, empty for none. Never applied unasked: names mislead."""
+    named = {column.strip().lower(): column for column, value in row.items() if isinstance(value, str)}
+    question = next((named[name] for name in _QUESTIONS if name in named), None)
+    answer = next((named[name] for name in _ANSWERS if name in named and named[name] != question), None)
+    if question is None or answer is None:
+        return ""
+    own = {"instruction": question, "response": answer}
+    return "{" + ", ".join(f"{name}: {column}" for name, column in own.items() if name != column) + "}"
+
+
+_QUESTIONS = ("instruction", "question", "prompt", "query", "user", "human", "problem", "input")
+_ANSWERS = ("response", "answer", "completion", "reply", "assistant", "solution", "target", "output")
+
+
 def _unknown(origin: str, row: Row, data: DataSection) -> DataError:
     if data.format == "auto":
         if row.get("chosen") is not None and row.get("rejected") is not None:
@@ -194,6 +209,11 @@ def _unknown(origin: str, row: Row, data: DataSection) -> DataError:
                 f'{origin}: is a single turn; wanted a conversation a row: {{"messages": [turn, turn, ...]}}'
             )
         wanted = _KNOWN
+        if mapping := _likely_mapping(row):
+            return DataError(
+                f"{origin}: got columns {listed(row)}; wanted {wanted}; if these are questions and answers: --set "
+                f"'data.columns={mapping}'"
+            )
     else:
         wanted = " and ".join(" or ".join(names) for names in BY_NAME[data.format].columns) + ", as data.format says"
     return DataError(

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, overload
 
 from datasets import Dataset, IterableDataset, ReadInstruction, load_dataset
 from datasets.exceptions import DatasetGenerationError, DatasetsError
+from pyarrow import ArrowException, parquet
 
 from parley.config import DEMO_DATA, DEMO_PREFERENCES, DEMO_PROMPTS, DataSection
 from parley.data.files import KINDS, ORIGIN, Row, count_rows, is_local, kind_of, path_exists, read_files
@@ -37,6 +38,9 @@ LARGEST_FOLDER = 50_000
 """Files and folders looked through: a home folder is named by mistake."""
 # Metadata that datasets writes next to the rows (save_to_disk, push_to_hub).
 _NOT_ROWS = {"dataset_info.json", "dataset_infos.json", "state.json"}
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,11 @@ def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
     if is_local(source):
         _refuse_hub_settings(source, data)
         files = _files_by_split(Path(source).expanduser(), source)
+        for path in chain.from_iterable(files.values()):
+            _refuse_pointer(Path(path))
         if kind_of(Path(next(iter(files.values()))[0])) != ".parquet":
             return _file_rows(source, files, data, keep_bad)
+        _refuse_empty(files)
         rows = _load("parquet", source, data, data_files=files)
     elif _HUB_ID.fullmatch(source):
         rows = _load(source, source, data, name=data.subset, revision=data.revision)
@@ -206,6 +213,28 @@ def _file_rows(source: str, files: dict[str, list[str]], data: DataSection, keep
     file_rows = FileRows(parts, keep_bad, data.limit)
     kind = kind_of(Path(next(iter(files.values()))[0]))
     return list(file_rows) if kind == ".json" else file_rows  # a JSON document is parsed whole: once is enough
+
+
+def _refuse_pointer(path: Path) -> None:
+    """A clone without Git LFS holds three lines of text in place of a large file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_POINTER))
+    except OSError:
+        return  # what reads the file says why
+    if start == _POINTER:
+        raise DataError(f"{path}: is a Git LFS pointer, not the data; git lfs pull fetches it")
+
+
+def _refuse_empty(files: dict[str, list[str]]) -> None:
+    """A Parquet file without rows, which datasets reports as a batch size of 0."""
+    for path in chain.from_iterable(files.values()):
+        try:
+            rows = parquet.read_metadata(path).num_rows
+        except (OSError, ArrowException):
+            continue  # datasets says why
+        if rows == 0:
+            raise DataError(f"{path}: is empty; wanted at least one row")
 
 
 def _split_parts(source: str, files: dict[str, list[str]], split: str) -> list[_Part]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -82,4 +83,9 @@ def parse_json(text: str, location: str, loads: Callable[[str], Any] = json.load
     except RepeatedKeyError as error:
         raise DataError(f"{location}: {error}") from None
     except (ValueError, RecursionError):
-        raise DataError(f"{location} is not JSON: {short(text)}") from None
+        # str() of a list, as pandas' to_csv writes a column of them.
+        hint = "; Python wrote it, not JSON: save the rows as .jsonl or .parquet" if _PYTHON.match(text) else ""
+        raise DataError(f"{location} is not JSON: {short(text)}{hint}") from None
+
+
+_PYTHON = re.compile(r"\s*\[?\s*\{'")

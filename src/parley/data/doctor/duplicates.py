@@ -93,7 +93,8 @@ def near_repeats(signatures: np.ndarray, sources: np.ndarray, targets: np.ndarra
     found: dict[int, int] = {}
     open_targets = targets.copy()
     for start in range(0, _PERMUTATIONS, _BAND_BYTES):
-        bands = np.ascontiguousarray(signatures[:, :, start : start + _BAND_BYTES]).reshape(len(signatures), -1)
+        band = np.ascontiguousarray(signatures[:, :, start : start + _BAND_BYTES])
+        bands = band.reshape(len(signatures), 2 * _BAND_BYTES)  # no -1, which no rows at all leave open
         for target, first, previous in _grouped(bands.view(np.uint64).ravel(), sources, open_targets):
             for source in (first, previous):
                 for chunk in range(0, len(target), _CHUNK):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import Literal, TypeAlias
 
 from parley.config import DataSection
@@ -12,7 +11,7 @@ from parley.data.columns import TURN_KEYS
 from parley.data.doctor.conversation import Conversation, conversation_of
 from parley.data.doctor.empty_answers import empty_answer
 from parley.data.example import Example
-from parley.data.files import ERROR, Row
+from parley.data.files import Row, readable_rows
 from parley.data.preference_formats import PreferenceFormat
 from parley.data.preference_recognition import (
     check_preference_settings,
@@ -89,7 +88,7 @@ def row_reader(rows: Iterable[tuple[str, Row]], data: DataSection, kind: RowKind
 
     Raises DataError and UsageError for rows that the method cannot be trained on, as preparing them does.
     """
-    first = list(islice(((origin, row) for origin, row in rows if ERROR not in row), RECOGNITION_ROWS))
+    first = readable_rows(rows, RECOGNITION_ROWS)
     kind = kind or _kind_of(first, data)
     if kind == "supervised":
         return SupervisedReader(recognise(first, data, data.source))
