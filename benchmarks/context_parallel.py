@@ -3,9 +3,14 @@
     python benchmarks/context_parallel.py --gpus 2                             # 131,072 tokens of the 8B shape in NF4
     python benchmarks/context_parallel.py --gpus 2 --cpu --shape tiny --tokens 300 --compared 90   # to try this script
 
-Random weights in NF4 with LoRA (r = 16 on all projections); activations are recomputed layer by layer, and the last
-2,048 tokens are supervised. Two RESULT lines of JSON: first loss and gradient of a shorter row (three documents) split
-over all cards against one card with the whole row, then steps of the long row.
+Random weights with LoRA (r = 16 on all projections). RESULT lines of JSON:
+
+    gradients  of a shorter row (three documents) through the first layers, split over all cards and on one card with
+               the whole row, in float32 and in bfloat16: float32 shows that both compute the same, and the distance
+               of bfloat16 from float32 on one card how much of the rest is rounding
+    steps      of the long row in NF4, activations recomputed layer by layer, the last 2,048 tokens supervised
+    attention  of the slowest card's two chunks in all layers, forward, recomputed and backward, by itself: as the step
+               takes it (cuDNN in two blocks, where they are long) and by flash-attention 2; and its gathers
 """
 
 from __future__ import annotations
@@ -13,23 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes
 import numpy as np
 import torch
 from engine_step import SHAPES, build
-from torch import nn
+from torch import Tensor, nn
 
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document
 from parley.train_step.captured_step import CapturedStep
-from parley.train_step.context_parallel import ContextGroup
+from parley.train_step.chunk_attention import FlashChunk, attend
+from parley.train_step.context_parallel import ContextGroup, GatherTokens, split
+from parley.train_step.ops import AttentionShape
+from parley.train_step.packed_batch import pack
 from parley.training.plan.step_time import peaks
 from parley.training.processes import (
     copy_from_main,
@@ -54,13 +62,12 @@ def row(tokens: int, seed: int) -> Document:
     return Document.from_lists(ids, np.where(np.arange(tokens) >= tokens - SUPERVISED, ids, IGNORE_INDEX))
 
 
-def step_for(model: nn.Module, tokens: int, device: torch.device, *, together: bool) -> CapturedStep:
+def step_for(model: nn.Module, tokens: int, *, together: bool, autocast: torch.dtype | None) -> CapturedStep:
     context = ContextGroup(process_rank(), process_count()) if together else None
-    autocast = torch.bfloat16 if device.type == "cuda" else None
     return CapturedStep(model, tokens=tokens, autocast=autocast, graphs=False, context=context)
 
 
-def gradient(step: CapturedStep, documents: list[Document], *, together: bool) -> tuple[float, torch.Tensor]:
+def gradient(step: CapturedStep, documents: list[Document], *, together: bool) -> tuple[float, Tensor]:
     supervised = sum(document.supervised_tokens for document in documents)
     step.forward_backward(documents, supervised)
     if together:
@@ -68,28 +75,47 @@ def gradient(step: CapturedStep, documents: list[Document], *, together: bool) -
     return float(step.metrics_3[0]) / supervised, torch.cat([g.flatten().float() for g in step.gradients])
 
 
-def compare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def compare(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The same three documents on all cards together and on each alone."""
     tokens = args.compared
     documents = [row(tokens // 6, 1), row(tokens // 3, 2), row(tokens // 2, 3)]
+    model = build(args.shape, "none", layers=args.layers, device=device.type)
     generator = torch.Generator().manual_seed(0)
-    trained = {name: parameter for name, parameter in model.named_parameters() if "lora_B" in name}
-    for parameter in trained.values():
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
-    loss, ours = gradient(step_for(model, tokens, device, together=True), documents, together=True)
-    alone, theirs = gradient(step_for(model, tokens, device, together=False), documents, together=False)
-    error = float((ours - theirs).norm() / theirs.norm())
-    for parameter in trained.values():
-        parameter.data.zero_()
-    model.zero_grad()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.01)
+    copy_from_main([parameter.data for parameter in model.parameters() if parameter.requires_grad])
+    found = {}
+    for precision in ("bf16", "fp32") if device.type == "cuda" else ("fp32",):
+        model = model.float() if precision == "fp32" else model
+        autocast = torch.bfloat16 if precision == "bf16" else None
+        for where in ("split", "alone"):
+            together = where == "split"
+            step = step_for(model, tokens, together=together, autocast=autocast)
+            found[precision, where] = gradient(step, documents, together=together)
+    _, exact = found["fp32", "alone"]
+    errors = {
+        f"{precision}_{where}": float(f"{float((ours - exact).norm() / exact.norm()):.2e}")
+        for (precision, where), (_, ours) in found.items()
+    }
+    losses = {f"{precision}_{where}": round(loss, 6) for (precision, where), (loss, _) in found.items()}
     return dict(
-        compared_tokens=tokens, cards=process_count(), loss=round(loss, 6), loss_on_one_card=round(alone, 6),
-        relative_gradient_error=float(f"{error:.2e}"),
+        what="gradients", compared_tokens=tokens, cards=process_count(), layers=args.layers, losses=losses,
+        relative_error_against_fp32_alone=errors,
     )  # fmt: skip
 
 
-def long_steps(model: nn.Module, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    step = step_for(model, args.tokens, device, together=True)
+def long_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
+    model = build(args.shape, "nf4" if device.type == "cuda" else "none", device=device.type)
+    copy_from_main([parameter.data for parameter in model.parameters() if parameter.requires_grad])
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def long_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    model = long_model(args, device)
+    autocast = torch.bfloat16 if device.type == "cuda" else None
+    step = step_for(model, args.tokens, together=True, autocast=autocast)
     make = bitsandbytes.optim.AdamW8bit if device.type == "cuda" else torch.optim.AdamW
     optimizer = make(step.trained, lr=2e-4, weight_decay=0.01)
     losses, seconds = [], []
@@ -109,18 +135,82 @@ def long_steps(model: nn.Module, args: argparse.Namespace, device: torch.device)
     attention = 2 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * args.tokens**2
     flops = 6 * matrices * args.tokens + attention * (2 + 2.5)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    median = statistics.median(seconds)
+    step_s = min(seconds)  # the first one builds cuDNN's plans
+    floor = flops / process_count() / peaks(name)[0]
     gib = [0.0]
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info()
         gib = from_all((torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved()) / GIB)
     return dict(
-        shape=args.shape, cards=process_count(), device=name, tokens=args.tokens, steps=args.steps,
-        step_s=round(median, 2), tokens_per_s=round(args.tokens / median),
-        share_of_peak=round(flops / process_count() / median / peaks(name)[0], 3),
+        what="steps", shape=args.shape, cards=process_count(), device=name, tokens=args.tokens, steps=args.steps,
+        step_s=round(step_s, 2), tokens_per_s=round(args.tokens / step_s), floor_s_at_peak=round(floor, 2),
+        attention_share_of_operations=round(attention * (2 + 2.5) / flops, 3), share_of_peak=round(floor / step_s, 3),
         losses=[round(loss, 4) for loss in losses], gib_a_card=round(max(gib), 2),
         allocated_gib=round(torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0, 2),
     )  # fmt: skip
+
+
+def attention_alone(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Seconds of a step in attention of this shape's layers, by itself, on the slowest card; with one process, of the
+    first of two.
+    """
+    sizes = SHAPES[args.shape]
+    heads, groups, layers = (sizes[f"num_{name}"] for name in ("attention_heads", "key_value_heads", "hidden_layers"))
+    size = sizes["hidden_size"] // heads
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    context = ContextGroup(process_rank(), max(process_count(), 2))
+    local, layout = split(pack([row(args.tokens, 0)]).trimmed(), context)
+    tokens, shape = len(local.ids_T), AttentionShape(heads, groups, size, size**-0.5)
+    q_tHE, own_t2GE, kv_T2GE = (
+        torch.randn(count, columns, size, device=device, dtype=dtype, requires_grad=True)
+        for count, columns in ((tokens, heads), (tokens, 2 * groups), (tokens * context.ranks, 2 * groups))
+    )
+
+    def chunks(function: Any) -> Tensor:
+        return torch.cat([function(q_tHE[c.queries], kv_T2GE[c.keys], c, shape) for c in layout.chunks])
+
+    ways = {"attention_s": (lambda: chunks(attend), [q_tHE, kv_T2GE])}
+    if device.type == "cuda":
+        ways["flash_attention_2_s"] = (lambda: chunks(FlashChunk.apply), [q_tHE, kv_T2GE])
+    if process_count() > 1:
+        ways["gathers_s"] = (lambda: GatherTokens.apply(own_t2GE, context), [own_t2GE])
+    seconds, gradients = {}, {}
+    for name, (way, inputs) in ways.items():
+        seconds[name], gradients[name] = recomputed(way, inputs, device)
+    result = dict(what="attention", tokens=args.tokens, layers=layers) | {
+        name: round(layers * max(from_all(value)), 3) for name, value in seconds.items()
+    }
+    if device.type == "cuda":
+        ours, theirs = gradients["attention_s"], gradients["flash_attention_2_s"]
+        result["relative_difference_of_gradients"] = [
+            float(f"{float((a.float() - b.float()).norm() / b.float().norm()):.2e}")
+            for a, b in zip(ours, theirs, strict=True)
+        ]
+    return result
+
+
+def recomputed(
+    forward: Callable[[], Tensor], inputs: list[Tensor], device: torch.device
+) -> tuple[float, tuple[Tensor, ...]]:
+    """Seconds of two forward passes and a backward pass, the second time, and the gradients."""
+    for _ in range(2):
+        synchronize(device)
+        from_all(None)
+        start = time.perf_counter()
+        with torch.no_grad():
+            forward()
+        out = forward()
+        gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        synchronize(device)
+    return time.perf_counter() - start, gradients
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+PARTS = {"gradients": compare, "steps": long_steps, "attention": attention_alone}
 
 
 def main() -> None:
@@ -129,7 +219,9 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=None, help="all of this machine without it")
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--compared", type=int, default=6144, help="tokens of the row that one card trains on, too")
-    parser.add_argument("--steps", type=int, default=2, help="the comparison before has warmed up")
+    parser.add_argument("--layers", type=int, default=4, help="of the model that gradients are compared on")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--cpu", action="store_true", help="processes on the CPU, to try this script with --shape tiny")
     args = parser.parse_args()
     if "WORLD_SIZE" not in os.environ:
@@ -139,14 +231,18 @@ def main() -> None:
     with joined_processes():
         device = torch.device("cpu") if args.cpu else torch.device("cuda", torch.cuda.current_device())
         SHAPES[args.shape]["max_position_embeddings"] = max(args.tokens, 32768)
-        model = build(args.shape, "none" if args.cpu else "nf4", device=device.type)
-        copy_from_main([parameter.data for parameter in model.parameters() if parameter.requires_grad])
-        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         try:
-            for measure in (compare, long_steps):
-                result = measure(model, args, device)
+            for part in args.parts:
+                started = time.perf_counter()
+                result = PARTS[part](args, device)
                 if process_rank() == 0:
-                    print("RESULT " + json.dumps(result), flush=True)
+                    print(
+                        "RESULT " + json.dumps(result | {"seconds": round(time.perf_counter() - started, 1)}),
+                        flush=True,
+                    )
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                    torch.cuda.reset_peak_memory_stats()
                 from_main(None)
         except Exception:  # before the launcher ends this process because another one has ended
             traceback.print_exc()
