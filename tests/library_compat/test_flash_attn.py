@@ -19,6 +19,7 @@ def test_it_is_used_on_a_hopper_gpu_alone_and_in_a_tested_version(monkeypatch: p
     cuda = torch.device("cuda")
     installed = {"version": compat.TESTED_VERSIONS[0], "capability": (9, 0)}
     monkeypatch.setattr(metadata, "version", lambda name: installed["version"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: installed["capability"])
     assert compat.usable(cuda)
     assert not compat.usable(torch.device("cpu"))
@@ -69,7 +70,7 @@ def test_attention_of_several_documents(size: int, window: int | None, determini
     out = torch.full((tokens, heads * size + 64), torch.nan, **options)[:, : heads * size].unflatten(1, (heads, -1))
     dout = torch.randn(tokens, heads, size, **options)
     q, k, v = (part.unflatten(1, (-1, size)) for part in x.split(widths, 1))
-    grads = tuple(part.unflatten(1, (-1, size)) for part in dx[:, : sum(widths)].split(widths, 1))
+    grads = [part.unflatten(1, (-1, size)) for part in dx[:, : sum(widths)].split(widths, 1)]
     boundaries = torch.tensor([0, 1, 301, 430, 1430], dtype=torch.int32, device="cuda")
     lse = compat.flash_attention_4(q, k, v, boundaries, 1000, 0.1, window, out)
     compat.flash_attention_4_backward(

@@ -6,12 +6,15 @@ import psutil
 import pytest
 import torch
 
+from parley.train_step import memory_plan
 from parley.train_step.matmul import uses_onednn
 from parley.train_step.memory_plan import (
     GIB,
     LIBRARY_BYTES,
     SAVED_POLICIES,
     DeviceMemory,
+    MemoryPlan,
+    buffer_bytes,
     make_plan,
     step_tokens,
 )
@@ -127,3 +130,15 @@ def test_a_plan_that_the_host_cannot_hold_is_never_chosen(bound: Any) -> None:
     plan = make_plan(on_gpu, "auto", np.array([100_000]), 1, 2, device)
     assert not plan.offload
     assert plan.predicted_bytes > 2**25  # what the step really takes, not the limit
+
+
+@pytest.mark.parametrize(("usable", "temporaries"), [(False, 4096 * (2 * 128 * 4 + 64 * (5 * 4 + 4))), (True, None)])
+def test_the_temporaries_of_long_attention_are_those_of_the_library_that_attends(
+    bound: Any, monkeypatch: pytest.MonkeyPatch, usable: bool, temporaries: int | None
+) -> None:
+    """cuDNN's are of one padded document, flash-attn-4's of all tokens: gradients in fp32 and two numbers a head."""
+    monkeypatch.setattr(memory_plan, "FLASH_4_HEADS", (16,))
+    monkeypatch.setattr(memory_plan.flash_attn, "usable", lambda device: usable)
+    plan = MemoryPlan(positions=4000, tokens=9000)
+    on_cpu, on_gpu = (buffer_bytes(plan, bound, torch.device(name), 2)["activations"] for name in ("cpu", "cuda"))
+    assert on_gpu - on_cpu == (temporaries or 4 * 9000 * (128 + 2 * 4))

@@ -9,6 +9,7 @@ Shape suffixes (legend in docs/design.md): T tokens, H query heads, G key-value 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
 
 import torch
@@ -29,7 +30,7 @@ def installed_version() -> str | None:
 
 def usable(device: torch.device) -> bool:
     """Whether a tested version is installed and `device` is a Hopper GPU."""
-    if device.type != "cuda" or installed_version() not in TESTED_VERSIONS:
+    if device.type != "cuda" or installed_version() not in TESTED_VERSIONS or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(device) == HOPPER
 
@@ -57,7 +58,7 @@ def flash_attention_4(
 
 def flash_attention_4_backward(
     dout_THE: Tensor, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, out_THE: Tensor, lse_HT: Tensor,
-    boundaries: Tensor, longest: int, scale: float, window: int | None, grads: tuple[Tensor, Tensor, Tensor],
+    boundaries: Tensor, longest: int, scale: float, window: int | None, grads: Sequence[Tensor],
     *, deterministic: bool = False,
 ) -> None:  # fmt: skip
     """Write the gradients of queries, keys and values into `grads`."""

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from parley.units import round_up
 
 LONG_DOCUMENT = 3072  # tokens from which on cuDNN on padded documents was faster than kernels/attention.py (H200)
+FLASH_4_HEADS = (64, 128)  # sizes of heads that flash-attn-4 was measured and tested with
 MIN_MULTIPLE = 512
 MAX_PLANS = 12  # built before the first step; data of more lengths has each of the others built when it comes
 

@@ -15,7 +15,8 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
-from parley.train_step.long_documents import LONG_DOCUMENT, padded_length
+from parley.library_compat import flash_attn
+from parley.train_step.long_documents import FLASH_4_HEADS, LONG_DOCUMENT, padded_length
 from parley.train_step.matmul import uses_onednn
 from parley.train_step.workspace import (
     OFFLOAD_BUFFERS,
@@ -207,22 +208,26 @@ def buffer_bytes(plan: MemoryPlan, bound: BoundModel, device: torch.device, stat
     return {
         "optimizer state": int(state_bytes * bound.flat.weight_Z.numel()),
         "dequantized weights": fused,
-        "activations": workspace_bytes(bound, plan) + _attention_bytes(plan, bound, cuda=cuda),
+        "activations": workspace_bytes(bound, plan) + _attention_bytes(plan, bound, device),
         "logits and loss": plan.logits_rows * len(bound.head_VD) * itemsize,
         "library buffers": LIBRARY_BYTES if cuda else 0,
     }
 
 
-def _attention_bytes(plan: MemoryPlan, bound: BoundModel, *, cuda: bool) -> int:
-    """The log-sum-exp of each row, and cuDNN's temporaries for long documents (kernels/library_attention.py): padded
-    inputs, output and its gradient, the inputs' gradients, those of keys and values for every query head before they
-    are summed, and queries' in fp32.
-    """
+def _attention_bytes(plan: MemoryPlan, bound: BoundModel, device: torch.device) -> int:
+    """The log-sum-exp of each row, and the temporaries of long documents (kernels/library_attention.py)."""
     shape = bound.layers[0].shape
     lse = 4 * shape.heads * plan.tokens * (1 if plan.saved == "layer_inputs" else len(bound.layers))
-    longest = padded_length(plan.positions) if plan.positions >= LONG_DOCUMENT and cuda else 0
+    if plan.positions < LONG_DOCUMENT or device.type != "cuda":
+        return lse
+    columns = shape.heads * shape.head_dim
+    if shape.head_dim in FLASH_4_HEADS and flash_attn.usable(device):
+        # The gradients of all tokens in fp32, and two numbers for each head.
+        return lse + 4 * plan.tokens * (shape.columns + 2 * shape.heads)
+    # cuDNN's, of one document: padded inputs, output and its gradient, the inputs' gradients, those of keys and values
+    # for every query head before they are summed, and queries' in fp32.
     itemsize = bound.dtype.itemsize
-    return lse + longest * (2 * shape.columns * itemsize + shape.heads * shape.head_dim * (5 * itemsize + 4))
+    return lse + padded_length(plan.positions) * (2 * shape.columns * itemsize + columns * (5 * itemsize + 4))
 
 
 def _host_bytes(plan: MemoryPlan, bound: BoundModel) -> int:

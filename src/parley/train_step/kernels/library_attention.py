@@ -1,4 +1,5 @@
-"""Attention of long documents through the libraries: cuDNN for each long one, PyTorch's flash kernels for the others.
+"""Attention of long documents through the libraries: flash-attn-4 where it is installed, else cuDNN for each long one
+and PyTorch's flash kernels for the others.
 
 On an H200 cuDNN takes 36 ms for forward and backward of 32,768 tokens (32 heads of 64), flash-attention 2 takes 53 and
 the kernels of `attention.py` 58; with 2 x 4,096 tokens and heads of 128 the three take 2.2, 3.8 and 3.8. cuDNN builds
@@ -13,21 +14,25 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from parley.library_compat import flash_attn
 from parley.library_compat.torch import (
     cudnn_attention,
     cudnn_attention_backward,
     varlen_flash_attention,
     varlen_flash_attention_backward,
 )
-from parley.train_step.long_documents import LONG_DOCUMENT, padded_length
+from parley.train_step.long_documents import FLASH_4_HEADS, LONG_DOCUMENT, padded_length
 from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import DeviceBatch
+
+Kernel = Literal["flash 4", "cudnn", "flash 2"]
 
 
 def applies(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape) -> bool:
@@ -53,13 +58,23 @@ class _Run:
         return x_1HLE[0, :, : self.longest].transpose(0, 1)
 
 
-def _runs(batch: DeviceBatch, shape: AttentionShape) -> list[_Run]:
-    """The runs of `batch`, whose boundaries are copied to the device once a pass.
+@cache
+def _has_flash_4(device: torch.device) -> bool:
+    return flash_attn.usable(device)
 
-    cuDNN's operator has no window, so that with one even long documents go to the flash kernels; and its backward pass
-    adds in no fixed order, so that they do with torch's deterministic algorithms, which the flash kernels follow.
+
+def _kernel(device: torch.device, shape: AttentionShape) -> Kernel:
+    """cuDNN's operator has no window, and its backward pass adds in no fixed order; the flash kernels follow torch's
+    deterministic algorithms.
     """
-    by_cudnn = shape.window is None and not torch.are_deterministic_algorithms_enabled()
+    if shape.head_dim in FLASH_4_HEADS and _has_flash_4(device):
+        return "flash 4"
+    return "cudnn" if shape.window is None and not torch.are_deterministic_algorithms_enabled() else "flash 2"
+
+
+def _runs(batch: DeviceBatch, kernel: Kernel) -> list[_Run]:
+    """The runs of `batch`, whose boundaries are copied to the device once a pass; cuDNN takes one at a time."""
+    by_cudnn = kernel == "cudnn"
     if by_cudnn not in batch.runs:
         batch.runs[by_cudnn] = _split(batch, by_cudnn=by_cudnn)
     return batch.runs[by_cudnn]
@@ -92,17 +107,22 @@ def _zero_padding(out: Tensor, batch: DeviceBatch) -> None:
 
 def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: Tensor) -> list[Any]:
     """Returns, for each run of `_runs`, the state that its backward operator reads."""
-    qkv = shape.split_qkv(x_TC)
+    kernel, qkv = _kernel(x_TC.device, shape), shape.split_qkv(x_TC)
     saved: list[Any] = []
     _zero_padding(out_TD, batch)
-    for run in _runs(batch, shape):
+    for run in _runs(batch, kernel):
         if run.boundaries is None:
             q, k, v = map(run.padded, qkv)
             out, state = cudnn_attention(q, k, v, shape.scale)
             out_TD[run.rows] = run.unpadded(out).flatten(1)
             saved.append(state)
+            continue
+        q, k, v = (part[run.rows] for part in qkv)
+        if kernel == "flash 4":
+            out = out_TD[run.rows].unflatten(1, (-1, shape.head_dim))
+            where = (run.boundaries, run.longest, shape.scale, shape.window)
+            saved.append(flash_attn.flash_attention_4(q, k, v, *where, out))
         else:
-            q, k, v = (part[run.rows] for part in qkv)
             out, lse = varlen_flash_attention(q, k, v, run.boundaries, run.longest, shape.scale, shape.window)
             out_TD[run.rows] = out.flatten(1)
             saved.append(lse)
@@ -119,17 +139,21 @@ def attention_backward(
     dx_TC: Tensor,
 ) -> None:
     out_THE, dout_THE = (x_TD.unflatten(1, (-1, shape.head_dim)) for x_TD in (out_TD, dout_TD))
-    inputs = (dout_THE, *shape.split_qkv(x_TC), out_THE)
+    tensors, grads_TC = (dout_THE, *shape.split_qkv(x_TC), out_THE), shape.split_qkv(dx_TC)
+    kernel = _kernel(x_TC.device, shape)
     _zero_padding(dx_TC, batch)
-    for run, state in zip(_runs(batch, shape), saved, strict=True):
+    for run, state in zip(_runs(batch, kernel), saved, strict=True):
         if run.boundaries is None:
-            dout, q, k, v, out = map(run.padded, inputs)
+            dout, q, k, v, out = map(run.padded, tensors)
             dq, dk, dv = cudnn_attention_backward(dout, q, k, v, out, state, shape.scale)
             grads = run.unpadded(dq), run.unpadded(dk), run.unpadded(dv)
         else:
-            dout, q, k, v, out = (part[run.rows] for part in inputs)
-            grads = varlen_flash_attention_backward(
-                dout, q, k, v, out, state, run.boundaries, run.longest, shape.scale, shape.window
-            )
-        for grad, part in zip(grads, shape.split_qkv(dx_TC), strict=True):
+            dout, q, k, v, out = (part[run.rows] for part in tensors)
+            where = (run.boundaries, run.longest, shape.scale, shape.window)
+            if kernel == "flash 4":
+                in_place, fixed = [part[run.rows] for part in grads_TC], torch.are_deterministic_algorithms_enabled()
+                flash_attn.flash_attention_4_backward(dout, q, k, v, out, state, *where, in_place, deterministic=fixed)
+                continue
+            grads = varlen_flash_attention_backward(dout, q, k, v, out, state, *where)
+        for grad, part in zip(grads, grads_TC, strict=True):
             part[run.rows] = grad
