@@ -33,6 +33,7 @@ from parley.train_step.captured_step import CapturedStep
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.graph_threshold import EAGER_PASSES
 from parley.train_step.memory_plan import MemoryPlan, make_plan
+from parley.train_step.optimizer import AdamW8bit
 from parley.units import GIB
 
 LLAMA3_ROPE = dict(
@@ -223,7 +224,7 @@ class TrainingLoop:
         self.step = FusedStep(bound, plan)
         self.step.compile()
         self.flat = self.step.bound.flat
-        self.optimizer = bitsandbytes.optim.AdamW8bit([self.flat.weight_Z], lr=2e-4, weight_decay=0.01)
+        self.optimizer = AdamW8bit([self.flat.weight_Z], lr=2e-4, weight_decay=0.01)
 
     def __call__(self, documents: list[Document]) -> None:
         self.step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
@@ -242,7 +243,7 @@ class CapturedLoop:
         if lora == "full":
             self.optimizer = torch.optim.AdamW(self.step.trained, lr=1e-5, weight_decay=0.01, fused=True)
         else:
-            self.optimizer = bitsandbytes.optim.AdamW8bit(self.step.trained, lr=2e-4, weight_decay=0.01)
+            self.optimizer = AdamW8bit(self.step.trained, lr=1e-5 if lora == "full-8bit" else 2e-4, weight_decay=0.01)
 
     def __call__(self, documents: list[Document]) -> None:
         self.step.forward_backward(documents, sum(document.supervised_tokens for document in documents))
@@ -268,7 +269,9 @@ def milliseconds(
     return 1000 * statistics.median(walls), 1000 * statistics.median(hosts), 1000 * first
 
 
-def report_captured(shape: str, quantization: str, lora: str, sizes: list[list[Document]], repeats: int) -> None:
+def report_captured(
+    shape: str, quantization: str, lora: str, sizes: list[list[Document]], repeats: int, listed: int
+) -> None:
     largest = max(sizes, key=lambda documents: sum(len(document.ids_L) for document in documents))
     loop = CapturedLoop(shape, quantization, lora, largest)
     for documents in sizes:
@@ -284,6 +287,8 @@ def report_captured(shape: str, quantization: str, lora: str, sizes: list[list[D
             peak_reserved_gib=round(torch.cuda.max_memory_reserved() / GIB, 2),
         )  # fmt: skip
         print("RESULT " + json.dumps(result), flush=True)
+        if listed:
+            list_kernels(loop, documents, listed)
 
 
 def report(
@@ -321,7 +326,7 @@ def report(
             list_kernels(loop, documents, listed)
 
 
-def list_kernels(loop: TrainingLoop, documents: list[Document], listed: int) -> None:
+def list_kernels(loop: TrainingLoop | CapturedLoop, documents: list[Document], listed: int) -> None:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as torch_profile
 
@@ -357,7 +362,7 @@ def main() -> None:
     sizes = [random_documents(t, args.documents, args.supervised, t, even=args.even) for t in args.tokens]
     for lora in args.lora:
         if args.path == "captured":
-            report_captured(args.shape, args.quantization, lora, sizes, args.repeats)
+            report_captured(args.shape, args.quantization, lora, sizes, args.repeats, args.kernels)
         else:
             report(args.shape, args.quantization, memory, lora, sizes, args.repeats, args.kernels)
         torch.cuda.empty_cache()

@@ -150,6 +150,19 @@ def test_loss_weights(smoothing: float, tokens: int) -> None:
     assert float(weighted_3[0]) == pytest.approx(wanted_loss(model, examples, smoothing), rel=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1000, 60])
+def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient(tokens: int) -> None:
+    model = build("llama")
+    model.unused = torch.nn.Parameter(torch.ones(3))
+    step = CapturedStep(model, tokens=tokens)
+    for gradient in step.gradients:
+        gradient.fill_(7)
+    step.forward_backward(documents(), 1)
+    assert not model.unused.grad.any()
+    assert all(p.grad is gradient for p, gradient in zip(step.trained, step.gradients, strict=True))
+    assert not any((gradient == 7).all() for gradient in step.gradients)
+
+
 def test_label_smoothing() -> None:
     check(build("llama"), documents(), smoothing=0.1)
 
@@ -205,3 +218,4 @@ def test_a_pass_takes_a_captured_size_that_is_not_much_larger() -> None:
     assert not size.holds(GraphSize(1000, 1))
     assert not size.holds(GraphSize(1281, 1))
     assert not size.holds(GraphSize(1200, 257))
+    assert not size.holds(GraphSize(1280, 256, alone=True))  # it adds to the gradient, where the other replaces it

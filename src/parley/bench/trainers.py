@@ -111,7 +111,7 @@ def _unsloth(job: Job, config: RunConfig, folder: Path) -> Any:
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
         lr_scheduler_type=training.lr_scheduler_type,
-        optim="adamw_8bit",
+        optim="adamw_8bit" if training.optim == "auto" else training.optim,
         logging_steps=1,
         seed=training.seed,
         bf16=True,

@@ -50,13 +50,15 @@ MAX_PADDING = 1.25  # a pass is padded to a captured size of at most so many tim
 
 @dataclass(frozen=True)
 class GraphSize:
-    """Tokens and supervised rows that a graph is captured for."""
+    """Tokens and supervised rows that a graph is captured for, and whether it is for the only pass of a step."""
 
     tokens: int
     rows: int
+    alone: bool = False
 
     def holds(self, other: GraphSize) -> bool:
-        return other.tokens <= self.tokens <= MAX_PADDING * other.tokens and other.rows <= self.rows
+        fits = other.tokens <= self.tokens <= MAX_PADDING * other.tokens and other.rows <= self.rows
+        return fits and self.alone == other.alone
 
 
 class CapturedStep:
@@ -114,12 +116,15 @@ class CapturedStep:
 
         At least `passes` passes are run, with empty ones at the end.
         """
-        torch._foreach_zero_(self.gradients)
+        # Zeros are written and added to only where passes are summed: of a whole model they take a step's twentieth.
+        alone = not self.sharded and max(passes, self.count_passes(documents)) == 1
+        if not alone:
+            torch._foreach_zero_(self.gradients)
         for parameter, gradient in zip(self.trained, self.gradients, strict=True):
             parameter.grad = gradient
         self.metrics_3.zero_()
         for packed in self._passes(documents, passes):
-            self._pass(packed, 1.0 / divisor)
+            self._pass(packed, 1.0 / divisor, alone)
 
     @torch.no_grad()
     def forward_only(self, documents: Sequence[Document], passes: int = 0) -> Tensor:
@@ -152,8 +157,8 @@ class CapturedStep:
         runs = split_by_tokens([len(document.ids_L) for document in documents], self.tokens)
         return [run for run in runs if any(document.supervised_tokens for document in documents[run])]
 
-    def _pass(self, packed: PackedBatch, scale: float) -> None:
-        size = GraphSize(len(packed.ids_T), len(packed.row_S))
+    def _pass(self, packed: PackedBatch, scale: float, alone: bool) -> None:
+        size = GraphSize(len(packed.ids_T), len(packed.row_S), alone)
         # A graph reads no loss weights. Which graph a pass is padded for depends on the passes before it.
         if not self.uses_graphs or packed.weight_S is not None or is_deterministic():
             self._run_eager(packed, size, scale)
@@ -163,9 +168,8 @@ class CapturedStep:
             return
         captured = next((known for known in self.graphs if known.holds(size)), None)
         if captured is None:
-            captured = GraphSize(
-                round_up(int(SPARE * size.tokens), TOKEN_MULTIPLE), round_up(int(ROW_SPARE * size.rows), ROW_MULTIPLE)
-            )
+            tokens, rows = int(SPARE * size.tokens), int(ROW_SPARE * size.rows)
+            captured = GraphSize(round_up(tokens, TOKEN_MULTIPLE), round_up(rows, ROW_MULTIPLE), alone)
             if not self._capture(packed, captured, scale):
                 self._run_eager(packed, size, scale)
                 return
@@ -176,7 +180,30 @@ class CapturedStep:
         """A pass without a graph."""
         batch = self._upload(packed, size, scale, graphed=False)
         with self._own_operations():
-            self._loss(batch).backward()
+            self._backward(self._loss(batch), size.alone)
+
+    def _backward(self, loss: Tensor, alone: bool) -> None:
+        """Add the gradient of `loss` to `gradients`, or replace them by it where the pass is `alone`."""
+        if not alone:
+            loss.backward()
+            return
+        remaining = dict(zip(self.trained, self.gradients, strict=True))
+
+        def move(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            if parameter in remaining:  # not where autograd has added to it a second time
+                parameter.grad = remaining.pop(parameter).copy_(parameter.grad)  # frees autograd's own
+
+        hooks = [parameter.register_post_accumulate_grad_hook(move) for parameter in self.trained]
+        try:
+            for parameter in self.trained:
+                parameter.grad = None
+            loss.backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for parameter, gradient in remaining.items():  # the loss does not depend on them
+            parameter.grad = gradient.zero_()
 
     def _capture(self, packed: PackedBatch, size: GraphSize, scale: float) -> bool:
         """Record a pass of this size. False, and no further attempts, where the model does what a capture forbids."""
@@ -192,7 +219,7 @@ class CapturedStep:
                 self._own_operations(),
                 torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             ):
-                self._loss(batch).backward()
+                self._backward(self._loss(batch), size.alone)
         except RuntimeError as error:  # what CUDA says of a synchronisation or an allocation inside a capture
             # A capture that ends in an error leaves its stream current and the generator in its hands.
             torch.cuda.set_stream(stream)

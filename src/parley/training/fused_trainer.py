@@ -101,8 +101,14 @@ class FusedTrainer(CapturedTrainer):
         """
         self._check_trainable()
         self.bind_fused_step()
-        if self.fused_step is None or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
+        if self.fused_step is None:
+            optimizer = super().create_optimizer(model)
+            if self.captured_step is not None and not self.sharded and self.args.optim in BITSANDBYTES:
+                # The groups hold its settings. TRL's exception, 32 bits for embeddings, is bitsandbytes' to keep.
+                self.optimizer = optimizer = AdamW8bit(optimizer.param_groups)
+            return optimizer
         weight_Z = self.fused_step.bound.flat.weight_Z
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
         if self.args.optim in BITSANDBYTES:
