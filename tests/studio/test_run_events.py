@@ -102,7 +102,7 @@ def test_only_finite_numbers_reach_the_charts(log: Path) -> None:
     assert batch is not None
     drawn = json.loads(batch.to_json(), parse_constant=lambda constant: pytest.fail(constant))
     assert [point[COLUMNS.index("loss")] for point in drawn["points"]] == [None, None]
-    assert drawn["heldout"] == [[2, 1.5]]
+    assert drawn["heldout"] == [[2, 1.5, None, None]]
     assert drawn["marks"] == [[2, 9.0, "spike"]]
 
 

@@ -20,6 +20,13 @@ from parley.training.run_outcome import OUTCOMES
 COLUMNS = (
     "step", "loss", "learning_rate", "grad_norm", "tokens_per_s", "memory_gib", "num_supervised_tokens", "seconds"
 )  # fmt: skip
+REWARD_COLUMNS = (
+    "preference_accuracy", "rewards/margins", "rewards/chosen", "rewards/rejected", "reward", "kl",
+    "completions/mean_length",
+)  # fmt: skip
+"""Columns that steps of preference methods and GRPO have besides, as the trainers log them."""
+HELDOUT_COLUMNS = {"loss": "eval_loss", "preference_accuracy": "eval_preference_accuracy", "reward": "eval_reward"}
+"""By column, its figure on held-out rows in an `eval` event."""
 CHECKED_BYTES = 512  # before a position: more than the time in one event
 BATCH_BYTES = 2**20
 _STEP = b'"event": "step"'
@@ -29,8 +36,9 @@ _STEP = b'"event": "step"'
 class EventBatch:
     """Events up to `position`. `restarted`: the log was read from its start, so that earlier batches are void.
 
-    points: a list in the order of COLUMNS for each logged step. heldout: step and loss. marks: step, loss and kind of
-    steps that need a look. others: the events of all other kinds as they are.
+    points: a list in the order of COLUMNS and REWARD_COLUMNS for each logged step; a supervised run has the former
+    alone. heldout: step and the figures of HELDOUT_COLUMNS. marks: step, loss and kind of steps that need a look.
+    others: the events of all other kinds as they are.
     """
 
     position: str
@@ -53,7 +61,7 @@ class EventBatch:
 def read_batch(path: Path, position: str | None, *, until: int | None = None) -> EventBatch | None:
     """The events of `path` after `position`; None where there are none yet. A half-written line is left for later.
 
-    until: an offset to read to, for what is known already: steps are left out then.
+    until: an offset to read to, for what is known already: of the steps only the last is in the batch then.
     """
     if (file := _open(path)) is None:
         return None
@@ -69,9 +77,13 @@ def read_batch(path: Path, position: str | None, *, until: int | None = None) ->
             return None
         end = (start or 0) + len(text)
         batch = EventBatch(_position(file, end), restarted=start is None)
+    last_step = b""
     for line in text.splitlines():
         if until is None or _STEP not in line:
             _add(batch, line)
+        else:
+            last_step = line
+    _add(batch, last_step)
     return batch
 
 
@@ -119,14 +131,19 @@ def _add(batch: EventBatch, line: bytes) -> None:
         return
     match event.get("event"):
         case "step":
-            batch.points.append([_figure(event.get(name)) for name in COLUMNS])
+            batch.points.append([_figure(event.get(name)) for name in _columns(event)])
         case "eval":
-            batch.heldout.append([_figure(event.get("step")), _figure(event.get("eval_loss"))])
+            names = ("step", *HELDOUT_COLUMNS.values())
+            batch.heldout.append([_figure(event.get(name)) for name in names])
         case "spike" | "nonfinite" as kind:
             batch.marks.append([_figure(event.get("step")), _figure(event.get("loss")), kind])
             batch.others.append(event)
         case _:
             batch.others.append(event)
+
+
+def _columns(event: dict[str, Any]) -> tuple[str, ...]:
+    return COLUMNS + REWARD_COLUMNS if "preference_accuracy" in event or "reward" in event else COLUMNS
 
 
 def _figure(value: Any) -> float | None:

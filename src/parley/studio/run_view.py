@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ValidationError
 
 from parley.evaluation.report_events import add_answers_of_events, add_step_faults
-from parley.studio.run_events import EventBatch, read_batch
+from parley.studio.i18n import N_
+from parley.studio.run_events import COLUMNS, REWARD_COLUMNS, EventBatch, read_batch
 from parley.training.report import Answer, FaultRow, Report, answer_runs, fault_rows
 from parley.training.run_summary import RunSummary
 
@@ -27,6 +28,14 @@ class Sample:
 class RunView:
     """The run in `path` as far as its events were `add`ed."""
 
+    REWARDS: ClassVar[dict[str, str]] = {
+        "preference_accuracy": N_("Preference accuracy"),
+        "rewards/margins": N_("Reward margin"),
+        "reward": N_("Reward"),
+        "kl": N_("Divergence"),
+    }
+    """Figures of the last step of a preference run or GRPO that are said in words, with their names."""
+
     path: Path
     events: list[dict[str, Any]] = field(default_factory=list)
     point: list[float | None] | None = None
@@ -43,7 +52,7 @@ class RunView:
             self.first = self.first or batch.points[0]
 
     def read(self, until: int | None = None) -> None:
-        """Add all events but steps, up to the offset `until` of the log, which is a position's."""
+        """Add all events, of the steps the last ones, up to the offset `until` of the log, which is a position's."""
         log, position = self.path / "events.jsonl", None
         if until is None:
             until = log.stat().st_size if log.is_file() else 0
@@ -51,11 +60,17 @@ class RunView:
             self.add(batch)
             position = batch.position
 
+    @property
+    def rewards(self) -> dict[str, float | None]:
+        """The last step's REWARD_COLUMNS; empty for a supervised run."""
+        return dict(zip(REWARD_COLUMNS, (self.point or [])[len(COLUMNS) :], strict=False))
+
     def seconds_left(self, run: RunSummary) -> float | None:
         """By the mean rate of the steps since the process began."""
         if run.state != "running" or not run.max_steps or self.point is None or self.first is None:
             return None
-        (first_step, *_, first_seconds), (step, *_, seconds) = self.first, self.point
+        at = COLUMNS.index("seconds")
+        first_step, first_seconds, step, seconds = self.first[0], self.first[at], self.point[0], self.point[at]
         if step is None or first_step is None or seconds is None or first_seconds is None or step <= first_step:
             return None
         return (seconds - first_seconds) / (step - first_step) * (run.max_steps - step)

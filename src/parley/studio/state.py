@@ -17,6 +17,7 @@ from parley.studio.draft import Draft
 from parley.studio.exports import ExportJobs
 from parley.studio.queue import Queue
 from parley.studio.security import Keys, read_secret
+from parley.studio.setting_paths import check_revisions, library_paths
 from parley.studio.summaries import Summaries
 from parley.studio.sweep import sweep
 from parley.studio.votes import PREFERENCES
@@ -113,6 +114,12 @@ class Studio:
         ):
             if is_program:
                 raise UsageError(f"{setting}: the studio starts no code of others; start this run with parley train")
+        check_revisions(config)
+        for setting, path in library_paths(config):
+            try:
+                self.check_path(str(path))
+            except UsageError as error:
+                raise UsageError(f"{setting}: {error}") from None
 
     def start_run(self, config_yaml: str, name: str | None = None) -> str:
         """Queue a run with these settings; returns its id. Raises UsageError for settings that are wrong."""

@@ -14,7 +14,7 @@ from parley.config import RunConfig
 from parley.errors import ParleyError, RunError, UsageError
 from parley.safe_yaml import load_yaml
 from parley.studio import data_view, run_control
-from parley.studio.run_events import COLUMNS, offset_of, read_batch
+from parley.studio.run_events import COLUMNS, HELDOUT_COLUMNS, REWARD_COLUMNS, offset_of, read_batch
 from parley.studio.run_view import RunView
 from parley.studio.sse import HEARTBEAT_SECONDS, Event, event_stream
 from parley.studio.state import Studio
@@ -30,18 +30,28 @@ SUMMARY_SECONDS = 2.0  # a summary reads the whole log
 def run_page(request: Request, run_id: str, studio: StudioDep) -> Response:
     path = studio.run_path(run_id)
     run = studio.summaries.read(path)
-    return page(request, "run.html", run_id=run_id, run=run, view=RunView(path), columns=COLUMNS)
+    return page(
+        request, "run.html", run_id=run_id, run=run, view=RunView(path), columns=COLUMNS + REWARD_COLUMNS,
+        heldout=list(HELDOUT_COLUMNS),
+    )  # fmt: skip
 
 
 @router.get("/events/{run_id:path}", response_model=None)
-async def run_events(request: Request, run_id: str, studio: StudioDep, after: str | None = None) -> Response:
-    """Everything the page shows, as it changes. Points carry ids, so that a browser that returns gets the rest."""
+async def run_events(
+    request: Request, run_id: str, studio: StudioDep, after: str | None = None, once: bool = False
+) -> Response:
+    """Everything the page shows, as it changes. Points carry ids, so that a browser that returns gets the rest.
+
+    once: end when all that there is was sent; a browser has few connections, and pages that share them ask again.
+    """
     studio.run_path(run_id)  # an error is a response of its own, not the first event
     position = request.headers.get("last-event-id") or after
-    return event_stream(request, _follow(studio, run_id, position, language_of(request)))
+    return event_stream(request, _follow(studio, run_id, position, language_of(request), once=once))
 
 
-async def _follow(studio: Studio, run_id: str, position: str | None, language: str) -> AsyncGenerator[Event | None]:
+async def _follow(
+    studio: Studio, run_id: str, position: str | None, language: str, *, once: bool = False
+) -> AsyncGenerator[Event | None]:
     path = studio.run_path(run_id)
     view, position = await asyncio.to_thread(_replay, path, position)
     fragments: dict[str, str] = {}
@@ -63,6 +73,9 @@ async def _follow(studio: Studio, run_id: str, position: str | None, language: s
             sent = now
             yield None
         if batch is None:
+            if once:
+                yield Event("", "end")
+                return
             await asyncio.sleep(POLL_SECONDS)
 
 

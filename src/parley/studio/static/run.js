@@ -5,12 +5,14 @@
   const box = document.getElementById("charts");
   const words = box.dataset;
   const names = words.columns.split(" ");
+  const scored = words.scored.split(" "); // columns with a held-out figure: after the step in each of `heldout`
   const HIT = 12; // pixels between a click and a marked step
 
   class Column {
     constructor() { this.clear(); }
-    clear() { this.values = new Float64Array(4096); this.length = 0; }
+    clear() { this.values = new Float64Array(64); this.length = 0; this.hasValue = false; }
     push(value) {
+      if (value === value) this.hasValue = true;
       if (this.length === this.values.length) {
         const larger = new Float64Array(2 * this.length);
         larger.set(this.values);
@@ -88,6 +90,8 @@
       this.figure = figure;
       this.column = columns.get(figure.dataset.column);
       this.isLoss = figure.dataset.column === "loss";
+      this.heldout = scored.indexOf(figure.dataset.column) + 1; // 0: has none
+      this.isOptional = figure.hidden; // shown once its column has a value
       this.isNoisy = "smooth" in figure.dataset;
       this.smoothed = new Smoothed(this.column);
       this.make();
@@ -120,9 +124,11 @@
         {...line, label: words.raw, stroke: colour(this.isNoisy ? "raw" : "new"), width: this.isNoisy ? 1 : 2},
       ];
       if (this.isNoisy) series.push({...line, label: words.smooth, stroke: colour("new"), width: 2});
-      if (this.isLoss) series.push(
+      if (this.heldout) series.push(
         {label: words.heldout, value, stroke: colour("held"), dash: [4, 4], width: 1.5, spanGaps: true,
          points: {show: true, size: 8, fill: colour("held")}},
+      );
+      if (this.isLoss) series.push(
         {label: words.marks, value, stroke: colour("warn"), paths: () => null,
          points: {show: true, size: 11, width: 2, stroke: colour("warn"), fill: colour("card")}},
       );
@@ -167,26 +173,32 @@
     data() {
       this.smoothed.extend();
       const [low, high] = this.bounds();
-      const start = Math.max(0, firstIndex(low) - 1), end = Math.min(steps.length, firstIndex(high) + 1);
+      const start = Math.max(0, firstIndex(low) - 1), end = Math.min(this.column.length, firstIndex(high) + 1);
       const xs = [], raw = [], mean = [];
       for (const i of thinned(this.column.values, start, end, Math.floor(this.plot.bbox.width / devicePixelRatio))) {
         xs.push(steps.values[i]);
         raw.push(drawable(this.column.values[i]));
         mean.push(drawable(this.smoothed.mean.values[i]));
       }
-      if (this.isLoss) return withSingle([xs, raw, mean], low, high);
+      if (this.heldout) {
+        const dots = heldout.map(row => [row[0], row[this.heldout]]).filter(([, value]) => value != null);
+        const merged = withSingle([xs, raw, mean], dots, this.isLoss ? marks : [], low, high);
+        return this.isLoss ? merged : merged.slice(0, 4);
+      }
       return this.isNoisy ? [xs, raw, mean] : [xs, raw];
     }
 
     draw() {
+      if (this.isOptional) this.figure.hidden = !this.column.hasValue;
+      if (this.figure.hidden) return;
       const data = this.data();
       this.plot.batch(() => this.plot.setData(data)); // a batch is drawn at once
     }
   }
 
   // The single points of held-out losses and marked steps, between the points of the lines.
-  function withSingle([xs, raw, mean], low, high) {
-    const single = [...heldout.map(([x, y]) => [x, y, undefined]), ...marks.map(([x, y]) => [x, undefined, y])]
+  function withSingle([xs, raw, mean], dots, marks, low, high) {
+    const single = [...dots.map(([x, y]) => [x, y, undefined]), ...marks.map(([x, y]) => [x, undefined, y])]
       .filter(([x]) => x >= low && x <= high).sort((a, b) => a[0] - b[0]);
     const merged = [[], [], [], [], []];
     const put = (...row) => row.forEach((value, i) => merged[i].push(value));
@@ -234,9 +246,12 @@
       heldout = [];
       marks = [];
     }
-    for (const point of batch.points)
-      names.forEach((name, i) => columns.get(name).push(point[i] === null ? NaN : point[i]));
-    heldout.push(...batch.heldout.filter(([step, loss]) => step !== null && loss !== null));
+    for (const point of batch.points) point.forEach((value, i) => {
+      const column = columns.get(names[i]);
+      while (i && column.length < steps.length - 1) column.push(NaN); // steps before had no such figure
+      column.push(value === null ? NaN : value);
+    });
+    heldout.push(...batch.heldout.filter(([step]) => step !== null));
     marks.push(...batch.marks.filter(([step, loss]) => step !== null && loss !== null));
     box.dataset.points = steps.length;
     schedule();
@@ -245,7 +260,11 @@
   // -- the stream ---------------------------------------------------------------------------------------------------
   const offline = document.getElementById("offline");
   htmx.createEventSource = url => {
-    const source = new EventSource(last ? url + "?after=" + encodeURIComponent(last) : url);
+    const source = new SharedStream(once => {
+      const query = new URLSearchParams(last ? {after: last} : {});
+      if (once) query.set("once", "yes");
+      return url + "?" + query;
+    }, ["points", "status", "actions", "faults", "answers"], mode => { box.dataset.stream = mode; });
     source.addEventListener("open", () => { offline.hidden = true; });
     source.addEventListener("error", () => { offline.hidden = false; });
     source.addEventListener("points", event => { last = event.lastEventId; add(JSON.parse(event.data)); });
