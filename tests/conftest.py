@@ -35,6 +35,13 @@ def pytest_unconfigure() -> None:
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+        "router_aux_loss_coef": 0.1,
+    },
     "gemma2": {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0},
     "gemma3": {"sliding_window_pattern": 2},
     "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}},
@@ -133,6 +140,7 @@ def family_config(family: str, tokenizer: Any) -> Any:
         "granite": transformers.GraniteConfig,
         "smollm3": transformers.SmolLM3Config,
         "olmo2": transformers.Olmo2Config,
+        "qwen3_moe": transformers.Qwen3MoeConfig,
         "starcoder2": transformers.Starcoder2Config,  # in no table of Parley's: it takes the plain paths
     }
     return makers[family](**shape | FAMILY_SETTINGS.get(family, {}))

@@ -88,6 +88,29 @@ def test_mixtures_of_experts_have_autograd_s_gradient(model_type: str) -> None:
     assert float((got - wanted).norm() / wanted.norm()) < 1e-4
 
 
+def test_replays_have_the_router_s_auxiliary_loss_of_their_tokens_without_padding() -> None:
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING["qwen3_moe"](
+        vocab_size=VOCABULARY, hidden_size=128, moe_intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).to("cuda", torch.bfloat16)
+    lora = LoraConfig(target_modules="all-linear", r=8, task_type="CAUSAL_LM")
+    model = get_peft_model(model, lora)
+    steps = [
+        CapturedStep(model, tokens=1000, autocast=torch.bfloat16, router_loss=0.5, graphs=graphs)
+        for graphs in (True, False)
+    ]
+    steps[0].threshold.measure = lambda *measured: None  # type: ignore[method-assign]
+    for seed, lengths in enumerate([(100, 20, 130), (100, 20, 130), (100, 20, 130), (60, 60, 60, 80), (7, 240)]):
+        (got, got_total), (wanted, wanted_total) = (
+            (gradient(step, seed, lengths), float(step.router.total)) for step in steps if step.router is not None
+        )
+        assert float((got - wanted).norm() / wanted.norm()) < 0.02
+        assert got_total == pytest.approx(wanted_total, rel=1e-3)
+    assert steps[0].graphs
+
+
 def test_dropout_is_sampled_anew_at_every_replay() -> None:
     step = CapturedStep(adapted(lora_dropout=0.5).train(), tokens=1000, autocast=torch.bfloat16)
     step.threshold.measure = lambda *measured: None  # type: ignore[method-assign]

@@ -12,12 +12,15 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.qwen3_moe import modeling_qwen3_moe
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, loss_weight
 from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import CapturedStep, GraphSize, packed_logits
+from parley.train_step.router_loss import router_loss
 
 SIZES: dict[str, Any] = {
     "vocab_size": 101, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -104,6 +107,52 @@ def test_experts_that_run_one_by_one_run_as_grouped_products(model_type: str, mo
     step.forward_backward(documents(), 1)
     step.forward_only(documents())
     assert seen == [{"": "grouped_mm"}] * 2
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mixtral", "olmoe", "granitemoe", "phimoe"])
+def test_the_router_s_auxiliary_loss(model_type: str) -> None:
+    """Its gradient and value, as the model's own forward pass has them over all tokens, not only up to the last
+    supervised one; without the model's own graph, so that a mean over two passes is that over two rows."""
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[model_type](**SIZES | FAMILIES.get(model_type, experts) | {"router_aux_loss_coef": 0.5})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    for name, parameter in model.named_parameters():
+        parameter.data.add_(torch.randn_like(parameter), alpha=0.05)
+        parameter.requires_grad_("sinks" not in name)
+    examples = documents((31, 40))
+    loss, router = wanted_loss(model, examples), 0.0
+    for example in examples:
+        own = model(torch.tensor(example.ids_L).long()[None], output_router_logits=True).aux_loss
+        (0.5 * own / 2).backward()
+        router += own.item() / 2
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    step = CapturedStep(model, tokens=40, router_loss=0.5)
+    for _ in range(2):
+        step.forward_backward(examples, loss_weight(examples))
+    assert float(step.metrics_3[0]) == pytest.approx(loss, rel=1e-5)
+    assert step.router is not None
+    assert float(step.router.total) == pytest.approx(router, rel=1e-5)
+    got = dict(model.named_parameters())
+    error = torch.stack([(got[name].grad - gradient).norm() for name, gradient in wanted.items()]).norm()
+    assert float(error / torch.stack([gradient.norm() for gradient in wanted.values()]).norm()) < 1e-5
+    assert float(step.forward_only(examples)[0]) == pytest.approx(loss, rel=1e-5)
+
+
+def test_padding_reaches_no_expert_in_the_auxiliary_loss() -> None:
+    logits = torch.randn(3, 20, 8)
+    wanted = load_balancing_loss_func(tuple(logits), 8, 2, (torch.arange(20) < 13)[None])
+    got = router_loss(list(logits), 2, torch.tensor(13, dtype=torch.int32))
+    assert float(got) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(wanted) != pytest.approx(float(load_balancing_loss_func(tuple(logits), 8, 2)), rel=1e-3)
+
+
+def test_another_auxiliary_loss_than_switch_transformer_s_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modeling_qwen3_moe, "load_balancing_loss_func", lambda *args: torch.tensor(0.1))
+    step = CapturedStep(build("qwen3_moe"), tokens=1000, router_loss=0.5)
+    with pytest.raises(Unsupported, match=r"a router's auxiliary loss of 0\.1000 where Switch Transformer's is 2\."):
+        step.forward_backward(documents(), 1)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])

@@ -30,10 +30,11 @@ def rows(count: int = 40) -> Dataset:
 
 
 def trainer(
-    build_family: Any, tokenizer: Any, folder: Path, engine: str, lora: dict[str, Any] | None = None, **settings: Any
-) -> SFTTrainer:
+    build_family: Any, tokenizer: Any, folder: Path, engine: str, lora: dict[str, Any] | None = None,
+    family: str = "starcoder2", **settings: Any,
+) -> SFTTrainer:  # fmt: skip
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(build_family("starcoder2"), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(build_family(family), dtype=torch.float32)
     if lora is not None:
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **lora))
     defaults: dict[str, Any] = {
@@ -68,8 +69,16 @@ def test_learns_what_the_plain_path_learns(
     assert isinstance(captured.captured_step, CapturedStep)
     assert captured.plain_because is None
     assert plain.captured_step is None
+    assert_equal_runs(captured, plain)
+
+
+def assert_equal_runs(captured: SFTTrainer, plain: SFTTrainer) -> None:
     names = ["loss", "grad_norm", "mean_token_accuracy", "num_tokens", "eval_loss", "eval_entropy"]
-    logs = [[{n: entry[n] for n in names if n in entry} for entry in run.state.log_history] for run in runs]
+    if captured.captured_step is not None and captured.captured_step.router is not None:
+        names.append("aux_loss")  # beside label smoothing TRL logs it, too, and leaves it out of the loss
+    logs = [
+        [{n: entry[n] for n in names if n in entry} for entry in run.state.log_history] for run in (captured, plain)
+    ]
     assert len(logs[0]) == len(logs[1])
     for ours, theirs in zip(*logs, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
@@ -94,6 +103,32 @@ def test_8_bit_adamw_of_a_whole_model_updates_as_bitsandbytes_does(
     assert torch.uint8 in {dtype for dtype, _ in ended[0].values()}
     for ours, theirs in zip(ended[1], ended[3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, {"router_aux_loss_coef": 0.0}, {"label_smoothing_factor": 0.1}])
+def test_a_mixture_of_experts_learns_its_router_s_auxiliary_loss_as_on_the_plain_path(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """As TRL has it by default. One pass a step on both paths: the loss of a pass is no sum over its tokens."""
+    captured, plain = (
+        trainer(
+            build_family,
+            tiny_tokenizer,
+            tmp_path,
+            engine,
+            {"r": 4},
+            "qwen3_moe",
+            gradient_accumulation_steps=1,
+            **settings,
+        )
+        for engine in ("captured", "plain")
+    )
+    for run in (captured, plain):
+        run.train()
+    assert captured.captured_step is not None
+    assert (captured.captured_step.router is None) == bool(settings)
+    assert any("aux_loss" in entry for entry in captured.state.log_history) == (not settings)
+    assert_equal_runs(captured, plain)
 
 
 def test_steps_rehearsed_before_training_cover_the_data_and_leave_no_trace(

@@ -37,6 +37,7 @@ from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.grouped_experts import runs_experts_one_by_one, using_grouped_experts
 from parley.train_step.packed_attention import using_packed_attention
 from parley.train_step.packed_batch import DeviceBatch, PackedBatch, StagingBuffer, pack
+from parley.train_step.router_loss import RouterLoss
 from parley.train_step.supervised_loss import SupervisedLoss, smoothed_loss
 from parley.units import round_up
 
@@ -73,6 +74,7 @@ class CapturedStep:
             into memory that is allocated anew in each pass. Its gradients are sums over all ranks where they are
             sharded, and this rank's own where they are not (adapters).
 
+        router_loss: the coefficient of a mixture of experts' auxiliary loss (router_loss.py); 0 leaves it out.
         context: the ranks that each row is split over; all of them are given the same documents, and gradients and
             metrics are this rank's part. Without graphs, too.
 
@@ -90,6 +92,7 @@ class CapturedStep:
         tokens: int,
         autocast: torch.dtype | None = None,
         smoothing: float = 0.0,
+        router_loss: float = 0.0,
         graphs: bool = True,
         context: ContextGroup | None = None,
     ) -> None:
@@ -105,6 +108,7 @@ class CapturedStep:
         self.sharded = is_sharded(model)
         self.context = context
         self.uses_graphs = graphs and self.device.type == "cuda" and not self.sharded and context is None
+        self.router = RouterLoss(self.base, router_loss) if router_loss else None
         self.experts_one_by_one = runs_experts_one_by_one(self.base)
         self.threshold = GraphThreshold(self.device)
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
@@ -123,6 +127,8 @@ class CapturedStep:
         for parameter, gradient in zip(self.trained, self.gradients, strict=True):
             parameter.grad = gradient
         self.metrics_3.zero_()
+        if self.router is not None:
+            self.router.begin(max(passes, self.count_passes(documents)))
         for packed in self._passes(documents, passes):
             self._pass(packed, 1.0 / divisor, alone)
 
@@ -148,7 +154,8 @@ class CapturedStep:
     def _passes(self, documents: Sequence[Document], at_least: int) -> Iterator[PackedBatch]:
         runs = self._runs(documents)
         for run in runs:
-            yield pack(documents[run]).trimmed()
+            packed = pack(documents[run])
+            yield packed.trimmed() if self.router is None else packed  # whose loss is of every token
         for _ in range(at_least - len(runs)):
             yield _empty_pass()
 
@@ -240,7 +247,7 @@ class CapturedStep:
             yield
 
     def _loss(self, batch: DeviceBatch) -> Tensor:
-        """The summed loss times the batch's scale; adds to `metrics_3`."""
+        """The summed loss times the batch's scale, and in training the router's; adds to `metrics_3`."""
         # A cached cast of a weight would be read by replays after the weight has changed.
         autocast = torch.autocast(
             self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False
@@ -249,14 +256,21 @@ class CapturedStep:
         with autocast, disable_input_dtype_casting(self.model, active=self.autocast is not None):
             # PEFT's own forward calls the base's without hooks, which gather the weights of a sharded one.
             model = self.base if self.sharded else self.model
-            logits_SV = model(
+            outputs = model(
                 input_ids=batch.ids_T[None].long(),
                 position_ids=batch.position_T[None].long(),
                 attention_mask=None,
                 use_cache=False,
                 logits_to_keep=batch.row_S.long(),
                 packed_batch=batch,
-            ).logits[0]
+                **({} if self.router is None else {"output_router_logits": torch.is_grad_enabled()}),
+            )
+        loss = self._supervised_loss(outputs.logits[0], batch)
+        if self.router is not None and torch.is_grad_enabled():
+            loss = loss + self.router.of(outputs, batch.filled, padded=batch.lengths is None)
+        return loss
+
+    def _supervised_loss(self, logits_SV: Tensor, batch: DeviceBatch) -> Tensor:
         if self.smoothing:
             return smoothed_loss(logits_SV, batch.target_S, batch.scale, self.metrics_3, self.smoothing, batch.weight_S)
         return SupervisedLoss.apply(logits_SV, batch.target_S, batch.scale, self.metrics_3, batch.weight_S)

@@ -28,7 +28,17 @@ from parley.train_step.packed_batch import DeviceBatch
 NAME = "parley_packed"
 
 # What models pass beside queries, keys and values without a meaning of its own for the result.
-HARMLESS = frozenset({"position_ids", "cache_position", "use_cache", "output_attentions", "is_causal", "return_dict"})
+HARMLESS = frozenset(
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_router_logits",
+        "is_causal",
+        "return_dict",
+    }
+)
 
 
 class PackedAttention(torch.autograd.Function):

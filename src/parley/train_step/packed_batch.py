@@ -30,9 +30,9 @@ Ints = NDArray[np.int32]
 class PackedBatch:
     """Documents end to end, on the host.
 
-    `start_T` and `end_T` give, for each token, the first row of its document and the row after its last.
-    `row_S` are the rows whose next token is supervised, `target_S` those tokens. `position_T` are rows of the rotary
-    tables. `weight_S` are loss weights, None where all are 1.
+    `start_T` and `end_T` give, for each token, the first row of its document and the row after its last. The last
+    `padding` tokens are none of a document's. `row_S` are the rows whose next token is supervised, `target_S` those
+    tokens. `position_T` are rows of the rotary tables. `weight_S` are loss weights, None where all are 1.
     """
 
     ids_T: Ints
@@ -43,6 +43,7 @@ class PackedBatch:
     target_S: Ints
     lengths: tuple[int, ...]
     weight_S: NDArray[np.float32] | None = None
+    padding: int = 0
 
     def padded(self, tokens: int) -> PackedBatch:
         """The same documents in a row of `tokens`. Each padding token is an unsupervised document of its own."""
@@ -59,6 +60,7 @@ class PackedBatch:
             self.target_S,
             self.lengths + (1,) * padding,
             self.weight_S,
+            self.padding + padding,
         )
 
     def with_two_rope_rows(self, switch: int) -> PackedBatch:
@@ -128,6 +130,7 @@ class DeviceBatch:
     target_S: Tensor
     scale: Tensor  # 0-dim fp32: one over the summed loss weights of the whole optimizer step
     seed: Tensor  # 0-dim int32, of the pass's dropout
+    filled: Tensor  # 0-dim int32: tokens that are no padding
     lengths: tuple[int, ...] | None  # None under a CUDA graph, where only the device knows them
     weight_S: Tensor | None = None  # loss weights in fp32; not in the static copy, so not for a captured graph
     context: ContextLayout | None = None  # where the row is split over ranks, and these are the tokens of one
@@ -165,7 +168,7 @@ class StagingBuffer:
     def upload(self, batch: PackedBatch, scale: float, lengths: tuple[int, ...] | None, seed: int = 0) -> DeviceBatch:
         """Copy `batch` to the device; the result's tensors are views of the static device copy."""
         parts = [
-            np.array([np.float32(scale).view(np.int32), seed], dtype=np.int32),
+            np.array([np.float32(scale).view(np.int32), seed, len(batch.ids_T) - batch.padding], dtype=np.int32),
             *(batch.ids_T, batch.position_T, batch.start_T, batch.end_T, batch.row_S, batch.target_S),
         ]
         ends = list(accumulate(round_up(len(part), ALIGNMENT) for part in parts))
@@ -178,12 +181,14 @@ class StagingBuffer:
         self.static[: ends[-1]].copy_(self.host[: ends[-1]], non_blocking=True)
         if self.uploaded is not None:
             self.uploaded.record()
-        scalars_2, ids_T, position_T, start_T, end_T, row_S, target_S = (self.static[span] for span in spans)
+        scalars_3, ids_T, position_T, start_T, end_T, row_S, target_S = (self.static[span] for span in spans)
         weight_S = None if batch.weight_S is None else torch.from_numpy(batch.weight_S).to(self.device)
-        scale = scalars_2.view(torch.float32)[0]
-        return DeviceBatch(ids_T, position_T, start_T, end_T, row_S, target_S, scale, scalars_2[1], lengths, weight_S)
+        scale = scalars_3.view(torch.float32)[0]
+        _, seed, filled = scalars_3
+        rows = (row_S, target_S, scale, seed, filled)
+        return DeviceBatch(ids_T, position_T, start_T, end_T, *rows, lengths, weight_S)
 
 
 def _capacity(tokens: int) -> int:
-    """The most int32 elements a packed batch of `tokens` takes: the two scalars and six arrays, each aligned."""
+    """The most int32 elements a packed batch of `tokens` takes: the three scalars and six arrays, each aligned."""
     return ALIGNMENT + 6 * round_up(tokens, ALIGNMENT)

@@ -85,6 +85,7 @@ class CapturedTrainer(ShardedTrainer):
                 tokens=self._pass_tokens(),
                 autocast=torch.bfloat16 if self.args.bf16 else None,
                 smoothing=self.args.label_smoothing_factor,
+                router_loss=self.router_coefficient / self.shares,
                 context=self._context_group(),
             )
         except Unsupported as reason:
@@ -117,10 +118,19 @@ class CapturedTrainer(ShardedTrainer):
         for unsupported, reason in (
             (self.compute_loss_func is not None, "a loss function of its own"),
             (self.is_deepspeed_enabled or self.is_fsdp_enabled, "DeepSpeed or FSDP"),
-            (vars(self.model.config).get("output_router_logits", False), "the router's auxiliary loss"),
+            (
+                self.router_coefficient and self.passes_together,
+                "the router's auxiliary loss (training.router_aux_loss_coef: 0 leaves it out)",
+            ),
         ):
             if unsupported:
                 raise Unsupported(reason)
+
+    @property
+    def router_coefficient(self) -> float:
+        """Of the router's auxiliary loss, as TRL decides: 0 beside label smoothing and for models without experts."""
+        left_out = not self.aux_loss_enabled or self.args.label_smoothing_factor > 0
+        return 0.0 if left_out else float(self.router_aux_loss_coef)
 
     def _pass_tokens(self) -> int:
         longest = int(self.row_lengths().max())
@@ -146,12 +156,17 @@ class CapturedTrainer(ShardedTrainer):
             return super()._step_on_documents(model, documents, supervised, divisor)
         if self.deals_documents:  # FSDP has summed the gradients of sharded weights
             replicated = [gradient for gradient in step.gradients if not isinstance(gradient, DTensor)]
-            sum_all_in_place([*replicated, step.metrics_3])
+            sum_all_in_place([*replicated, step.metrics_3, *([] if step.router is None else [step.router.total])])
         metrics_3 = step.metrics_3
         for name, index in METRICS.items():
             metrics(self, "train")[name].append(metrics_3[index] / count)
         count_tokens(self, sum(len(document.ids_L) for document in documents))
-        return metrics_3[0] / divisor
+        loss = metrics_3[0] / divisor
+        if step.router is not None:
+            router_loss = step.router.total / self.shares
+            metrics(self, "train")["aux_loss"].append(router_loss)
+            loss = loss + self.router_coefficient * router_loss
+        return loss
 
     def _common_passes(self, documents: Sequence[Document]) -> int:
         """The most passes that a process has for its share of `documents`, where each pass is one of all processes."""

@@ -469,6 +469,9 @@ class PackedTrainer(DataParallelTrainer):
                 batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
         weights = batch.get(LOSS_WEIGHTS)
         loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
+        if self.aux_loss_enabled and self.compute_loss_func is None and self.label_smoother is None:
+            # TRL's loss has a router's auxiliary loss in it; held-out loss is that of the tokens.
+            loss = loss - self.router_aux_loss_coef * metrics(self, "eval")["aux_loss"][-1]
         supervised = batch["labels"][..., 1:] != IGNORE_INDEX
         count = int(supervised.sum())
         weight = float(weights[..., 1:][supervised].sum()) if weights is not None else count
