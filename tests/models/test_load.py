@@ -206,16 +206,6 @@ def test_longer_than_the_models_positions(tiny_llama_folder):
         load_model(section(tiny_llama_folder, max_seq_length=4096))
 
 
-def test_pad_token_without_an_embedding(folder):
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": "[BRAND NEW]"}))
-    for load in (load_model, load_tokenizer):
-        with pytest.raises(
-            ModelError, match=r"tokenizer's '\[BRAND NEW\]' has the id 384 and the model 384 embeddings"
-        ):
-            load(section(folder))
-
-
 def test_tokenizers_with_more_words_than_embeddings_are_refused(folder, tmp_path):
     """Of the model itself, and of an adapter that brings its own."""
     tokenizer = load_tokenizer(section(folder))
@@ -227,6 +217,50 @@ def test_tokenizers_with_more_words_than_embeddings_are_refused(folder, tmp_path
             with pytest.raises(ModelError, match=r"'ahoy-matey' has the id 384 and the model 384 embeddings") as caught:
                 load(section(target))
             assert "\n" not in str(caught.value)
+
+
+def with_image_token(folder):
+    """As Gemma 3's text models: the tokenizer names a token of pictures that has no embedding."""
+    tokenizer = load_tokenizer(section(folder))
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<image_soft_token>"]})
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def test_special_tokens_without_an_embedding_are_left_out(folder, tmp_path, tiny_tokenizer):
+    attach_lora(load_model(section(folder))[0], LoraSection(r=4), seed=1).save_pretrained(tmp_path / "adapter")
+    stock = with_image_token(folder)
+    stock.save_pretrained(tmp_path / "adapter")
+    assert stock("<image_soft_token>", add_special_tokens=False)["input_ids"] == [384]
+    for target in (folder, tmp_path / "adapter"):
+        for tokenizer in (load_model(section(target))[1], load_tokenizer(section(target))):
+            assert len(tokenizer) == 384
+            assert tokenizer.all_special_tokens == tiny_tokenizer.all_special_tokens
+            assert tokenizer.chat_template == tiny_tokenizer.chat_template
+            text = "a<image_soft_token><|eot_id|>"
+            assert tokenizer(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
+            assert tokenizer.name_or_path == str(target)
+
+
+def test_a_pad_token_without_an_embedding_gives_way_to_another(folder):
+    tokenizer = load_tokenizer(section(folder))
+    tokenizer.pad_token = "[PAD]"
+    tokenizer.save_pretrained(folder)
+    model, loaded = load_model(section(folder))
+    assert (loaded.pad_token, len(loaded)) == ("<|finetune_right_pad_id|>", 384)
+    assert model.config.pad_token_id == loaded.pad_token_id
+
+
+@pytest.mark.parametrize("use", ["eos", "template"])
+def test_special_tokens_in_use_need_an_embedding(folder, use):
+    tokenizer = with_image_token(folder)
+    if use == "eos":
+        tokenizer.eos_token = "<image_soft_token>"
+    else:
+        tokenizer.chat_template += "<image_soft_token>"
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"'<image_soft_token>' has the id 384 and the model 384 embeddings"):
+        load_tokenizer(section(folder))
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ from parley.models.fingerprint import weights_fingerprint
 from parley.models.load import load_config, load_model
 from parley.models.quantization import quantization_of
 from parley.models.resolve import adapter_chain, model_folder
-from parley.models.tokenizer import check_vocabulary, read_tokenizer
+from parley.models.tokenizer import fit_vocabulary, read_tokenizer
 from parley.training.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -152,8 +152,8 @@ def open_run(run: str | Path, base: str | None = None, *, trust_remote_code: boo
         )
     if adapters:
         _check_base(folder, settings, section, config, replaced=base is not None)
-    tokenizer = read_tokenizer(folder.weights, section.model_copy(update={"chat_template": None}))
-    check_vocabulary(tokenizer, config.get_text_config().vocab_size, str(folder.weights))
+    saved = section.model_copy(update={"name": str(folder.weights), "chat_template": None})
+    tokenizer = fit_vocabulary(read_tokenizer(folder.weights, saved), config.get_text_config().vocab_size, saved)
     _check_golden(folder, tokenizer)
     fingerprint = weights_fingerprint(model_folder(section))
     return TrainedModel(folder, settings, section, adapters, config, tokenizer, fingerprint, notes)

@@ -33,7 +33,7 @@ from parley.models.device import DTYPES, describe_device, pick_device, pick_dtyp
 from parley.models.quantization import check_quantised, plan_quantization
 from parley.models.resolve import adapter_chain, local_folder, model_folder
 from parley.models.tokenizer import (
-    check_vocabulary,
+    fit_vocabulary,
     has_tokenizer,
     load_tokenizer,
     read_tokenizer,
@@ -73,7 +73,7 @@ def load_model(section: ModelSection) -> tuple[Any, PreTrainedTokenizerBase]:
         folder = model_folder(adapter)
         if has_tokenizer(folder):
             tokenizer = read_tokenizer(folder, adapter)
-            check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, adapter.name)
+            tokenizer = fit_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, adapter)
         model = load_adapter(model, folder)
         if not top or section.adapter == "merge":
             model = merge_adapter(model, adapter.name if local_folder(adapter.name) is None else str(folder))
@@ -93,7 +93,7 @@ def _load_base(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedTokeni
     folder = model_folder(section)
     model = _read_weights(folder, section, config, quantization, device, dtype)
     keep_trainable_layout(model)
-    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, section.name)
+    tokenizer = fit_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, section)
     set_padding(model, tokenizer)
     set_name(model, section, folder)
     return model.eval(), tokenizer

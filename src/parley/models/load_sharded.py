@@ -18,7 +18,7 @@ from parley.models.load import read_config, set_name, set_padding
 from parley.models.quantization import quantization_of
 from parley.models.resolve import adapter_chain, model_folder
 from parley.models.sharding import empty_model, fill, shard
-from parley.models.tokenizer import check_vocabulary, read_tokenizer
+from parley.models.tokenizer import fit_vocabulary, read_tokenizer
 
 SHARDED = ("none", "nf4")
 UNSHARDED = "set training.shard: none"
@@ -57,7 +57,7 @@ def load_sharded(section: ModelSection) -> tuple[PreTrainedModel, PreTrainedToke
     shard(model, device)
     set_name(model, base, source.folder)
     fill(model, source, device)
-    check_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, base.name)
+    tokenizer = fit_vocabulary(tokenizer, model.get_input_embeddings().num_embeddings, base)
     set_padding(model, tokenizer)
     return model.eval(), tokenizer
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -77,6 +80,51 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, name: 
         )
 
 
+def fit_vocabulary(tokenizer: PreTrainedTokenizerBase, embeddings: int, section: ModelSection) -> Any:
+    """`tokenizer` without special tokens that the model has no embedding for: their text is text like any other.
+
+    Published models have such tokens where nothing writes them: <image_soft_token> of Gemma 3's text models, a pad
+    token that was added to Llama 2. Raises ModelError for ids past the embedding of tokens that may occur.
+    """
+    outside = {id: token for id, token in tokenizer.added_tokens_decoder.items() if id >= embeddings and token.special}
+    names = {token.content for token in outside.values()}
+    used = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token}
+    written = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    if names and not names & used and not any(name in written for name in names):
+        logger.info("%s has no embedding for %s: left out of the tokenizer", section.name, ", ".join(sorted(names)))
+        tokenizer = _without(tokenizer, names, section)
+    check_vocabulary(tokenizer, embeddings, section.name)
+    return tokenizer
+
+
+def _without(tokenizer: PreTrainedTokenizerBase, names: set[str], section: ModelSection) -> PreTrainedTokenizerBase:
+    """`tokenizer` read again from files that do not name these tokens: it has no method to remove one."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for file in (Path(folder) / "tokenizer.json", Path(folder) / "tokenizer_config.json"):
+            file.write_text(json.dumps(_pruned(json.loads(file.read_text(encoding="utf-8")), names)), encoding="utf-8")
+        pruned = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=section.trust_remote_code
+        )
+    pruned.name_or_path = tokenizer.name_or_path
+    _choose_pad_token(pruned, section.name)
+    return pruned
+
+
+def _pruned(value: Any, names: set[str]) -> Any:
+    """`value` without entries that are one of `names`, or an added token of that name."""
+    if isinstance(value, dict):
+        return {key: _pruned(item, names) for key, item in value.items() if not _is_named(item, names)}
+    if isinstance(value, list):
+        return [_pruned(item, names) for item in value if not _is_named(item, names)]
+    return value
+
+
+def _is_named(value: Any, names: set[str]) -> bool:
+    name = value.get("content") if isinstance(value, dict) else value
+    return isinstance(name, str) and name in names
+
+
 def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in VOCABULARY_FILES)
 
@@ -134,9 +182,7 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
     folder, source = next((pair for pair in sources if has_tokenizer(pair[0])), (base_folder, base))
     tokenizer = read_tokenizer(folder, source)
     embeddings = _vocabulary_size(base_folder)
-    if embeddings is not None:
-        check_vocabulary(tokenizer, embeddings, source.name)
-    return tokenizer
+    return tokenizer if embeddings is None else fit_vocabulary(tokenizer, embeddings, source)
 
 
 def _vocabulary_size(folder: Path) -> int | None:

@@ -38,7 +38,7 @@ from parley.models.fingerprint import base_fingerprint
 from parley.models.load import load_adapter, load_model
 from parley.models.save_sharded import save_sharded
 from parley.models.sharding import is_sharded
-from parley.models.tokenizer import check_vocabulary, read_tokenizer
+from parley.models.tokenizer import fit_vocabulary, read_tokenizer
 from parley.safe_yaml import read_yaml_file
 from parley.training.checkpoint import (
     UNRELATED_TO_SPACE,
@@ -232,8 +232,8 @@ class RunFolder:
             base, _ = load_model(section.model_copy(update={"name": self.base_name(), "adapter": start}))
             model = load_adapter(base, self.weights)
         tokenizer = read_tokenizer(self.weights, section)
-        check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], str(self.weights))
-        return model, tokenizer
+        embeddings = model.get_input_embeddings().weight.shape[0]
+        return model, fit_vocabulary(tokenizer, embeddings, section.model_copy(update={"name": str(self.weights)}))
 
     def base_name(self) -> str:
         """The base model: a hub id, or the folder where it is now. Raises RunError for a folder that is gone."""
