@@ -247,10 +247,11 @@ class TrainingSection(OpenSection):
         description="With several processes. full: the weights are cut over them (FSDP2), and a layer is gathered when "
         "it is used; none: each has a whole model. auto: full where a whole model does not fit, by `parley plan`.",
     )
-    context_parallel: Positive = Field(
-        1,
+    context_parallel: Positive | Literal["auto"] = Field(
+        "auto",
         description="Processes that split each row of tokens between them, for conversations that one GPU does not "
-        "hold. The number of processes is a multiple of it.",
+        "hold. The number of processes is a multiple of it. auto: 1, and where by `parley plan` the longest row does "
+        "not fit so, the fewest GPUs that it fits on.",
     )
     per_device_train_batch_size: Positive = 2
     gradient_accumulation_steps: Positive = 4

@@ -28,7 +28,7 @@ from parley.text import print_text, visible
 from parley.training.preference.arguments import completion_tokens
 from parley.training.processes import process_count
 from parley.training.resource_usage import StageTimer
-from parley.training.shard_decision import check_context_parallel, shards_weights
+from parley.training.shard_decision import shards_weights, with_context
 
 GENERATIONS = 8
 """Answers to a prompt by default: TRL's."""
@@ -43,6 +43,7 @@ class TrainingSetup:
     model: Any
     tokenizer: Any
     data: Prepared
+    context_parallel: int = 1  # processes that split each row
 
 
 def prepare_training(config: RunConfig, console: Console, timer: StageTimer | None = None) -> TrainingSetup:
@@ -56,10 +57,14 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
         config.model.dtype = "float32"  # an update of 1e-4 is below half a unit of most bfloat16 weights
         print_text(console, "full fine-tuning keeps its weights in float32, so that small updates are not lost")
     resolve_adapter(config, console)
-    check_context_parallel(config)
-    sharded = shards_weights(config)
+    split = with_context(config)
+    ranks = split.training.context_parallel
+    assert ranks != "auto"
+    sharded = shards_weights(split)
     if sharded:
         print_text(console, f"weights are cut over {process_count()} processes (training.shard)")
+    if ranks > 1:
+        print_text(console, f"each row is split over {ranks} processes (training.context_parallel)")
     with console.status(Text(f"loading {visible(config.model.name)}")):
         model, tokenizer = load_sharded(config.model) if sharded else load_model(config.model)
     timer.end("model")
@@ -73,7 +78,7 @@ def prepare_training(config: RunConfig, console: Console, timer: StageTimer | No
         model = attach_lora(model, config.lora, seed=config.training.seed)
     timer.end("adapter")
     print_text(console, trainable_summary(model))
-    return TrainingSetup(config, device, model, tokenizer, data)
+    return TrainingSetup(config, device, model, tokenizer, data, ranks)
 
 
 def resolve_adapter(config: RunConfig, console: Console) -> None:

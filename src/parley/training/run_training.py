@@ -80,7 +80,7 @@ def build_trainer(
 
 
 def _several_processes(setup: TrainingSetup) -> dict[str, Any]:
-    return {"scale_batch": False, "context_parallel": setup.config.training.context_parallel}
+    return {"scale_batch": False, "context_parallel": setup.context_parallel}
 
 
 def _in_order(setup: TrainingSetup) -> Any:

@@ -6,6 +6,7 @@ Both take passes that several processes run together, and refuse what such a pas
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ from parley.errors import UsageError
 from parley.training.plan.device import PlanDevice, planned_device
 from parley.training.plan.memory import base_and_trained_bytes
 from parley.training.processes import from_main, is_main_process, process_count
+
+if TYPE_CHECKING:
+    from parley.training.plan.run_plan import Data
 
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Those that train sharded weights; an adapter takes any."""
@@ -34,12 +38,18 @@ def shards_weights(config: RunConfig) -> bool:
         if (obstacle := _obstacle(config)) is not None:
             raise UsageError(f"training.shard: full and {obstacle} do not go together; leave one of them out")
         return True
-    # On a CPU all processes share the memory that whole models would take.
-    on_gpus = config.model.device != "cpu" and torch.cuda.is_available()
-    if process_count() == 1 or not on_gpus or _obstacle(config) is not None:
+    device = _device(config)
+    if device is None or _obstacle(config) is not None:
         return False
-    device = replace(planned_device(torch.device("cuda"), None), count=process_count())
+    config = with_context(config)
     return from_main(is_main_process() and needs_sharding(config, device))  # free memory may differ
+
+
+def _device(config: RunConfig) -> PlanDevice | None:
+    """The GPUs of a run of several processes; None elsewhere. On a CPU all share the memory of whole models."""
+    if process_count() == 1 or config.model.device == "cpu" or not torch.cuda.is_available():
+        return None
+    return replace(planned_device(torch.device("cuda"), None), count=process_count())
 
 
 def needs_sharding(config: RunConfig, device: PlanDevice) -> bool:
@@ -48,33 +58,62 @@ def needs_sharding(config: RunConfig, device: PlanDevice) -> bool:
     The data are read only where the weights alone take half of the memory.
     """
     # The plan builds a run's arguments, which ask here for the optimizer.
-    from parley.training.plan.run_plan import Data, Planner, read_data
+    from parley.training.plan.run_plan import Planner, read_data
 
-    longest = Data(np.array([config.model.max_seq_length]), None)
-    if base_and_trained_bytes(Planner(config, longest, device).model) < device.free_bytes / 2:
+    if base_and_trained_bytes(Planner(config, _longest(config), device).model) < device.free_bytes / 2:
         return False
-    return Planner(config, read_data(config), device).estimates_by_sharding()[0].memory == "sharded"
+    return Planner(config, read_data(config), device).taken().memory == "sharded"
 
 
-def check_context_parallel(config: RunConfig) -> None:
-    """Raises UsageError where `training.context_parallel` cannot be followed."""
-    training = config.training
-    ranks = training.context_parallel
-    if ranks == 1:
-        return
+def with_context(config: RunConfig) -> RunConfig:
+    """`config` with the number of processes that split each row, which training.context_parallel says or leaves open.
+
+    Raises UsageError where it cannot be followed.
+    """
+    if config.training.context_parallel == "auto":
+        device = _device(config)
+        ranks = 1 if device is None else from_main(needed_ranks(config, device) if is_main_process() else 1)
+    else:
+        ranks = _checked_ranks(config, config.training.context_parallel)
+    return config.model_copy(update={"training": config.training.model_copy(update={"context_parallel": ranks})})
+
+
+def needed_ranks(config: RunConfig, device: PlanDevice) -> int:
+    """What auto is on several of `device`. The data are read only where rows of model.max_seq_length do not fit."""
+    from parley.training.plan.run_plan import context_ranks, read_data
+
+    if context_obstacle(config) is not None or context_ranks(config, _longest(config), device, most=1) == 1:
+        return 1
+    return context_ranks(config, read_data(config), device) or 1
+
+
+def _longest(config: RunConfig) -> Data:
+    from parley.training.plan.run_plan import Data
+
+    return Data(np.array([config.model.max_seq_length]), None)
+
+
+def _checked_ranks(config: RunConfig, ranks: int) -> int:
     if process_count() % ranks:
         raise UsageError(
             f"training.context_parallel is {ranks} and there {'is' if process_count() == 1 else 'are'} "
             f"{process_count()} process{'' if process_count() == 1 else 'es'}: their number has to be a multiple of it"
         )
+    if ranks > 1 and (setting := context_obstacle(config)) is not None:
+        raise UsageError(f"training.context_parallel: {ranks} and {setting} do not go together; leave one of them out")
+    return ranks
+
+
+def context_obstacle(config: RunConfig) -> str | None:
+    """The first setting that split rows do not follow."""
+    training = config.training
     for unsupported, setting in (
         (training.method != "sft", f"training.method: {training.method}"),
         (training.engine == "plain", "training.engine: plain"),
     ):
         if unsupported:
-            raise UsageError(
-                f"training.context_parallel: {ranks} and {setting} do not go together; leave one of them out"
-            )
+            return setting
+    return None
 
 
 def _obstacle(config: RunConfig) -> str | None:

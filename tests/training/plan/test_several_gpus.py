@@ -12,9 +12,9 @@ from tests.training.plan.test_plan import BIG, ROWS, folder, gpu, settings  # no
 import parley
 from parley.errors import UsageError
 from parley.training.plan.memory import Batches
-from parley.training.plan.run_plan import Data, plan_for
+from parley.training.plan.run_plan import Data, Planner, context_ranks, plan_for
 from parley.training.plan.several_gpus import link_cost, share_of
-from parley.training.shard_decision import needs_sharding
+from parley.training.shard_decision import needed_ranks, needs_sharding
 from parley.units import GIB
 
 NARROW = BIG | {"vocab_size": 8192, "num_hidden_layers": 32}  # layers and heads are gathered whole
@@ -118,6 +118,59 @@ def test_split_rows_take_less_of_each_gpu(folder: Any) -> None:  # noqa: F811
     keys_and_values = 4 * 2 * 8 * 128 * 2 * 32768
     assert split.link.bytes_a_step == pytest.approx(4 * split.trained_parameters + 3 * keys_and_values, rel=0.01)
     assert whole.estimates[0].parts[part] == split.estimates[0].parts[part]  # two pairs have a row each
+
+
+def test_auto_splits_rows_that_do_not_fit_over_the_fewest_gpus_that_they_fit_on(
+    folder: Any,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    long = Data(np.array([65536, 300]), 2)
+    config = settings(
+        folder(**NARROW | {"max_position_embeddings": 65536, "num_hidden_layers": 2}), "training.engine=captured",
+        "model.max_seq_length=65536", "training.per_device_train_batch_size=1", "training.shard=none",
+        "training.gradient_accumulation_steps=1",
+    )  # fmt: skip
+    count_memory, known = Planner.taken, {}
+
+    def taken(planner: Planner) -> Any:
+        key = (planner.ranks, int(planner.data.length_N.max()))
+        known[key] = known.get(key) or count_memory(planner)
+        return known[key]
+
+    monkeypatch.setattr(Planner, "taken", taken)
+
+    def chosen(gib: float, count: int = 4, data: Data = long) -> int | None:
+        return context_ranks(config, data, gpus(count, gib))
+
+    assert chosen(1) is None
+    one, two, four = (known[ranks, 65536].peak_bytes / GIB for ranks in (1, 2, 4))
+    assert four < two < one
+    between, less = (two + one) / 2, (four + two) / 2
+    assert [chosen(gib) for gib in (500, between, less)] == [1, 2, 4]
+    assert chosen(between, 1) == 1
+    assert chosen(between, 6) == 2
+    assert chosen(less, data=Data(np.array([300]), 1)) == 1
+    assert context_ranks(with_ranks(config, 2), long, gpus(4, 500)) == 2
+    plain = config.model_copy(update={"training": config.training.model_copy(update={"engine": "plain"})})
+    assert context_ranks(plain, long, gpus(2, 1)) == 1
+    # A run decides alike, and reads its data only where rows of the most tokens do not fit.
+    read: list[Any] = []
+    monkeypatch.setattr("parley.training.plan.run_plan.read_data", lambda config: read.append(config) or long)
+    assert needed_ranks(config, gpus(4, 500)) == 1
+    assert not read
+    assert needed_ranks(config, gpus(4, less)) == 4
+    assert needed_ranks(config, gpus(4, 1)) == 1  # memory runs out in one line
+    assert len(read) == 2
+    planned = parley.plan(config, gpu_memory=f"{between:.2f}GiB", gpus=2)
+    assert planned.fits
+    assert "up to 32,768 tokens of a packed row on each" in planned.estimates[0].notes[0]
+    assert "--set training.context_parallel=2" in [
+        other.settings for other in plan_for(with_ranks(config, 1), long, gpus(2, between)).alternatives if other.fits
+    ]
+
+
+def with_ranks(config: Any, ranks: int) -> Any:
+    return config.model_copy(update={"training": config.training.model_copy(update={"context_parallel": ranks})})
 
 
 def test_the_link_is_named() -> None:

@@ -37,6 +37,7 @@ from parley.training.plan.memory import (
 from parley.training.plan.several_gpus import LinkCost, check_gpus, link_cost, share_of
 from parley.training.plan.step_time import describe_basis, earlier_rate, model_work, step_seconds
 from parley.training.prepare_training import planned_steps
+from parley.training.shard_decision import context_obstacle
 
 # What transformers' code raises on fake tensors in families whose course depends on values.
 UNCOUNTED = (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError, AttributeError)
@@ -115,7 +116,29 @@ def plan(config: RunConfig, *, gpu_memory: str | int | None = None, gpus: int = 
     here = torch.device("cpu") if gpu_bytes is not None else pick_device(config.model.device)
     check_gpus(gpus, config.training.context_parallel)
     device = replace(planned_device(here, gpu_bytes), count=gpus)
-    return plan_for(config, read_data(config), device)
+    data = read_data(config)
+    config.training.context_parallel = context_ranks(config, data, device) or 1
+    return plan_for(config, data, device)
+
+
+def context_ranks(config: RunConfig, data: Data, device: PlanDevice, most: int | None = None) -> int | None:
+    """training.context_parallel as a number. Of auto: the fewest GPUs that the largest pass fits on; None where it fits
+    on no number of them, up to `most`.
+    """
+    wanted = config.training.context_parallel
+    if wanted != "auto":
+        return wanted
+    if device.count == 1 or context_obstacle(config) is not None:
+        return 1
+    for ranks in range(1, (most or device.count) + 1):
+        if device.count % ranks == 0 and _with_ranks(config, data, device, ranks).taken().fits(device):
+            return ranks
+    return None
+
+
+def _with_ranks(config: RunConfig, data: Data, device: PlanDevice, ranks: int) -> Planner:
+    training = config.training.model_copy(update={"context_parallel": ranks})
+    return Planner(config.model_copy(update={"training": training}), data, device)
 
 
 def check_planned(config: RunConfig) -> None:
@@ -165,6 +188,8 @@ class Planner:
 
     def __init__(self, config: RunConfig, data: Data, device: PlanDevice) -> None:
         self.config, self.data, self.device = config, data, device
+        wanted = config.training.context_parallel
+        self.ranks = 1 if wanted == "auto" else wanted  # `context_ranks` comes first where it matters
         self.notes: list[str] = []
         lora = _started_adapter(config)
         training = config.training.model_copy()
@@ -186,7 +211,7 @@ class Planner:
             config.training.gradient_accumulation_steps,
             config.model.max_seq_length,
         )
-        self.batches = share_of(self.whole_step, device.count, config.training.context_parallel)
+        self.batches = share_of(self.whole_step, device.count, self.ranks)
         self.bound, self.not_fused_because = self._bind()
 
     def _weight_dtype(self) -> torch.dtype:
@@ -221,8 +246,8 @@ class Planner:
     def _bind(self) -> tuple[Any, str | None]:
         if self.config.training.engine != "auto":
             return None, f"engine: {self.config.training.engine}"
-        if self.config.training.context_parallel > 1:
-            return None, f"rows are split over {self.config.training.context_parallel} GPUs"
+        if self.ranks > 1:
+            return None, f"rows are split over {self.ranks} GPUs"
         if (reason := unsupported_option(self.args)) is not None:
             return None, reason
         try:
@@ -245,7 +270,7 @@ class Planner:
     def estimates_by_sharding(self) -> list[MemoryEstimate]:
         """`estimates` with whole weights and, for several GPUs, with sharded ones; first what the run takes."""
         choice = self.config.training.shard
-        if self.config.training.context_parallel > 1:
+        if self.ranks > 1:
             whole = [self._joint(1)]
         else:
             whole = [] if choice == "full" and self.device.count > 1 else self.estimates()
@@ -269,9 +294,17 @@ class Planner:
             ) from None
 
     def taken(self) -> MemoryEstimate:
-        """The path that the run takes."""
-        if self.device.count > 1:
-            return self.estimates_by_sharding()[0]
+        """The path that the run takes; as the first of `estimates_by_sharding`, without counting the others."""
+        choice, several = self.config.training.shard, self.device.count > 1
+        if several and choice == "full":
+            return self._joint(self.device.count)
+        whole = self._joint(1) if self.ranks > 1 else self._taken_whole()
+        if not several or choice == "none" or whole.fits(self.device):
+            return whole
+        sharded = self._joint(self.device.count)
+        return sharded if sharded.fits(self.device) else whole
+
+    def _taken_whole(self) -> MemoryEstimate:
         if self.bound is not None:
             return self._fused(self.config.training.memory)
         estimate = next(iter(self._captured()), None) or self._plain()
@@ -327,13 +360,13 @@ class Planner:
         basis = describe_basis(rate, self.device.name)
         if rate is not None:
             return self.tokens / rate[0], basis
-        rows = -(-self.whole_step.rows_per_step * self.config.training.context_parallel // self.device.count)
+        rows = -(-self.whole_step.rows_per_step * self.ranks // self.device.count)
         one = step_seconds(
             self.work, self.data.length_N, rows, taken.path, taken.passes, taken.recompute, self.device.name
         )
         link = self.link(taken)
         # Attention of a part of a row still reads the keys of all of it.
-        one = one / self.config.training.context_parallel + (link.seconds_a_step if link is not None else 0.0)
+        one = one / self.ranks + (link.seconds_a_step if link is not None else 0.0)
         return self.steps * one, basis
 
     def link(self, taken: MemoryEstimate) -> LinkCost | None:
@@ -349,7 +382,7 @@ class Planner:
         heads = kv.get("num_key_value_heads") or kv.get("num_attention_heads") or 1
         size = kv.get("head_dim") or kv["hidden_size"] // kv["num_attention_heads"]
         tokens = float(self.data.length_N.mean()) * self.batches.rows_per_step
-        ranks = self.config.training.context_parallel
+        ranks = self.ranks
         split = (ranks - 1) / ranks * tokens * 2 * heads * size * 2 * self.work.layers  # keys and values in 16 bits
         return link_cost(
             self.device.name,
@@ -439,6 +472,8 @@ def _single_changes(config: RunConfig, data: Data, gpus: int) -> Iterator[str]:
         yield "training.memory=low"
     if gpus > 1 and training.shard == "none":
         yield "training.shard=full"
+    if gpus > 1 and training.context_parallel == 1 and context_obstacle(config) is None:
+        yield f"training.context_parallel={gpus}"
     if config.model.quantization in ("auto", "none") and config.lora is not None:
         yield "model.quantization=nf4"
     if training.per_device_train_batch_size > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -24,11 +25,11 @@ class LinkCost:
     seconds_a_step: float
 
 
-def check_gpus(gpus: int, context_parallel: int) -> None:
+def check_gpus(gpus: int, context_parallel: int | Literal["auto"]) -> None:
     """Raises UsageError for a number of GPUs that a run of these settings does not take."""
     if gpus < 1:
         raise UsageError(f"--gpus {gpus}: wanted a number of GPUs from 1 on")
-    if gpus % context_parallel:
+    if context_parallel != "auto" and gpus % context_parallel:
         raise UsageError(
             f"training.context_parallel is {context_parallel} and there are {gpus} GPUs: their number has to be a "
             "multiple of it"
