@@ -48,7 +48,7 @@ def walk(page: Page, address: str, rows: Path, look: Look, *, steps: int = 40, e
     page.set_input_files("#file", rows)
     page.wait_for_selector("#chosen")
     page.wait_for_selector("#rows .bubble, #rows .row, #rows article")
-    page.wait_for_selector("#checks :not(.busy)")
+    page.wait_for_selector("#checks .findings, #checks .good")
     look("data", page)
     page.goto(url + "/model")
     page.wait_for_selector(".verdict")

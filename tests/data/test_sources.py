@@ -21,6 +21,7 @@ from parley.data import sources
 from parley.data.files import ERROR, count_rows, read_files
 from parley.data.sources import FileRows, located, read_rows
 from parley.errors import DataError, UsageError
+from parley.library_compat.huggingface_hub import HTTPError
 
 ROWS = [{"instruction": f"question {n}", "response": f"answer {n}"} for n in range(1, 21)]
 
@@ -239,6 +240,7 @@ def test_the_hub_s_errors_take_one_line(monkeypatch: pytest.MonkeyPatch, error: 
         raise error
 
     monkeypatch.setattr(sources, "load_dataset", fail)
+    monkeypatch.setattr(sources, "check_hub_reached", lambda source: None)
     message = refused("own/set")
     assert message.startswith("own/set: ")
     assert expected in message
@@ -253,11 +255,29 @@ def test_what_the_hub_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         return rows.to_iterable_dataset() if kwargs["streaming"] else rows
 
     monkeypatch.setattr(sources, "load_dataset", load)
+    monkeypatch.setattr(sources, "check_hub_reached", lambda source: None)
     read("own/set", split="train[:5%]", subset="en", revision="v1")
     assert asked[0] == (("own/set",), {"split": "train[:5%]", "streaming": False, "name": "en", "revision": "v1"})
     assert [row for _, row in read("own/set", split="train[3:5]", streaming=True)] == ROWS[3:5]
     assert asked[1][1]["split"] == "train"
     assert "with data.streaming" in refused("own/set", split="train[:5%]", streaming=True)
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def fail(self: object, name: str, **_: Any) -> None:
+        asked.append(name)
+        raise httpx_error("Name or service not known")
+
+    httpx_error = next(kind for kind in HTTPError.__subclasses__() if kind.__name__ == "RequestError")
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", fail)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    monkeypatch.setattr(sources, "load_dataset", lambda *_, **__: Dataset.from_list(ROWS))
+    assert "hub cannot be reached" in refused("nobody/nothing")
+    assert asked == ["nobody/nothing"]
+    (tmp_path / "nobody___nothing").mkdir()
+    assert len(list(read("nobody/nothing"))) == len(ROWS), "what was downloaded before was not read"
 
 
 def test_an_unreachable_hub_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,15 +175,15 @@ def test_a_file_is_cured_and_its_limit_moved(files: Path, studio: StudioProcess,
     with opened(browser, studio, "/data") as page:
         page.locator("#file").set_input_files(files / "rows.jsonl")
         page.get_by_text("Dolly (columns instruction, context, response)").first.wait_for()
-        page.get_by_role("button", name="data.drop=[duplicate]").click()
-        page.get_by_role("button", name="take back duplicate").wait_for()
+        page.get_by_role("button", name="Leave them out data.drop=[duplicate]").click()
+        page.get_by_role("button", name="take back data.drop=[duplicate]").wait_for()
         before = page.locator("#cut").inner_text()
         page.locator("#lengths svg").click(position={"x": 20, "y": 50})
         after = page.locator("#cut").inner_text()
         assert before != after
-        assert "rows are longer" in after
+        assert "Longer rows: about 1." in after
         page.get_by_label("Search").fill("plain")
         page.locator("#rows .row").nth(1).wait_for()
         page.locator("#rows .row").nth(2).wait_for(state="detached")
-        page.get_by_role("button", name="take back duplicate").click()
-        page.get_by_role("button", name="data.drop=[duplicate]").wait_for()
+        page.get_by_role("button", name="take back data.drop=[duplicate]").click()
+        page.get_by_role("button", name="Leave them out data.drop=[duplicate]").wait_for()

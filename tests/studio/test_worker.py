@@ -48,6 +48,27 @@ def test_an_idle_process_ends() -> None:
     asyncio.run(calls())
 
 
+def test_a_call_that_nobody_waits_for_is_abandoned() -> None:
+    async def calls() -> None:
+        worker = Worker(prepare=int)
+        worker.abandon()
+        process = psutil.Process(await worker.call(os.getpid))
+        worker.abandon()  # nothing runs: the process is kept
+        assert worker.is_running
+        slow, waiting = (asyncio.ensure_future(worker.call(time.sleep, 600)) for _ in range(2))
+        await asyncio.sleep(0.05)
+        worker.abandon()
+        assert await worker.call(operator.mul, 2, 4) == 8, "a call waited for one that was abandoned"
+        for call in (slow, waiting):
+            with pytest.raises(UsageError, match="another data set was chosen"):
+                await call
+        await asyncio.to_thread(process.wait, 30)
+        assert worker.is_running
+        worker.close()
+
+    asyncio.run(calls())
+
+
 def test_it_ends_with_a_studio_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "studio_of_a_test.py"
     script.write_text(

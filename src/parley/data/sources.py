@@ -19,6 +19,7 @@ from pyarrow import ArrowException, parquet
 
 from parley.config import DEMO_DATA, DEMO_PREFERENCES, DEMO_PROMPTS, DataSection
 from parley.data.files import KINDS, ORIGIN, Row, count_rows, is_local, kind_of, path_exists, read_files
+from parley.data.hub_reach import UNREACHABLE, check_hub_reached
 from parley.errors import DataError, UsageError, one_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -121,6 +122,7 @@ def read_rows(source: str, data: DataSection, keep_bad: bool = False) -> Rows:
         _refuse_empty(files)
         rows = _load("parquet", source, data, data_files=files)
     elif _HUB_ID.fullmatch(source):
+        check_hub_reached(source)
         rows = _load(source, source, data, name=data.subset, revision=data.revision)
     else:
         raise _missing(source)
@@ -265,9 +267,7 @@ def _load(path: str, source: str, data: DataSection, **arguments: Any) -> Datase
         rows = load_dataset(path, split=split, streaming=data.streaming, **arguments)
     # Before OSError, of which ConnectionError is a subclass.
     except ConnectionError:
-        raise DataError(
-            f"{source}: no such file or folder here, and the hub cannot be reached; check the name or the network"
-        ) from None
+        raise DataError(f"{source}: {UNREACHABLE}") from None
     # Its own message only says that generation failed; the reason is in the cause.
     except DatasetGenerationError as error:
         raise DataError(f"{source}: cannot be read ({one_line(error.__cause__ or error)})") from None

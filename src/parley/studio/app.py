@@ -56,13 +56,17 @@ def create_app(studio: Studio, *, host: str = "127.0.0.1") -> FastAPI:
 
 
 async def _watch_queue(studio: Studio) -> None:
-    """Start what waits in the queue as devices become free."""
+    """Start what waits in the queue as devices become free. What hinders it is logged once, until it changes."""
+    logged = ""
     while True:
         try:
             if await asyncio.to_thread(studio.queue.advance):
                 studio.worker.close()  # it may hold memory of the GPU
+            logged = ""
         except (ParleyError, OSError) as error:  # a full disk, say: the studio still shows the runs
-            logger.error("%s", error)
+            if str(error) != logged:
+                logged = str(error)
+                logger.error("%s", logged)
         await asyncio.sleep(QUEUE_SECONDS)
 
 
@@ -128,9 +132,13 @@ def _show_fault(request: Request, error: Exception) -> Response:
 
 
 def _problem(request: Request, status_code: int, text: str) -> Response:
-    """What went wrong: beside the page for htmx, else a page of its own."""
+    """What went wrong: for htmx a message, else a page of its own.
+
+    It is shown in place of the part that was asked for, and after an action beside the page, which stays as it is.
+    """
     if "hx-request" in request.headers:
         response = fragment(request, "_message.html", status_code, text=text)
-        response.headers["HX-Retarget"], response.headers["HX-Reswap"] = "#messages", "innerHTML"
+        if request.method != "GET":
+            response.headers["HX-Retarget"], response.headers["HX-Reswap"] = "#messages", "innerHTML"
         return response
     return page(request, "error.html", status_code, text=text)

@@ -52,6 +52,13 @@ class FormatChoice:
     optional: list[str]
 
 
+OF_PREFERENCES = (
+    FormatChoice("pairs", "pairs", ["chosen", "rejected"], ["prompt"]),
+    FormatChoice("labelled", "labelled answers", ["prompt", "completion", "label"], []),
+)
+"""Formats that data.format has no value for: preferences are recognised by their columns."""
+
+
 @dataclass(frozen=True)
 class Look:
     """The first rows of a data set. `format`: what it was recognised as; `problem`: why it was not."""
@@ -229,10 +236,11 @@ def _shown_turn(turn: Turn) -> ShownTurn:
 
 
 def _formats() -> list[FormatChoice]:
-    return [
+    supervised = [
         FormatChoice(each.name, each.label, [names[0] for names in each.columns], [n[0] for n in each.optional])
         for each in FORMATS
     ]
+    return [*supervised, *OF_PREFERENCES]
 
 
 def _token_texts(texts: TokenTexts, ids: list[int]) -> list[str]:

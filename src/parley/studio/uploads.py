@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+import secrets
+import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 
 from parley.data.compression import COMPRESSIONS
@@ -13,6 +17,8 @@ from parley.units import file_size
 
 MOST_BYTES = 16 * 2**30  # of all uploads together
 LONGEST_NAME = 100
+PART = ".part"
+PART_SECONDS = 3600.0  # without a write, after which nobody sends the rest
 _STRANGE = re.compile(r"[^\w.-]+")
 
 
@@ -30,20 +36,29 @@ def upload_path(folder: Path, name: str) -> Path:
 async def save_upload(folder: Path, name: str, chunks: AsyncIterator[bytes]) -> Path:
     """Write `chunks` as they come; the file appears when it is whole. Raises UsageError and RunError."""
     target = upload_path(folder, name)
+    _remove_old_parts(folder)
     space = MOST_BYTES - sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
-    part = target.with_name(target.name + ".part")
+    part = folder / f"{secrets.token_hex(8)}{PART}"  # two tabs may send a file of one name
     try:
         with part.open("xb") as file:
             async for chunk in chunks:
                 space -= len(chunk)
                 if space < 0:
                     raise UsageError(f"uploads take {file_size(MOST_BYTES)} at most; remove some from {folder}")
-                file.write(chunk)
+                await asyncio.to_thread(file.write, chunk)  # a slow disk does not hold up the other pages
+        while target.exists():
+            target = upload_path(folder, name)
         part.rename(target)
-    except FileExistsError:
-        raise RunError(f"{name}: is being uploaded already, or was cut off; remove {part}") from None
     except OSError as error:
         raise RunError(f"{name}: cannot be stored ({error.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
     return target
+
+
+def _remove_old_parts(folder: Path) -> None:
+    """Remove what uploads left behind whose studio was killed; they take space, and nothing continues them."""
+    for part in folder.glob(f"*{PART}"):
+        with suppress(OSError):  # another studio of this folder may do the same
+            if time.time() - part.stat().st_mtime > PART_SECONDS:
+                part.unlink()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import multiprocessing
+import os
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import Any, TypeVar
 
-from parley.errors import DeviceError
+import psutil
+
+from parley.errors import DeviceError, UsageError
 from parley.quiet_libraries import quiet_libraries
 from parley.studio.child import begin_child
 
@@ -26,40 +30,69 @@ class Worker:
 
     def __init__(self, idle_seconds: float = IDLE_SECONDS, prepare: Callable[[], object] = quiet_libraries) -> None:
         self._idle_seconds, self._prepare = idle_seconds, prepare
-        self._pool: ProcessPoolExecutor | None = None
-        self._calls = 0
+        self._process: _Process | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     async def call(self, function: Callable[..., Result], *args: Any) -> Result:
         """`function(*args)`; function, arguments and result are pickled. Raises what it raises.
 
-        Raises DeviceError where the process was killed, as Linux does where memory runs out.
+        Raises DeviceError where the process was killed, as Linux does where memory runs out, and UsageError where the
+        call was abandoned.
         """
         if self._timer is not None:
             self._timer.cancel()
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
-            self._pool = ProcessPoolExecutor(1, mp_context=context, initializer=begin_child, initargs=(self._prepare,))
-        pool = self._pool
-        self._calls += 1
+        if self._process is None:
+            self._process = _Process(self._prepare)
+        process = self._process
+        process.calls += 1
         try:
-            return await asyncio.wrap_future(pool.submit(function, *args))
-        except BrokenProcessPool:
-            self.close()
+            return await asyncio.wrap_future(process.pool.submit(function, *args))
+        except (BrokenProcessPool, asyncio.CancelledError) as error:
+            if process.is_abandoned:
+                raise UsageError("another data set was chosen meanwhile; reload the page") from None
+            if isinstance(error, asyncio.CancelledError):  # whoever asked is gone
+                raise
+            if process is self._process:
+                self.close()
             raise DeviceError(
                 "the studio's own process ended, most likely for lack of memory; end other programs, then try again"
             ) from None
         finally:
-            self._calls -= 1
-            if not self._calls:
+            process.calls -= 1
+            if process is self._process and not process.calls:
                 self._timer = asyncio.get_running_loop().call_later(self._idle_seconds, self.close)
 
     @property
     def is_running(self) -> bool:
-        return self._pool is not None
+        return self._process is not None
+
+    def abandon(self) -> None:
+        """End the process where a call runs, such as a download that takes long: nobody waits for its result."""
+        process = self._process
+        if process is not None and process.calls:
+            self.close(cancel=True)
+            process.kill()
 
     def close(self, *, cancel: bool = False) -> None:
-        """End the process once its calls are done, or with `cancel` the one that runs; the next call starts another."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=cancel)
-            self._pool = None
+        """End the process once its calls are done, with `cancel` without those that wait; the next call starts another."""
+        if self._process is not None:
+            self._process.pool.shutdown(wait=False, cancel_futures=cancel)
+            self._process = None
+
+
+class _Process:
+    """A pool of one process, with the number of calls that wait for it or run in it."""
+
+    def __init__(self, prepare: Callable[[], object]) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork of a process with threads may deadlock
+        self.pool = ProcessPoolExecutor(1, mp_context=context, initializer=begin_child, initargs=(prepare,))
+        self.calls = 0
+        self.is_abandoned = False
+        self._pid: Future[int] = self.pool.submit(os.getpid)
+
+    def kill(self) -> None:
+        self.is_abandoned = True
+        # Without a pid it has not started yet, and its calls were cancelled.
+        if self._pid.done() and not self._pid.cancelled():
+            with suppress(psutil.NoSuchProcess):
+                psutil.Process(self._pid.result()).kill()

@@ -18,7 +18,7 @@ from parley.safe_yaml import load_yaml
 from parley.studio import data_view
 from parley.studio.settings_edit import set_setting
 from parley.studio.state import Studio
-from parley.studio.uploads import save_upload
+from parley.studio.uploads import PART, save_upload
 from parley.studio.web import N_, StudioDep, fragment, page, read_form
 
 router = APIRouter(prefix="/data")
@@ -26,9 +26,31 @@ router = APIRouter(prefix="/data")
 PAGE_ROWS = 20
 MOST_START = 10**9
 CURABLE = ("data.drop", "data.control_tokens", "data.overlong", "data.bad_rows", "model.max_seq_length")
+CURE_LABELS = {
+    "data.drop": N_("Leave them out"),
+    "data.overlong=drop": N_("Leave them out"),
+    "data.overlong=split": N_("Split them"),
+    "data.bad_rows=skip": N_("Leave them out"),
+    "data.bad_rows": N_("Set"),
+    "data.control_tokens": N_("Set"),
+    "data.overlong": N_("Set"),
+    "model.max_seq_length": N_("Raise the limit"),
+}
+"""Buttons by setting and value, else by setting."""
 OF_ONE_SOURCE = ("data.columns", "data.format", "data.split", "data.subset", "data.revision", "data.drop", "data.roles")
 # A setting in the text of a cure, as the doctor writes it: data.drop=[duplicate], model.max_seq_length=4096.
 _SETTING = re.compile(r"\b((?:data|model)\.\w+)=(\[[\w-]+\]|[\w-]+)")
+FORMAT_LABELS = {
+    "messages": N_("conversations: a list of messages"),
+    "sharegpt": N_("conversations in ShareGPT's form"),
+    "alpaca": N_("instructions and answers (Alpaca)"),
+    "dolly": N_("questions and answers (Dolly)"),
+    "prompt-completion": N_("a text and how it continues"),
+    "tokens": N_("token ids"),
+    "text": N_("plain text"),
+    "pairs": N_("pairs of a better and a worse answer"),
+    "labelled": N_("answers marked good or bad"),
+}
 SEVERITIES = (N_("error"), N_("warning"), N_("note"))
 ROLES = (N_("user"), N_("assistant"), N_("system"), N_("tool"))
 
@@ -36,7 +58,7 @@ ROLES = (N_("user"), N_("assistant"), N_("system"), N_("tool"))
 @router.get("", response_model=None)
 def data_page(request: Request, studio: StudioDep) -> Response:
     source = studio.draft.value("data.source") or studio.draft.value("data")
-    uploads = sorted(path.name for path in studio.uploads.iterdir() if path.suffix != ".part")
+    uploads = sorted(path.name for path in studio.uploads.iterdir() if path.suffix != PART)
     return page(
         request, "data.html", source=source if isinstance(source, str) else None, uploads=uploads,
         demos=(DEMO_DATA, DEMO_PREFERENCES), split=studio.draft.value("data.split"),
@@ -70,7 +92,8 @@ async def choose_source(request: Request, studio: StudioDep) -> Response:
 
 
 def _choose(studio: Studio, source: str, changes: dict[str, Any]) -> None:
-    """Name the data set of the next run; what was set for another one is removed."""
+    """Name the data set of the next run; what was set for another one is removed, and its checks are ended."""
+    studio.worker.abandon()
     _change(studio, dict.fromkeys(OF_ONE_SOURCE) | {"data.source": source} | changes)
 
 
@@ -87,21 +110,27 @@ def _change(studio: Studio, changes: dict[str, Any]) -> None:
 async def look(request: Request, studio: StudioDep) -> Response:
     """The format said aloud, and the form that maps columns by hand."""
     found = await studio.worker.call(data_view.look, _text(studio))
-    chosen = studio.draft.value("data.format") or "auto"
     columns = studio.draft.value("data.columns")
-    formats = [each for each in found.formats if chosen in ("auto", each.name)]
+    mapped = columns if isinstance(columns, dict) else {}
     return fragment(
-        request, "_data_look.html", look=found, chosen=chosen, mapped=columns if isinstance(columns, dict) else {},
-        mappable=dict.fromkeys(name for each in formats for name in (*each.required, *each.optional)),
-        names={column.name for column in found.columns},
+        request, "_data_look.html", look=found, chosen=studio.draft.value("data.format") or _mapped_format(found, mapped),
+        mapped=mapped, names={column.name for column in found.columns}, labels=FORMAT_LABELS,
     )  # fmt: skip
+
+
+def _mapped_format(found: data_view.Look, mapped: dict[str, str]) -> str:
+    """The format whose columns are mapped by hand; "" where none is."""
+    with_all = (each.name for each in found.formats if mapped and {*mapped} <= {*each.required, *each.optional})
+    return next(with_all, "")
 
 
 @router.post("/columns", response_model=None)
 async def map_columns(request: Request, studio: StudioDep) -> Response:
     form = await read_form(request)
     mapped = {name.removeprefix("column."): own for name, own in form.items() if name.startswith("column.") and own}
-    _change(studio, {"data.columns": mapped or None, "data.format": form.get("format") or None})
+    chosen = form.get("format")
+    by_columns = not chosen or chosen in {each.name for each in data_view.OF_PREFERENCES}
+    _change(studio, {"data.columns": mapped or None, "data.format": None if by_columns else chosen})
     return Response(status_code=204, headers={"HX-Redirect": "/data"})
 
 
@@ -111,8 +140,18 @@ async def checks(request: Request, studio: StudioDep) -> Response:
     diagnosis = await studio.worker.call(data_view.check, _text(studio))
     return fragment(
         request, "_data_checks.html", diagnosis=diagnosis, cures=_cures(diagnosis), model=_model(studio),
-        droppable=get_args(Droppable), limit=diagnosis.max_length, dropped=studio.draft.value("data.drop") or [],
+        droppable=get_args(Droppable), limit=diagnosis.max_length, chosen=_chosen_cures(studio), labels=CURE_LABELS,
     )  # fmt: skip
+
+
+def _chosen_cures(studio: Studio) -> list[tuple[str, str]]:
+    """The cures that the settings have, each to be taken back by itself."""
+    found = []
+    for key in CURABLE:
+        value = studio.draft.value(key)
+        found += [(key, f"[{name}]") for name in value] if isinstance(value, list) else []
+        found += [(key, str(value))] if isinstance(value, str | int) else []
+    return found
 
 
 def _cures(diagnosis: Diagnosis) -> dict[str, list[tuple[str, str]]]:

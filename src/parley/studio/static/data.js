@@ -46,8 +46,12 @@
     const counts = JSON.parse(figure.dataset.histogram); // [length, rows], the length within 1%
     const svg = figure.querySelector("svg"), line = figure.querySelector("#limit-line"), number = figure.querySelector("#limit");
     const longest = +line.max, width = longest / BINS;
-    const bins = new Array(BINS).fill(0);
-    for (const [length, rows] of counts) bins[Math.min(BINS - 1, Math.floor(length / width))] += rows;
+    const bins = new Array(BINS).fill(0), lengths = new Array(BINS).fill(0);
+    for (const [length, rows] of counts) {
+      const bin = Math.min(BINS - 1, Math.floor(length / width));
+      bins[bin] += rows;
+      lengths[bin] = Math.max(lengths[bin], length);
+    }
     const highest = Math.max(...bins);
     const make = (name, attributes) => {
       const element = document.createElementNS("http://www.w3.org/2000/svg", name);
@@ -71,7 +75,7 @@
       const at = Math.min(999, 1000 * limit / longest); // a limit beyond the longest row is at the edge
       mark.setAttribute("x1", at);
       mark.setAttribute("x2", at);
-      bars.forEach((bar, i) => bar.setAttribute("class", (i + 1) * width > limit ? "cut" : ""));
+      bars.forEach((bar, i) => bar.setAttribute("class", lengths[i] > limit ? "cut" : ""));
       let rows = 0, tokens = 0;
       for (const [length, count] of counts) if (length > limit) { rows += count; tokens += count * (length - limit); }
       const number = value => value.toLocaleString(document.documentElement.lang);
@@ -92,6 +96,12 @@
     svg.addEventListener("pointermove", event => { if (svg.hasPointerCapture(event.pointerId)) drag(event); });
     show(+number.value);
   }
+
+  document.body.addEventListener("change", event => {
+    if (event.target.id !== "format") return;
+    for (const fields of document.querySelectorAll("#mapping fieldset")) // those of other formats are not sent
+      fields.hidden = fields.disabled = fields.dataset.format !== event.target.value;
+  });
 
   document.body.addEventListener("htmx:afterSwap", event => {
     if (event.target.id !== "checks") return;
