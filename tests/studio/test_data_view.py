@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -130,6 +133,36 @@ def test_an_upload_becomes_the_data_of_the_next_run(studio: Studio, client: Test
     assert studio.draft.value("training.max_steps") == 7
 
 
+def test_two_tabs_may_send_a_file_of_one_name(tmp_path: Path) -> None:
+    (tmp_path / f"killed{uploads.PART}").touch()
+    os.utime(tmp_path / f"killed{uploads.PART}", (1, 1))
+
+    async def chunks(text: bytes) -> AsyncIterator[bytes]:
+        for _ in range(3):
+            await asyncio.sleep(0.001)
+            yield text
+
+    async def both() -> list[Path]:
+        return await asyncio.gather(*(uploads.save_upload(tmp_path, "rows.txt", chunks(text)) for text in (b"a", b"b")))
+
+    paths = asyncio.run(both())
+    assert [path.read_bytes() for path in paths] == [b"aaa", b"bbb"]
+    assert sorted(tmp_path.iterdir()) == sorted(paths), "what a killed studio left is still there"
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    studio: Studio, client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, *_: object) -> object:
+        self.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", full)
+    refused = client.post("/data/uploads", params={"name": "rows.jsonl"}, content=b"x")
+    assert refused.json() == {"error": "rows.jsonl: cannot be stored (No space left on device)"}
+    assert list(studio.uploads.iterdir()) == []
+
+
 def test_a_refused_upload_leaves_nothing(studio: Studio, client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploads, "MOST_BYTES", 1000)
     refused = client.post("/data/uploads", params={"name": "rows.jsonl"}, content=b"x" * 2000)
@@ -207,6 +240,25 @@ def test_a_mapping_of_columns_goes_into_the_settings(studio: Studio, client: Tes
     assert studio.draft.value("data.columns") == {"response": "antwort"}
     assert studio.draft.value("data.format") == "dolly"
     assert client.post("/data/columns", data={"format": "nonsense"}).status_code == 400
+
+
+def test_a_mapping_of_pairs_is_one_of_columns(studio: Studio, client: TestClient, tmp_path: Path) -> None:
+    path = studio.root / "pairs.jsonl"
+    path.write_text('{"q": "Hi?", "good": "Hello!", "bad": "No."}\n')
+    studio.draft.set({"data.source": str(path)})
+    form = {"format": "pairs", "column.prompt": "q", "column.chosen": "good", "column.rejected": "bad"}
+    assert client.post("/data/columns", data=form).status_code == 204
+    assert studio.draft.value("data.format") is None
+    assert len(data_view.rows(studio.draft.text, 0, 5, "", "").rows[0].sides) == 2
+
+
+def test_errors_of_a_part_are_shown_in_its_place_and_those_of_an_action_beside(client: TestClient) -> None:
+    htmx = {"HX-Request": "true"}
+    part = client.get("/data/rows", params={"found_by": "nonsense"}, headers=htmx)
+    action = client.post("/data/columns", data={"format": "nonsense"}, headers=htmx)
+    assert [each.status_code for each in (part, action)] == [400, 400]
+    assert "hx-retarget" not in part.headers
+    assert action.headers["hx-retarget"] == "#messages"
 
 
 def test_a_source_without_rows_says_so(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sys
@@ -13,8 +14,10 @@ import psutil
 import pytest
 
 from parley.errors import ParleyError, RunError, UsageError
+from parley.studio import app
 from parley.studio import queue as queue_module
 from parley.studio.queue import Job, Queue
+from parley.studio.state import Studio
 from parley.training.run_lock import RunLock
 
 # Stands in for `parley`: makes the run's folder, as far as its settings say, and waits to be ended.
@@ -225,3 +228,25 @@ def test_a_broken_queue_is_said_and_not_overwritten(queue: Queue, content: str) 
         queue.add(SETTINGS, "a")
     assert queue.file.read_text() == content
     queue.file.unlink()
+
+
+def test_a_broken_queue_is_logged_once(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(app, "QUEUE_SECONDS", 0.0)
+    looks = []
+    states = iter([*["is broken"] * 3, "", *["is broken"] * 2, *["cannot be written"] * 2])
+
+    def advance() -> int:
+        looks.append(state := next(states, "ended"))
+        if state == "ended":
+            raise AssertionError(state)
+        if state:
+            raise RunError(f"queue.json: {state}")
+        return 0
+
+    monkeypatch.setattr(studio.queue, "advance", advance)
+    with pytest.raises(AssertionError, match="ended"):
+        asyncio.run(app._watch_queue(studio))
+    logged = [record.getMessage() for record in caplog.records]
+    assert logged == [f"queue.json: {state}" for state in ("is broken", "is broken", "cannot be written")]

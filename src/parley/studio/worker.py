@@ -74,7 +74,7 @@ class Worker:
             process.kill()
 
     def close(self, *, cancel: bool = False) -> None:
-        """End the process once its calls are done, with `cancel` without those that wait; the next call starts another."""
+        """End the process once its calls are done, with `cancel` without those that wait; the next starts another."""
         if self._process is not None:
             self._process.pool.shutdown(wait=False, cancel_futures=cancel)
             self._process = None

@@ -112,9 +112,10 @@ async def look(request: Request, studio: StudioDep) -> Response:
     found = await studio.worker.call(data_view.look, _text(studio))
     columns = studio.draft.value("data.columns")
     mapped = columns if isinstance(columns, dict) else {}
+    chosen = studio.draft.value("data.format") or _mapped_format(found, mapped)
     return fragment(
-        request, "_data_look.html", look=found, chosen=studio.draft.value("data.format") or _mapped_format(found, mapped),
-        mapped=mapped, names={column.name for column in found.columns}, labels=FORMAT_LABELS,
+        request, "_data_look.html", look=found, chosen=chosen, mapped=mapped,
+        names={column.name for column in found.columns}, labels=FORMAT_LABELS,
     )  # fmt: skip
 
 
