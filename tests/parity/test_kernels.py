@@ -217,6 +217,7 @@ def check_attention(
     tokens, columns = sum(lengths), heads * size
     x, dout = draw(tokens, shape.columns, seed=0), draw(tokens, columns, seed=1)
     results: list[Any] = []
+    sink_gradients: list[torch.Tensor] = []
     for ops, device in ((reference, torch.device("cpu")), (kernels, DEVICE)):
         rows = rows_of(lengths)
         on = [t.to(device) for t in (x, dout)]
@@ -228,4 +229,8 @@ def check_attention(
         saved = ops.attention(on[0], rows, shape, out[:, :columns], None if sinks is None else sinks.to(device))
         ops.attention_backward(on[1], on[0], out[:, :columns], saved, rows, shape, dx[:, : shape.columns])
         results.append(torch.cat([out, dx], dim=1).cpu())
+        if sinks is not None:
+            gradient = ops.sink_gradient(on[1], out[:, :columns], saved, sinks.to(device), rows, shape)
+            sink_gradients.append(gradient.cpu())
     assert off(results[1], results[0]) < 1e-5
+    assert not sink_gradients or off(sink_gradients[1], sink_gradients[0]) < 1e-5

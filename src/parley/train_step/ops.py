@@ -232,6 +232,17 @@ class Ops(Protocol):
     ) -> None:
         """Write the gradients of queries, keys and values side by side into the strided `dx_TC`."""
 
+    def sink_gradient(
+        self,
+        dout_TD: Tensor,
+        out_TD: Tensor,
+        saved: Any,
+        sinks_H: Tensor,
+        batch: DeviceBatch,
+        shape: AttentionShape,
+    ) -> Tensor:
+        """The gradient of the sinks that `attention` was given, (H,) in fp32."""
+
     def cross_entropy(
         self, logits_SV: Tensor, target_S: Tensor, scale: Tensor, metrics_3: Tensor, transform: LogitTransform
     ) -> Tensor:

@@ -54,17 +54,21 @@ class PackedAttention(torch.autograd.Function):
         out_TD = x_TC.new_empty(len(x_TC), shape.heads * shape.head_dim)
         ctx.state = ops_for(x_TC.device).attention(x_TC, batch, shape, out_TD, sinks_H)
         ctx.batch, ctx.shape = batch, shape
-        ctx.save_for_backward(x_TC, out_TD)
+        ctx.save_for_backward(x_TC, out_TD, sinks_H)
         return out_TD
 
     @staticmethod
     def backward(ctx: Any, *dout: Tensor) -> tuple[Any, ...]:
-        x_TC, out_TD = ctx.saved_tensors
+        x_TC, out_TD, sinks_H = ctx.saved_tensors
         dx_TC = torch.empty_like(x_TC)
         ops = ops_for(x_TC.device)
-        ops.attention_backward(dout[0].contiguous(), x_TC, out_TD, ctx.state, ctx.batch, ctx.shape, dx_TC)
+        dout_TD = dout[0].contiguous()
+        ops.attention_backward(dout_TD, x_TC, out_TD, ctx.state, ctx.batch, ctx.shape, dx_TC)
         dq, dk, dv = (part.transpose(0, 1) for part in ctx.shape.split_qkv(dx_TC))
-        return dq, dk, dv, None, None, None
+        dsinks_H = None
+        if ctx.needs_input_grad[3]:
+            dsinks_H = ops.sink_gradient(dout_TD, out_TD, ctx.state, sinks_H, ctx.batch, ctx.shape).to(sinks_H)
+        return dq, dk, dv, dsinks_H, None, None
 
 
 def packed_attention(
@@ -93,8 +97,6 @@ def packed_attention(
         raise Unsupported(f"{type(module).__name__} is not told the documents of a packed row")
     if dropout:
         raise Unsupported(f"attention dropout of {dropout}")
-    if s_aux is not None and s_aux.requires_grad and torch.is_grad_enabled():
-        raise Unsupported("attention sinks are trained")
     if given:
         raise Unsupported(f"{type(module).__name__} attends with {', '.join(given)}")
     heads, head_dim = query.shape[1], query.shape[3]

@@ -126,6 +126,17 @@ def attention_backward(
     layout.unpad(dx_JE, dx_TC)
 
 
+def sink_gradient(
+    dout_TD: Tensor, out_TD: Tensor, saved: Any, sinks_H: Tensor, batch: DeviceBatch, shape: AttentionShape
+) -> Tensor:
+    """A sink's probability times the derivative of its score, which is minus dout times out: it has no value."""
+    assert batch.lengths is not None, "unknown to the host under a CUDA graph alone"
+    layout = padded_layout(batch.lengths, shape)
+    dot_BQ = (layout.pad_outputs(dout_TD).float() * layout.pad_outputs(out_TD)).sum(-1)
+    gradient_BQ = (saved.float().sum(-1) - 1) * dot_BQ  # the other probabilities of a row are those of its keys
+    return gradient_BQ.view(layout.documents, shape.heads, layout.longest).sum((0, 2))
+
+
 def _takes_full_scores(layout: PaddedLayout) -> bool:
     """PyTorch's flash attention has no soft cap."""
     return layout.longest <= MAX_FULL_SCORES or layout.shape.softcap is not None

@@ -11,7 +11,7 @@ from parley.data.control_tokens import IGNORE_INDEX
 from parley.library_compat.torch import gelu_tanh_backward_into, silu_backward_into
 from parley.train_step.ops import AdapterSlice, AttentionShape, LogitTransform, QkNorm, RopeTable, ScaledCopy
 from parley.train_step.packed_batch import DeviceBatch
-from parley.train_step.reference_attention import attention, attention_backward
+from parley.train_step.reference_attention import attention, attention_backward, sink_gradient
 
 __all__ = [
     "add_adapter_gradients",
@@ -32,6 +32,7 @@ __all__ = [
     "run_copies",
     "scale_columns",
     "scale_columns_backward",
+    "sink_gradient",
 ]
 
 

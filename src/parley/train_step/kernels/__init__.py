@@ -1,6 +1,6 @@
 """The operations of ops.Ops as Triton kernels, under the names of `parley.train_step.reference_ops`."""
 
-from parley.train_step.kernels.attention import attention, attention_backward
+from parley.train_step.kernels.attention import attention, attention_backward, sink_gradient
 from parley.train_step.kernels.cross_entropy import cross_entropy
 from parley.train_step.kernels.dropout import dropout
 from parley.train_step.kernels.lora import add_adapter_gradients, copy_scaled, prepare_copies, run_copies
@@ -28,4 +28,5 @@ __all__ = [
     "run_copies",
     "scale_columns",
     "scale_columns_backward",
+    "sink_gradient",
 ]

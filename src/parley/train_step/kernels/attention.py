@@ -248,6 +248,15 @@ def _add_sinks(out_TD: Tensor, lse_HT: Tensor, sinks_H: Tensor) -> Tensor:
     return with_sinks_HT
 
 
+def sink_gradient(
+    dout_TD: Tensor, out_TD: Tensor, saved: Any, sinks_H: Tensor, batch: DeviceBatch, shape: AttentionShape
+) -> Tensor:
+    """A sink's probability times the derivative of its score, which is minus dout times out: it has no value."""
+    probability_TH = torch.exp2(sinks_H.float()[:, None] * LOG2_E.value - saved).t()
+    dot_TH = (dout_TD.float() * out_TD).unflatten(1, (shape.heads, -1)).sum(-1)
+    return -(probability_TH * dot_TH).sum(0)
+
+
 def attention_backward(
     dout_TD: Tensor, x_TC: Tensor, out_TD: Tensor, saved: Any, batch: DeviceBatch, shape: AttentionShape, dx_TC: Tensor
 ) -> None:
