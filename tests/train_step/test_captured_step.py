@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
+from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
@@ -208,6 +209,43 @@ def test_a_weight_that_the_loss_does_not_depend_on_has_no_gradient(tokens: int) 
     assert not model.unused.grad.any()
     assert all(p.grad is gradient for p, gradient in zip(step.trained, step.gradients, strict=True))
     assert not any((gradient == 7).all() for gradient in step.gradients)
+
+
+def test_dynamic_fine_tuning() -> None:
+    """The loss that TRL names dft: a token's loss times its probability, which is a constant of the gradient."""
+    model, examples = build("llama"), documents()
+    count, total = sum(example.supervised_tokens for example in examples), 0.0
+    for example in examples:
+        logits_LV = model(torch.tensor(example.ids_L).long()[None]).logits[0, :-1]
+        target_L = torch.tensor(example.label_L[1:]).long()
+        loss_L = functional.cross_entropy(logits_LV, target_L, ignore_index=IGNORE_INDEX, reduction="none")
+        loss = (loss_L * torch.exp(-loss_L.detach())).sum()
+        (loss / count).backward()
+        total += loss.item()
+    wanted = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    model.zero_grad()
+    step = CapturedStep(model, tokens=60, dft=True)
+    step.forward_backward(examples, count)
+    assert float(step.metrics_3[0]) == pytest.approx(total, rel=1e-5)
+    got = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+    assert float((got - wanted).norm() / wanted.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("tokens", [1000, 40])
+def test_noise_of_embeddings_is_that_of_each_document_alone(tokens: int) -> None:
+    """NEFTune: uniform up to alpha / sqrt(L D), with L of the whole document, also behind its last supervised token."""
+    model, lengths = build("llama").train(), (30, 5, 150)
+    activate_neftune(model, 5.0)
+    ids = [torch.randint(3, 101, (length,)) for length in lengths]
+    examples = [Document.from_lists(i, torch.where(torch.arange(len(i)) < 3, i, IGNORE_INDEX)) for i in ids]
+    embedded: list[torch.Tensor] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: embedded.append(args[0][0].detach()))
+    CapturedStep(model, tokens=tokens, noise=True).forward_backward(examples, 6)
+    noise = torch.cat(embedded) - model.model.embed_tokens.weight.detach()[torch.cat(ids)]
+    for length, noise_LD in zip(lengths, noise.split(lengths), strict=True):
+        largest = 5.0 / (length * 64) ** 0.5
+        assert float(noise_LD.abs().max()) == pytest.approx(largest, rel=0.02)
+        assert float(noise_LD.std()) == pytest.approx(largest / 3**0.5, rel=0.1)
 
 
 def test_label_smoothing() -> None:

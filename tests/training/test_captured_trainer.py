@@ -54,7 +54,9 @@ def trainer(
 
 
 @pytest.mark.parametrize("lora", [None, {"use_dora": True}, {"modules_to_save": ["lm_head"]}])
-@pytest.mark.parametrize("settings", [{}, {"label_smoothing_factor": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, {"neftune_noise_alpha": 0.0}]
+)
 def test_learns_what_the_plain_path_learns(
     build_family: Any, tiny_tokenizer: Any, tmp_path: Path, lora: dict[str, Any] | None, settings: dict[str, Any]
 ) -> None:
@@ -103,6 +105,20 @@ def test_8_bit_adamw_of_a_whole_model_updates_as_bitsandbytes_does(
     assert torch.uint8 in {dtype for dtype, _ in ended[0].values()}
     for ours, theirs in zip(ended[1], ended[3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-4)
+
+
+def test_noise_of_embeddings_is_each_document_s_and_the_plain_path_takes_padded_batches(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: Any
+) -> None:
+    captured, plain = (
+        trainer(build_family, tiny_tokenizer, tmp_path, engine, {"r": 4}, neftune_noise_alpha=5.0, max_steps=1)
+        for engine in ("captured", "plain")
+    )
+    for run in (captured, plain):
+        run.train()
+    assert captured.captured_step is not None
+    assert captured.captured_step.noise
+    assert "padded batches in place of packed rows: NEFTune's noise is scaled by the length of a row" in caplog.text
 
 
 @pytest.mark.parametrize("settings", [{}, {"router_aux_loss_coef": 0.0}, {"label_smoothing_factor": 0.1}])
@@ -190,9 +206,9 @@ def test_memory_that_runs_out_halves_passes_and_then_takes_the_plain_path(
 def test_options_that_it_lacks_take_the_plain_path_and_say_so(
     build_family: Any, tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    run = trainer(build_family, tiny_tokenizer, tmp_path, "captured", {"r": 4}, loss_type="dft")
+    run = trainer(build_family, tiny_tokenizer, tmp_path, "captured", {"r": 4}, torch_compile=True)
     run.bind_fused_step()
-    assert run.plain_because == "engine: captured; no captured path: loss dft"
+    assert run.plain_because == "engine: captured; no captured path: torch_compile"
 
 
 def test_what_only_training_mode_shows_takes_the_plain_path_and_is_said(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +33,7 @@ from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
 from parley.train_step.context_parallel import ContextGroup, split
 from parley.train_step.cuda_graphs import is_deterministic
+from parley.train_step.embedding_noise import noise_by_document
 from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.grouped_experts import runs_experts_one_by_one, using_grouped_experts
 from parley.train_step.packed_attention import using_packed_attention
@@ -74,6 +75,8 @@ class CapturedStep:
             into memory that is allocated anew in each pass. Its gradients are sums over all ranks where they are
             sharded, and this rank's own where they are not (adapters).
 
+        dft: the loss of dynamic fine-tuning (supervised_loss.py), without smoothing.
+        noise: whether the model's embedding has NEFTune's hook.
         router_loss: the coefficient of a mixture of experts' auxiliary loss (router_loss.py); 0 leaves it out.
         context: the ranks that each row is split over; all of them are given the same documents, and gradients and
             metrics are this rank's part. Without graphs, too.
@@ -92,11 +95,14 @@ class CapturedStep:
         tokens: int,
         autocast: torch.dtype | None = None,
         smoothing: float = 0.0,
+        dft: bool = False,
+        noise: bool = False,
         router_loss: float = 0.0,
         graphs: bool = True,
         context: ContextGroup | None = None,
     ) -> None:
-        self.model, self.autocast, self.smoothing = model, autocast, smoothing
+        self.model, self.autocast, self.smoothing, self.dft = model, autocast, smoothing, dft
+        assert not (dft and smoothing), "TRL smooths no labels of this loss"
         self.base = base_of(model)
         self.tokens = tokens
         self.device = self.base.device
@@ -108,6 +114,7 @@ class CapturedStep:
         self.sharded = is_sharded(model)
         self.context = context
         self.uses_graphs = graphs and self.device.type == "cuda" and not self.sharded and context is None
+        self.noise = noise
         self.router = RouterLoss(self.base, router_loss) if router_loss else None
         self.experts_one_by_one = runs_experts_one_by_one(self.base)
         self.threshold = GraphThreshold(self.device)
@@ -155,7 +162,8 @@ class CapturedStep:
         runs = self._runs(documents)
         for run in runs:
             packed = pack(documents[run])
-            yield packed.trimmed() if self.router is None else packed  # whose loss is of every token
+            # A router's loss is of every token, and noise of a document's whole length.
+            yield packed if self.router is not None or self.noise else packed.trimmed()
         for _ in range(at_least - len(runs)):
             yield _empty_pass()
 
@@ -253,7 +261,8 @@ class CapturedStep:
             self.device.type, self.autocast, enabled=self.autocast is not None, cache_enabled=False
         )
         # Autocast casts the adapters' weights to the input's type; PEFT would cast the input to theirs, and back.
-        with autocast, disable_input_dtype_casting(self.model, active=self.autocast is not None):
+        noise = noise_by_document(self.base.get_input_embeddings(), batch) if self.noise else nullcontext()
+        with autocast, noise, disable_input_dtype_casting(self.model, active=self.autocast is not None):
             # PEFT's own forward calls the base's without hooks, which gather the weights of a sharded one.
             model = self.base if self.sharded else self.model
             outputs = model(
@@ -273,7 +282,7 @@ class CapturedStep:
     def _supervised_loss(self, logits_SV: Tensor, batch: DeviceBatch) -> Tensor:
         if self.smoothing:
             return smoothed_loss(logits_SV, batch.target_S, batch.scale, self.metrics_3, self.smoothing, batch.weight_S)
-        return SupervisedLoss.apply(logits_SV, batch.target_S, batch.scale, self.metrics_3, batch.weight_S)
+        return SupervisedLoss.apply(logits_SV, batch.target_S, batch.scale, self.metrics_3, batch.weight_S, self.dft)
 
     def _upload(self, packed: PackedBatch, size: GraphSize, scale: float, *, graphed: bool) -> DeviceBatch:
         """`packed` on the device, padded to `size`. Drops the graphs if the buffer that they read had to move."""

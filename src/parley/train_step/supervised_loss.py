@@ -19,6 +19,8 @@ from parley.train_step.ops import LogitTransform
 class SupervisedLoss(torch.autograd.Function):
     """`scale` times the summed loss of `logits_SV`, which must not be read afterwards, weighted by `weight_S` if given.
 
+    `dft`: dynamic fine-tuning (arXiv 2508.05629), where a row's weight is the probability of its target, a constant.
+
     Adds to `metrics_3` as Ops.cross_entropy does. Its gradient is computed in the forward pass.
     """
 
@@ -30,10 +32,13 @@ class SupervisedLoss(torch.autograd.Function):
         scale: Tensor,
         metrics_3: Tensor,
         weight_S: Tensor | None = None,
+        dft: bool = False,
     ) -> Tensor:
         before = metrics_3[0].clone()
         gradient_SV = logits_SV.contiguous()
         loss_S = ops_for(logits_SV.device).cross_entropy(gradient_SV, target_S, scale, metrics_3, LogitTransform())
+        if dft:
+            weight_S = torch.exp(-loss_S)  # 1 for an ignored row, whose loss and gradient are zero
         if weight_S is not None:
             metrics_3[0] = before + loss_S @ weight_S
             gradient_SV *= weight_S[:, None]
@@ -45,7 +50,7 @@ class SupervisedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dloss: Tensor) -> tuple[Any, ...]:
         # The loss is the root of the graph: dloss is one.
-        return ctx.gradient_SV, None, None, None, None
+        return ctx.gradient_SV, None, None, None, None, None
 
 
 def smoothed_loss(

@@ -38,7 +38,7 @@ def unsupported_captured_option(args: SFTConfig) -> str | None:
     """The first option in `args` that the captured step does not implement."""
     for unsupported, reason in (
         (args.fp16, "fp16"),
-        (args.loss_type != "nll", f"loss {args.loss_type}"),
+        (args.loss_type not in ("nll", "dft"), f"loss {args.loss_type}"),
         (args.use_liger_kernel, "Liger kernels"),
         (args.torch_compile, "torch_compile"),
         (args.activation_offloading, "activation offloading"),
@@ -84,7 +84,9 @@ class CapturedTrainer(ShardedTrainer):
                 self.model,
                 tokens=self._pass_tokens(),
                 autocast=torch.bfloat16 if self.args.bf16 else None,
-                smoothing=self.args.label_smoothing_factor,
+                smoothing=self._smoothing,
+                dft=self.args.loss_type == "dft",
+                noise=bool(self.args.neftune_noise_alpha),
                 router_loss=self.router_coefficient / self.shares,
                 context=self._context_group(),
             )
@@ -129,8 +131,13 @@ class CapturedTrainer(ShardedTrainer):
     @property
     def router_coefficient(self) -> float:
         """Of the router's auxiliary loss, as TRL decides: 0 beside label smoothing and for models without experts."""
-        left_out = not self.aux_loss_enabled or self.args.label_smoothing_factor > 0
+        left_out = not self.aux_loss_enabled or self._smoothing > 0
         return 0.0 if left_out else float(self.router_aux_loss_coef)
+
+    @property
+    def _smoothing(self) -> float:
+        """TRL smooths the labels of its default loss alone."""
+        return self.args.label_smoothing_factor if self.args.loss_type == "nll" else 0.0
 
     def _pass_tokens(self) -> int:
         longest = int(self.row_lengths().max())

@@ -376,6 +376,8 @@ class PackedTrainer(DataParallelTrainer):
             "alora_invocation_tokens"
         ):
             reason = "an activated LoRA looks for its invocation tokens once a row, not once a document"
+        elif self.args.neftune_noise_alpha:
+            reason = "NEFTune's noise is scaled by the length of a row"
         else:
             reason = why_not_packed(self.model, self.max_tokens)
         if reason is not None:
@@ -469,7 +471,8 @@ class PackedTrainer(DataParallelTrainer):
                 batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
         weights = batch.get(LOSS_WEIGHTS)
         loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
-        if self.aux_loss_enabled and self.compute_loss_func is None and self.label_smoother is None:
+        smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
+        if self.aux_loss_enabled and self.compute_loss_func is None and not smoothed:
             # TRL's loss has a router's auxiliary loss in it; held-out loss is that of the tokens.
             loss = loss - self.router_aux_loss_coef * metrics(self, "eval")["aux_loss"][-1]
         supervised = batch["labels"][..., 1:] != IGNORE_INDEX
