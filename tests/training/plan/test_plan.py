@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.training.plan.conftest import BIG, ROWS, SHAPE, gpu, settings
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import parley
-from parley.config import LoraSection, ModelSection, RunConfig
+from parley.config import LoraSection, ModelSection
 from parley.data.packing import Document
 from parley.errors import ModelError, UsageError
 from parley.library_compat.torch import LiveBytes
@@ -23,46 +24,12 @@ from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import buffer_bytes, make_plan
 from parley.training.optimizer_memory import state_bytes
 from parley.training.plan import plain_memory
-from parley.training.plan.device import PlanDevice, parse_memory
+from parley.training.plan.device import parse_memory
 from parley.training.plan.memory import Batches, plain_passes
 from parley.training.plan.plain_memory import PassShape, pass_bytes
-from parley.training.plan.run_plan import Data, plan_for
+from parley.training.plan.run_plan import Data, Planner, plan_for
 from parley.training.plan.step_time import earlier_rate, peaks
 from parley.units import GIB
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 2048, "bos_token_id": 0, "eos_token_id": 4, "pad_token_id": 5,
-}  # fmt: skip
-BIG = SHAPE | {
-    "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 4,
-    "num_attention_heads": 32, "num_key_value_heads": 8, "dtype": "bfloat16",
-}  # fmt: skip
-
-
-@pytest.fixture
-def folder(tmp_path: Path, tiny_tokenizer: Any) -> Any:
-    """Makes a model folder without weights."""
-
-    def make(**values: Any) -> Path:
-        path = tmp_path / "model"
-        LlamaConfig(**(SHAPE | values), architectures=["LlamaForCausalLM"]).save_pretrained(path)
-        tiny_tokenizer.save_pretrained(path)
-        return path
-
-    return make
-
-
-def gpu(gib: float) -> PlanDevice:
-    return PlanDevice(f"a GPU of {gib} GiB", "cuda", int(gib * GIB), int(gib * GIB), 2**29, True, int(gib * GIB))
-
-
-def settings(model: Path, *overrides: str, **sections: Any) -> RunConfig:
-    values = {"model": {"name": str(model), "max_seq_length": 512}, "output": str(model.parent / "runs" / "x")}
-    return RunConfig.create(values | sections, overrides)
-
-
-ROWS = Data(np.array([512, 300, 100] * 20), 60)
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
@@ -90,7 +57,7 @@ def test_layers_are_extrapolated_exactly(monkeypatch: pytest.MonkeyPatch) -> Non
     model = meta_model(LlamaConfig(**SHAPE), section, torch.bfloat16, LoraSection(), 0)
     shape = PassShape(2, 64, True, torch.bfloat16, True, accumulated=True)
     extrapolated = pass_bytes(model, shape)
-    monkeypatch.setattr(plain_memory, "LAYERS", (5,))
+    monkeypatch.setattr(plain_memory, "LAYERS", (2, 5))
     assert extrapolated == pass_bytes(model, shape)
 
 
@@ -132,8 +99,8 @@ def test_base_weights_by_quantization(quantization: str, bytes_each: float) -> N
     assert base_bytes(model) == pytest.approx(linear * bytes_each + vocabulary, rel=0.03)
 
 
-def test_a_model_that_does_not_fit_says_what_would(folder: Any) -> None:
-    planned = plan_for(settings(folder(**BIG)), ROWS, gpu(4))
+def test_a_model_that_does_not_fit_says_what_would(model_folder: Any) -> None:
+    planned = plan_for(settings(model_folder(**BIG)), ROWS, gpu(4))
     assert planned.parameters == pytest.approx(1.923e9, rel=0.01)
     assert planned.trained_parameters == pytest.approx(5.24e6, rel=0.01)
     assert [(estimate.path, estimate.memory) for estimate in planned.estimates] == [
@@ -146,12 +113,12 @@ def test_a_model_that_does_not_fit_says_what_would(folder: Any) -> None:
     assert nf4.fits
     assert 2.3 * GIB < nf4.peak_bytes < 4 * GIB
     assert not found["--set training.memory=low"].fits
-    assert plan_for(settings(folder(**BIG)), ROWS, gpu(80)).fits
-    assert plan_for(settings(folder(**BIG), "model.quantization=nf4"), ROWS, gpu(4)).peak_bytes == nf4.peak_bytes
+    assert plan_for(settings(model_folder(**BIG)), ROWS, gpu(80)).fits
+    assert plan_for(settings(model_folder(**BIG), "model.quantization=nf4"), ROWS, gpu(4)).peak_bytes == nf4.peak_bytes
 
 
-def test_where_no_single_change_fits_pairs_are_tried(folder: Any) -> None:
-    config = settings(folder(**BIG), "training.engine=plain", "training.per_device_train_batch_size=16")
+def test_where_no_single_change_fits_pairs_are_tried(model_folder: Any) -> None:
+    config = settings(model_folder(**BIG), "training.engine=plain", "training.per_device_train_batch_size=16")
     config.model.max_seq_length = 2048
     planned = plan_for(config, Data(np.array([2048] * 64), 64), gpu(4))
     assert not any(a.fits for a in planned.alternatives if a.settings.count("--set") == 1)
@@ -161,8 +128,8 @@ def test_where_no_single_change_fits_pairs_are_tried(folder: Any) -> None:
     assert any("gradient_accumulation_steps=64" in a.settings for a in planned.alternatives)
 
 
-def test_full_fine_tuning_counts_weights_gradients_and_moments_in_fp32(folder: Any) -> None:
-    config = settings(folder(**BIG), "lora=null", "training.optim=adamw_torch")
+def test_full_fine_tuning_counts_weights_gradients_and_moments_in_fp32(model_folder: Any) -> None:
+    config = settings(model_folder(**BIG), "lora=null", "training.optim=adamw_torch")
     planned = plan_for(config, ROWS, gpu(100))
     captured, estimate = planned.estimates
     assert (captured.path, estimate.path) == ("captured", "plain")
@@ -179,9 +146,9 @@ def test_full_fine_tuning_counts_weights_gradients_and_moments_in_fp32(folder: A
     [("adamw_8bit", "float32", 2.03), ("adamw_8bit", "bfloat16", 2.03), ("adamw_torch_fused", "bfloat16", 4)],
 )
 def test_full_fine_tuning_counts_the_optimizer_s_own_state(
-    folder: Any, optim: str, dtype: str, bytes_per_weight: float
+    model_folder: Any, optim: str, dtype: str, bytes_per_weight: float
 ) -> None:
-    config = settings(folder(**BIG), "lora=null", f"training.optim={optim}", f"model.dtype={dtype}")
+    config = settings(model_folder(**BIG), "lora=null", f"training.optim={optim}", f"model.dtype={dtype}")
     captured = plan_for(config, ROWS, gpu(100)).estimates[0]
     assert captured.path == "captured"
     assert captured.parts["optimizer state"] == pytest.approx(bytes_per_weight * 1.923e9, rel=0.01)
@@ -292,3 +259,18 @@ def test_optimizers_and_devices_by_name() -> None:
     assert peaks("NVIDIA H200")[0] == peaks("NVIDIA H100 80GB HBM3")[0] == 989e12
     assert peaks("NVIDIA L40S") != peaks("NVIDIA L4")
     assert peaks("x86_64, 2 threads")[0] < 1e12
+
+
+def test_plans_of_one_model_share_it(model_folder: Any) -> None:
+    name = model_folder(**SHAPE)
+
+    def planner(*overrides: str) -> Planner:
+        return Planner(settings(name, *overrides), ROWS, gpu(8))
+
+    first = planner()
+    assert planner("training.learning_rate=1e-5", "model.max_seq_length=64").model is first.model
+    assert planner().taken() == first.taken()
+    assert planner("lora.r=4").trained == first.trained / 4
+    assert planner("lora=null").trained > first.parameters  # norms are trained, too
+    assert planner("model.quantization=nf4").taken().peak_bytes < first.taken().peak_bytes
+    assert planner("model.dtype=float32").taken().peak_bytes > first.taken().peak_bytes

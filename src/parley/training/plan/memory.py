@@ -22,8 +22,9 @@ from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import BoundModel
 from parley.train_step.memory_plan import LIBRARY_BYTES, DeviceMemory, MemoryPlan, buffer_bytes, make_plan
 from parley.training.captured_trainer import captured_pass_tokens
+from parley.training.plan.cached_model import cached_pass_bytes
 from parley.training.plan.device import PlanDevice
-from parley.training.plan.plain_memory import PassShape, pass_bytes
+from parley.training.plan.plain_memory import PassShape
 
 # What PyTorch's allocator holds beside tensors, in blocks that are split or rounded up: a share of the weights, which
 # are loaded once, and of everything else. The fused step's workspace is allocated once, so that little is split: 1.4 to
@@ -198,7 +199,7 @@ def _autograd_parts(model: Any, state_bytes: float, shape: PassShape, device: Pl
         "base weights": base_bytes(model),
         "trained weights": sum(parameter.nbytes for parameter in trained),
         "optimizer state": int(state_bytes * sum(parameter.numel() for parameter in trained)),
-        "gradients, activations and loss": pass_bytes(model, shape),
+        "gradients, activations and loss": cached_pass_bytes(model, shape),
         "library buffers": LIBRARY_BYTES if device.type == "cuda" else 0,
     }
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -50,22 +51,17 @@ def pass_bytes(model: Any, shape: PassShape) -> int:
 
     Raises what transformers' code raises where its course depends on values, which fake tensors do not have.
     """
-    total = len(_layers(model.get_base_model() if hasattr(model, "get_base_model") else model)[1])
-    counts = [count for count in LAYERS if count < total] or [total]
-    peaks = [_simulate(model, shape, count) for count in (counts if len(counts) > 1 else [total])]
-    if len(peaks) == 1:
-        return peaks[0]
-    return peaks[0] + (peaks[1] - peaks[0]) * (total - LAYERS[0]) // (LAYERS[1] - LAYERS[0])
+    total = len(_layers(_base(model)))
+    if total <= LAYERS[-1]:
+        return _simulate(model, shape, total)
+    few, more = LAYERS
+    peak, peak_of_more = (_simulate(model, shape, count) for count in LAYERS)
+    return peak + (peak_of_more - peak) * (total - few) // (more - few)
 
 
 def _simulate(model: Any, shape: PassShape, layers: int) -> int:
-    # Modules are copied, and the tensors on the meta device are not: fake ones take their place.
-    model = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parent, found = _layers(base)
-    for name, child in parent.named_children():
-        if child is found:
-            setattr(parent, name, found[:layers])
+    model = _shallow_copy(model, layers)
+    base = _base(model)
     with fake_tensors():
         weights = _make_fake(model)
         _prepare(base, checkpointing=shape.checkpointing)
@@ -75,10 +71,23 @@ def _simulate(model: Any, shape: PassShape, layers: int) -> int:
             for tensor in weights:
                 memory.add(tensor)
             weights_bytes = memory.live
-            for _ in range(1 + shape.accumulated):
-                memory.peak = memory.live
-                _pass(base, shape)
+            if shape.accumulated:
+                for parameter in model.parameters():
+                    parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
+            _pass(base, shape)
     return memory.peak - weights_bytes
+
+
+def _base(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _shallow_copy(model: Any, layers: int) -> Any:
+    """A copy of `model` with its first `layers` decoder layers. Its tensors, on the meta device, are not copied."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    found = _layers(_base(model))
+    memo[id(found)] = copy.deepcopy(found[:layers], memo)
+    return copy.deepcopy(model, memo)
 
 
 def _pass(base: PreTrainedModel, shape: PassShape) -> None:
@@ -115,12 +124,10 @@ class _FusedHead(torch.autograd.Function):
         return *(None if g is None else g.to(tensor.dtype) for g, tensor in pairs), None
 
 
-def _layers(base: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
-    """The list of decoder layers, and the module that holds it."""
-    for parent in base.modules():
-        for child in parent.children():
-            if isinstance(child, nn.ModuleList) and len(child) and isinstance(child[0], GradientCheckpointingLayer):
-                return parent, child
+def _layers(base: nn.Module) -> nn.ModuleList:
+    for module in base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) and isinstance(module[0], GradientCheckpointingLayer):
+            return module
     raise NotImplementedError(f"{type(base).__name__} has no list of decoder layers")
 
 

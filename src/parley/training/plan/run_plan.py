@@ -16,7 +16,6 @@ from parley.errors import ModelError, UsageError
 from parley.models.adapter_files import read_adapter_fields
 from parley.models.device import DTYPES, pick_device, pick_dtype
 from parley.models.load import load_config, load_tokenizer
-from parley.models.meta_model import meta_model
 from parley.models.packing_isolation import why_not_packed
 from parley.models.resolve import adapter_chain, model_folder
 from parley.train_step.bind import Unsupported, bind
@@ -24,6 +23,7 @@ from parley.training.arguments import sft_config
 from parley.training.captured_trainer import unsupported_captured_option
 from parley.training.fused_trainer import unsupported_option
 from parley.training.optimizer_memory import state_bytes
+from parley.training.plan.cached_model import cached_meta_model
 from parley.training.plan.device import PlanDevice, parse_memory, planned_device
 from parley.training.plan.memory import (
     Batches,
@@ -153,11 +153,10 @@ def check_planned(config: RunConfig) -> None:
 def plan_for(config: RunConfig, data: Data, device: PlanDevice) -> RunPlan:
     """The plan for rows of these lengths on `device`."""
     planner = Planner(config, data, device)
-    estimates = planner.estimates_by_sharding()
+    estimates = planner.estimates()
     taken = estimates[0]
     steps, tokens = planner.steps, planner.tokens
     seconds, basis = planner.time(taken)
-    notes = list(planner.notes)
     alternatives = [] if taken.fits(device) else list(_alternatives(config, data, device))
     return RunPlan(
         model=config.model.name,
@@ -176,7 +175,7 @@ def plan_for(config: RunConfig, data: Data, device: PlanDevice) -> RunPlan:
         time_basis=basis,
         disk=planner.disk(),
         alternatives=alternatives,
-        notes=notes,
+        notes=list(dict.fromkeys(planner.notes)),
         gpus=device.count,
         step_seconds=seconds / max(steps, 1),
         link=planner.link(taken),
@@ -201,7 +200,7 @@ class Planner:
         self.dtype = self._weight_dtype()
         self.state_bytes = state_bytes(self.args.optim, 4 if config.lora is not None else self.dtype.itemsize)
         self.model_config = load_config(config.model)
-        self.model = meta_model(self.model_config, config.model, self.dtype, lora, config.training.seed)
+        self.model = cached_meta_model(self.model_config, config.model, self.dtype, lora)
         self.trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         self.work = model_work(self.model, self.model_config)
         self.parameters = self.work.matrix_weights + self._vocabulary_weights()
@@ -261,25 +260,49 @@ class Planner:
         return bound, None
 
     def estimates(self) -> list[MemoryEstimate]:
-        """The path that the run takes, then the others that it could take."""
+        """The path that the run takes, then the others that it could take, with whole weights and with sharded ones."""
+        taken = self.taken()
+        others: list[MemoryEstimate] = []
+        if not self._must_shard:
+            others += [self._joint(1)] if self.ranks > 1 else self._paths()
+        if self._may_shard:
+            others.append(self._joint(self.device.count))
+        return [taken, *(estimate for estimate in others if estimate != taken)]
+
+    def taken(self) -> MemoryEstimate:
+        """The path that the run takes. With shard: auto, weights are sharded where only that fits."""
+        if self._must_shard:
+            return self._joint(self.device.count)
+        whole = self._taken_whole()
+        if whole.fits(self.device) or not self._may_shard:
+            return whole
+        sharded = self._joint(self.device.count)
+        return sharded if sharded.fits(self.device) else whole
+
+    @property
+    def _may_shard(self) -> bool:
+        return self.device.count > 1 and self.config.training.shard != "none"
+
+    @property
+    def _must_shard(self) -> bool:
+        return self._may_shard and self.config.training.shard == "full"
+
+    def _taken_whole(self) -> MemoryEstimate:
+        """The path that the run takes with whole weights on each GPU."""
+        if self.ranks > 1:
+            return self._joint(1)
+        if self.bound is not None:
+            return self._fused(self.config.training.memory)
+        estimate = next(iter(self._captured()), None) or self._plain()
+        assert estimate is not None, "a plan without any path is an error"
+        return estimate
+
+    def _paths(self) -> list[MemoryEstimate]:
+        """Every path with whole weights."""
         choices = dict.fromkeys((self.config.training.memory, "auto", "low"))
         fast = [self._fused(choice) for choice in choices] if self.bound is not None else self._captured()
         plain = self._plain()
         return fast if plain is None else [*fast, plain]
-
-    def estimates_by_sharding(self) -> list[MemoryEstimate]:
-        """`estimates` with whole weights and, for several GPUs, with sharded ones; first what the run takes."""
-        choice = self.config.training.shard
-        if self.ranks > 1:
-            whole = [self._joint(1)]
-        else:
-            whole = [] if choice == "full" and self.device.count > 1 else self.estimates()
-        if self.device.count == 1 or choice == "none":
-            return whole
-        sharded = self._joint(self.device.count)
-        if choice == "full" or (sharded.fits(self.device) and not whole[0].fits(self.device)):
-            return [sharded, *(estimate for estimate in whole if choice == "auto")]
-        return [*whole, sharded]
 
     def _joint(self, parts_of_weights: int) -> MemoryEstimate:
         checkpointing = bool(self.config.training.gradient_checkpointing)
@@ -292,24 +315,6 @@ class Planner:
             raise ModelError(
                 f"{self.config.model.name}: its memory on several GPUs cannot be planned ({type(error).__name__})"
             ) from None
-
-    def taken(self) -> MemoryEstimate:
-        """The path that the run takes; as the first of `estimates_by_sharding`, without counting the others."""
-        choice, several = self.config.training.shard, self.device.count > 1
-        if several and choice == "full":
-            return self._joint(self.device.count)
-        whole = self._joint(1) if self.ranks > 1 else self._taken_whole()
-        if not several or choice == "none" or whole.fits(self.device):
-            return whole
-        sharded = self._joint(self.device.count)
-        return sharded if sharded.fits(self.device) else whole
-
-    def _taken_whole(self) -> MemoryEstimate:
-        if self.bound is not None:
-            return self._fused(self.config.training.memory)
-        estimate = next(iter(self._captured()), None) or self._plain()
-        assert estimate is not None, "a plan without any path is an error"
-        return estimate
 
     def _fused(self, memory: Any) -> MemoryEstimate:
         return fused_estimate(self.model, self.bound, memory, self.batches, self.state_bytes, self.device)
