@@ -176,7 +176,13 @@ def attention_alone(args: argparse.Namespace, device: torch.device) -> dict[str,
         ways["gathers_s"] = (lambda: GatherTokens.apply(own_t2GE, context), [own_t2GE])
     seconds, gradients = {}, {}
     for name, (way, inputs) in ways.items():
+        started = time.perf_counter()
         seconds[name], gradients[name] = recomputed(way, inputs, device)
+        if process_rank() == 0:
+            print(
+                f"attention: {name} {seconds[name]:.3f} a layer, {time.perf_counter() - started:.1f} s in all",
+                flush=True,
+            )
     result = dict(what="attention", tokens=args.tokens, layers=layers) | {
         name: round(layers * max(from_all(value)), 3) for name, value in seconds.items()
     }

@@ -72,9 +72,28 @@ def test_nothing_to_plan(parley: Callable[..., Any]) -> None:
     assert parley("plan").code == 2
 
 
-def test_a_plan_for_several_gpus_says_what_their_link_costs(parley: Callable[..., Any], settings: Path) -> None:
-    ended = parley("plan", settings, "--gpu-memory", "8GiB", "--gpus", "2", "--set", "training.max_steps=5")
-    assert ended.code == 0, ended.err
-    assert "2 GPUs: about " in ended.out
-    assert "that each sends over PCIe" in " ".join(ended.out.split())
-    assert "memory sharded" in ended.out or "sharded" in ended.out
+def test_a_plan_for_several_gpus_gives_time_memory_and_link(parley: Callable[..., Any], settings: Path) -> None:
+    options = ("plan", settings, "--gpu-memory", "8GiB", "--set", "training.max_steps=5")
+    alone, two = (json.loads(parley(*options, "--gpus", count, "--json").out) for count in ("1", "2"))
+    assert (alone["gpus"], alone["link"], two["gpus"]) == (1, None, 2)
+    assert (alone["steps"], alone["tokens"]) == (two["steps"], two["tokens"])  # the same steps, shared out
+    names = [(estimate["path"], estimate["memory"]) for estimate in two["estimates"]]
+    assert names == [("fused", "auto"), ("fused", "low"), ("plain", ""), ("captured", "sharded")]
+    whole, sharded = two["estimates"][0]["parts"], two["estimates"][-1]["parts"]
+    assert whole["base weights"] == alone["estimates"][0]["parts"]["base weights"]
+    assert whole["activations"] < 0.7 * alone["estimates"][0]["parts"]["activations"]
+    assert sharded["base weights"] == pytest.approx(whole["base weights"] / 2, rel=0.01)
+    assert sharded["gathered weights"] > 0
+    # The adapter's gradient in float32, once to the other GPU and back: a ring of two.
+    link = two["link"]
+    assert (link["link"], link["bytes_a_step"]) == ("PCIe", 4 * two["trained_parameters"])
+    assert link["seconds_a_step"] == pytest.approx(link["bytes_a_step"] / (0.7 * 32e9))
+    assert two["step_seconds"] == pytest.approx(two["seconds"] / two["steps"])
+    # So small a step takes its launches, on one GPU as on two.
+    assert two["step_seconds"] - link["seconds_a_step"] == pytest.approx(alone["step_seconds"])
+
+    shown = " ".join(parley(*options, "--gpus", "2").out.split())
+    step, sent = f"{two['step_seconds']:.2g} s", f"{link['seconds_a_step']:.2g} s"
+    size = f"{link['bytes_a_step'] / 2**20:.1f} MiB"
+    assert f"2 GPUs: about {step} a step, of it at most {sent} for {size} that each sends over PCIe" in shown
+    assert "captured, memory sharded" in shown
