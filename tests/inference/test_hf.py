@@ -191,7 +191,7 @@ def count_rows(model: Any) -> list[int]:
 WINDOW = {"sliding_window": 6}
 BATCHED: dict[str, dict[str, Any]] = {
     "llama": {}, "gpt2": {}, "gemma2": WINDOW, "gemma3_text": WINDOW, "mistral": WINDOW, "phi3": WINDOW, "gpt_neox": {},
-    "mixtral": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4, "output_router_logits": True},  # as after training with TRL
 }  # fmt: skip
 
 

@@ -63,6 +63,10 @@ class TransformersDecoder:
             self._options["use_cache"] = True
         if "logits_to_keep" in parameters:
             self._options["logits_to_keep"] = 1
+        # TRL sets it in a mixture's config: the auxiliary loss would be computed at each step, from a mask of the whole
+        # text beside the routing of one token.
+        if "output_router_logits" in parameters:
+            self._options["output_router_logits"] = False
 
     @property
     def slots(self) -> int:
