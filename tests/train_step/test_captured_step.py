@@ -33,6 +33,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere2": {"sliding_window": 8},
     "starcoder2": {},
     "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16},
+    "nemotron": {},  # whose attention is handed no arguments of the forward pass
+    "deepseek_v3": {  # keys of 24 columns, values of 16
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "moe_intermediate_size": 32,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
 }
 
@@ -279,9 +293,12 @@ def test_dropout_is_that_of_the_model() -> None:
     ("model_type", "config", "reason"),
     [
         ("starcoder2", {"attention_dropout": 0.1}, "attention dropout of 0.1"),
-        ("nemotron", {}, "NemotronAttention is not told the documents"),
         ("falcon_h1", {}, "documents of a packed row see each other"),
-        ("deepseek_v3", {"n_routed_experts": 4, "q_lora_rank": 16, "kv_lora_rank": 16}, "values of 128 beside"),
+        (
+            "llama4_text",
+            {"num_local_experts": 2, "attention_chunk_size": 8},
+            "documents of a packed row see each other",
+        ),
     ],
 )
 def test_models_it_would_compute_differently_are_refused(model_type: str, config: dict[str, Any], reason: str) -> None:

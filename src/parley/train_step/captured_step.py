@@ -143,9 +143,9 @@ class CapturedStep:
     def forward_only(self, documents: Sequence[Document], passes: int = 0) -> Tensor:
         """`metrics_3` of `documents`, for evaluation; gradients are left as they are. `passes` as above."""
         self.metrics_3.zero_()
-        with self._own_operations():
-            for packed in self._passes(documents, passes):
-                batch = self._upload(packed, GraphSize(len(packed.ids_T), len(packed.row_S)), 1.0, graphed=False)
+        for packed in self._passes(documents, passes):
+            batch = self._upload(packed, GraphSize(len(packed.ids_T), len(packed.row_S)), 1.0, graphed=False)
+            with self._own_operations(batch):
                 self._loss(batch)
         return self.metrics_3.clone()
 
@@ -194,7 +194,7 @@ class CapturedStep:
     def _run_eager(self, packed: PackedBatch, size: GraphSize, scale: float) -> None:
         """A pass without a graph."""
         batch = self._upload(packed, size, scale, graphed=False)
-        with self._own_operations():
+        with self._own_operations(batch):
             self._backward(self._loss(batch), size.alone)
 
     def _backward(self, loss: Tensor, alone: bool) -> None:
@@ -231,7 +231,7 @@ class CapturedStep:
         random_state = generator.clone_state()
         try:
             with (
-                self._own_operations(),
+                self._own_operations(batch),
                 torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
             ):
                 self._backward(self._loss(batch), size.alone)
@@ -247,9 +247,9 @@ class CapturedStep:
         return True
 
     @contextmanager
-    def _own_operations(self) -> Iterator[None]:
+    def _own_operations(self, batch: DeviceBatch) -> Iterator[None]:
         """The model's attention and experts are those that a graph can contain."""
-        with using_packed_attention(self.base), ExitStack() as stack:
+        with using_packed_attention(self.base, batch), ExitStack() as stack:
             if self.experts_one_by_one:
                 stack.enter_context(using_grouped_experts(self.base))
             yield
@@ -271,7 +271,6 @@ class CapturedStep:
                 attention_mask=None,
                 use_cache=False,
                 logits_to_keep=batch.row_S.long(),
-                packed_batch=batch,
                 **({} if self.router is None else {"output_router_logits": torch.is_grad_enabled()}),
             )
         loss = self._supervised_loss(outputs.logits[0], batch)
@@ -337,12 +336,11 @@ def packed_logits(model: PreTrainedModel, ids_T: Tensor, lengths: Sequence[int])
     documents = [Document.from_lists(ids_L.tolist(), [IGNORE_INDEX] * len(ids_L)) for ids_L in ids_T.split(lengths)]
     packed = pack(documents)
     batch = StagingBuffer(ids_T.device, len(packed.ids_T)).upload(packed, 1.0, packed.lengths)
-    with using_packed_attention(model):
+    with using_packed_attention(model, batch):
         logits_1TV = model(
             input_ids=ids_T[None],
             position_ids=batch.position_T[None].long(),
             attention_mask=None,
             use_cache=False,
-            packed_batch=batch,
         ).logits
     return logits_1TV[0].float()

@@ -1,8 +1,8 @@
 """Attention inside the documents of a packed row for transformers' modules, through transformers' attention interface.
 
-`using_packed_attention(model)` lets a model call it for as long as the context lasts; the model's forward pass is then
-given `packed_batch=batch`, which transformers hands on to every attention layer. The documents are read from the
-batch's tensors on the device, so that a CUDA graph can be replayed for others.
+`using_packed_attention(model, batch)` lets a model call it for as long as the context lasts. The function that is
+registered knows the batch, since some models hand no arguments of the forward pass on to their attention layers. The
+documents are read from the batch's tensors on the device, so that a CUDA graph can be replayed for others.
 
 Shape suffixes (legend in docs/design.md): T tokens, H query heads, G key-value heads, E head size, C query, key and
 value columns, D query columns.
@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from parley.library_compat.transformers import attention_implementation
@@ -94,24 +96,26 @@ def packed_attention(
         name for name, other in others.items() if other is not None and other is not False and name not in HARMLESS
     )
     if packed_batch is None:
-        raise Unsupported(f"{type(module).__name__} is not told the documents of a packed row")
+        raise Unsupported(f"{type(module).__name__} attends outside of a pass over a packed row")
     if dropout:
         raise Unsupported(f"attention dropout of {dropout}")
     if given:
         raise Unsupported(f"{type(module).__name__} attends with {', '.join(given)}")
-    heads, head_dim = query.shape[1], query.shape[3]
-    if value.shape[3] != head_dim:
-        raise Unsupported(f"values of {value.shape[3]} beside keys of {head_dim}")
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    # Latent attention (DeepSeek) has keys wider than values: columns of zeros change neither scores nor results.
+    columns = value.shape[3]
+    head_dim = max(query.shape[3], columns)
+    query, key, value = (functional.pad(x, (0, head_dim - x.shape[3])) for x in (query, key, value))
+    heads = query.shape[1]
     if query.is_cuda and not MIN_TRITON_HEAD <= head_dim <= MAX_TRITON_HEAD[query.dtype]:
         raise Unsupported(f"attention heads of {head_dim} in {query.dtype}")
-    scale = head_dim**-0.5 if scaling is None else scaling
     shape = AttentionShape(heads, key.shape[1], head_dim, scale, sliding_window, softcap)
     if packed_batch.context is not None:
         _check_context(shape, s_aux)
         out_TD = context_attention(query[0], key[0], value[0], packed_batch.context, shape)
-        return out_TD.view(1, -1, heads, head_dim), None
-    out_TD = PackedAttention.apply(query[0], key[0], value[0], s_aux, packed_batch, shape)
-    return out_TD.view(1, -1, heads, head_dim), None
+    else:
+        out_TD = PackedAttention.apply(query[0], key[0], value[0], s_aux, packed_batch, shape)
+    return out_TD.view(1, -1, heads, head_dim)[..., :columns], None
 
 
 def _check_context(shape: AttentionShape, s_aux: Tensor | None) -> None:
@@ -125,12 +129,13 @@ def _check_context(shape: AttentionShape, s_aux: Tensor | None) -> None:
 
 
 @contextmanager
-def using_packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """`model` attends inside the documents of `packed_batch`; afterwards as before."""
-    AttentionInterface.register(NAME, packed_attention)
+def using_packed_attention(model: PreTrainedModel, batch: DeviceBatch) -> Iterator[None]:
+    """`model` attends inside the documents of `batch`; afterwards as before."""
+    AttentionInterface.register(NAME, partial(packed_attention, packed_batch=batch))
     own = attention_implementation(model)
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
         model.set_attn_implementation(own)
+        AttentionInterface.register(NAME, packed_attention)  # which keeps no batch in memory
