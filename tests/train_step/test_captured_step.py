@@ -45,7 +45,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_nope_head_dim": 16,
         "qk_rope_head_dim": 8,
         "v_head_dim": 16,
-        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
     },
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16, "sliding_window": 8},
 }

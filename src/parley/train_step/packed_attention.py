@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from parley.library_compat.transformers import attention_implementation
 from parley.train_step.bind import MAX_TRITON_HEAD, MIN_TRITON_HEAD, Unsupported
@@ -28,6 +28,8 @@ from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import DeviceBatch
 
 NAME = "parley_packed"
+
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 # What models pass beside queries, keys and values without a meaning of its own for the result.
 HARMLESS = frozenset(
@@ -126,6 +128,14 @@ def _check_context(shape: AttentionShape, s_aux: Tensor | None) -> None:
     ):
         if unsupported:
             raise Unsupported(f"{reason} is not split over processes (training.context_parallel)")
+
+
+def check_attention_dropout(config: PreTrainedConfig) -> None:
+    """Raises Unsupported where the configuration has it; `packed_attention` does so in the first pass that drops."""
+    fields = vars(config.get_text_config())
+    rate = next((fields[name] for name in ATTENTION_DROPOUT if fields.get(name)), None)
+    if rate is not None:
+        raise Unsupported(f"attention dropout of {rate}")
 
 
 @contextmanager

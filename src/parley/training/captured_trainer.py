@@ -22,6 +22,7 @@ from parley.models.packing_isolation import LENGTH_DEPENDENT_ROPE, why_not_packe
 from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import SPARE, CapturedStep, base_of, packed_logits
 from parley.train_step.context_parallel import ContextGroup
+from parley.train_step.packed_attention import check_attention_dropout
 from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_trainer import METRICS
@@ -73,6 +74,7 @@ class CapturedTrainer(ShardedTrainer):
             base = base_of(self.model)
             if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
                 raise Unsupported("virtual tokens stand before a row")
+            check_attention_dropout(base.config)
             reason = why_not_packed(self.model, self.max_tokens, packed_logits)
             if reason is not None:
                 raise Unsupported(reason)

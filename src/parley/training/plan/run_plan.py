@@ -19,6 +19,7 @@ from parley.models.load import load_config, load_tokenizer
 from parley.models.packing_isolation import why_not_packed
 from parley.models.resolve import adapter_chain, model_folder
 from parley.train_step.bind import Unsupported, bind
+from parley.train_step.captured_step import packed_logits
 from parley.training.arguments import sft_config
 from parley.training.captured_trainer import unsupported_captured_option
 from parley.training.fused_trainer import unsupported_option
@@ -326,7 +327,7 @@ class Planner:
             return []
         if unsupported_captured_option(self.args) is not None or self.compute_dtype == torch.float16:
             return []
-        if why_not_packed(self.model, self.batches.max_length) is not None:
+        if why_not_packed(self.model, self.batches.max_length, packed_logits) is not None:
             return []
         try:
             return [captured_estimate(self.model, self.batches, self.state_bytes, self.compute_dtype, self.device)]
