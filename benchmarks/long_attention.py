@@ -33,8 +33,8 @@ from parley.library_compat.torch import (
     varlen_flash_attention,
     varlen_flash_attention_backward,
 )
-from parley.train_step.kernels import attention as triton_attention
 from parley.train_step.kernels import library_attention
+from parley.train_step.kernels.attention import attention, attention_backward
 from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import StagingBuffer, pack
 
@@ -72,8 +72,8 @@ class Case:
         longest, edges = max(self.lengths), self.boundaries
         pairs: dict[str, Pair] = {
             "triton": (
-                lambda: triton_attention.attention(x, unknown, shape, out),
-                lambda lse: triton_attention.attention_backward(dout, x, out, lse, unknown, shape, dx),
+                lambda: attention(x, unknown, shape, out),
+                lambda lse: attention_backward(dout, x, out, lse, unknown, shape, dx),
             ),
             "flash 2": (
                 lambda: varlen_flash_attention(q, k, v, edges, longest, shape.scale, None),
