@@ -16,6 +16,7 @@ from torch.nn import functional
 from parley.data.packing import Document
 from parley.train_step.ops import AttentionShape
 from parley.train_step.packed_batch import DeviceBatch, StagingBuffer, pack
+from parley.units import round_up
 
 library_attention = pytest.importorskip("parley.train_step.kernels.library_attention", reason="no Triton here")
 
@@ -91,6 +92,7 @@ class Libraries:
 def libraries(monkeypatch: pytest.MonkeyPatch) -> Libraries:
     stand_ins = Libraries()
     monkeypatch.setattr(library_attention, "LONG_DOCUMENT", 40)
+    monkeypatch.setattr(library_attention, "padded_length", lambda length: round_up(length, 8))
     monkeypatch.setattr(library_attention.flash_attn, "flash_attention_4", stand_ins.flash_4)
     monkeypatch.setattr(library_attention.flash_attn, "flash_attention_4_backward", stand_ins.flash_4_backward)
     monkeypatch.setattr(library_attention, "varlen_flash_attention", stand_ins.flash_2)
@@ -112,9 +114,10 @@ def run(shape: AttentionShape) -> None:
         torch.randn(TOKENS, columns, generator=generator, dtype=torch.bfloat16) for columns in (shape.columns, 256)
     )
     out, dx = (torch.full((TOKENS, columns + 8), torch.nan, dtype=x.dtype) for columns in (256, shape.columns))
-    batch, documents = batch_of(LENGTHS), slice(0, sum(LENGTHS))
+    batch, documents, given = batch_of(LENGTHS), slice(0, sum(LENGTHS)), dout.clone()
     saved = library_attention.attention(x, batch, shape, out[:, :256])
     library_attention.attention_backward(dout, x, out[:, :256], saved, batch, shape, dx[:, : shape.columns])
+    assert torch.equal(dout, given)  # also where it was zero for the time of a call
     edges = [0, *np.cumsum(LENGTHS).tolist()]
     qkv = [part[documents].float() for part in shape.split_qkv(x)]
     wanted = attend(*qkv, edges, shape.window)
@@ -149,14 +152,8 @@ def test_flash_4_adds_in_a_fixed_order_where_that_is_asked_for(
 
 def test_cudnn_takes_long_documents_and_flash_2_those_between(libraries: Libraries) -> None:
     run(SHAPE)
-    # Lengths that cuDNN has a plan for.
-    assert libraries.calls == [
-        ("flash 2", [3]),
-        ("cudnn", [512]),
-        ("flash 2", [12]),
-        ("cudnn", [512]),
-        ("flash 2", [1]),
-    ]
+    # Of lengths that cuDNN has a plan for: the first with the rows behind it, the second ends with the row, in a copy.
+    assert libraries.calls == [("flash 2", [3]), ("cudnn", [56]), ("flash 2", [12]), ("cudnn", [48]), ("flash 2", [1])]
 
 
 def test_windows_and_fixed_order_are_flash_2s(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
