@@ -28,7 +28,8 @@ from typing import Any
 import bitsandbytes
 import numpy as np
 import torch
-from engine_step import SHAPES, build
+from engine_step import build
+from shapes import SHAPES
 from torch import Tensor, nn
 
 from parley.data.control_tokens import IGNORE_INDEX
@@ -50,10 +51,6 @@ from parley.training.processes import (
 )
 from parley.units import GIB
 
-SHAPES["tiny"] = dict(
-    model_type="llama", vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2,
-)  # fmt: skip
 SUPERVISED = 2048
 
 
@@ -79,7 +76,7 @@ def compare(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """The same three documents on all cards together and on each alone."""
     tokens = args.compared
     documents = [row(tokens // 6, 1), row(tokens // 3, 2), row(tokens // 2, 3)]
-    model = build(args.shape, "none", layers=args.layers, device=device.type)
+    model = build(args.shape, "none", layers=args.layers, device=device.type, positions=max(args.tokens, 32768))
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -106,7 +103,12 @@ def compare(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
 
 
 def long_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
-    model = build(args.shape, "nf4" if device.type == "cuda" else "none", device=device.type)
+    model = build(
+        args.shape,
+        "nf4" if device.type == "cuda" else "none",
+        device=device.type,
+        positions=max(args.tokens, 32768),
+    )
     copy_from_main([parameter.data for parameter in model.parameters() if parameter.requires_grad])
     model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -236,7 +238,6 @@ def main() -> None:
         sys.exit(subprocess.run([*launcher, __file__, *sys.argv[1:]]).returncode)
     with joined_processes():
         device = torch.device("cpu") if args.cpu else torch.device("cuda", torch.cuda.current_device())
-        SHAPES[args.shape]["max_position_embeddings"] = max(args.tokens, 32768)
         try:
             for part in args.parts:
                 started = time.perf_counter()

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from engine_step import SHAPES
+from shapes import SHAPES
 from step_spread import FIRST, SKIP, spread
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import bitsandbytes
 import numpy as np
 import torch
-from engine_step import SHAPES, build, random_documents
+from engine_step import build, random_documents
 
 from parley.data.packing import Document
 from parley.train_step.bind import bind
@@ -42,11 +42,6 @@ from parley.training.processes import (
     process_rank,
     sum_in_place,
 )
-
-SHAPES["tiny"] = dict(
-    model_type="llama", vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from engine_step import SHAPES
+from shapes import SHAPES
 
 LORA_COLUMNS, RANK, ITEMSIZE, VOCABULARY = 64, 16, 2, 128256
 RECOMPUTED = {"all": (), "linear": (), "attention": ("gate_up",), "layer_inputs": ("qkv", "o", "gate_up")}

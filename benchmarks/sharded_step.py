@@ -25,7 +25,8 @@ from typing import Any
 import bitsandbytes
 import numpy as np
 import torch
-from engine_step import LLAMA3_ROPE, SHAPES, random_documents
+from engine_step import random_documents
+from shapes import SHAPES
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
@@ -50,14 +51,6 @@ from parley.training.processes import (
 )
 from parley.units import GIB
 
-SHAPES["70b"] = dict(
-    model_type="llama", hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-    num_key_value_heads=8, head_dim=128, tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE,
-)  # fmt: skip
-SHAPES["tiny"] = dict(
-    model_type="llama", vocab_size=32000, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-    num_attention_heads=4, num_key_value_heads=2,
-)  # fmt: skip
 WARM_UP = 3
 
 
