@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -70,16 +69,6 @@ MECHANISMS = {
         {1: "Ahoy!<|eot_id|>"},
     ),
 }
-
-
-@pytest.fixture
-def template(tiny_tokenizer: Any) -> Any:
-    def with_template(source: str) -> Any:
-        tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.chat_template = source
-        return tokenizer
-
-    return with_template
 
 
 def supervised(tokenizer: Any, messages: list[Any], **options: Any) -> list[str]:

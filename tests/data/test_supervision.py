@@ -289,18 +289,6 @@ def test_arguments_are_text_where_the_template_wants_text(trained: Any, template
     assert '{"a": 1}' in tokenizer.decode(render(tokenizer, [USER, plain]).input_ids)
 
 
-@pytest.fixture
-def template(tiny_tokenizer: Any) -> Any:
-    import copy
-
-    def with_template(source: str) -> Any:
-        tokenizer = copy.deepcopy(tiny_tokenizer)
-        tokenizer.chat_template = source
-        return tokenizer
-
-    return with_template
-
-
 @pytest.mark.parametrize(
     ("text", "tokens", "excluded", "wanted"),
     [

@@ -15,8 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from parley.config import RunConfig
+from parley.errors import ParleyError
+from parley.pipeline import train
 
 LIMIT = 120.0  # seconds after which processes that did not end are killed, and their test fails
 
@@ -91,3 +94,22 @@ def configured(
         return RunConfig.create(values, overrides)
 
     return create
+
+
+@pytest.fixture
+def refusal(capfd: pytest.CaptureFixture[str]) -> Callable[[RunConfig], str]:
+    """`refusal(config)`: the errors that two processes print which train with `config`; both must refuse."""
+
+    def work(config: RunConfig) -> None:
+        try:
+            train(config, Console(quiet=True))
+        except ParleyError as error:
+            print(error)
+            raise
+
+    def refused(config: RunConfig) -> str:
+        codes = in_processes(2, lambda: work(config))
+        assert 0 not in codes
+        return capfd.readouterr().out
+
+    return refused

@@ -10,7 +10,8 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
 from rich.console import Console
-from tests.training.test_fused_trainer import make_rows, trainer
+from tests.training.rows import supervised_rows
+from tests.training.test_fused_trainer import trainer
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
@@ -109,7 +110,7 @@ def test_a_resumed_run_keeps_and_stops_as_the_undisturbed_one(tiny_tokenizer: An
         stopping = EarlyStopping(EarlyStoppingSection(patience=4), QUIET)
         made = trainer(
             tiny_tokenizer, folder, 8, settings=settings, engine=engine, callbacks=[best, stopping],
-            eval_dataset=make_rows(4),
+            eval_dataset=supervised_rows(4),
         )  # fmt: skip
         made.train(resume_from_checkpoint=checkpoint)
         return made, best, stopping

@@ -6,27 +6,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from tests.training.rows import supervised_rows
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from parley.train_step.captured_step import SPARE, CapturedStep, GraphSize
 from parley.train_step.optimizer import AdamW8bit
 from parley.training.trainer import SFTTrainer
-
-
-def rows(count: int = 40) -> Dataset:
-    rng = np.random.default_rng(0)
-    made = []
-    for _ in range(count):
-        length = int(rng.integers(5, 30))
-        ids = rng.integers(0, 300, length)
-        made.append({"input_ids": ids, "labels": np.where(np.arange(length) > length // 2, ids, -100)})
-    return Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in made])
 
 
 def trainer(
@@ -46,8 +35,8 @@ def trainer(
     return SFTTrainer(
         model=model,
         args=SFTConfig(**defaults | settings),
-        train_dataset=rows(),
-        eval_dataset=rows(9),
+        train_dataset=supervised_rows(40),
+        eval_dataset=supervised_rows(9),
         processing_class=tokenizer,
         engine=engine,
     )

@@ -11,6 +11,7 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
+from tests.training.rows import supervised_rows
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.training_args import OptimizerNames
 from trl import SFTConfig
@@ -21,16 +22,6 @@ from parley.errors import RunError, UsageError
 from parley.train_step.fused_step import FusedStep
 from parley.train_step.memory_plan import make_plan
 from parley.training.trainer import SFTTrainer
-
-
-def make_rows(count: int = 48) -> Dataset:
-    rng = np.random.default_rng(0)
-    made = []
-    for _ in range(count):
-        length = int(rng.integers(5, 30))
-        ids = rng.integers(0, 300, length)
-        made.append({"input_ids": ids, "labels": np.where(np.arange(length) > length // 2, ids, -100)})
-    return Dataset.from_list([{name: value.tolist() for name, value in row.items()} for row in made])
 
 
 def trainer(
@@ -69,7 +60,7 @@ def trainer(
         "seed": 0,
     }
     args = SFTConfig(output_dir=str(folder), **(defaults | (settings or {})))
-    return SFTTrainer(model, args, train_dataset=rows or make_rows(), processing_class=tokenizer, **kwargs)
+    return SFTTrainer(model, args, train_dataset=rows or supervised_rows(), processing_class=tokenizer, **kwargs)
 
 
 class LastGradient(TrainerCallback):
@@ -83,7 +74,7 @@ class LastGradient(TrainerCallback):
 
 def trl_trainer(tokenizer: Any, made: SFTTrainer) -> trl.SFTTrainer:
     """TRL's own trainer of the same model, data and arguments."""
-    return trl.SFTTrainer(made.model, made.args, train_dataset=make_rows(), processing_class=tokenizer)
+    return trl.SFTTrainer(made.model, made.args, train_dataset=supervised_rows(), processing_class=tokenizer)
 
 
 def steps_of(trained: SFTTrainer) -> list[dict[str, float]]:
@@ -111,7 +102,7 @@ def test_learns_what_the_plain_path_learns(tiny_tokenizer: Any, tmp_path: Path, 
 
 def weighted_rows() -> Dataset:
     """Every third row with fractional loss weights."""
-    made = make_rows().to_list()
+    made = supervised_rows().to_list()
     for row in made[::3]:
         row["loss_weights"] = np.linspace(0.05, 0.5, len(row["input_ids"]), dtype=np.float32).tolist()
     for row in made:
@@ -269,7 +260,7 @@ def test_noise_reaches_the_embeddings_of_the_plain_path(tiny_tokenizer: Any, tmp
 
 
 def test_evaluation_binds_nothing(tiny_tokenizer: Any, tmp_path: Path) -> None:
-    made = trainer(tiny_tokenizer, tmp_path, eval_dataset=make_rows(4))
+    made = trainer(tiny_tokenizer, tmp_path, eval_dataset=supervised_rows(4))
     plain = made.evaluate()
     assert made.fused_step is None
     assert made.plain_because is None
@@ -306,10 +297,10 @@ def test_a_stream_that_ends_within_a_step_trains_on_what_is_left(
     counted = []
     for count in (11, 3):  # rows; a step takes 8, in 4 micro-batches
         trained = trainer(tiny_tokenizer, tmp_path, 2, engine=engine)
-        trained.train_dataset = make_rows(count).to_iterable_dataset()
+        trained.train_dataset = supervised_rows(count).to_iterable_dataset()
         trained.train()
         counted.append((trained.state.global_step, steps_of(trained)[-1]["num_tokens"]))
-    tokens = [len(row["input_ids"]) for row in make_rows(11)]
+    tokens = [len(row["input_ids"]) for row in supervised_rows(11)]
     assert counted == [(2, sum(tokens)), (2, 2 * sum(tokens[:3]))]
 
 
@@ -331,7 +322,7 @@ def test_held_out_loss_is_the_plain_path_s_also_of_longer_rows_and_of_the_base(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
     ids = list(range(90))  # longer than any training row
-    heldout = Dataset.from_list([{"input_ids": ids, "labels": ids}, *make_rows(5)])
+    heldout = Dataset.from_list([{"input_ids": ids, "labels": ids}, *supervised_rows(5)])
     measured = []
     for engine in ("auto", "plain"):
         trained = trainer(tiny_tokenizer, tmp_path / engine, engine=engine, eval_dataset=heldout)
@@ -350,7 +341,7 @@ def test_held_out_loss_is_the_plain_path_s_also_of_longer_rows_and_of_the_base(
 def test_an_optimizer_handed_in_keeps_the_plain_path_also_when_asked_for_held_out_loss(
     tiny_tokenizer: Any, tmp_path: Path
 ) -> None:
-    trained = trainer(tiny_tokenizer, tmp_path, steps=1, eval_dataset=make_rows(4))
+    trained = trainer(tiny_tokenizer, tmp_path, steps=1, eval_dataset=supervised_rows(4))
     trained.optimizer = torch.optim.SGD([p for p in trained.model.parameters() if p.requires_grad], lr=0.1)
     trained.evaluate()
     trained.train()
@@ -386,7 +377,7 @@ def test_documents_that_a_packed_row_would_not_isolate_are_padded(
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    data = make_rows(16)
+    data = supervised_rows(16)
     losses, count = 0.0, 0
     for row in data.select(range(8)):
         labels = torch.tensor(row["labels"][1:])
@@ -447,7 +438,7 @@ def test_an_optimizer_state_of_other_parameters_is_one_clear_line(
     other = SFTTrainer(
         get_peft_model(base, lora),
         other.args,
-        train_dataset=make_rows(),
+        train_dataset=supervised_rows(),
         processing_class=tiny_tokenizer,
         engine=engine,
     )
@@ -535,9 +526,9 @@ def test_options_that_the_fused_step_does_not_follow_are_named(
 def test_names_of_the_version_before_are_read(tiny_tokenizer: Any, tmp_path: Path) -> None:
     with pytest.warns(FutureWarning, match="DocumentCollator"):
         collator = PackedCollator()
-    row = collator(make_rows(2))
+    row = collator(supervised_rows(2))
     assert {name: value.shape for name, value in row.items()} == dict.fromkeys(
-        ("input_ids", "labels", "position_ids"), (1, sum(len(row["input_ids"]) for row in make_rows(2)))
+        ("input_ids", "labels", "position_ids"), (1, sum(len(row["input_ids"]) for row in supervised_rows(2)))
     )
     made = trainer(tiny_tokenizer, tmp_path, data_collator=collator)
     with pytest.warns(FutureWarning, match="bind_fused_step"):
@@ -557,10 +548,14 @@ def test_the_plan_knows_the_step_s_rows_and_the_optimizer_s_state(
         return make_plan(bound, memory, lengths, documents, state_bytes)
 
     monkeypatch.setattr("parley.training.fused_trainer.make_plan", recorded)
-    lengths = sorted(len(row["input_ids"]) for row in make_rows())
+    lengths = sorted(len(row["input_ids"]) for row in supervised_rows())
     for optim, data, state_bytes in (
-        ("adamw_8bit", make_rows(), 2 + 8 / 256),  # two moments of a byte, with a scale of 4 for each block of 256
-        ("adamw_torch", make_rows().to_iterable_dataset(), 8),
+        (
+            "adamw_8bit",
+            supervised_rows(),
+            2 + 8 / 256,
+        ),  # two moments of a byte, with a scale of 4 for each block of 256
+        ("adamw_torch", supervised_rows().to_iterable_dataset(), 8),
     ):
         made = trainer(tiny_tokenizer, tmp_path, settings={"optim": optim, "max_length": 33}, memory="low")
         made.train_dataset = data
@@ -582,7 +577,7 @@ def test_graphs_and_attention_are_prepared_for_the_lengths_of_the_data(
     assert 8 * lengths.min() <= prepared["graphs"].min() < prepared["graphs"].max() <= 8 * lengths.max()
     assert prepared["graphs"].mean() == pytest.approx(8 * lengths.mean(), rel=0.02)
     prepared.clear()
-    trainer(tiny_tokenizer, tmp_path, steps=1, rows=make_rows().to_iterable_dataset()).bind_fused_step()
+    trainer(tiny_tokenizer, tmp_path, steps=1, rows=supervised_rows().to_iterable_dataset()).bind_fused_step()
     assert list(prepared) == ["attention"]
 
 
@@ -602,7 +597,7 @@ def test_a_model_whose_forward_knows_no_token_counts_has_the_same_loss(tiny_toke
         made = trainer(tiny_tokenizer, tmp_path, 1, engine="plain", settings={"max_length": 30})
         made.model.get_base_model().accepts_loss_kwargs = accepts
         made = SFTTrainer(
-            made.model, made.args, train_dataset=make_rows(), processing_class=tiny_tokenizer, engine="plain"
+            made.model, made.args, train_dataset=supervised_rows(), processing_class=tiny_tokenizer, engine="plain"
         )
         losses.append(made.train().training_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft.utils import get_peft_model_state_dict
-from tests.training.test_fused_trainer import make_rows, trainer
+from tests.training.rows import supervised_rows
+from tests.training.test_fused_trainer import trainer
 from transformers import TrainerCallback
 
 from parley.errors import ModelError
@@ -272,7 +273,7 @@ def test_an_evaluation_moves_no_buffer_that_graphs_read(tiny_tokenizer: Any, tmp
     longest = Dataset.from_dict({"input_ids": [list(range(200))], "labels": [list(range(200))]})
     settings = {"eval_strategy": "steps", "eval_steps": 1}
     made = trainer(
-        tiny_tokenizer, tmp_path, 3, settings=settings, eval_dataset={"long": longest, "short": make_rows(2)}
+        tiny_tokenizer, tmp_path, 3, settings=settings, eval_dataset={"long": longest, "short": supervised_rows(2)}
     )
     addresses: list[list[int]] = []
 
