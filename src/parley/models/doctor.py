@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import re
@@ -88,21 +89,32 @@ def _gpu() -> Iterator[Finding]:
         )
         yield Finding("GPU", "none; runs go to the CPU", "note", advice)
         return
-    device = pick_device("cuda")
-    properties = torch.cuda.get_device_properties(device)
-    capability = f"{properties.major}.{properties.minor}"
-    yield Finding("GPU", f"{torch.cuda.device_count()} x {properties.name}, compute capability {capability}")
+    pick_device("cuda")
+    cards = Counter(map(_card, range(torch.cuda.device_count())))
+    yield Finding("GPU", ", ".join(f"{count} x {card}" for card, count in cards.items()))
     yield Finding("CUDA", f"{torch.version.cuda or torch.version.hip} in torch, driver {_driver()}")
-    free, total = torch.cuda.mem_get_info(device)
-    value = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
-    if free < total / 2:
-        yield Finding("GPU memory", value, "note", "end other programs that use the GPU (nvidia-smi lists them)")
-    else:
-        yield Finding("GPU memory", value)
+    yield _gpu_memory()
     if has_bf16():
         yield Finding("bf16", "yes")
     else:
         yield Finding("bf16", "no; runs use fp16", "note", "nothing to do: model.dtype auto picks float16")
+
+
+def _card(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}"
+
+
+def _gpu_memory() -> Finding:
+    """Of the GPU with the least free memory: each process of a run takes as much of its own."""
+    memory = [torch.cuda.mem_get_info(index) for index in range(torch.cuda.device_count())]
+    index = min(range(len(memory)), key=lambda index: memory[index][0])
+    free, total = memory[index]
+    which = f" on GPU {index}, which has the least" if len(memory) > 1 else ""
+    value = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free{which}"
+    if free < total / 2:
+        return Finding("GPU memory", value, "note", "end other programs that use the GPU (nvidia-smi lists them)")
+    return Finding("GPU memory", value)
 
 
 def _driver() -> str:
@@ -129,7 +141,10 @@ def _links() -> Iterator[Finding]:
         return
     kinds = link_kinds(_nvidia_smi("topo", "-m"))
     if not kinds:
-        yield Finding("GPU links", "unknown: nvidia-smi topo -m says nothing", "note", "install nvidia-smi to see them")
+        pairs = list(itertools.combinations(range(count), 2))
+        direct = sum(torch.cuda.can_device_access_peer(*pair) for pair in pairs)
+        value = f"memory of each other reached by {direct} of {len(pairs)} pairs; NVLink or PCIe is unknown"
+        yield Finding("GPU links", value, "note", "nvidia-smi topo -m, which names the links, says nothing here")
         return
     value = ", ".join(f"{kind} between {pairs} of {sum(kinds.values())} pairs" for kind, pairs in kinds.items())
     if all(kind.startswith("NVLink") for kind in kinds):
