@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+import torch.distributed as dist
 from rich.console import Console
 from tests.distributed.conftest import free_port, in_processes
 from tests.distributed.test_data_parallel import assert_same_run, events
@@ -19,6 +20,7 @@ from parley.cli.main import main
 from parley.config import RunConfig
 from parley.errors import UsageError
 from parley.pipeline import train
+from parley.training.processes import from_all, joined_processes, process_rank
 
 
 def written(config: RunConfig) -> str:
@@ -77,6 +79,22 @@ def test_scale_batch_keeps_the_batch_settings_for_each_process(configured: Calla
     together = configured("training.max_steps=2")
     assert in_processes(2, lambda: main(["train", written(together), "--scale-batch"])) == [0, 0]
     assert_same_run(together.output, alone.output)
+
+
+def test_restarted_processes_do_not_meet_those_that_are_gone() -> None:
+    """torchrun without --rdzv-backend keeps its store over restarts."""
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    def work(attempt: int) -> None:
+        os.environ |= {
+            "MASTER_PORT": str(agent.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }  # fmt: skip
+        with joined_processes():
+            assert from_all(process_rank()) == [0, 1]
+
+    for attempt in range(2):
+        assert in_processes(2, lambda attempt=attempt: work(attempt)) == [0, 0]
 
 
 @pytest.mark.slow

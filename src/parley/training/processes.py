@@ -82,7 +82,11 @@ def _join() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     try:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        store, rank, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+        # torchrun without --rdzv-backend keeps its store over restarts, with the addresses of processes that are gone.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt-{attempt}", store)
+        dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=rank, world_size=count)
     except (RuntimeError, ValueError) as error:  # torch's own kinds: no rank, no address, no answer
         raise RunError(f"the processes could not join: {error}") from None
 
