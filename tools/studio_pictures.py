@@ -37,7 +37,7 @@ Look = Callable[[str, Page], None]
 """Called with the name of each page when it shows what it is for."""
 
 
-def walk(page: Page, address: str, rows: Path, look: Look, *, steps: int = 40, export: bool = True) -> str:
+def walk(page: Page, address: str, rows: Path, look: Look, *, steps: int = 24, export: bool = True) -> str:
     """From the printed address to answers side by side (and an export); returns the two answers' text."""
     page.set_default_timeout(PATIENCE)
     url = address.partition("/?")[0]

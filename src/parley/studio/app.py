@@ -19,7 +19,7 @@ from parley.studio.i18n import COOKIE, LANGUAGES
 from parley.studio.pages import PAGES
 from parley.studio.security import HEADERS, BodyTooLargeError, SecurityMiddleware
 from parley.studio.state import Studio
-from parley.studio.web import THEME_COOKIE, THEMES, fragment, page, read_form, translate
+from parley.studio.web import THEME_COOKIE, THEMES, fragment, page, read_form, said, translate
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ async def set_preferences(request: Request) -> Response:
 
 
 def _show_error(request: Request, error: Exception) -> Response:
-    return _problem(request, 400, str(error))
+    return _problem(request, 400, said(request, str(error)))
 
 
 def _show_http_error(request: Request, error: Exception) -> Response:

@@ -75,6 +75,11 @@ class RunView:
             return None
         return (seconds - first_seconds) / (step - first_step) * (run.max_steps - step)
 
+    def evaluates(self, run: RunSummary) -> bool:
+        """Whether it evaluates during training, and so answers its questions then."""
+        training = run.settings.get("training")
+        return isinstance(training, dict) and training.get("eval_steps") is not None
+
     def samples(self, run: RunSummary) -> list[Sample]:
         """Of the report, which is written before the first step, and of the events since."""
         answers = run.report.get("answers")

@@ -17,12 +17,13 @@ from markupsafe import Markup
 
 from parley.errors import UsageError
 from parley.studio.i18n import COOKIE, LANGUAGES, N_, choose_language, translations, translator
+from parley.studio.messages import translated
 from parley.studio.state import Studio
 from parley.text import visible
 from parley.training.formatting import duration
 from parley.units import file_size, short_count
 
-__all__ = ["N_", "StudioDep", "fragment", "language_of", "page", "read_form", "translate"]
+__all__ = ["N_", "StudioDep", "fragment", "language_of", "page", "read_form", "said", "translate"]
 
 THEME_COOKIE = "parley_theme"
 THEMES = ("auto", "light", "dark")
@@ -44,6 +45,11 @@ def language_of(request: Request) -> str:
 def theme_of(request: Request) -> str:
     chosen = request.cookies.get(THEME_COOKIE)
     return chosen if chosen in THEMES else "auto"
+
+
+def said(request: Request, text: str) -> str:
+    """A command's message in the language of the request."""
+    return translated(translator(language_of(request)), text)
 
 
 def translate(request: Request) -> Callable[[str], str]:
@@ -117,6 +123,7 @@ def _environment(language: str) -> Environment:
     environment.install_gettext_translations(translations(language))  # type: ignore[attr-defined]
     environment.globals["_"] = partial(message, translations(language).gettext)
     environment.globals["static"] = static
+    environment.filters["said"] = partial(translated, translations(language).gettext)
     environment.filters |= {
         "url": lambda value: quote(str(value), safe="/"),
         "count": short_count,

@@ -19,7 +19,7 @@ from parley.studio import data_view
 from parley.studio.settings_edit import set_setting
 from parley.studio.state import Studio
 from parley.studio.uploads import PART, save_upload
-from parley.studio.web import N_, StudioDep, fragment, page, read_form
+from parley.studio.web import N_, StudioDep, fragment, page, read_form, said
 
 router = APIRouter(prefix="/data")
 
@@ -72,7 +72,7 @@ async def upload(request: Request, studio: StudioDep, name: str) -> Response:
     try:
         path = await save_upload(studio.uploads, name, request.stream())
     except ParleyError as error:
-        return JSONResponse({"error": str(error)}, 400)
+        return JSONResponse({"error": said(request, str(error))}, 400)
     _choose(studio, str(path), {})
     return JSONResponse({"name": path.name})
 

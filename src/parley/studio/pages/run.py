@@ -6,9 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from pathlib import Path
+from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, RedirectResponse
 
 from parley.config import RunConfig
 from parley.errors import ParleyError, RunError, UsageError
@@ -28,11 +29,16 @@ SUMMARY_SECONDS = 2.0  # a summary reads the whole log
 
 @router.get("/runs/{run_id:path}", response_model=None)
 def run_page(request: Request, run_id: str, studio: StudioDep) -> Response:
-    path = studio.run_path(run_id)
+    try:
+        path = studio.run_path(run_id)
+    except RunError:
+        if any(job.run_id == run_id for job in studio.queue.jobs()):  # it waits, or has not begun to write
+            return RedirectResponse(f"/train/started/{quote(run_id)}", 303)
+        raise
     run = studio.summaries.read(path)
     return page(
         request, "run.html", run_id=run_id, run=run, view=RunView(path), columns=COLUMNS + REWARD_COLUMNS,
-        heldout=list(HELDOUT_COLUMNS),
+        heldout=list(HELDOUT_COLUMNS), method=(run.settings.get("training") or {}).get("method", "sft"),
     )  # fmt: skip
 
 
@@ -97,7 +103,7 @@ def _fragments(studio: Studio, view: RunView, run_id: str, language: str) -> dic
     return {
         "status": render(language, "_run_status.html", run=run, run_id=run_id, view=view),
         "actions": render(language, "_run_actions.html", run=run, run_id=run_id),
-        "answers": render(language, "_run_answers.html", samples=view.samples(run)),
+        "answers": render(language, "_run_answers.html", samples=view.samples(run), evaluates=view.evaluates(run)),
         "faults": render(language, "_run_faults.html", faults=view.faults(), run_id=run_id),
     }
 
