@@ -11,7 +11,8 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _import(name: str, place: str) -> Any:
 def _executed(name: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
-    except Exception as error:
+    except Exception as error:  # the user's module runs here
         raise UsageError(f"training.rewards: {name}: {type(error).__name__}: {one_line(error, 200)}") from error
 
 
@@ -109,31 +110,32 @@ def checked_reward(function: Reward, name: str) -> Reward:
 
         @functools.wraps(function)
         async def call_async(**kwargs: Any) -> list[float | None]:
-            try:
+            with _one_line_errors(name):
                 values = await function(**kwargs)
-            except Exception as error:
-                raise _failed(name, error) from error
             return _checked_values(name, values, kwargs["completions"])
 
         return call_async
 
     @functools.wraps(function)
     def call(**kwargs: Any) -> list[float | None]:
-        try:
+        with _one_line_errors(name):
             values = function(**kwargs)
-        except Exception as error:
-            raise _failed(name, error) from error
         return _checked_values(name, values, kwargs["completions"])
 
     return call
 
 
-def _failed(name: str, error: Exception) -> ParleyError:
-    if isinstance(error, ParleyError):
-        return error
-    frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return RewardError(f"reward {name}: {type(error).__name__}: {one_line(error, 200)}{place}")
+@contextmanager
+def _one_line_errors(name: str) -> Iterator[None]:
+    """Raises RewardError with the place in the user's function for whatever it raises."""
+    try:
+        yield
+    except ParleyError:
+        raise
+    except Exception as error:  # the user's function runs here
+        frames = inspect.getinnerframes(error.__traceback__) if error.__traceback__ else []
+        place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+        raise RewardError(f"reward {name}: {type(error).__name__}: {one_line(error, 200)}{place}") from error
 
 
 def _checked_values(name: str, values: Any, completions: Sequence[Any]) -> list[float | None]:

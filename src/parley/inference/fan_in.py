@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 
 from parley.config import GenerationSection
@@ -21,12 +22,11 @@ class FanIn:
     def __init__(self, scheduler: Scheduler, requests: Sequence[Request], put: Callable[[IndexedOutput], None]) -> None:
         self.unfinished = len(requests)
         self._handles: list[RequestHandle] = []
-        try:
+        with ExitStack() as undo:  # all or none: no caller would read the outputs of those already submitted
+            undo.callback(self.cancel)
             for index, request in enumerate(requests):
                 self._handles.append(scheduler.submit(request, partial(_put, put, index)))
-        except BaseException:  # all or none: no caller will read the outputs of those already submitted
-            self.cancel()
-            raise
+            undo.pop_all()
 
     def receive(self, item: IndexedOutput) -> IndexedOutput:
         """`item` as it is; takes note of an answer that it finishes, with a `finish_reason` or an exception."""

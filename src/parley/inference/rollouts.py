@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 
 import torch
 from peft import PeftModel
@@ -89,7 +90,8 @@ class RolloutDecoder:
         answers: list[list[int]] = [[] for _ in requests]
         waiting = deque(enumerate(requests))
         running: dict[int, tuple[int, OutputProcessor]] = {}
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.close)  # after an error or Ctrl-C, its slots are taken
             while waiting or running:
                 admitted: dict[int, DecodeRequest] = {}
                 for slot in range(decoder.slots):
@@ -104,9 +106,7 @@ class RolloutDecoder:
                     if self._append(answers[index], [token.id for token in tokens], output):
                         decoder.release(slot)
                         del running[slot]
-        except BaseException:
-            self.close()  # its slots are taken
-            raise
+            undo.pop_all()
         return answers
 
     def _output(self, request: DecodeRequest, length: int) -> OutputProcessor:

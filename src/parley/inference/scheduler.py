@@ -214,7 +214,7 @@ class Scheduler:
                     if self._active:
                         self._decode()
                 return
-            except Exception as error:  # noqa: BLE001  (whatever it is, those who wait for an answer must hear of it)
+            except Exception as error:  # noqa: BLE001  (carried to the threads that wait for answers)
                 if not self._recover(error):
                     return
 
@@ -284,7 +284,7 @@ class Scheduler:
         failed.__cause__ = error
         try:
             self._decoder.reset()
-        except Exception as reset_error:
+        except Exception as reset_error:  # later calls raise Closed from the first one
             logger.error("the decoder cannot be reset", exc_info=reset_error)
             with self._changed:
                 self._error = error
@@ -304,7 +304,9 @@ def _process(handle: RequestHandle, tokens: Sequence[Token]) -> OutputChunk | Ex
     """The chunk of these tokens, or the tokenizer's error about them, which concerns no other request."""
     try:
         return handle.output.add(tokens)
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # carried to its reader: tokenizers raises bare Exceptions, and a tokenizer may be custom code
         logger.error("an answer's tokens cannot be decoded", exc_info=error)
         failed = DecoderFailed(f"the answer's tokens cannot be decoded: {one_line(error)}")
         failed.__cause__ = error

@@ -19,7 +19,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase | ProcessorMixin, folder: 
     """
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:
+    except Exception as error:  # what is bare has no narrower class; all others are raised on
         code = _OS_ERROR.search(str(error))
         if type(error) is not Exception or code is None:
             raise

@@ -55,7 +55,7 @@ def read_tokenizer(folder: Path, section: ModelSection) -> PreTrainedTokenizerBa
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=section.trust_remote_code
         )
-    except Exception as error:  # the tokenizers library raises bare Exceptions
+    except Exception as error:  # tokenizers raises bare Exceptions; trust_remote_code runs code that may raise any
         raise ModelError(
             f"{section.name}: the tokenizer in {folder} cannot be read ({one_line(error)}); download its files again"
         ) from error

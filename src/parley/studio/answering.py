@@ -140,7 +140,7 @@ class Answering:
                 self._stream(question, model, indices)
             except ParleyError as error:
                 self._fail(question, indices, str(error))
-            except Exception as error:  # noqa: BLE001  (who waits for an answer must hear of it, whatever it is)
+            except Exception as error:  # noqa: BLE001  (carried to the page that waits for it)
                 self._fail(question, indices, f"{type(error).__name__}: {one_line(error)}")
 
     def _stream(self, question: Question, model: _Model, indices: list[int]) -> None:

@@ -67,7 +67,7 @@ def joined_processes() -> Iterator[None]:
         dist.barrier()  # a process that ends earlier would count as lost
         _watch.stop()
         dist.barrier()
-    except BaseException as error:
+    except BaseException as error:  # also Ctrl-C: the others would wait in a collective for good
         _end_all(_watch, error)
         raise
     else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -123,10 +124,11 @@ class LoraGgufReader(LlamaCppReader):
     """A LoRA GGUF on a GGUF of its base in float16, which is written for the comparison and removed again."""
 
     def __init__(self, trained: TrainedModel, lora: Path, length: int, scratch: Path) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix=".base-", dir=scratch))
-        try:
+        with ExitStack() as cleanup:
+            folder = Path(tempfile.mkdtemp(prefix=".base-", dir=scratch))
+            cleanup.callback(shutil.rmtree, folder, ignore_errors=True)
             config, name = trained.config, trained.base_name
-            path = self._folder / "base.gguf"
+            path = folder / "base.gguf"
             vocabulary = read_vocabulary(trained.tokenizer, config.vocab_size, end_ids(trained), name)
             base = _merged(trained).base
             architecture = architecture_of(config, name)
@@ -134,12 +136,10 @@ class LoraGgufReader(LlamaCppReader):
                 path, architecture, config, base, vocabulary, SCHEMES["f16"], general_metadata(trained), threads()
             )
             super().__init__(path, length, threads(), lora)
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+            self._cleanup = cleanup.pop_all()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, traceback)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._cleanup.close()
