@@ -1,10 +1,11 @@
-"""Write the generated parts of the documentation: reference pages and the labs as notebooks.
+"""Write the generated parts of the documentation: reference pages, tables of families, and the labs as notebooks.
 
     python tools/build_docs.py           # write them
     python tools/build_docs.py --check   # exit 1 where a file differs from what would be written
 
-The command reference comes from the commands' own `--help`, the configuration reference from the pydantic models, and
-the notebooks from labs/*.py, so that none of them can say what the code does not.
+The command reference comes from the commands' own `--help`, the configuration reference from the pydantic models, the
+notebooks from labs/*.py, and the tables from what benchmarks/family_parity.py recorded, so that none of them can say
+what the code does not.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 import typer
+from family_table import with_tables
 
 from parley.cli.main import app
 from parley.config import OpenSection, RunConfig
@@ -91,6 +93,8 @@ def notebook(lab: Path) -> str:
 def generated_files() -> Iterator[tuple[Path, str]]:
     yield ROOT / "docs/reference/commands.md", command_reference()
     yield ROOT / "docs/reference/configuration.md", configuration_reference()
+    for name in ("README.md", "README.zh.md", "docs/families.md"):
+        yield ROOT / name, with_tables((ROOT / name).read_text(encoding="utf-8"))
     for lab in sorted((ROOT / "labs").glob("*.py")):
         yield lab.with_suffix(".ipynb"), notebook(lab)
 

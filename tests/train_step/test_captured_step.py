@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -87,7 +88,9 @@ def wanted_loss(model: Any, examples: list[Document], smoothing: float = 0.0) ->
     return total
 
 
-def check(model: Any, examples: list[Document], *, smoothing: float = 0.0, tokens: int = 1000) -> CapturedStep:
+def check(
+    model: Any, examples: list[Document], *, smoothing: float = 0.0, tokens: int = 1000, record_property: Any = None
+) -> CapturedStep:
     loss = wanted_loss(model, examples, smoothing)
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
@@ -96,8 +99,11 @@ def check(model: Any, examples: list[Document], *, smoothing: float = 0.0, token
         step.forward_backward(examples, loss_weight(examples))
     assert float(step.metrics_3[0]) == pytest.approx(loss, rel=1e-5)
     got = dict(model.named_parameters())
-    error = torch.stack([(got[name].grad - gradient).norm() for name, gradient in wanted.items()]).norm()
-    assert float(error / torch.stack([gradient.norm() for gradient in wanted.values()]).norm()) < 1e-5
+    difference = torch.stack([(got[name].grad - gradient).norm() for name, gradient in wanted.items()]).norm()
+    error = float(difference / torch.stack([gradient.norm() for gradient in wanted.values()]).norm())
+    assert error < 1e-5
+    if record_property is not None:
+        record_property("captured_gradient_error", error)
     for name, gradient in wanted.items():
         if "sinks" in name:  # few, so that the norm of all would not show them
             torch.testing.assert_close(got[name].grad, gradient, rtol=1e-4, atol=1e-6)
@@ -105,10 +111,11 @@ def check(model: Any, examples: list[Document], *, smoothing: float = 0.0, token
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_full_fine_tuning_of_any_family(model_type: str) -> None:
+def test_full_fine_tuning_of_any_family(model_type: str, record_property: Any) -> None:
     model = build(model_type)
     assert why_not_packed(model, 256, packed_logits) is None
-    check(model, documents())
+    record_property("family", model_type)  # for the table of families, by benchmarks/family_parity.py
+    check(model, documents(), record_property=record_property)
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])
@@ -198,6 +205,52 @@ def test_options_of_peft(lora: dict[str, Any], tokens: int) -> None:
         if "lora_B" in name:
             parameter.data.normal_(0, 0.1)
     check(model, documents(), tokens=tokens)
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [5, 9, 100]},
+        {"target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.1},
+        {"target_modules": ["v_proj"], "layers_to_transform": [1], "modules_to_save": ["norm"]},
+        {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only"},
+    ],
+)
+def test_options_of_peft_on_a_family_of_the_fused_step(lora: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), LoraConfig(r=4, **lora)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "lora_embedding_A" in name:
+            parameter.data.normal_(0, 0.1)
+    check(model, documents())
+
+
+def test_several_adapters_at_once() -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(build("llama"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["v_proj", "up_proj"], use_rslora=True))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    assert sum(parameter.requires_grad for parameter in model.parameters()) == 16
+    check(model, documents())
+
+
+def test_an_8_bit_base() -> None:
+    """Its products round each token by itself, so that a packed row has the values of its documents."""
+    base = build("llama")
+    for path in [name for name, _ in base.named_modules() if name.endswith("_proj")]:
+        linear = base.get_submodule(path)
+        packed = Linear8bitLt(linear.in_features, linear.out_features, False, has_fp16_weights=False, threshold=6.0)
+        packed.load_state_dict(linear.state_dict())
+        base.set_submodule(path, packed.to("cpu"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    check(model, documents())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

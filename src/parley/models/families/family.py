@@ -64,6 +64,7 @@ class ModelFamily:
 
     Attributes:
         model_type: transformers' name of the family (`config.model_type`).
+        members: its published models, as the table of families names them.
         architecture: the class of its causal language model.
         qkv, o, gate_up, down: the linear modules of a layer. Those of one group read the same input.
         biases: the modules that may have a bias.
@@ -83,6 +84,7 @@ class ModelFamily:
     """
 
     model_type: str
+    members: str
     architecture: str
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     o: tuple[str, ...] = ("self_attn.o_proj",)

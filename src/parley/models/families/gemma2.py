@@ -4,6 +4,7 @@ from parley.models.families.family import ModelFamily, root_of_hidden_size, wind
 
 GEMMA2 = ModelFamily(
     model_type="gemma2",
+    members="Gemma 2",
     architecture="Gemma2ForCausalLM",
     biases=frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}),
     attention_out_norm="post_attention_layernorm",

@@ -9,6 +9,7 @@ from parley.models.families.gemma2 import GEMMA2
 GEMMA3 = replace(
     GEMMA2,
     model_type="gemma3_text",
+    members="Gemma 3 (text)",
     architecture="Gemma3ForCausalLM",
     qk_norm="head",
     rope=rope_by_layer_type,

@@ -7,6 +7,7 @@ from parley.models.families.llama import LLAMA
 GRANITE = replace(
     LLAMA,
     model_type="granite",
+    members="Granite 3",
     architecture="GraniteForCausalLM",
     embedding_scale=lambda config: config.embedding_multiplier,
     residual_scale=lambda config: config.residual_multiplier,

@@ -4,6 +4,7 @@ from parley.models.families.family import ModelFamily
 
 LLAMA = ModelFamily(
     model_type="llama",
+    members="Llama 2, 3, 3.1, 3.2, 3.3",
     architecture="LlamaForCausalLM",
     biases=frozenset(
         {

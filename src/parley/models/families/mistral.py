@@ -2,4 +2,6 @@
 
 from parley.models.families.family import ModelFamily, window_everywhere
 
-MISTRAL = ModelFamily(model_type="mistral", architecture="MistralForCausalLM", window=window_everywhere)
+MISTRAL = ModelFamily(
+    model_type="mistral", members="Mistral", architecture="MistralForCausalLM", window=window_everywhere
+)

@@ -4,6 +4,7 @@ from parley.models.families.family import ModelFamily
 
 OLMO2 = ModelFamily(
     model_type="olmo2",
+    members="OLMo 2",
     architecture="Olmo2ForCausalLM",
     biases=frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}),
     input_norm=None,

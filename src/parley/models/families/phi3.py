@@ -8,6 +8,7 @@ from parley.models.families.family import FIXED_ROPE_TYPES, ModelFamily, window_
 
 PHI3 = ModelFamily(
     model_type="phi3",
+    members="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     architecture="Phi3ForCausalLM",
     qkv=("self_attn.qkv_proj",),
     gate_up=("mlp.gate_up_proj",),

@@ -4,6 +4,7 @@ from parley.models.families.family import ModelFamily, window_by_layer_type
 
 QWEN2 = ModelFamily(
     model_type="qwen2",
+    members="Qwen 2, 2.5",
     architecture="Qwen2ForCausalLM",
     biases=frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}),
     window=window_by_layer_type,

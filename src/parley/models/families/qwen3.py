@@ -4,6 +4,7 @@ from parley.models.families.family import ModelFamily, window_by_layer_type
 
 QWEN3 = ModelFamily(
     model_type="qwen3",
+    members="Qwen 3",
     architecture="Qwen3ForCausalLM",
     biases=frozenset({"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}),
     qk_norm="head",

@@ -14,6 +14,7 @@ def _window(config: Any, layer: int) -> int | None:
 SMOLLM3 = replace(
     LLAMA,
     model_type="smollm3",
+    members="SmolLM3",
     architecture="SmolLM3ForCausalLM",
     window=_window,
     rope=lambda config, layer: "" if config.no_rope_layers[layer] else None,
