@@ -5,11 +5,16 @@ Codes are compared with the nearest ones, as bitsandbytes on a CPU rounds small 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import bitsandbytes
 import pytest
 import torch
+
+from parley.train_step import masked_update
+from parley.train_step.masked_update import MaskedUpdate
+from parley.train_step.optimizer import AdamW8bit
 
 triton = pytest.importorskip("triton", reason="no Triton here")
 adamw8bit = pytest.importorskip("parley.train_step.kernels.adamw8bit")
@@ -22,10 +27,10 @@ ORDER = 1.1 * 1e-2**2 * 0.1 if DEVICE.type == "cuda" else 0.0
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.995), "eps": 1e-6, "weight_decay": 0.1}
 
 
-def update(parameter: torch.nn.Parameter, state: dict[str, torch.Tensor], step: int) -> None:
+def update(parameter: torch.nn.Parameter, state: dict[str, torch.Tensor], step: int, *, finite: bool = True) -> None:
     adamw8bit.adamw8bit(
         parameter.data, parameter.grad, (state["state1"], state["state2"]), (state["absmax1"], state["absmax2"]),
-        (state["qmap1"], state["qmap2"]), step=step, **SETTINGS,
+        (state["qmap1"], state["qmap2"]), torch.tensor(finite, device=DEVICE), step=step, **SETTINGS,
     )  # fmt: skip
 
 
@@ -109,3 +114,45 @@ def test_each_value_of_a_code_book_has_its_own_code(number: int, zero: int) -> N
         update(parameter, state, 1)
         codes = state[f"state{number}"][:probed].cpu().int() - zero
         assert torch.equal(codes, wanted[:probed].int())
+
+
+def some_state() -> tuple[torch.nn.Parameter, dict[str, torch.Tensor]]:
+    """After one update."""
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 4096, device=DEVICE))
+    parameter.grad = gradients(4096)[0]
+    optimizer = bitsandbytes.optim.AdamW8bit([parameter], **SETTINGS)
+    optimizer.step()
+    return parameter, optimizer.state[parameter]
+
+
+@pytest.mark.parametrize("poisoned", [1.0, float("nan"), float("inf")])
+def test_nothing_is_written_where_the_step_is_not_finite(poisoned: float) -> None:
+    parameter, state = some_state()
+    before = parameter.detach().clone(), {name: copy.deepcopy(value) for name, value in state.items()}
+    parameter.grad = gradients(4096)[1] * poisoned
+    update(parameter, state, 2, finite=False)
+    assert torch.equal(parameter.detach(), before[0])
+    for name, value in before[1].items():
+        assert torch.equal(state[name], value) if torch.is_tensor(value) else state[name] == value
+    if poisoned == 1.0:
+        update(parameter, state, 2)
+        assert not torch.equal(parameter.detach(), before[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_masked_update_copies_nothing_where_the_kernel_reads_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8192, device="cuda"))
+    optimizer = type("Masked", (MaskedUpdate, AdamW8bit), {})([parameter], **SETTINGS)
+    for number, finite in enumerate((True, True, False, True)):
+        before = parameter.detach().clone(), copy.deepcopy(dict(optimizer.state[parameter]))
+        parameter.grad = gradients(8192)[number] if finite else torch.full_like(parameter, torch.nan)
+        optimizer.finite = torch.tensor(finite, device="cuda")
+        optimizer.step()
+        monkeypatch.setattr(masked_update, "Copies", None)  # the first update makes the state
+        assert torch.equal(parameter.detach(), before[0]) is not finite
+        if not finite:
+            optimizer.forget_steps(1)
+            for name, value in before[1].items():
+                now = optimizer.state[parameter][name]
+                assert torch.equal(now, value) if torch.is_tensor(value) else now == value

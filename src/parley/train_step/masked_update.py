@@ -3,7 +3,7 @@
 The host launches the update before it knows whether the step is sound, so that it never waits. The optimizer's tensors
 are copied before the update and selected after it, by a flag on the device: a step that is not finite leaves weights
 and moments bit for bit as they were. The copies lie in buffers of the fused step that are idle during the update, so
-that they cost no memory.
+that they cost no memory. An optimizer whose own kernel reads the flag needs none.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from parley.train_step.optimizer import AdamW8bit
 
 CODE_BOOK = "qmap"  # bitsandbytes' names of the code books of 8-bit moments, which no update changes
 ALIGNMENT = 16  # bytes: any dtype can be viewed at a multiple of it
@@ -34,6 +36,8 @@ class MaskedUpdate(torch.optim.Optimizer):
             return super().step(closure)
         if not any(self.state.values()):  # the first update creates the state: nothing to copy, so wait for the flag
             return super().step(closure) if bool(self.finite) else None
+        if isinstance(self, AdamW8bit) and self.masks_itself:
+            return super().step(closure)
         copies = Copies(self._tensors(), self.idle())
         super().step(closure)
         copies.restore_unless(self.finite)

@@ -7,14 +7,24 @@ from typing import Any
 
 import bitsandbytes
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     """bitsandbytes' AdamW with 8-bit block-wise state (arXiv 2110.02861), whose own `step` waits for the GPU each time.
 
     The state is bitsandbytes' own, and so is the update but for rounding; a kernel of Parley's computes it on a GPU.
+
+    `finite`: 0-dim bool on the parameters' device; where it is False, an update by the kernel changes nothing.
     """
+
+    finite: Tensor | None = None
+
+    @property
+    def masks_itself(self) -> bool:
+        """Whether the kernel updates every parameter that has a gradient. Known from the first update on."""
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return all(bool(self.state[p]) and _by_kernel(p, self.state[p]) for p in parameters)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:
@@ -36,9 +46,7 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
     def update_step(self, group: dict[str, Any], p: nn.Parameter, gindex: int, pindex: int) -> None:
         state, gradient = self.state[p], p.grad
         assert gradient is not None
-        # Small tensors have their state in 32 bits.
-        eight_bit = state["state1"].dtype == torch.uint8 and p.is_contiguous() and gradient.is_contiguous()
-        if p.device.type != "cuda" or not eight_bit:
+        if not _by_kernel(p, state):
             super().update_step(group, p, gindex, pindex)
             return
         from parley.train_step.kernels.adamw8bit import adamw8bit  # Triton is installed only where a GPU is
@@ -51,9 +59,17 @@ class AdamW8bit(bitsandbytes.optim.AdamW8bit):
             (state["state1"], state["state2"]),
             (state["absmax1"], state["absmax2"]),
             (state["qmap1"], state["qmap2"]),
+            torch.ones((), dtype=torch.bool, device=p.device) if self.finite is None else self.finite,
             step=state["step"],
             lr=config["lr"],
             betas=config["betas"],
             eps=config["eps"],
             weight_decay=config["weight_decay"],
         )
+
+
+def _by_kernel(p: nn.Parameter, state: dict[str, Any]) -> bool:
+    assert p.grad is not None
+    # Small tensors have their state in 32 bits.
+    eight_bit = state["state1"].dtype == torch.uint8 and p.is_contiguous() and p.grad.is_contiguous()
+    return p.device.type == "cuda" and eight_bit

@@ -13,6 +13,7 @@ Shape suffixes: Z weights.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,9 +41,10 @@ def _code_above_zero(a, FIRST_ITEMS: tl.constexpr):
 
 @kernel()
 def _adamw8bit(
-    weight, gradient, m_code, v_code, m_scale, v_scale, m_book, v_book, Z, beta1, beta2, step_size, eps, decay,
+    weight, gradient, m_code, v_code, m_scale, v_scale, m_book, v_book, finite, Z, beta1, beta2, step_size, eps, decay,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    Z = Z * tl.load(finite).to(tl.int32)  # 0: all are masked
     block = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     z = block.to(tl.int64)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside = z < Z
@@ -76,6 +78,7 @@ def adamw8bit(
     moments: tuple[Tensor, Tensor],
     scales: tuple[Tensor, Tensor],
     books: tuple[Tensor, Tensor],
+    finite: Tensor,
     *,
     step: int,
     lr: float,
@@ -83,10 +86,13 @@ def adamw8bit(
     eps: float,
     weight_decay: float,
 ) -> None:
-    """One update of contiguous weights of any shape, in place. `step` counts from 1."""
+    """One update of contiguous weights of any shape, in place. `step` counts from 1.
+
+    `finite`: 0-dim bool on the weights' device; where it is False nothing is written.
+    """
     correction1, correction2 = 1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5
     programs = triton.cdiv(weight_Z.numel(), BLOCK.value * ROWS)
     _adamw8bit[(programs,)](
-        weight_Z, gradient_Z, *moments, *scales, *books, weight_Z.numel(), *betas, -lr * correction2 / correction1,
-        correction2 * eps, 1 - lr * weight_decay, BLOCK=BLOCK, ROWS=ROWS,
+        weight_Z, gradient_Z, *moments, *scales, *books, finite.view(torch.uint8), weight_Z.numel(), *betas,
+        -lr * correction2 / correction1, correction2 * eps, 1 - lr * weight_decay, BLOCK=BLOCK, ROWS=ROWS,
     )  # fmt: skip
