@@ -36,6 +36,14 @@ def test_overrides_leave_the_callers_mapping_alone() -> None:
         ({"modle": 1}, [], "did you mean 'model'"),
         ({"model": {"nmae": 1}}, [], "did you mean 'name'"),
         ({"report": {"exmples": 1}}, [], "did you mean 'examples'"),
+        ({"model": {"load_in_4bit": True}}, [], "here it is model.quantization: nf4"),
+        ({"data": {"dataset": "a"}}, [], "here it is data.source"),
+        ({"base_model": "a"}, [], "here it is model.name"),
+        (
+            {"base_model": "a", "datasets": [], "lora_r": 8, "output_dir": "b"},
+            [],
+            "another program's settings; here base_model is model.name; datasets is data.source; lora_r is lora.r",
+        ),
         ({}, ["training.max_steps=x"], "training.max_steps: got 'x'"),
         ({}, ["nonsense"], "wanted section.key=value"),
         ({}, ["a.=1"], "wanted section.key=value"),
@@ -219,3 +227,23 @@ def test_importing_parley_loads_no_torch() -> None:
         "assert not {'torch', 'transformers', 'trl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_each_setting_of_another_program_is_one_of_parley_s() -> None:
+    from parley.setting_names import _HERE
+
+    values: dict[str, Any] = {}
+    for setting in _HERE:
+        section, _, name = setting.split(":")[0].split(" ")[0].partition(".")
+        known = RunConfig.model_fields
+        assert section in known
+        if name and section not in ("training", "lora"):  # these take every field of TRL's and PEFT's configs
+            annotation: Any = known[section].annotation
+            assert name in annotation.model_fields
+        elif name:
+            values.setdefault(section, {})[name] = None
+    from peft import LoraConfig
+    from trl import SFTConfig
+
+    assert values["lora"].keys() <= LoraConfig.__dataclass_fields__.keys()
+    assert values["training"].keys() - {"method"} <= SFTConfig.__dataclass_fields__.keys()

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from parley.errors import UsageError
 from parley.safe_yaml import load_yaml, read_yaml_file
+from parley.setting_names import setting_named, translation
 from parley.text import shorten_middle
 
 DEMO_MODEL = "parley-demo"
@@ -382,6 +383,9 @@ class RunConfig(Section):
         for override in overrides:
             _apply_override(values, override)
         _check_values(values)
+        foreign = [str(key) for key in values if key not in cls.model_fields]
+        if (meanings := translation(foreign)) is not None:
+            raise UsageError(f"these are another program's settings; here {meanings} (docs/how-to/train.md)")
         try:
             return cls.model_validate(values)
         except ValidationError as error:
@@ -433,8 +437,9 @@ def nearest(wrong: str, known: Iterable[str]) -> str | None:
     wrong = wrong[:MAX_NAME_BYTES]  # SequenceMatcher takes quadratic time
 
     def likeness(name: str) -> float:
-        initials = "".join(word[:1] for word in name.split("_"))
-        return max(difflib.SequenceMatcher(None, wrong, text).ratio() for text in (name, initials))
+        if wrong == "".join(word[:1] for word in name.split("_")):
+            return 1.0
+        return difflib.SequenceMatcher(None, wrong, name).ratio()
 
     best = max(sorted(known), key=likeness)  # sorted, so that a tie has one answer
     return best if likeness(best) > LEAST_LIKENESS else None
@@ -443,8 +448,11 @@ def nearest(wrong: str, known: Iterable[str]) -> str | None:
 def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
     """The error for an unknown key, naming the most similar known one."""
     known = set(known)
-    similar = nearest(key.rsplit(".", 1)[-1], known)
-    if similar is None:
+    section, _, name = key.rpartition(".")
+    similar = nearest(name, known)
+    if (setting := setting_named(name, section and f"{section}.")) and setting.rpartition(".")[2] != name:
+        advice = f"here it is {setting}"
+    elif similar is None:
         advice = f"it knows {', '.join(sorted(known))}" if len(known) <= 20 else "no key is spelled like it"
     else:
         advice = f"did you mean {similar!r}?"

@@ -50,7 +50,9 @@ def test_any_field_of_sftconfig_passes_through() -> None:
     ("override", "words"),
     [
         ("training.learnin_rate=1", "did you mean 'learning_rate'"),
-        ("training.lr=1", "did you mean 'learning_rate'"),
+        ("training.lr=1", "here it is training.learning_rate"),
+        ("training.epochs=1", "here it is training.num_train_epochs"),
+        ("training.batch_size=1", "here it is training.per_device_train_batch_size"),
         ("training.output_dir=x", "set output instead"),
         ("training.max_length=5", "set model.max_seq_length instead"),
         ("training.lr_scheduler_type=zigzag", "zigzag"),

@@ -266,6 +266,11 @@ def _packed_beyond_bytes(model: Any) -> int:
     return sum(size for name, size in sizes.items() if name.endswith(".packed")) - scales
 
 
+def check_lora(section: LoraSection) -> None:
+    """Raises UsageError for a section that is wrong whatever the model, before one is loaded."""
+    _lora_config(_with_own_loftq(section))
+
+
 def _lora_config(section: LoraSection) -> LoraConfig:
     fields = section.model_dump(exclude={"loftq"})
     if str(fields.get("init_lora_weights")).lower().startswith(NEEDS_DATA):

@@ -19,6 +19,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from parley.config import MAX_COUNT, RunConfig, checked_path
 from parley.errors import UsageError, one_line
+from parley.models.adapters import check_lora
 from parley.text import shorten_middle
 from parley.training.sft_config import SFTConfig
 
@@ -98,6 +99,8 @@ def check_settings(config: RunConfig, args: SFTConfig) -> None:
     _check_optimizer_and_scheduler(args)
     _check_data_loader(args)
     _check_checkpoint(args)
+    if config.lora is not None:
+        check_lora(config.lora)
 
 
 def check_best_metric(args: SFTConfig, metrics: dict[str, float]) -> None:
