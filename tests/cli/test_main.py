@@ -56,6 +56,14 @@ def test_each_command_has_an_example_or_no_arguments(parley: Callable[..., Any])
         assert "Example: parley" in ended.out or command in ("demo", "doctor")
 
 
+def test_a_closed_stdout_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python starts without one after `>&-`, as some schedulers do."""
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(SystemExit) as end:
+        main_module.main(["--version"])
+    assert end.value.code == 0
+
+
 def test_version(parley: Callable[..., Any]) -> None:
     from parley import __version__
 

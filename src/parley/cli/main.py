@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def _flush_stdout() -> None:
     """Write what is buffered, or drop it where the reader is gone: at exit Python would print the error."""
+    if sys.stdout is None:  # started without one, as `>&-` does
+        return
     try:
         sys.stdout.flush()
     except BrokenPipeError:
