@@ -322,6 +322,25 @@ def test_damaged_compressed_files_are_named(tmp_path: Path, compression: str) ->
         assert "compress it again" in message
 
 
+@pytest.mark.parametrize("compression", ["", *COMPRESS])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "txt", "json"])
+def test_a_line_without_end_is_not_held_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, compression: str
+) -> None:
+    monkeypatch.setattr("parley.data.files.LONGEST_LINE", 1000)
+    content = b"x" * 100_000 if kind == "txt" else b'{"text": "' + b"x" * 100_000
+    path = tmp_path / f"rows.{kind}{compression and '.'}{compression}"
+    assert "line of over 1,000 bytes" in refused(
+        write(path, COMPRESS[compression](content) if compression else content)
+    )
+
+
+def test_a_document_without_end_is_not_held_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("parley.data.files.LARGEST_DOCUMENT", 1000)
+    path = write(tmp_path / "rows.json.gz", gzip.compress(b"[" + b'{"text": "a"},\n' * 10_000))
+    assert "too large for one JSON document" in refused(path)
+
+
 def test_a_compressed_parquet_file_is_not_read(tmp_path: Path) -> None:
     assert "got a .parquet.gz; wanted" in refused(write(tmp_path / "rows.parquet.gz", b""))
 

@@ -10,6 +10,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -34,6 +35,8 @@ _CSV_BATCH = 64
 _DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _COMPRESSION_NAMES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _ONE_DOCUMENT = "; the file looks like one JSON document: name it .json"
+# A small compressed file may hold one line without end, and a JSON document is read whole.
+LONGEST_LINE, LARGEST_DOCUMENT = 2**30, 4 * 2**30  # bytes
 _ANY_LENGTH = 2**31 - 1  # of a CSV field, in characters: the largest limit that the csv module takes everywhere
 
 
@@ -128,7 +131,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
 def _raw_lines(path: Path) -> Iterator[bytes]:
     try:
         with open_file(path) as stream:
-            yield from stream
+            for line in iter(partial(stream.readline, LONGEST_LINE), b""):
+                if len(line) == LONGEST_LINE:
+                    raise DataError(f"{path}: has a line of over {LONGEST_LINE:,} bytes; wanted a row on each line")
+                yield line
     except DAMAGED as error:
         raise _damaged(path, error) from None
     except OSError as error:
@@ -163,9 +169,19 @@ def _parse_line(line: str, location: str) -> Row | DataError:
     return _as_row(row, location)
 
 
+def _lines_of_document(path: Path) -> Iterator[str]:
+    size = 0
+    for _, line in read_lines(path):
+        text = _readable_line(line)
+        size += len(text)
+        if size > LARGEST_DOCUMENT:
+            raise DataError(f"{path}: is over {LARGEST_DOCUMENT:,} bytes, too large for one JSON document; use .jsonl")
+        yield text
+
+
 def _json_document(path: Path) -> Iterator[Entry]:
     """A list of rows, {"data": [...]}, a single row, or, as many files named .json are, JSON lines."""
-    text = "".join(_readable_line(line) for _, line in read_lines(path))
+    text = "".join(_lines_of_document(path))
     if not text.strip():
         return
     try:
