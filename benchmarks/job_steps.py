@@ -30,8 +30,8 @@ from parley.units import GIB
 
 # Tokens, documents, share supervised; limits in GiB.
 JOBS: dict[str, list[tuple[str, int, int, float, tuple[Any, ...]]]] = {
-    "8b": [("8b-short", 1890, 8, 1 / 3, ("auto", "graph")), ("8b", 8190, 2, 1.0, ("auto", 8.1))],
-    "1b": [("seed", 1890, 8, 1 / 3, ("auto", "graph")), ("long", 32767, 1, 1.0, ("auto", 5.0))],
+    "8b": [("8b", 8190, 2, 1.0, ("auto", 8.1)), ("8b-short", 1890, 8, 1 / 3, ("auto", "graph"))],
+    "1b": [("long", 32767, 1, 1.0, ("auto", 5.0)), ("seed", 1890, 8, 1 / 3, ("auto", "graph"))],
 }
 
 
@@ -78,15 +78,19 @@ def main() -> None:
     parser.add_argument("--jobs", nargs="+", help="of the shape's; all without")
     parser.add_argument("--seconds", type=float, default=2.0, help="of steps in a row")
     parser.add_argument("--kernels", type=int, default=0)
+    parser.add_argument("--limits", nargs="+", help="of those of a job: auto, graph or GiB; all without")
+    parser.add_argument("--pause", action="store_true", help="wait for a line of input when the model is built")
     args = parser.parse_args()
     start = time.perf_counter()
     bound = bind(build(args.shape, "nf4"))
     print(f"{args.shape} built in {time.perf_counter() - start:.0f} s", flush=True)
+    if args.pause:
+        input()
     for job, tokens, count, supervised, limits in JOBS[args.shape]:
         if args.jobs and job not in args.jobs:
             continue
         documents = random_documents(tokens, count, supervised, tokens, even=tokens > 2000)
-        for memory in limits:
+        for memory in (limit for limit in limits if not args.limits or str(limit) in args.limits):
             loop = Loop(bound, documents, memory)
             for _ in range(4):
                 loop(documents)
