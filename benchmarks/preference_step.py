@@ -78,6 +78,7 @@ def make_trainer(who: str, options: argparse.Namespace, folder: str) -> Any:
         "output_dir": folder, "max_steps": options.trl_steps if who == "trl" else options.steps, "logging_steps": 10,
         "gradient_accumulation_steps": ACCUMULATION, "report_to": "none", "disable_tqdm": True, "save_strategy": "no",
         "max_length": 2048, "learning_rate": 1e-5, "seed": 0, "bf16": torch.cuda.is_available(),
+        "train_sampling_strategy": "sequential",  # the same tokens in each trainer's step
         "optim": "adamw_8bit" if torch.cuda.is_available() else "adamw_torch", "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
     clock = StepClock()

@@ -63,7 +63,7 @@ def test_a_method_trains_and_logs_its_rewards(method: str, tmp_path: Path) -> No
         ("dpo", {"simpo_gamma": 1}, "training.simpo_gamma is not read by method: dpo"),
         ("dpo", {"betta": 1}, "did you mean 'beta'?"),
         ("dpo", {"loss_type": "best"}, "loss_type"),
-        ("dpo", {"ld_alpha": 0.5}, "ld_alpha is not supported on the packed step"),
+        ("dpo", {"use_weighting": True}, "use_weighting is not supported on the packed step"),
         ("dpo", {"sync_ref_model": True}, "sync_ref_model is not supported on the packed step"),
         ("dpo", {"beta": "much"}, "training.beta: got 'much'"),
         ("kto", {"per_device_train_batch_size": 1}, "training.per_device_train_batch_size: got 1; kto"),

@@ -123,11 +123,6 @@ class GRPOTrainer(LogProbTrainer, trl.GRPOTrainer):
         self.beta = self.args.beta = beta
         if beta:
             self.reference = self.ref_model = Reference(self.model)
-        if self.aux_loss_enabled:
-            raise UsageError(
-                "router_aux_loss_coef: the auxiliary loss of a mixture of experts is not computed over packed rows; "
-                "set it to 0, or use trl.GRPOTrainer"
-            )
         self.monitor.watches_spikes = False  # a policy gradient's loss is no measure of how good the policy is
         self.reward_funcs = [
             function if isinstance(function, torch.nn.Module) else checked_reward(function, name)

@@ -29,7 +29,7 @@ from parley.train_step.matmul import ONEDNN_ROW_MULTIPLE
 from parley.train_step.memory_plan import MemoryPlan
 from parley.train_step.ops import Ops, RopeTable
 from parley.train_step.packed_batch import DeviceBatch, PackedBatch, StagingBuffer, pack
-from parley.train_step.slots import Slots
+from parley.train_step.slots import Slots, copy_to
 from parley.train_step.workspace import Workspace, retain_freed_memory
 from parley.units import round_up
 
@@ -143,7 +143,7 @@ class FusedStep:
         for run in runs:
             batch, slot_S = self._pack(documents[run]), slots.of(run)
             assert len(slot_S) == len(batch.row_S), "every supervised token has its slot"
-            head = _WeightedHead(self, slot_S.to(self.bound.device), slots.count, gradient, derivative)
+            head = _WeightedHead(self, copy_to(self.bound.device, slot_S), slots.count, gradient, derivative)
             if len(batch.row_S):
                 self._pass(batch, 1.0, head)
                 sums = head.sums if sums is None else sums
@@ -163,7 +163,7 @@ class FusedStep:
                 graphed = None if self.graphs is None else self.graphs.forward(packed)
                 batch, state = graphed or self._eager_forward(packed)
                 loss_S = self.head(batch, state, want_gradient=False)
-                sums.index_add_(0, slots.of(run).to(sums.device), -loss_S)
+                sums.index_add_(0, copy_to(sums.device, slots.of(run)), -loss_S)
         return sums
 
     def _eager_forward(self, packed: PackedBatch) -> tuple[DeviceBatch, ForwardState]:

@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+def copy_to(device: torch.device, host: Tensor) -> Tensor:
+    """`host` on `device`. The host of a GPU does not wait, as it would for a copy from memory that is not pinned."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
 @dataclass(frozen=True)
 class Slots:
     """`by_document` holds, for each document, the slot of each of its supervised tokens in order; `count` slots exist.

@@ -44,11 +44,17 @@ class LogProbTrainer(FusedTrainer):
     """Put before a trainer of TRL's whose loss is a function of log-probabilities."""
 
     group_size = 2  # documents that padded batches keep together
+    aux_loss_enabled: bool  # TRL's: whether the model has an auxiliary loss and it has a weight
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if kwargs.get("engine") == "captured":
             raise UsageError(f"engine: captured is not available: {CAPTURED}; set auto or plain")
         super().__init__(*args, **kwargs)
+        if self.aux_loss_enabled:
+            raise UsageError(
+                "router_aux_loss_coef: the auxiliary loss of a mixture of experts is not computed over packed rows; "
+                "set it to 0, or use TRL's own trainer"
+            )
 
     # ---- What FusedTrainer asks ----
 

@@ -131,9 +131,10 @@ def without_effect(args: trl.SFTConfig) -> list[str]:
         for name, need in NEEDED.items()
         if name in changed and not need.given(args)
     ]
-    if args.dataset_num_proc is not None:
-        lines.append("dataset_num_proc has no effect: rows are rendered in one process")
-    lines += [f"dataset_kwargs: {name} is not read" for name in (args.dataset_kwargs or {}) if name != SKIP]
+    if isinstance(args, trl.SFTConfig):
+        if args.dataset_num_proc is not None:
+            lines.append("dataset_num_proc has no effect: rows are rendered in one process")
+        lines += [f"dataset_kwargs: {name} is not read" for name in (args.dataset_kwargs or {}) if name != SKIP]
     if args.optim_args and NEEDED["optim_args"].given(args):
         lines += [f"optim_args: {key} changes nothing for {_optimizer(args)}" for key in _unread_optim_args(args)]
     return lines

@@ -80,17 +80,30 @@ def compare(ours: PreferenceTrainer, theirs: Any, *, fused: bool) -> None:
             torch.testing.assert_close(figures[name], float(expected_figures[name]), rtol=1e-5, atol=1e-4)
 
 
+MIXED = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
+
+
 @pytest.mark.parametrize("engine", ["auto", "plain"])
-@pytest.mark.parametrize("loss", ["sigmoid", "ipo", "hinge"])
-def test_dpo_step_equals_trls(loss: str, engine: Engine, pairs: Dataset, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss_type": ["sigmoid"]},
+        {"loss_type": ["ipo"]},
+        {"loss_type": ["hinge"]},
+        MIXED,
+        {"ld_alpha": 0.3},
+        {"f_divergence_type": "js_divergence"},
+    ],
+    ids=["sigmoid", "ipo", "hinge", "mixed", "ld_alpha", "js"],
+)
+def test_dpo_step_equals_trls(loss: dict[str, Any], engine: Engine, pairs: Dataset, options: dict[str, Any]) -> None:
     model, tokenizer = demo_adapter()
     other, _ = demo_adapter()
     ours = parley.DPOTrainer(
-        model, args=parley.DPOConfig(loss_type=[loss], **options), train_dataset=pairs, processing_class=tokenizer,
-        engine=engine,
-    )  # fmt: skip
+        model, args=parley.DPOConfig(**loss, **options), train_dataset=pairs, processing_class=tokenizer, engine=engine
+    )
     theirs = trl.DPOTrainer(
-        other, args=trl.DPOConfig(loss_type=[loss], **options), train_dataset=pairs, processing_class=tokenizer
+        other, args=trl.DPOConfig(**loss, **options), train_dataset=pairs, processing_class=tokenizer
     )
     compare(ours, theirs, fused=engine == "auto")
 
@@ -171,8 +184,16 @@ def test_losses_without_a_reference_equal_trls(
         torch.testing.assert_close(figures[name], sum(float(metrics[name]) for metrics in logged) / 2, **BOUND)
 
 
-@pytest.mark.parametrize("loss", sorted(DPO_LOSSES))
-def test_every_dpo_loss_and_its_derivative_equal_trls(loss: str) -> None:
+DIVERGENCES = {"forward_kl": 0.5, "js_divergence": 0.5, "alpha_divergence": 0.3}
+LOSSES_AND_DIVERGENCES = [(loss, "reverse_kl", 0.5) for loss in sorted(DPO_LOSSES)] + [
+    (loss, divergence, alpha)
+    for loss in ("sigmoid", "ipo")
+    for divergence, alpha in [*DIVERGENCES.items(), ("alpha_divergence", 1.0)]
+]
+
+
+@pytest.mark.parametrize(("loss", "divergence", "alpha"), LOSSES_AND_DIVERGENCES)
+def test_every_dpo_loss_and_its_derivative_equal_trls(loss: str, divergence: str, alpha: float) -> None:
     """TRL's own compute_loss on made-up log-probabilities of answers of 3, 5, 4 and 2 tokens."""
     lengths = [3, 5, 4, 2]
     generator = torch.Generator().manual_seed(0)
@@ -188,7 +209,8 @@ def test_every_dpo_loss_and_its_derivative_equal_trls(loss: str) -> None:
     outputs = SimpleNamespace(log_probs=per_token, entropy=nothing, mean_logits=nothing, is_top1=nothing.bool())
     vars(theirs).update(
         args=args, model=SimpleNamespace(training=True), beta=0.4, ld_alpha=None, precompute_ref_logps=True,
-        f_divergence_type="reverse_kl", loss_types=[loss], loss_weights=[0.5], label_smoothing=0.1, use_weighting=False,
+        f_divergence_type=divergence, f_alpha_divergence_coef=alpha,
+        loss_types=[loss], loss_weights=[0.5], label_smoothing=0.1, use_weighting=False,
         aux_loss_enabled=False, _metrics={"train": defaultdict(list)}, _total_train_tokens=0, _tp_size=1,
         accelerator=SimpleNamespace(
             device=torch.device("cpu"), gather=lambda value: value, gather_for_metrics=lambda value: value
@@ -207,7 +229,7 @@ def test_every_dpo_loss_and_its_derivative_equal_trls(loss: str) -> None:
 
     order = [0, 2, 1, 3]  # TRL has chosen answers first, Parley the two of a pair
     answer = per_token.detach().sum(1)[order].requires_grad_()
-    objective = DPO([loss], [0.5], 0.4, 0.1)
+    objective = DPO([loss], [0.5], 0.4, 0.1, divergence=divergence, alpha=alpha)
     ours, _ = objective([document(lengths[row]) for row in order], answer, torch.zeros(4), reference[order])
     (gradient,) = torch.autograd.grad(ours, answer)
     torch.testing.assert_close(ours.detach(), expected.detach(), **BOUND)
@@ -271,6 +293,25 @@ def test_a_step_in_several_passes_is_the_same(engine: Engine, pairs: Dataset, op
     torch.testing.assert_close(results[0][0], results[1][0], **BOUND)
     for name, value in results[0][1].items():
         torch.testing.assert_close(results[1][1][name], value, **BOUND)
+
+
+def test_references_of_later_steps_are_of_the_first_weights(pairs: Dataset, options: dict[str, Any]) -> None:
+    """The first measurement swaps parameters, later ones the buffer that they are views of."""
+    model, tokenizer = demo_adapter()
+    trainer = parley.DPOTrainer(
+        model, args=parley.DPOConfig(**options), train_dataset=pairs, processing_class=tokenizer
+    )
+    trainer.bind_fused_step()
+    documents = preference_documents(micro_batches(trainer)[0]["documents"])
+    unchanged = trainer.objective.answers(trainer.policy_sums(documents, slots_of(documents)))
+    shake(trainer.model)
+    trained = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    policy = trainer.objective.answers(trainer.policy_sums(documents, slots_of(documents)))
+    for _ in range(3):
+        torch.testing.assert_close(trainer._measure_reference(documents), unchanged)
+        assert (policy - unchanged).abs().max() > 0.1
+        for name, value in trainer.model.named_parameters():
+            assert torch.equal(value, trained[name]), name
 
 
 def test_a_reference_is_measured_once_a_row(pairs: Dataset, options: dict[str, Any]) -> None:

@@ -18,15 +18,9 @@ from parley.training.check_settings import check_types
 from parley.training.preference.config import METHOD_DEFAULTS, DPOConfig, GRPOConfig, KTOConfig
 from parley.training.preference.grpo_options import check_options
 from parley.training.preference.losses import ORPO, Objective, SimPO, dpo_objective, kto_objective
+from parley.training.preference.pair_options import WITHOUT_EFFECT
 from parley.training.processes import process_count
 
-REFUSED = {
-    "padding_free": "documents of a step are always one row without padding",
-    "precompute_ref_log_probs": "reference log-probabilities are always measured once and kept",
-    "precompute_ref_batch_size": "reference log-probabilities are measured in the passes of a step",
-    "dataset_num_proc": "rows are rendered in one process",
-}
-"""Fields without effect, with the reason."""
 OF_METHOD = {
     "simpo_gamma": ("simpo",),
     "cpo_alpha": ("simpo",),
@@ -56,7 +50,7 @@ def preference_config(
             "training.per_device_train_batch_size: got 1; kto estimates the divergence from another row's answer; "
             "set 2 or more"
         )
-    without_effect = UNREAD if method == "grpo" else REFUSED | UNREAD
+    without_effect = UNREAD if method == "grpo" else WITHOUT_EFFECT | UNREAD
     notes = [f"training.{name} has no effect: {reason}" for name, reason in without_effect.items() if name in values]
     for name in without_effect.keys() - UNREAD.keys():
         values.pop(name, None)

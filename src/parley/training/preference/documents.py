@@ -26,14 +26,23 @@ class PreferenceDocument(Document):
     role: "mismatched" is KTO's: a prompt with another row's answer, which estimates the divergence from the reference.
     prompt_L: True for supervised tokens that are no part of the answer (ORPO's loss reads the prompt, too); None where
         there are none.
+    tail_L: True for the answer's tokens behind the length that both answers of a pair have (`ld_alpha` weights them);
+        None where they are not told apart.
     """
 
     role: Role = "chosen"
     prompt_L: NDArray[np.bool_] | None = None
+    tail_L: NDArray[np.bool_] | None = None
 
     def with_supervised_prompt(self) -> PreferenceDocument:
         """The same, with every token supervised."""
         return replace(self, label_L=self.ids_L, prompt_L=self.label_L == IGNORE_INDEX)
+
+    def with_tail(self, length: int) -> PreferenceDocument:
+        """The same, whose answer's tokens behind the first `length` are its tail."""
+        supervised_L = self.label_L != IGNORE_INDEX
+        supervised_L[0] = False  # never predicted
+        return replace(self, tail_L=supervised_L & (supervised_L.cumsum() > length))
 
     @property
     def answer_tokens(self) -> int:
@@ -43,30 +52,36 @@ class PreferenceDocument(Document):
 
 
 def slots_of(documents: Sequence[PreferenceDocument]) -> Slots:
-    """Slot n for the answer of document n; behind those of all answers, slot N + n for its supervised prompt."""
+    """Of N documents: slot n for the answer of document n, N + n for its supervised prompt, 2 N + n for its tail."""
     count, by_document = len(documents), []
     for index, document in enumerate(documents):
         supervised_L = document.label_L[1:] != IGNORE_INDEX
         slot = np.full(int(supervised_L.sum()), index, dtype=np.int64)
-        if document.prompt_L is not None:
-            slot += count * document.prompt_L[1:][supervised_L]
+        for block, part_L in ((1, document.prompt_L), (2, document.tail_L)):
+            if part_L is not None:
+                slot += block * count * part_L[1:][supervised_L]
         by_document.append(slot)
-    return Slots(by_document, 2 * count)
+    return Slots(by_document, 3 * count)
 
 
 class PairCollator:
     """Rows of pairs to `{"documents": [chosen, rejected, chosen, rejected, ...]}`.
 
-    supervise_prompt: the loss reads the prompt of the chosen answer, too.
+    Args:
+        supervise_prompt: the loss reads the prompt of the chosen answer, too.
+        split_tails: the loss weights the tokens of the longer answer that the shorter one has no counterpart of.
     """
 
-    def __init__(self, supervise_prompt: bool = False) -> None:
-        self.supervise_prompt = supervise_prompt
+    def __init__(self, supervise_prompt: bool = False, split_tails: bool = False) -> None:
+        self.supervise_prompt, self.split_tails = supervise_prompt, split_tails
 
     def __call__(self, rows: Iterable[dict[str, Any]]) -> dict[str, list[Document]]:
         documents: list[Document] = []
         for row in rows:
             chosen, rejected = _document(row, "chosen_"), _document(row, "rejected_")
+            if self.split_tails:
+                shared = min(chosen.answer_tokens, rejected.answer_tokens)
+                chosen, rejected = chosen.with_tail(shared), rejected.with_tail(shared)
             documents += [chosen.with_supervised_prompt() if self.supervise_prompt else chosen, rejected]
         return {DOCUMENTS: documents}
 

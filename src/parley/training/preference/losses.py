@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from parley.errors import UsageError
-from parley.training.preference.documents import PreferenceDocument
+from parley.train_step.slots import copy_to
+from parley.training.preference.documents import PreferenceDocument, Role
 
 Figures = dict[str, Tensor]
 """Values for the log by TRL's names, each 0-dim; "rewards/chosen" and so on."""
@@ -30,6 +31,10 @@ class Objective(Protocol):
 
     @property
     def needs_reference(self) -> bool: ...
+
+    def answers(self, sums: Tensor) -> Tensor:
+        """The log-probability of each answer, (N,), from the sums of `slots_of`, (3 N,)."""
+        ...
 
     def __call__(
         self, documents: Sequence[PreferenceDocument], answer: Tensor, prompt: Tensor, reference: Tensor | None
@@ -56,16 +61,34 @@ class Pairs:
     rejected_tokens_B: Tensor
 
 
+class WholeAnswers:
+    """The log-probability of an answer is that of all its tokens."""
+
+    def answers(self, sums: Tensor) -> Tensor:
+        return sums[: len(sums) // 3]
+
+
 @dataclass(frozen=True)
 class DPO:
-    """Direct preference optimization (arXiv 2305.18290) and its relatives, by the names of trl.DPOConfig."""
+    """Direct preference optimization (arXiv 2305.18290) and its relatives, by the names of trl.DPOConfig.
+
+    divergence: of f-DPO (arXiv 2309.16240); alpha is that of "alpha_divergence".
+    ld_alpha: weight of the longer answer's tokens behind the shorter one's length (arXiv 2409.06411); None for 1.
+    """
 
     losses: Sequence[str]
     weights: Sequence[float]
     beta: float
     label_smoothing: float = 0.0
     discopop_tau: float = 0.05
+    divergence: str = "reverse_kl"
+    alpha: float = 0.5
+    ld_alpha: float | None = None
     needs_reference: bool = True
+
+    def answers(self, sums: Tensor) -> Tensor:
+        whole, _, tail = sums.view(3, -1)
+        return whole if self.ld_alpha is None else whole + self.ld_alpha * tail
 
     def __call__(
         self, documents: Sequence[PreferenceDocument], answer: Tensor, prompt: Tensor, reference: Tensor | None
@@ -82,11 +105,28 @@ class DPO:
         return torch.stack(terms).sum(), figures | {"kl": ratio.mean().detach()}
 
     def delta(self, pairs: Pairs) -> Tensor:
-        return pairs.chosen_B - pairs.rejected_B
+        return self.score(pairs.chosen_B) - self.score(pairs.rejected_B)
 
     def mean_delta(self, pairs: Pairs) -> Tensor:
         """The same per token of each answer, so that long answers weigh no more."""
-        return pairs.chosen_B / pairs.chosen_tokens_B - pairs.rejected_B / pairs.rejected_tokens_B
+        chosen_B, rejected_B = self.score(pairs.chosen_B), self.score(pairs.rejected_B)
+        return chosen_B / pairs.chosen_tokens_B - rejected_B / pairs.rejected_tokens_B
+
+    def score(self, ratio_B: Tensor) -> Tensor:
+        """f'(t) of the divergence at t = exp(ratio)."""
+        match self.divergence:
+            case "forward_kl":
+                return 1 - torch.exp(-ratio_B)
+            case "js_divergence":
+                return math.log(2) + logsigmoid(ratio_B)
+            case "alpha_divergence" if abs(self.alpha - 1) >= 1e-6:  # its limit at 1 is the reverse divergence
+                exponent = ((self.alpha - 1) * ratio_B).clamp(max=80.0)  # exp stays representable
+                return (torch.exp(exponent) - 1) / (self.alpha - 1)
+        return ratio_B
+
+    def optimal_transport(self, delta_B: Tensor) -> Tensor:
+        scaled = self.beta * delta_B
+        return -(1 - self.label_smoothing) * logsigmoid(scaled) - self.label_smoothing * logsigmoid(-scaled)
 
 
 def _sigmoid(dpo: DPO, pairs: Pairs) -> Tensor:
@@ -133,6 +173,18 @@ def _sppo_hard(dpo: DPO, pairs: Pairs) -> Tensor:
     return (pairs.chosen_B - 0.5 / dpo.beta) ** 2 + (pairs.rejected_B + 0.5 / dpo.beta) ** 2
 
 
+def _aot(dpo: DPO, pairs: Pairs) -> Tensor:
+    """arXiv 2406.05882: sorted margins of the policy against those of the reference."""
+    margin_B = pairs.chosen_logp_B - pairs.rejected_logp_B
+    reference_B = margin_B - (pairs.chosen_B - pairs.rejected_B)
+    return dpo.optimal_transport(margin_B.sort().values - reference_B.sort().values)
+
+
+def _aot_unpaired(dpo: DPO, pairs: Pairs) -> Tensor:
+    """The same over sorted log-ratios of chosen and of rejected answers, which need be no pairs."""
+    return dpo.optimal_transport(pairs.chosen_B.sort().values - pairs.rejected_B.sort().values)
+
+
 def _apo_zero(dpo: DPO, pairs: Pairs) -> Tensor:
     """Equation 7 of arXiv 2408.06266."""
     return 1 - torch.sigmoid(dpo.beta * pairs.chosen_B) + torch.sigmoid(dpo.beta * pairs.rejected_B)
@@ -165,6 +217,8 @@ DPO_LOSSES: dict[str, Callable[[DPO, Pairs], Tensor]] = {
     "nca_pair": _nca_pair,
     "bco_pair": _bco_pair,
     "sppo_hard": _sppo_hard,
+    "aot": _aot,
+    "aot_unpaired": _aot_unpaired,
     "apo_zero": _apo_zero,
     "apo_down": _apo_down,
     "discopop": _discopop,
@@ -173,7 +227,7 @@ DPO_LOSSES: dict[str, Callable[[DPO, Pairs], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class KTO:
+class KTO(WholeAnswers):
     """Kahneman-Tversky optimization (arXiv 2402.01306), Equation 7; `loss` is one of trl.KTOConfig's."""
 
     beta: float
@@ -186,16 +240,13 @@ class KTO:
         self, documents: Sequence[PreferenceDocument], answer: Tensor, prompt: Tensor, reference: Tensor | None
     ) -> tuple[Tensor, Figures]:
         assert reference is not None
-        role = [document.role for document in documents]
         ratio = answer - reference
-        desirable_B, undesirable_B = (
-            ratio[[index for index, name in enumerate(role) if name == wanted]]
-            for wanted in ("desirable", "undesirable")
+        desirable_B, undesirable_B, mismatched_B = (
+            ratio[_with_role(documents, role, ratio.device)] for role in ("desirable", "undesirable", "mismatched")
         )
-        mismatched = [index for index, name in enumerate(role) if name == "mismatched"]
         kl = ratio.new_zeros(())
-        if mismatched:  # a mean of no documents is not a number
-            kl = ratio[mismatched].mean().detach().clamp(min=0)
+        if len(mismatched_B):  # a mean of no documents is not a number
+            kl = mismatched_B.mean().detach().clamp(min=0)
         good_B = 1 - torch.sigmoid(self.beta * (desirable_B - kl))
         bad_B = 1 - torch.sigmoid(self.beta * (kl - undesirable_B))
         losses_B = torch.cat([self.desirable_weight * good_B, self.undesirable_weight * bad_B])
@@ -213,7 +264,7 @@ class KTO:
 
 
 @dataclass(frozen=True)
-class ORPO:
+class ORPO(WholeAnswers):
     """Odds-ratio preference optimization (arXiv 2403.07691), with the chosen conversation's cross-entropy."""
 
     beta: float
@@ -234,7 +285,7 @@ class ORPO:
 
 
 @dataclass(frozen=True)
-class SimPO:
+class SimPO(WholeAnswers):
     """Simple preference optimization (arXiv 2405.14734): mean log-probabilities and a margin, without a reference.
 
     cpo_alpha: weight of the chosen answers' cross-entropy (CPO-SimPO); 0 is the paper's loss.
@@ -276,19 +327,19 @@ def pair_figures(chosen_B: Tensor, rejected_B: Tensor, answer: Tensor) -> Figure
 
 def dpo_objective(args: Any) -> DPO:
     """The objective of a trl.DPOConfig. Raises UsageError for what is not a function of summed log-probabilities."""
-    for name, unsupported in (
-        ("ld_alpha", args.ld_alpha is not None),
-        ("use_weighting", args.use_weighting),
-        ("sync_ref_model", args.sync_ref_model),
-        ("f_divergence_type", args.f_divergence_type != "reverse_kl"),
-    ):
+    for name, unsupported in (("use_weighting", args.use_weighting), ("sync_ref_model", args.sync_ref_model)):
         if unsupported:
             raise UsageError(f"{name} is not supported on the packed step; leave it out, or use trl.DPOTrainer")
     for name in args.loss_type:
         if name not in DPO_LOSSES:
             raise UsageError(f"loss_type: got {name!r}; wanted one of {', '.join(DPO_LOSSES)}")
+    if args.ld_alpha is not None and "sft" in args.loss_type:
+        raise UsageError("ld_alpha weights the tokens of a preference; loss_type sft has none: leave one of them out")
     weights = args.loss_weights or [1.0] * len(args.loss_type)
-    return DPO(args.loss_type, weights, args.beta, args.label_smoothing, args.discopop_tau)
+    return DPO(
+        args.loss_type, weights, args.beta, args.label_smoothing, args.discopop_tau, args.f_divergence_type,
+        args.f_alpha_divergence_coef, args.ld_alpha,
+    )  # fmt: skip
 
 
 def kto_objective(args: Any) -> KTO:
@@ -298,10 +349,16 @@ def kto_objective(args: Any) -> KTO:
     return KTO(args.beta, args.loss_type, args.desirable_weight, args.undesirable_weight)
 
 
+def _with_role(documents: Sequence[PreferenceDocument], role: Role, device: torch.device) -> Tensor:
+    """Indices of the documents with a role."""
+    return copy_to(device, torch.tensor([index for index, d in enumerate(documents) if d.role == role]).long())
+
+
 def _answer_tokens(documents: Sequence[PreferenceDocument], device: torch.device) -> tuple[Tensor, Tensor]:
     """Tokens of the chosen and of the rejected answers, each (B,)."""
     tokens = torch.tensor([float(document.answer_tokens) for document in documents])
-    return tokens[0::2].to(device), tokens[1::2].to(device)
+    tokens = copy_to(device, tokens)
+    return tokens[0::2], tokens[1::2]
 
 
 def _log1mexp(x: Tensor) -> Tensor:

@@ -115,12 +115,15 @@ class PreferenceTrainer(LogProbTrainer):
         slots = slots_of(documents)
         assert self.reference is not None
         if self.reference_model is not None:
-            return self.plain_sums(self.reference_model, documents, slots)[: len(documents)]
+            return self.objective.answers(self.plain_sums(self.reference_model, documents, slots))
+        if self.fused_step is not None:  # which has no dropout here
+            with self.reference.weights(self.model, self.fused_step.bound.flat.weight_Z.detach()):
+                return self.objective.answers(self.policy_sums(documents, slots))
         training = self.model.training
         self.model.eval()  # a reference has no dropout
         try:
             with self.reference.weights(self.model):
-                return self.policy_sums(documents, slots)[: len(documents)]
+                return self.objective.answers(self.policy_sums(documents, slots))
         finally:
             self.model.train(training)
 
@@ -169,7 +172,7 @@ class StepLoss:
         self.figures: Figures = {}
 
     def evaluate(self, sums: Tensor) -> Tensor:
-        answer, prompt = sums.split(len(self.documents))
+        answer, prompt = self.objective.answers(sums), sums[len(self.documents) : 2 * len(self.documents)]
         losses, figures, start = [], [], 0
         for size in self.sizes:
             part = slice(start, start + size)

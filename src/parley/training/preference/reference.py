@@ -3,7 +3,7 @@
 Base weights are frozen, so the reference of an adapter costs one copy of the adapter, and not a second model. Each
 document is measured once, when a step first needs it, and kept by a hash of its ids and labels.
 
-Shape suffixes (legend in docs/design.md): L tokens of one document.
+Shape suffixes (legend in docs/design.md): L tokens of one document, Z parameters in a flat buffer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from parley.train_step.slots import copy_to
 from parley.training.preference.documents import PreferenceDocument
 
 
@@ -29,6 +30,7 @@ class Reference:
         self.original = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         self._slots: dict[bytes, int] = {}
         self._values = torch.zeros(0)
+        self._original_Z: Tensor | None = None  # of a flat buffer
 
     def logps(
         self, documents: Sequence[PreferenceDocument], measure: Callable[[list[PreferenceDocument]], Tensor]
@@ -44,18 +46,31 @@ class Reference:
             values = measure(list(unknown.values()))
             self._slots |= {digest: len(self._slots) + index for index, digest in enumerate(unknown)}
             self._values = torch.cat([self._values.to(values), values])
-        slots = torch.tensor([self._slots[digest] for digest in digests], device=self._values.device)
-        return self._values[slots]
+        slots = torch.tensor([self._slots[digest] for digest in digests])
+        return self._values[copy_to(self._values.device, slots)]
 
     @contextmanager
-    def weights(self, model: nn.Module) -> Iterator[None]:
-        """`model` with the reference's weights, and its own again afterwards. Buffers keep their addresses."""
+    def weights(self, model: nn.Module, flat_Z: Tensor | None = None) -> Iterator[None]:
+        """`model` with the reference's weights, and its own again afterwards. Buffers keep their addresses.
+
+        flat_Z: the buffer that all trainable parameters are views of, where there is one. From the second time on it
+        is copied as a whole: the hundreds of copies of single parameters take a host as long as a forward pass.
+        """
+        if flat_Z is not None and self._original_Z is not None:
+            kept_Z = flat_Z.clone()
+            flat_Z.copy_(self._original_Z)
+            try:
+                yield
+            finally:
+                flat_Z.copy_(kept_Z)
+            return
         with torch.no_grad():
             trained = {name: p for name, p in model.named_parameters() if name in self.original}
             kept = {name: p.detach().clone() for name, p in trained.items()}
             try:
                 for name, p in trained.items():
                     p.copy_(self.original[name])
+                self._original_Z = None if flat_Z is None else flat_Z.clone()
                 yield
             finally:
                 for name, p in trained.items():
@@ -65,4 +80,6 @@ class Reference:
 def _digest(document: PreferenceDocument) -> bytes:
     hashed = hashlib.blake2b(document.ids_L.tobytes(), digest_size=16)
     hashed.update(document.label_L.tobytes())
+    if document.tail_L is not None:
+        hashed.update(document.tail_L.tobytes())
     return hashed.digest()

@@ -22,9 +22,11 @@ from parley.data.preferences import Kind, render_preferences
 from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
 from parley.errors import UsageError
+from parley.training.option_effects import left_to_the_fused_step, without_effect
 from parley.training.preference.config import DPOConfig, KTOConfig
 from parley.training.preference.documents import LabelledCollator, PairCollator
-from parley.training.preference.losses import ORPO, Objective, dpo_objective, kto_objective
+from parley.training.preference.losses import DPO, ORPO, Objective, SimPO, dpo_objective, kto_objective
+from parley.training.preference.pair_options import pair_options_without_effect
 from parley.training.preference.preference_trainer import PreferenceTrainer
 from parley.training.trainer import logger, restore_adapters
 
@@ -36,7 +38,8 @@ class _Prepares(PreferenceTrainer):
         engine, memory: see FusedTrainer.
         nonfinite, nonfinite_limit: see PackedTrainer.
         tokenizer: older name of `processing_class`.
-        train_on, overlong: as in parley.SFTTrainer; an overlong pair is dropped without a value.
+        train_on, overlong: as in parley.SFTTrainer; an overlong pair is dropped without a value, and cut at the start
+            where `truncation_mode` is "keep_end".
         beta, max_length, max_prompt_length: as in older releases of TRL.
     """
 
@@ -54,7 +57,7 @@ class _Prepares(PreferenceTrainer):
         *positional: Any,
         tokenizer: PreTrainedTokenizerBase | None = None,
         train_on: TrainOn = "all",
-        overlong: Overlong = "drop",
+        overlong: Overlong | None = None,
         beta: float | None = None,
         max_length: int | None = None,
         max_prompt_length: int | None = None,
@@ -72,9 +75,17 @@ class _Prepares(PreferenceTrainer):
                 setattr(args, name, value)
         if max_prompt_length is not None:
             logger.warning("max_prompt_length has no effect: prompts are not cut; overlong says what becomes of a row")
+        self.objective = self._objective(args)
+        for line in self.without_effect(args):
+            logger.warning("%s", line)
+        # Before TRL fills in options of its own.
+        self.left_to_fused_step = left_to_the_fused_step(args)
+        if overlong is None:
+            overlong = "truncate-start" if vars(args).get("truncation_mode") == "keep_end" else "drop"
         self.train_on, self.overlong, self.max_tokens = train_on, overlong, args.max_length
         self.data_summaries: dict[str, DataSummary] = {}
-        self.objective = self._objective(args)
+        if isinstance(args, trl.DPOConfig):
+            args.padding_free = False  # TRL would warn of its own packing
         precomputes, args.precompute_ref_log_probs = args.precompute_ref_log_probs, False
         adapted = isinstance(model, PeftModel) or "peft_config" in kwargs
         if ref_model is None and not adapted:
@@ -101,6 +112,11 @@ class _Prepares(PreferenceTrainer):
         self.args.precompute_ref_log_probs = precomputes
         self.reference_model = self.ref_model
         self.padded_collator = PaddedCollator(pad_rows)
+
+    def without_effect(self, args: Any) -> list[str]:
+        """One line for each option that is set and changes nothing."""
+        read = {"label_smoothing"} if isinstance(self.objective, SimPO) else set()
+        return without_effect(args) + pair_options_without_effect(args, frozenset(read))
 
     def _own_args(self, args: TrainingArguments | None, model: Any) -> Any:
         raise NotImplementedError
@@ -153,7 +169,8 @@ class DPOTrainer(_Prepares, trl.DPOTrainer):
         return self._given_objective or dpo_objective(args)
 
     def _collator(self) -> Callable[..., Any]:
-        return PairCollator(supervise_prompt=isinstance(self.objective, ORPO))
+        split = isinstance(self.objective, DPO) and self.objective.ld_alpha is not None
+        return PairCollator(supervise_prompt=isinstance(self.objective, ORPO), split_tails=split)
 
 
 class KTOTrainer(_Prepares, trl.KTOTrainer):
