@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tests.gpu import models
 from tests.gpu.test_fused_step import VOCABULARY, autograd_gradient, documents, exact_gradient
 from transformers import AutoModelForCausalLM
+from transformers.integrations.neftune import activate_neftune
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from parley.train_step.captured_step import CapturedStep
@@ -149,14 +150,25 @@ def test_replays_have_the_router_s_auxiliary_loss_of_their_tokens_without_paddin
     assert steps[0].graphs
 
 
-def test_dropout_is_sampled_anew_at_every_replay() -> None:
-    step = CapturedStep(adapted(lora_dropout=0.5).train(), tokens=1000, autocast=torch.bfloat16)
+@pytest.mark.parametrize("noise", [False, True])
+def test_random_numbers_are_sampled_anew_at_every_replay_and_repeat_with_the_seed(noise: bool) -> None:
+    """Masks of dropout, or NEFTune's noise on embeddings."""
+    model = adapted(lora_dropout=0.0 if noise else 0.5).train()
+    if noise:
+        activate_neftune(model, 20.0)
+    step = CapturedStep(model, tokens=1000, autocast=torch.bfloat16, noise=noise)
     step.threshold.measure = lambda *measured: None  # type: ignore[method-assign]
     gradients = [gradient(step, 0) for _ in range(5)]
     assert len(step.graphs) == 1
     for i in range(5):
         for j in range(i):
             assert not torch.equal(gradients[i], gradients[j])
+    repeated = []
+    for seed in (7, 8, 7):
+        torch.manual_seed(seed)
+        repeated.append(gradient(step, 0))
+    different, same = ((repeated[i] - repeated[0]).norm() / repeated[0].norm() for i in (1, 2))
+    assert float(same) < 0.1 * float(different)
 
 
 def test_8_bit_products_which_a_capture_forbids_run_without_one(caplog: pytest.LogCaptureFixture) -> None:
