@@ -28,7 +28,10 @@ def target_modules(model: PreTrainedModel, section: LoraSection) -> list[str] | 
     names = [name for name, module in model.named_modules() if isinstance(module, ADAPTABLE)]
     requested = section.target_modules
     if requested == "all-linear":
-        return requested
+        if not any(map(_is_router, model.modules())):
+            return requested
+        logger.warning("all-linear leaves out the routers of %s, which return more than a product", _name_of(model))
+        return _linear_leaves(model)
     if isinstance(requested, str):
         matched = matching(requested, names, "lora.target_modules")
         if not matched:
@@ -43,7 +46,7 @@ def target_modules(model: PreTrainedModel, section: LoraSection) -> list[str] | 
         linear = _linear_leaves(model)
         logger.warning(
             "%s has no %s: the adapter goes on all its linear layers instead (%s)",
-            model.name_or_path or type(model).__name__,
+            _name_of(model),
             ", ".join(absent),
             ", ".join(linear),
         )
@@ -58,8 +61,21 @@ def target_modules(model: PreTrainedModel, section: LoraSection) -> list[str] | 
 
 def _linear_leaves(model: PreTrainedModel) -> list[str]:
     head = model.get_output_embeddings()
-    layers = [name for name, module in model.named_modules() if isinstance(module, LINEAR) and module is not head]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, LINEAR) and module is not head and not _is_router(module)
+    ]
     return _leaves(layers)
+
+
+def _is_router(module: torch.nn.Module) -> bool:
+    """A linear layer whose forward pass also chooses experts (Phi-3.5-MoE, Llama 4): PEFT wants one tensor of it."""
+    return isinstance(module, torch.nn.Linear) and type(module).__name__.endswith("Router")
+
+
+def _name_of(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__
 
 
 def _leaves(names: Iterable[str]) -> list[str]:
