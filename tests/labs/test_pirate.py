@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -18,9 +19,9 @@ LAB = LABS / "pirate.py"
 CHINESE_LAB = LABS / "pirate.zh.py"
 
 
-def run_lab(folder: Path, source: Path = LAB, **lines: object) -> str:
+def run_lab(folder: Path, **lines: object) -> str:
     """What the lab prints, run in `folder` after a reader changed lines such as `MODEL = ...`."""
-    text = source.read_text(encoding="utf-8")
+    text = LAB.read_text(encoding="utf-8")
     for name, value in lines.items():
         text, changed = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", text, flags=re.MULTILINE)
         assert changed == 1
@@ -46,14 +47,15 @@ def code_cells(lab: Path) -> list[str]:
 
 def test_the_chinese_lab_has_the_same_code() -> None:
     assert code_cells(CHINESE_LAB) == code_cells(LAB)
+    programs = [ast.dump(ast.parse(lab.read_text(encoding="utf-8"))) for lab in (CHINESE_LAB, LAB)]
+    assert programs[0] == programs[1]  # so that one of them is run for both
 
 
-@pytest.mark.parametrize("lab", [LAB, CHINESE_LAB], ids=["English", "Chinese"])
-def test_it_runs_on_another_model_and_data_set(tmp_path: Path, tiny_llama_folder: Path, lab: Path) -> None:
+def test_it_runs_on_another_model_and_data_set(tmp_path: Path, tiny_llama_folder: Path) -> None:
     data = tmp_path / "rows.jsonl"
     rows = [{"instruction": f"Say {n}.", "context": "Aboard." * (n % 2), "response": f"Arr, {n}!"} for n in range(200)]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    printed = run_lab(tmp_path, lab, MODEL=str(tiny_llama_folder), DATA="rows.jsonl", STEPS=2)
+    printed = run_lab(tmp_path, MODEL=str(tiny_llama_folder), DATA="rows.jsonl", STEPS=2)
     assert "200 rows" in printed
     assert "train: 136 conversations" in printed
     assert "step 2/2" in printed

@@ -25,11 +25,11 @@ def loss_and_gradients(model: Any, lengths: tuple[int, ...]) -> list[torch.Tenso
 @pytest.mark.parametrize("family", ["gemma3", "phi3"])
 def test_same_loss_and_gradients(build_family: Callable[[str], Path], family: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(build_family(family))
-    model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = get_peft_model(model, LoraConfig(target_modules=["o_proj", "down_proj"], task_type="CAUSAL_LM"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
-    rows = [(7, 12), (5, 9, 17), (30,)]
+    rows = [(7, 12), (5, 9, 17)]  # compiled for the first length, then for any
     wanted = [loss_and_gradients(model, lengths) for lengths in rows]
     assert compile_layers(model, backend="aot_eager") == model.config.num_hidden_layers
     for lengths, plain in zip(rows, wanted, strict=True):

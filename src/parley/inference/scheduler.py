@@ -304,9 +304,7 @@ def _process(handle: RequestHandle, tokens: Sequence[Token]) -> OutputChunk | Ex
     """The chunk of these tokens, or the tokenizer's error about them, which concerns no other request."""
     try:
         return handle.output.add(tokens)
-    except (
-        Exception
-    ) as error:  # carried to its reader: tokenizers raises bare Exceptions, and a tokenizer may be custom code
+    except Exception as error:  # carried to its reader; tokenizers raises bare Exceptions, and custom code any
         logger.error("an answer's tokens cannot be decoded", exc_info=error)
         failed = DecoderFailed(f"the answer's tokens cannot be decoded: {one_line(error)}")
         failed.__cause__ = error
