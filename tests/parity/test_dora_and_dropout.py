@@ -71,6 +71,21 @@ def test_dora(build_adapted: Any, make_examples: Any, plain_gradient: Any, name:
     check(FusedStep(bind(model), MemoryPlan()), model, documents, loss, wanted)
 
 
+PATTERNS = {
+    "use_rslora": True, "rank_pattern": {"q_proj": 3, "down_proj": 7, "v_proj": 6}, "alpha_pattern": {"k_proj": 13}
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["llama", "olmo2"])
+def test_dora_with_rslora_and_patterns_of_ranks_and_scales(
+    build_adapted: Any, make_examples: Any, plain_gradient: Any, name: str
+) -> None:
+    model, documents = dora(build_adapted, name, **PATTERNS), make_examples()
+    loss, wanted = plain_gradient(model, documents)
+    assert len({p.shape[0] for n, p in model.named_parameters() if "lora_A" in n}) == 4
+    check(FusedStep(bind(model), MemoryPlan()), model, documents, loss, wanted)
+
+
 @pytest.mark.parametrize("plan", plans())
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_a_plan_changes_no_gradient_of_dora(
@@ -157,6 +172,16 @@ def test_dropout(
     documents = whole_documents(make_examples, (33,))
     step = FusedStep(bind(model), plan)
     step.skip_unsupervised = False  # masks go by row, and the last layer would have fewer
+    give_masks(model, step, documents)
+    check(step, model, documents, *plain_gradient(model, documents))
+
+
+@pytest.mark.usefixtures("seed")
+def test_dropout_with_rslora_and_patterns(build_adapted: Any, make_examples: Any, plain_gradient: Any) -> None:
+    model = build_adapted("llama", lora_dropout=0.4, **PATTERNS).train()
+    documents = whole_documents(make_examples, (33,))
+    step = FusedStep(bind(model), MemoryPlan())
+    step.skip_unsupervised = False
     give_masks(model, step, documents)
     check(step, model, documents, *plain_gradient(model, documents))
 

@@ -375,3 +375,10 @@ def test_a_pass_takes_a_captured_size_that_is_not_much_larger() -> None:
     assert not size.holds(GraphSize(1281, 1))
     assert not size.holds(GraphSize(1200, 257))
     assert not size.holds(GraphSize(1280, 256, alone=True))  # it adds to the gradient, where the other replaces it
+
+
+def test_a_captured_size_has_rows_for_the_largest_share_of_supervised_tokens() -> None:
+    step = CapturedStep(build("llama"), tokens=2048)
+    assert step.captured_size(GraphSize(1000, 100)) == GraphSize(1152, 256)
+    step.row_share = 0.5
+    assert step.captured_size(GraphSize(1000, 100, alone=True)) == GraphSize(1152, 640, alone=True)

@@ -164,6 +164,9 @@ def test_steps_rehearsed_before_training_cover_the_data_and_leave_no_trace(
     assert sizes[:steps] == trained
     assert len(rehearsed) > 2
     assert all(any(SPARE * size.tokens * 1.1 >= other.tokens for size in rehearsed) for other in trained)
+    # The rehearsed steps leave rows for the supervised tokens of every other step.
+    assert 0.3 < step.row_share < 0.7
+    assert all(step.row_share * size.tokens * SPARE > size.rows for size in trained)
     tokens = [size.tokens for size in rehearsed[2:]]
     assert tokens == sorted(tokens, reverse=True)
 

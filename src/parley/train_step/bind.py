@@ -322,8 +322,8 @@ def _dropout(module: LoraLayer) -> float:
     """The probability of LoRA dropout in training."""
     dropout = module.lora_dropout[module.active_adapters[0]]
     p = dropout.p if isinstance(dropout, nn.Dropout) else 0.0
-    if p and _dora(module) is not None:  # PEFT then multiplies W with the input as it is and with the dropped one
-        raise Unsupported("DoRA with LoRA dropout")
+    if p and _dora(module) is not None:  # with the input as it is and with the dropped one
+        raise Unsupported("DoRA with LoRA dropout, which multiplies each weight twice")
     if not 0 <= p < 1:
         raise Unsupported(f"LoRA dropout of {p}")
     return float(p)

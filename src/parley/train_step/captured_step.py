@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_MULTIPLE, ROW_MULTIPLE = 128, 128  # of a captured size
 SPARE = 1.1  # a captured size has so many times its first pass's tokens, so that sizes are few
-ROW_SPARE = 1.3  # and so many supervised rows: their share differs, and the head takes little of the time
+ROW_SPARE = 1.3  # and so many supervised rows, or the largest share known: the head takes little of the time
 MAX_PADDING = 1.25  # a pass is padded to a captured size of at most so many times its own tokens
 
 
@@ -118,6 +118,7 @@ class CapturedStep:
         self.router = RouterLoss(self.base, router_loss) if router_loss else None
         self.experts_one_by_one = runs_experts_one_by_one(self.base)
         self.threshold = GraphThreshold(self.device)
+        self.row_share = 0.0  # of supervised rows in a pass's tokens, the largest that is known beforehand
         self.pool = torch.cuda.graph_pool_handle() if self.uses_graphs else None
         if self.uses_graphs and any(isinstance(module, Linear8bitLt) for module in model.modules()):
             self._do_without_graphs("8-bit products look for outliers on the host")
@@ -183,13 +184,18 @@ class CapturedStep:
             return
         captured = next((known for known in self.graphs if known.holds(size)), None)
         if captured is None:
-            tokens, rows = int(SPARE * size.tokens), int(ROW_SPARE * size.rows)
-            captured = GraphSize(round_up(tokens, TOKEN_MULTIPLE), round_up(rows, ROW_MULTIPLE), alone)
+            captured = self.captured_size(size)
             if not self._capture(packed, captured, scale):
                 self._run_eager(packed, size, scale)
                 return
         self._upload(packed, captured, scale, graphed=True)
         self.graphs[captured].replay()
+
+    def captured_size(self, size: GraphSize) -> GraphSize:
+        """What is captured where a pass of `size` comes first."""
+        tokens = round_up(int(SPARE * size.tokens), TOKEN_MULTIPLE)
+        rows = max(ROW_SPARE * size.rows, self.row_share * tokens)
+        return GraphSize(tokens, round_up(int(rows), ROW_MULTIPLE), size.alone)
 
     def _run_eager(self, packed: PackedBatch, size: GraphSize, scale: float) -> None:
         """A pass without a graph."""

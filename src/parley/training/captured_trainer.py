@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 MAX_PASS_TOKENS = 16384  # more are no faster, and activations are saved whole
 SAMPLED_STEPS, RARE_STEPS = 400, 4  # before training, to capture their sizes; as many at either end are left out
+READ_STEPS = 64  # of these, for their supervised tokens
 
 
 def unsupported_captured_option(args: SFTConfig) -> str | None:
@@ -52,6 +53,11 @@ def unsupported_captured_option(args: SFTConfig) -> str | None:
 def captured_pass_tokens(longest: int, rows: int) -> int:
     """Tokens of a pass, where the longest row has `longest` and a step `rows` rows."""
     return max(longest, min(longest * rows, MAX_PASS_TOKENS))
+
+
+def supervised_share(documents: Sequence[Document]) -> float:
+    """Of the tokens of a step."""
+    return sum(document.supervised_tokens for document in documents) / sum(len(d.ids_L) for d in documents)
 
 
 class CapturedTrainer(ShardedTrainer):
@@ -194,26 +200,37 @@ class CapturedTrainer(ShardedTrainer):
 
     def _rehearse_typical_steps(self) -> None:
         """Have the graph threshold measured, and the sizes captured that the data's steps will have."""
-        for documents in self._typical_steps():
+        if self.captured_step is None or not self.captured_step.uses_graphs:
+            return
+        steps, self.captured_step.row_share = self._typical_steps()
+        for documents in steps:
             step = self.captured_step
             if step is None or not step.uses_graphs:
                 return
             share = self.own_share(documents)
             self._retry_captured("rehearsal", share, partial(step.forward_backward, share, loss_weight(documents)))
 
-    def _typical_steps(self) -> list[Sequence[Document]]:
-        """Steps of randomly sampled rows, each smaller than the one before by what a captured size allows."""
+    def _typical_steps(self) -> tuple[list[Sequence[Document]], float]:
+        """Steps of randomly sampled rows, each smaller than the one before by what a captured size allows.
+
+        And the largest share of supervised tokens in such steps.
+        """
         rows = self.train_dataset
         if not isinstance(rows, Dataset) or self.padded_collator is None:
-            return []
+            return [], 0.0
         samples = np.random.default_rng(0).integers(len(rows), size=(SAMPLED_STEPS, self.rows_per_step))
         tokens = self.row_lengths()[samples].sum(1)
         chosen: list[int] = []
         for index in np.argsort(-tokens)[RARE_STEPS:-RARE_STEPS]:
             if not chosen or SPARE * tokens[index] < tokens[chosen[-1]]:
                 chosen.append(int(index))
+
+        def documents(index: int) -> Sequence[Document]:
+            return self.data_collator([rows[int(i)] for i in samples[index]])[DOCUMENTS]
+
+        share = max(map(supervised_share, map(documents, range(READ_STEPS))))
         # The first of these is timed without a graph, and captured when it comes again.
-        return [self.data_collator([rows[int(i)] for i in samples[index]])[DOCUMENTS] for index in chosen[:1] + chosen]
+        return [documents(index) for index in chosen[:1] + chosen], share
 
     def _retry_captured(self, during: Stage, documents: Sequence[Document], attempt: Callable[[], Any]) -> Any:
         """`attempt()`, with passes halved while memory runs out; the plain path where one document does not fit.

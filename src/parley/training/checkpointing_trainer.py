@@ -32,6 +32,7 @@ from parley.library_compat.transformers import (
 from parley.library_compat.trl import metrics, set_tokens_seen, tokens_seen
 from parley.training import checkpoint as files
 from parley.training.determinism import deterministic_algorithms, fix_cublas_workspaces
+from parley.training.garbage import existing_objects_frozen
 from parley.training.processes import from_all
 from parley.training.resume_state import (
     ResumeState,
@@ -92,6 +93,7 @@ class CheckpointingTrainer(Trainer):
         self.read_checkpoint(path)
         return self._train(str(path), *args, **kwargs)
 
+    @existing_objects_frozen()
     def _train(self, checkpoint: str | None, *args: Any, **kwargs: Any) -> Any:
         if not self.deterministic:
             return super().train(checkpoint, *args, **kwargs)
