@@ -92,10 +92,10 @@ class Case:
         if flash_attn.usable(DEVICE):
             pairs["flash 4"] = (
                 lambda: flash_attn.flash_attention_4(
-                    q, k, v, edges, longest, shape.scale, None, self.by_head(out)
+                    q, k, v, edges, longest, shape.scale, self.by_head(out)
                 ),
                 lambda lse: flash_attn.flash_attention_4_backward(
-                    self.by_head(dout), q, k, v, self.by_head(out), lse, edges, longest, shape.scale, None,
+                    self.by_head(dout), q, k, v, self.by_head(out), lse, edges, longest, shape.scale,
                     shape.split_qkv(dx),
                 ),
             )  # fmt: skip

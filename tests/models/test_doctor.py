@@ -78,3 +78,21 @@ def test_gpu_is_described():
     assert "compute capability" in findings["GPU"].value
     assert "driver" in findings["CUDA"].value
     assert "on cuda" in findings["NF4 weights"].value
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "state", "words"),
+    [
+        ((9, 0), "4.0.0b36", "good", "flash-attn-4 4.0.0b36"),
+        ((9, 0), None, "note", "cuDNN"),
+        ((9, 0), "4.0.0b2", "note", "cuDNN; flash-attn-4 4.0.0b2, tested with 4.0.0b36"),
+        ((8, 0), "4.0.0b36", None, None),
+    ],
+)
+def test_what_attends_to_long_conversations(monkeypatch, capability, version, state, words):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(doctor.flash_attn, "installed_version", lambda: version)
+    found = list(doctor._long_attention(torch.device("cuda")))
+    assert [(finding.state, finding.value) for finding in found] == ([] if state is None else [(state, words)])
+    assert all(finding.state == "good" or "parley-llm[hopper]" in finding.advice for finding in found)

@@ -49,20 +49,17 @@ class Libraries:
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, list[int]]] = []
-        self.deterministic: bool | None = None
 
     def flash_4(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float,
-                window: int | None, out: Tensor) -> str:  # fmt: skip
+                out: Tensor) -> str:  # fmt: skip
         self.calls.append(("flash 4", np.diff(boundaries).tolist()))
-        out.copy_(attend(q, k, v, boundaries.tolist(), window))
+        out.copy_(attend(q, k, v, boundaries.tolist(), None))
         return "state of flash 4"
 
     def flash_4_backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: str,
-                         boundaries: Tensor, longest: int, scale: float, window: int | None, grads: list[Tensor], *,
-                         deterministic: bool) -> None:  # fmt: skip
+                         boundaries: Tensor, longest: int, scale: float, grads: list[Tensor]) -> None:  # fmt: skip
         assert lse == "state of flash 4"
-        self.deterministic = deterministic
-        for grad, wanted in zip(grads, attend_backward(dout, q, k, v, boundaries.tolist(), window), strict=True):
+        for grad, wanted in zip(grads, attend_backward(dout, q, k, v, boundaries.tolist(), None), strict=True):
             grad.copy_(wanted)
 
     def flash_2(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, longest: int, scale: float,
@@ -131,23 +128,10 @@ def run(shape: AttentionShape) -> None:
         assert buffer[:, columns:].isnan().all()
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_flash_4_takes_all_documents_at_once(
-    libraries: Libraries, monkeypatch: pytest.MonkeyPatch, window: int | None
-) -> None:
+def test_flash_4_takes_all_documents_at_once(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_attention, "_has_flash_4", lambda device: True)
-    run(AttentionShape(4, 2, 64, 0.2, window))
-    assert libraries.calls == [("flash 4", list(LENGTHS))]
-    assert libraries.deterministic is False
-
-
-def test_flash_4_adds_in_a_fixed_order_where_that_is_asked_for(
-    libraries: Libraries, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(library_attention, "_has_flash_4", lambda device: True)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     run(SHAPE)
-    assert libraries.deterministic is True
+    assert libraries.calls == [("flash 4", list(LENGTHS))]
 
 
 def test_cudnn_takes_long_documents_and_flash_2_those_between(libraries: Libraries) -> None:
@@ -156,7 +140,11 @@ def test_cudnn_takes_long_documents_and_flash_2_those_between(libraries: Librari
     assert libraries.calls == [("flash 2", [3]), ("cudnn", [56]), ("flash 2", [12]), ("cudnn", [48]), ("flash 2", [1])]
 
 
-def test_windows_and_fixed_order_are_flash_2s(libraries: Libraries, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("installed", [False, True])
+def test_windows_and_fixed_order_are_flash_2s(
+    libraries: Libraries, monkeypatch: pytest.MonkeyPatch, installed: bool
+) -> None:
+    monkeypatch.setattr(library_attention, "_has_flash_4", lambda device: installed)
     run(AttentionShape(4, 2, 64, 0.2, 9))
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     run(SHAPE)

@@ -36,14 +36,12 @@ def usable(device: torch.device) -> bool:
 
 
 def flash_attention_4(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, boundaries: Tensor, longest: int, scale: float, window: int | None,
-    out_THE: Tensor,
+    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, boundaries: Tensor, longest: int, scale: float, out_THE: Tensor
 ) -> Tensor:  # fmt: skip
     """Write causal attention of several documents into `out_THE`; returns the log-sum-exp, (H, T).
 
     Args:
         boundaries: int32, the first row of each document and the end of the last.
-        window: the number of tokens a query sees, itself included; None for all before it.
 
     Public alternative: flash_attn.cute.flash_attn_varlen_func, which allocates its output.
     """
@@ -51,26 +49,20 @@ def flash_attention_4(
 
     _, lse_HT, *_ = _flash_attn_fwd(
         q_THE, k_TGE, v_TGE, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest,
-        max_seqlen_k=longest, softmax_scale=scale, causal=True, return_lse=True, out=out_THE, **_window(window),
+        max_seqlen_k=longest, softmax_scale=scale, causal=True, return_lse=True, out=out_THE,
     )  # fmt: skip
     return lse_HT
 
 
 def flash_attention_4_backward(
     dout_THE: Tensor, q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, out_THE: Tensor, lse_HT: Tensor,
-    boundaries: Tensor, longest: int, scale: float, window: int | None, grads: Sequence[Tensor],
-    *, deterministic: bool = False,
+    boundaries: Tensor, longest: int, scale: float, grads: Sequence[Tensor],
 ) -> None:  # fmt: skip
-    """Write the gradients of queries, keys and values into `grads`."""
+    """Write the gradients of queries, keys and values into `grads`; those of queries are added in no fixed order."""
     from flash_attn.cute.interface import _flash_attn_bwd
 
     dq_THE, dk_TGE, dv_TGE = grads
     _flash_attn_bwd(
         q_THE, k_TGE, v_TGE, out_THE, dout_THE, lse_HT, scale, True, cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest, deterministic=deterministic,
-        dq=dq_THE, dk=dk_TGE, dv=dv_TGE, **_window(window),
+        cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest, dq=dq_THE, dk=dk_TGE, dv=dv_TGE,
     )  # fmt: skip
-
-
-def _window(window: int | None) -> dict[str, int]:
-    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from parley.errors import one_line
+from parley.library_compat import flash_attn
 from parley.models.device import has_bf16, pick_device
 from parley.units import GIB
 
@@ -89,7 +90,7 @@ def _gpu() -> Iterator[Finding]:
         )
         yield Finding("GPU", "none; runs go to the CPU", "note", advice)
         return
-    pick_device("cuda")
+    device = pick_device("cuda")
     cards = Counter(map(_card, range(torch.cuda.device_count())))
     yield Finding("GPU", ", ".join(f"{count} x {card}" for card, count in cards.items()))
     yield Finding("CUDA", f"{torch.version.cuda or torch.version.hip} in torch, driver {_driver()}")
@@ -98,6 +99,21 @@ def _gpu() -> Iterator[Finding]:
         yield Finding("bf16", "yes")
     else:
         yield Finding("bf16", "no; runs use fp16", "note", "nothing to do: model.dtype auto picks float16")
+    yield from _long_attention(device)
+
+
+def _long_attention(device: torch.device) -> Iterator[Finding]:
+    """What attends to long conversations on a Hopper GPU; elsewhere there is no choice."""
+    if torch.cuda.get_device_capability(device) != flash_attn.HOPPER:
+        return
+    version, name = flash_attn.installed_version(), "attention to long conversations"
+    if flash_attn.usable(device):
+        yield Finding(name, f"flash-attn-4 {version}")
+        return
+    found = (
+        "cuDNN" if version is None else f"cuDNN; flash-attn-4 {version}, tested with {flash_attn.TESTED_VERSIONS[-1]}"
+    )
+    yield Finding(name, found, "note", "pip install 'parley-llm[hopper]' for flash-attn-4, which is faster")
 
 
 def _card(index: int) -> str:

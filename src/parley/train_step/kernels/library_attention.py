@@ -1,8 +1,9 @@
 """Attention of long documents through the libraries: flash-attn-4 where it is installed, else cuDNN for each long one
 and PyTorch's flash kernels for the others.
 
-On an H200 cuDNN takes 36 ms for forward and backward of 32,768 tokens (32 heads of 64), flash-attention 2 takes 53 and
-the kernels of `attention.py` 58; with 2 x 4,096 tokens and heads of 128 the three take 2.2, 3.8 and 3.8. cuDNN builds
+On an H100 flash-attn-4 takes 28.4 ms for forward and backward of 32,767 tokens (32 heads of 64), cuDNN 35.5, PyTorch's
+flash-attention 2 55.1 and the kernels of `attention.py` 60.3; with 2 x 4,095 tokens and heads of 128 the four take
+2.1, 2.1, 3.7 and 4.0, without the copies of results that cuDNN alone needs (`benchmarks/long_attention.py`). It builds
 a plan for each new length, which takes the host more than 100 ms: short documents, of many lengths, do not go there,
 and long ones are padded to few lengths. The padding is whatever lies behind a document in the row, which causal
 attention does not see; the gradient of its output is zero. So nothing is copied but results: copies of inputs took 23
@@ -88,12 +89,12 @@ def _has_flash_4(device: torch.device) -> bool:
 
 
 def _kernel(device: torch.device, shape: AttentionShape) -> Kernel:
-    """cuDNN's operator has no window, and its backward pass adds in no fixed order; the flash kernels follow torch's
-    deterministic algorithms.
+    """cuDNN's operator has no window, and neither library's backward pass adds in a fixed order here; PyTorch's flash
+    kernels follow torch's deterministic algorithms.
     """
-    if shape.head_dim in FLASH_4_HEADS and _has_flash_4(device):
-        return "flash 4"
-    return "cudnn" if shape.window is None and not torch.are_deterministic_algorithms_enabled() else "flash 2"
+    if shape.window is not None or torch.are_deterministic_algorithms_enabled():
+        return "flash 2"
+    return "flash 4" if shape.head_dim in FLASH_4_HEADS and _has_flash_4(device) else "cudnn"
 
 
 def _runs(batch: DeviceBatch, kernel: Kernel) -> list[_Run]:
@@ -144,8 +145,7 @@ def attention(x_TC: Tensor, batch: DeviceBatch, shape: AttentionShape, out_TD: T
         q, k, v = (part[run.rows] for part in qkv)
         if kernel == "flash 4":
             out = out_TD[run.rows].unflatten(1, (-1, shape.head_dim))
-            where = (run.boundaries, run.longest, shape.scale, shape.window)
-            saved.append(flash_attn.flash_attention_4(q, k, v, *where, out))
+            saved.append(flash_attn.flash_attention_4(q, k, v, run.boundaries, run.longest, shape.scale, out))
         else:
             out, lse = varlen_flash_attention(q, k, v, run.boundaries, run.longest, shape.scale, shape.window)
             out_TD[run.rows] = out.flatten(1)
@@ -176,11 +176,11 @@ def attention_backward(
             grads = run.unpadded(dq), run.unpadded(dk), run.unpadded(dv)
         else:
             dout, q, k, v, out = (part[run.rows] for part in tensors)
-            where = (run.boundaries, run.longest, shape.scale, shape.window)
+            where = (run.boundaries, run.longest, shape.scale)
             if kernel == "flash 4":
-                in_place, fixed = [part[run.rows] for part in grads_TC], torch.are_deterministic_algorithms_enabled()
-                flash_attn.flash_attention_4_backward(dout, q, k, v, out, state, *where, in_place, deterministic=fixed)
+                in_place = [part[run.rows] for part in grads_TC]
+                flash_attn.flash_attention_4_backward(dout, q, k, v, out, state, *where, in_place)
                 continue
-            grads = varlen_flash_attention_backward(dout, q, k, v, out, state, *where)
+            grads = varlen_flash_attention_backward(dout, q, k, v, out, state, *where, shape.window)
         for grad, part in zip(grads, grads_TC, strict=True):
             part[run.rows] = grad
