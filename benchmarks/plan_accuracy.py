@@ -98,7 +98,8 @@ def predicted(config: Any, name: str) -> Any:
     import torch
 
     from parley.training.plan.device import planned_device
-    from parley.training.plan.run_plan import Data, plan_for
+    from parley.training.plan.planner import Data
+    from parley.training.plan.run_plan import plan_for
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return plan_for(config, Data(lengths(name), ROWS), planned_device(device, None))

@@ -13,7 +13,7 @@ from parley.config_reference import SettingReference, section_models, setting_re
 from parley.safe_yaml import load_yaml
 
 if TYPE_CHECKING:
-    from parley.training.plan.run_plan import Data
+    from parley.training.plan.planner import Data
 
 Verdict = Literal["fits", "tight", "does not fit"]
 TIGHT = 0.85  # of what is free: above it, another program's growth ends the run

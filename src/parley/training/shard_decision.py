@@ -18,7 +18,7 @@ from parley.training.plan.memory import base_and_trained_bytes
 from parley.training.processes import from_main, is_main_process, process_count
 
 if TYPE_CHECKING:
-    from parley.training.plan.run_plan import Data
+    from parley.training.plan.planner import Data
 
 SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 """Those that train sharded weights; an adapter takes any."""
@@ -58,7 +58,8 @@ def needs_sharding(config: RunConfig, device: PlanDevice) -> bool:
     The data are read only where the weights alone take half of the memory.
     """
     # The plan builds a run's arguments, which ask here for the optimizer.
-    from parley.training.plan.run_plan import Planner, read_data
+    from parley.training.plan.planner import Planner
+    from parley.training.plan.run_plan import read_data
 
     if base_and_trained_bytes(Planner(config, _longest(config), device).model) < device.free_bytes / 2:
         return False
@@ -88,7 +89,7 @@ def needed_ranks(config: RunConfig, device: PlanDevice) -> int:
 
 
 def _longest(config: RunConfig) -> Data:
-    from parley.training.plan.run_plan import Data
+    from parley.training.plan.planner import Data
 
     return Data(np.array([config.model.max_seq_length]), None)
 

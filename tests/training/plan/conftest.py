@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 
 from parley.config import RunConfig
 from parley.training.plan.device import PlanDevice
-from parley.training.plan.run_plan import Data
+from parley.training.plan.planner import Data
 from parley.units import GIB
 
 SHAPE: dict[str, Any] = {

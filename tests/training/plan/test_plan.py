@@ -27,7 +27,8 @@ from parley.training.plan import plain_memory
 from parley.training.plan.device import parse_memory
 from parley.training.plan.memory import Batches, plain_passes
 from parley.training.plan.plain_memory import PassShape, pass_bytes
-from parley.training.plan.run_plan import Data, Planner, plan_for
+from parley.training.plan.planner import Data, Planner
+from parley.training.plan.run_plan import plan_for
 from parley.training.plan.step_time import earlier_rate, peaks
 from parley.units import GIB
 

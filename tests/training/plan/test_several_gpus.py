@@ -11,7 +11,8 @@ from tests.training.plan.conftest import BIG, ROWS, gpu, settings
 import parley
 from parley.errors import UsageError
 from parley.training.plan.memory import Batches
-from parley.training.plan.run_plan import Data, Planner, context_ranks, plan_for
+from parley.training.plan.planner import Data, Planner
+from parley.training.plan.run_plan import context_ranks, plan_for
 from parley.training.plan.several_gpus import link_cost, share_of
 from parley.training.shard_decision import needed_ranks, needs_sharding
 from parley.units import GIB
