@@ -178,6 +178,34 @@ def test_older_spellings_are_taken(tiny_llama_folder: Path, tmp_path: Path) -> N
     assert trainer.train().global_step == 1
 
 
+def of_a_batch(batch: dict[str, list[str]]) -> list[str]:
+    """As the tutorials' formatting_prompts_func; `answer` is shorter than `question`, whose characters are no rows."""
+    return [f"Q {batch['question'][i]} A {batch['answer'][i]}" for i in range(len(batch["question"]))]
+
+
+def of_a_batch_by_zip(batch: dict[str, list[str]]) -> list[str]:
+    return [f"Q {question} A {answer}" for question, answer in zip(batch["question"], batch["answer"], strict=False)]
+
+
+def of_a_row(row: dict[str, str]) -> str:
+    return f"Q {row['question'].strip()} A {row['answer']}"
+
+
+@pytest.mark.parametrize("function", [of_a_batch, of_a_batch_by_zip, of_a_row])
+def test_a_formatting_func_is_of_a_row_or_of_a_batch(tiny_llama_folder: Path, tmp_path: Path, function: Any) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama_folder)
+    rows = [{"question": f"how many apples {number}", "answer": f"{number}"} for number in range(3)]
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(tiny_llama_folder),
+        ParleyConfig(output_dir=str(tmp_path), report_to="none"),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        formatting_func=function,
+    )
+    expected = [tokenizer(f"Q {row['question']} A {row['answer']}{tokenizer.eos_token}")["input_ids"] for row in rows]
+    assert [row["input_ids"] for row in trainer.train_dataset] == expected
+
+
 def test_tokenizer_and_processing_class_together_are_refused(tiny_llama_folder: Path) -> None:
     with pytest.raises(UsageError, match="both tokenizer and processing_class"):
         SFTTrainer("model", tokenizer=object(), processing_class=object())  # type: ignore[arg-type]

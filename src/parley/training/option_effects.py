@@ -143,7 +143,8 @@ def without_effect(args: trl.SFTConfig) -> list[str]:
 def left_to_the_fused_step(args: trl.SFTConfig) -> str | None:
     """The line that names the options of speed and memory in `args` that the fused step does not follow."""
     names = sorted(_changed(args) & set(PLAIN_PATH_ONLY))
-    return f"the fused step decides {', '.join(names)} by itself; engine: plain follows them" if names else None
+    follows = "follows it" if len(names) == 1 else "follows them"
+    return f"the fused step decides {', '.join(names)} by itself; engine: plain {follows}" if names else None
 
 
 def _changed(args: trl.SFTConfig) -> set[str]:

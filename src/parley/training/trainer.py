@@ -237,7 +237,7 @@ class SFTTrainer(FusedTrainer, trl.SFTTrainer):
             if everything and "completion_mask" in columns:
                 dataset, everything = dataset.remove_columns("completion_mask"), False
         elif formatting_func is not None:
-            dataset = dataset.map(lambda row: {"text": formatting_func(row)}, remove_columns=columns)
+            dataset = dataset.map(lambda row: {"text": _formatted(formatting_func, row)}, remove_columns=columns)
             section.format = "text"
         elif args.dataset_text_field in columns:
             section.format, section.columns = "text", {"text": args.dataset_text_field}
@@ -304,6 +304,17 @@ def _refuse_images(dataset: Any, processing_class: Any) -> None:
     found = [name for name in IMAGE_COLUMNS if name in (dataset.column_names or next(iter(dataset)))]
     if found:
         raise UsageError(f"train_dataset has {found[0]}: images are not trained on here; use trl.SFTTrainer for them")
+
+
+def _formatted(formatting_func: Callable[[dict[str, Any]], Any], row: dict[str, Any]) -> Any:
+    """The text of a row by a function of one row or, as tutorials of older releases have it, of columns of a batch."""
+    try:
+        text = formatting_func(row)
+    except IndexError:  # a function of a batch takes the characters of one column for rows, which another has not
+        text = []
+    if isinstance(text, list):
+        text = formatting_func({name: [value] for name, value in row.items()})
+    return text[0] if isinstance(text, list) and len(text) == 1 else text
 
 
 def _with_weights_of_one(row: dict[str, Any]) -> dict[str, Any]:
