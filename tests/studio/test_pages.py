@@ -25,8 +25,8 @@ HOSTILE = SCRIPT + BREAKOUT + HTMX + OVERRIDE + EVENTS
 ROWS = [
     {"instruction": HOSTILE, "context": OVERRIDE, "response": HOSTILE},
     {"instruction": "x" * 1_000_000, "context": "", "response": "A megabyte in one line."},
-    {"instruction": "Plain", "context": "", "response": "Plain answer"},
-    {"instruction": "Plain", "context": "", "response": "Plain answer"},
+    {"instruction": "Plain", "context": "", "response": "Plain answer", HOSTILE: "a column"},
+    {"instruction": "Plain", "context": "", "response": "Plain answer", HOSTILE: "a column"},
 ]
 
 
