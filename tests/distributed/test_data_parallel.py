@@ -11,10 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tests.distributed.conftest import in_processes
+from tests.distributed.conftest import in_processes, rank
 
 from parley.config import RunConfig
+from parley.models.adapters import attach_lora
 from parley.pipeline import train
+from parley.training import prepare_training
 from parley.training.resume_state import ResumeState, differences_in_rounding, this_device
 from parley.training.run_folder import RunFolder
 from parley.versions import library_versions
@@ -29,9 +31,13 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def weights(folder: Path) -> torch.Tensor:
-    run = RunFolder(folder)
-    name = "model.safetensors" if run.model.is_dir() else "adapter_model.safetensors"
-    tensors = load_file(run.weights / name)
+    return weights_in(RunFolder(folder).weights)
+
+
+def weights_in(folder: Path) -> torch.Tensor:
+    """All tensors of the safetensors file in `folder`, flat."""
+    [file] = folder.glob("*model.safetensors")
+    tensors = load_file(file)
     return torch.cat([tensors[name].flatten() for name in sorted(tensors)])
 
 
@@ -58,12 +64,27 @@ def single(configured: Callable[..., RunConfig]) -> Path:
     return config.output
 
 
+def perturbed(*args: Any, **kwargs: Any) -> Any:
+    """An adapter that does not begin as that of the first process, which is the one that counts."""
+    model = attach_lora(*args, **kwargs)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            parameter.data.add_(0.1)
+    return model
+
+
 @pytest.mark.parametrize("count", [2, 4])
 def test_the_fused_step_in_several_processes(
     configured: Callable[..., RunConfig], single: Path, count: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config = configured()
-    assert in_processes(count, lambda: train(config, Console(width=200))) == [0] * count
+
+    def work() -> None:
+        if rank() == count - 1:
+            prepare_training.attach_lora = perturbed  # in the forked process alone
+        train(config, Console(width=200))
+
+    assert in_processes(count, work) == [0] * count
     assert_same_run(config.output, single)
     printed = capfd.readouterr().out
     assert printed.count("step 6/6") == 1  # one process prints

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 from tests.distributed.conftest import in_processes
-from tests.distributed.test_data_parallel import assert_same_run, events, weights
+from tests.distributed.test_data_parallel import assert_same_run, events, weights, weights_in
 from transformers import AutoModelForCausalLM
 
 from parley.config import RunConfig
@@ -95,7 +95,9 @@ def test_a_sharded_checkpoint_is_resumed_by_as_many_processes_exactly_and_by_oth
         ours = weights(config.output)
         if count == 2:
             assert torch.equal(ours, wanted)
-        assert float((ours - wanted).norm() / wanted.norm()) < 1e-5
+        # What the moments made of it since the checkpoint: little beside the weights themselves.
+        start = weights_in(RunFolder(config.output).checkpoints / "checkpoint-2")
+        assert float((ours - wanted).norm() / (wanted - start).norm()) < 1e-4
         losses = [[step["loss"] for step in events(run, "step")] for run in (config.output, undisturbed.output)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

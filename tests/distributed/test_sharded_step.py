@@ -19,7 +19,7 @@ from parley.data.packing import Document
 from parley.models.adapters import attach_lora
 from parley.models.load import load_model
 from parley.models.load_sharded import load_sharded
-from parley.models.sharded_nf4 import ShardedNf4Linear, local_tensor
+from parley.models.sharded_nf4 import PACKED_BYTES, SCALE_BYTES, ShardedNf4Linear, local_tensor
 from parley.models.sharding import is_sharded
 from parley.train_step.captured_step import CapturedStep
 from parley.training.dealing import deal_documents
@@ -126,6 +126,8 @@ def test_nf4_bytes_are_those_of_bitsandbytes_after_every_gather(
             assert torch.equal(as_bytes(parameter), shards[name]), name
         return gathered
 
+    # FSDP copies parameters of one type as numbers of it, and those of several types as bytes.
+    assert PACKED_BYTES != SCALE_BYTES
     gathered = in_ranks(2, work, tmp_path / "result.pt")
     whole, _ = load_model(section)
     layers = {n: layer for n, layer in whole.named_modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)}
