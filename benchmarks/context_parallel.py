@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from engine_step import build
 from shapes import SHAPES
+from sharded_step import used_gib
 from torch import Tensor, nn
 
 from parley.data.control_tokens import IGNORE_INDEX
@@ -117,6 +118,8 @@ def long_model(args: argparse.Namespace, device: torch.device) -> nn.Module:
 def long_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     model = long_model(args, device)
     autocast = torch.bfloat16 if device.type == "cuda" else None
+    if process_rank() == 0:
+        print("steps: the model is made", flush=True)
     step = step_for(model, args.tokens, together=True, autocast=autocast)
     make = bitsandbytes.optim.AdamW8bit if device.type == "cuda" else torch.optim.AdamW
     optimizer = make(step.trained, lr=2e-4, weight_decay=0.01)
@@ -130,7 +133,7 @@ def long_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
         losses.append(loss)
         seconds.append(time.perf_counter() - start)
         if process_rank() == 0:
-            print(f"step {index + 1}: {seconds[-1]:.2f} s, loss {loss:.4f}", flush=True)
+            print(f"step {index + 1}: {seconds[-1]:.2f} s, loss {loss:.4f}, {used_gib(device):.2f} GiB", flush=True)
     config = model.get_base_model().config
     matrices = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit))
     # Forward, recomputed, and the input's gradient; attention's backward pass has five products for two.
@@ -139,10 +142,7 @@ def long_steps(args: argparse.Namespace, device: torch.device) -> dict[str, Any]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     step_s = min(seconds)  # the first one builds cuDNN's plans
     floor = flops / process_count() / peaks(name)[0]
-    gib = [0.0]
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        gib = from_all((torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved()) / GIB)
+    gib = from_all(used_gib(device))
     return dict(
         what="steps", shape=args.shape, cards=process_count(), device=name, tokens=args.tokens, steps=args.steps,
         step_s=round(step_s, 2), tokens_per_s=round(args.tokens / step_s), floor_s_at_peak=round(floor, 2),

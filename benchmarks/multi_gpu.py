@@ -144,11 +144,11 @@ def compare_losses(training: Training, job: Job) -> float:
 
 
 def measure(name: str, job: Job, device: str, repeats: int, batch_count: int) -> dict[str, object]:
+    """Figures are printed as soon as they are known; the comparison of losses, which is not timed, comes last."""
     count, rank = process_count(), process_rank()
     started = time.perf_counter()
     training = Training(job, device)
-    loss_difference = compare_losses(training, job)
-    training.restart()
+    progress(name, "made", started)
 
     batches = [batch(job, count, index) for index in range(batch_count)]
     shares = [deal_documents(documents, count)[rank] for documents in batches]
@@ -161,36 +161,48 @@ def measure(name: str, job: Job, device: str, repeats: int, batch_count: int) ->
     ]
     for actions in (alone, together):  # compiles, and captures each size
         times(device, actions, 2 * batch_count, together=True)
+    progress(name, "warm", started)
     repeats = max(repeats // batch_count, 1) * batch_count
 
     one_card = times(device, alone, repeats, together=False) if rank == 0 else []
     wait_for_all()
     steps = times(device, together, repeats, together=False)
-    wait_for_all()
-    computed = np.array(from_all(times(device, compute, repeats, together=True)))  # cards, steps
-    reduced = times(device, [lambda: sum_in_place(training.flat.reduce_buffer)], 20, together=True)
     one_card = from_all(one_card)[0]
-
     step, single = statistics.mean(steps), statistics.mean(one_card)
-    imbalance = float((computed.max(0) - computed.mean(0)).mean())
-    all_reduce = statistics.median(reduced)
     tokens = sum(len(document.ids_L) for documents in batches for document in documents) / batch_count
     tokens_alone = sum(len(document.ids_L) for documents in own for document in documents) / batch_count
-    fair = [[sum(len(d.ids_L) for d in share) for share in deal_documents(documents, count)] for documents in batches]
-    return dict(
+    result: dict[str, object] = dict(
         job=name, cards=count, device=torch.cuda.get_device_name() if device == "cuda" else "cpu", repeats=repeats,
         one_card_step_ms=round(1000 * single, 2), step_ms=round(1000 * step, 2),
         one_card_tokens_per_s=round(tokens_alone / single), tokens_per_s=round(tokens / step),
         speedup=round(tokens / step / (tokens_alone / single), 3),
+    )  # fmt: skip
+    progress(name, json.dumps(result), started)
+
+    computed = np.array(from_all(times(device, compute, repeats, together=True)))  # cards, steps
+    reduced = times(device, [lambda: sum_in_place(training.flat.reduce_buffer)], 20, together=True)
+    imbalance = float((computed.max(0) - computed.mean(0)).mean())
+    all_reduce = statistics.median(reduced)
+    fair = [[sum(len(d.ids_L) for d in share) for share in deal_documents(documents, count)] for documents in batches]
+    result |= dict(
         lost_ms=dict(
             imbalance=round(1000 * imbalance, 3), all_reduce=round(1000 * all_reduce, 3),
             other=round(1000 * (step - single - imbalance - all_reduce), 3),
         ),
         largest_share=round(statistics.mean(max(share) * count / sum(share) for share in fair), 4),
         gradient_mib=round(training.flat.reduce_buffer.nbytes / 2**20, 1),
+    )  # fmt: skip
+    progress(name, json.dumps(result["lost_ms"]), started)
+    loss_difference = compare_losses(training, job)
+    return result | dict(
         largest_loss_difference=float(f"{loss_difference:.2e}"), same_losses=loss_difference < 5e-3,
         seconds=round(time.perf_counter() - started, 1),
     )  # fmt: skip
+
+
+def progress(name: str, what: str, started: float) -> None:
+    if process_rank() == 0:
+        print(f"{name}, {time.perf_counter() - started:.1f} s: {what}", flush=True)
 
 
 def main() -> None:

@@ -135,8 +135,10 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         start = time.perf_counter()
         losses.append(training(documents))
         seconds.append(time.perf_counter() - start)
-        if process_rank() == 0 and index < WARM_UP:
-            print(f"step {index + 1}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}", flush=True)
+        if process_rank() == 0:
+            print(
+                f"step {index + 1}: {seconds[-1]:.2f} s, loss {losses[-1]:.4f}, {used_gib(device):.2f} GiB", flush=True
+            )
     head = model.get_output_embeddings()
     linears = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lora_" not in name}
     sizes = {name: m.in_features * m.out_features for name, m in linears.items()}
@@ -147,11 +149,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     # Forward, recomputed, and the gradient of the input: nothing else of a frozen matrix; a head for half of the rows.
     flops = (3 * 2 * matrix_weights + 3 * head_weights) * tokens
     peak, _ = peaks(torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-    used = [0.0]
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        outside = total - free - torch.cuda.memory_reserved()  # the context and libraries
-        used = from_all((torch.cuda.max_memory_reserved() + outside) / GIB)
+    used = from_all(used_gib(device))
     return dict(
         shape=args.shape, cards=count, device=torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         parameters_b=round((matrix_weights + 2 * head_weights) / 1e9, 2), made_s=round(made, 1),
@@ -162,6 +160,20 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         gib_a_card=round(max(used), 2),
         allocated_gib=round(torch.cuda.max_memory_allocated() / GIB if device.type == "cuda" else 0, 2),
     )  # fmt: skip
+
+
+def used_gib(device: torch.device) -> float:
+    """The most of this process's card so far, with the context and libraries."""
+    if device.type != "cuda":
+        return 0.0
+    free, total = torch.cuda.mem_get_info()
+    return (torch.cuda.max_memory_reserved() + total - free - torch.cuda.memory_reserved()) / GIB
+
+
+def print_plan(args: argparse.Namespace, device: torch.device) -> None:
+    estimate = planned(args.shape, not args.bf16, device, args.tokens)
+    parts = {name: round(size / GIB, 2) for name, size in estimate.parts.items()}
+    print("PLAN " + json.dumps(dict(planned_gib=round(estimate.peak_bytes / GIB, 2), parts=parts)), flush=True)
 
 
 def main() -> None:
@@ -186,9 +198,7 @@ def main() -> None:
             raise
         if process_rank() == 0:
             print("RESULT " + json.dumps(result), flush=True)
-            estimate = planned(args.shape, not args.bf16, device, args.tokens)
-            parts = {name: round(size / GIB, 2) for name, size in estimate.parts.items()}
-            print("PLAN " + json.dumps(dict(planned_gib=round(estimate.peak_bytes / GIB, 2), parts=parts)), flush=True)
+            print_plan(args, device)
 
 
 if __name__ == "__main__":
