@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from parley.library_compat.trl import copy_figures, count_tokens, keep_column, metrics, restore_figures, tokens_seen
-from parley.training.packed_trainer import METRICS
+from parley.training.packed_evaluation import METRICS
 from parley.training.trainer import SFTTrainer
 
 # Hooks of Trainer's loop, and of TRL's trainer, that Parley's trainers override.

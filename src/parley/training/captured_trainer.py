@@ -25,7 +25,7 @@ from parley.train_step.context_parallel import ContextGroup
 from parley.train_step.packed_attention import check_attention_dropout
 from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
-from parley.training.packed_trainer import METRICS
+from parley.training.packed_evaluation import METRICS
 from parley.training.processes import group_of, sum_all_in_place
 from parley.training.sharded_trainer import ShardedTrainer
 

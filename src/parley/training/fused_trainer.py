@@ -29,7 +29,7 @@ from parley.training.captured_trainer import CapturedTrainer
 from parley.training.optimizer_memory import state_bytes
 from parley.training.optimizer_state import StateLayout, check_shapes, with_parameter_state
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
-from parley.training.packed_trainer import METRICS
+from parley.training.packed_evaluation import METRICS
 from parley.training.processes import sum_in_place
 from parley.training.regional_compile import MIN_STEPS, compile_layers
 from parley.training.rehearsal import rehearse_saving
