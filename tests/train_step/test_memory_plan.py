@@ -142,3 +142,12 @@ def test_the_temporaries_of_long_attention_are_those_of_the_library_that_attends
     plan = MemoryPlan(positions=4000, tokens=9000)
     on_cpu, on_gpu = (buffer_bytes(plan, bound, torch.device(name), 2)["activations"] for name in ("cpu", "cuda"))
     assert on_gpu - on_cpu == (temporaries or 4 * 9000 * (128 + 2 * 4))
+
+
+def test_logits_give_way_before_the_rows_of_the_mlp(bound: Any) -> None:
+    """And each plan of the same policy takes less than the one before."""
+    plans = list(memory_plan._candidates(bound, np.array([9000]), 1, cuda=True))
+    lean = [plan for plan in plans if plan.saved == "layer_inputs" and not plan.cache_matrices]
+    assert [(plan.mlp_rows, plan.logits_rows) for plan in lean] == [(4096, 1024), (4096, 512), (2048, 512), (2048, 256)]
+    sizes = [sum(buffer_bytes(plan, bound, torch.device("cuda"), 2).values()) for plan in lean]
+    assert sizes == sorted(set(sizes), reverse=True)
