@@ -157,6 +157,23 @@ def test_damaged_pickles(folder):
         with pytest.raises(ModelError) as caught:
             load_model(section(folder))
         assert "\n" not in str(caught.value)
+        assert "weights_only" not in str(caught.value)  # torch advises to execute what is in the file
+        assert ".safetensors" in str(caught.value) or not damaged
+
+
+@pytest.mark.parametrize(
+    ("fields", "library"),
+    [
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}, "optimum"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}, "gptqmodel"),
+    ],
+)
+def test_a_checkpoint_of_a_method_that_is_not_installed(folder, fields, library):
+    """The advice is not to set model.quantization to what is refused next."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": fields}))
+    with pytest.raises(ModelError, match=f"{library}.*give the checkpoint that {fields['quant_method']} was made from"):
+        load_model(section(folder))
 
 
 def test_absent_shard(folder):

@@ -30,7 +30,7 @@ from parley.library_compat.bitsandbytes import keep_trainable_layout
 from parley.models.adapters import load_adapter, merge_adapter
 from parley.models.config_fields import check_config, check_index
 from parley.models.device import DTYPES, describe_device, pick_device, pick_dtype
-from parley.models.quantization import check_quantised, plan_quantization
+from parley.models.quantization import check_quantised, plan_quantization, quantization_of
 from parley.models.resolve import adapter_chain, local_folder, model_folder
 from parley.models.tokenizer import (
     fit_vocabulary,
@@ -171,11 +171,19 @@ def _read_weights(
     except torch.OutOfMemoryError:
         raise DeviceError(_out_of_memory(section, files, device)) from None
     except ImportError as error:
+        saved = quantization_of(config)
+        instead = (
+            "set model.quantization: none" if saved == "none" else f"give the checkpoint that {saved} was made from"
+        )
         raise ModelError(
-            f"{name}: needs a library that cannot be used here ({one_line(error)}); see `parley doctor`, or set "
-            "model.quantization: none"
+            f"{name}: needs a library that cannot be used here ({one_line(error)}); see `parley doctor`, or {instead}"
         ) from None
-    except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
+    except pickle.UnpicklingError:  # its text advises to execute the file
+        raise ModelError(
+            f"{name}: a .bin file in {folder} is damaged, or holds more than tensors, which is never executed; "
+            "get the weights as .safetensors"
+        ) from None
+    except (SafetensorError, EOFError) as error:
         raise ModelError(f"{name}: weights in {folder} are damaged ({one_line(error)}); download them again") from None
     except (*MALFORMED, OSError, StrictDataclassError) as error:
         raise ModelError(f"{name}: cannot be loaded: {one_line(error)}") from None
