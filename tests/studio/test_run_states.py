@@ -49,12 +49,22 @@ def test_a_run_whose_process_was_killed_has_ended(client: TestClient, write: Cal
     (folder / "run.lock").write_text("1 elsewhere\n")  # as it stays behind: the kernel's lock is gone with the process
     page = client.get("/runs/mine").text
     assert 'class="state failed"' in page
-    assert "it was killed, or memory ran out" in page
     assert "With training.eval_steps they come during training" in page
     events = client.get("/events/mine", params={"once": "yes"}).text
+    assert "it was killed, or memory ran out" in events
     assert events.count("event: points") == 1
     assert events.count('"step"') == 0
     assert events.rstrip().endswith("event: end\ndata:")
+
+
+def test_a_run_that_failed_says_why(client: TestClient, write: Callable[..., Path]) -> None:
+    failed = json.dumps(
+        {"event": "failed", "step": 3, "message": "out of <memory>: got 3; Input should be less than 2"}
+    )
+    write(training="{}", log=STEPS + failed + "\n")
+    client.headers["Accept-Language"] = "zh"
+    events = client.get("/events/mine", params={"once": "yes"}).text
+    assert "out of &lt;memory&gt;：得到 3；应小于 2" in events
 
 
 def test_a_page_that_returns_still_has_the_last_figures(studio: Studio, write: Callable[..., Path]) -> None:

@@ -183,9 +183,15 @@ class Log:
 
 
 @pytest.mark.parametrize(
-    ("error", "event"), [(None, "finished"), (KeyboardInterrupt, "stopped"), (RunError, "failed"), (OSError, "failed")]
+    ("error", "event"),
+    [
+        (None, {"event": "finished"}),
+        (KeyboardInterrupt, {"event": "stopped"}),
+        (RunError("no\nspace"), {"event": "failed", "message": "no space"}),
+        (OSError(28, "No space left"), {"event": "failed", "message": "OSError: [Errno 28] No space left"}),
+    ],
 )
-def test_how_a_run_ended_is_its_last_event(error: Any, event: str) -> None:
+def test_how_a_run_ended_is_its_last_event(error: Any, event: dict[str, str]) -> None:
     log = Log()
 
     def run() -> None:
@@ -196,9 +202,9 @@ def test_how_a_run_ended_is_its_last_event(error: Any, event: str) -> None:
     if error is None:
         run()
     else:
-        with pytest.raises(error):
+        with pytest.raises(error if isinstance(error, type) else type(error)):
             run()
-    assert log.events == [{"event": event, "step": 4}]
+    assert log.events == [{"step": 4} | event]
 
 
 def test_a_run_that_is_stopped_says_so_and_one_that_did_not_begin_says_nothing() -> None:

@@ -12,6 +12,7 @@ from parley.evaluation.report_events import add_answers_of_events, add_step_faul
 from parley.studio.i18n import N_
 from parley.studio.run_events import COLUMNS, REWARD_COLUMNS, EventBatch, read_batch
 from parley.training.report import Answer, FaultRow, Report, answer_runs, fault_rows
+from parley.training.run_outcome import OUTCOMES
 from parley.training.run_summary import RunSummary
 
 
@@ -40,13 +41,17 @@ class RunView:
     events: list[dict[str, Any]] = field(default_factory=list)
     point: list[float | None] | None = None
     first: list[float | None] | None = None  # of this process: the rate of steps is that since then
+    outcome: dict[str, Any] | None = None  # the event that says how the run ended
 
     def add(self, batch: EventBatch) -> None:
         if batch.restarted:
-            self.events, self.point, self.first = [], None, None
+            self.events, self.point, self.first, self.outcome = [], None, None, None
         self.events += [event for event in batch.others if event.get("event") in ("answers", "spike", "nonfinite")]
-        if any(event.get("event") == "start" for event in batch.others):
-            self.first = None
+        for event in batch.others:
+            if event.get("event") == "start":
+                self.first, self.outcome = None, None
+            elif event.get("event") in OUTCOMES:
+                self.outcome = event
         if batch.points:
             self.point = batch.points[-1]
             self.first = self.first or batch.points[0]
@@ -74,6 +79,12 @@ class RunView:
         if step is None or first_step is None or seconds is None or first_seconds is None or step <= first_step:
             return None
         return (seconds - first_seconds) / (step - first_step) * (run.max_steps - step)
+
+    def failure(self, run: RunSummary) -> str | None:
+        """Why a run failed: its message, "" where its process left none; None where it did not, or nothing was read."""
+        if run.state != "failed" or (self.point is None and self.outcome is None):
+            return None
+        return "" if self.outcome is None else str(self.outcome.get("message") or "") or None
 
     def evaluates(self, run: RunSummary) -> bool:
         """Whether it evaluates during training, and so answers its questions then."""

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
+
+from parley.errors import ParleyError, one_line
 
 if TYPE_CHECKING:
     from parley.training.callbacks import EventLog
@@ -22,7 +25,7 @@ class Outcome:
 
 @contextmanager
 def recorded_outcome(log: EventLog) -> Iterator[Outcome]:
-    """Write an event `finished`, `stopped` or `failed` when the block ends, if training had begun."""
+    """Write an event `finished`, `stopped` or `failed`, with the error, when the block ends, if training had begun."""
     outcome, event = Outcome(), "failed"
     try:
         yield outcome
@@ -33,7 +36,15 @@ def recorded_outcome(log: EventLog) -> Iterator[Outcome]:
     finally:
         if log.begun:
             with suppress(OSError):  # of a full disk, which is the error that is on its way already
-                log.write({"event": event, "step": log.steps_done})
+                log.write({"event": event, "step": log.steps_done} | (_error() if event == "failed" else {}))
+
+
+def _error() -> dict[str, str]:
+    """The error on its way, in one line."""
+    error = sys.exc_info()[1]
+    if error is None:
+        return {}
+    return {"message": str(error) if isinstance(error, ParleyError) else f"{type(error).__name__}: {one_line(error)}"}
 
 
 def process_identity() -> dict[str, Any]:
