@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from importlib import metadata
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +42,37 @@ def test_without_the_package_there_is_no_version(monkeypatch: pytest.MonkeyPatch
     assert not compat.usable(torch.device("cuda"))
 
 
+def test_warnings_of_its_compiler_are_not_passed_on_and_others_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What both functions are called with, too, by their names."""
+    given: list[dict[str, Any]] = []
+
+    def function(*args: Any, **options: Any) -> tuple[Any, ...]:
+        warnings.warn_explicit("its own argument", UserWarning, "dsl.py", 1, module="cutlass.base_dsl.dsl")
+        warnings.warn_explicit("an old name", DeprecationWarning, "utils.py", 1, module="cutlass.utils")
+        warnings.warn_explicit("the caller's", UserWarning, "caller.py", 1, module="caller")
+        given.append(dict(options, positional=len(args)))
+        return "out", "lse", None, None, None
+
+    interface = ModuleType("flash_attn.cute.interface")
+    interface._flash_attn_fwd = interface._flash_attn_bwd = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", ModuleType("flash_attn.cute"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute.interface", interface)
+    q, k, v, out, dout, lse, edges, dq, dk, dv = (torch.zeros(1) for _ in range(10))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert compat.flash_attention_4(q, k, v, edges, 7, 0.1, out) == "lse"
+        compat.flash_attention_4_backward(dout, q, k, v, out, lse, edges, 7, 0.1, (dq, dk, dv))
+    assert [str(warning.message) for warning in caught] == ["the caller's"] * 2
+    forward, backward = given
+    assert forward["out"] is out
+    assert (forward["causal"], forward["return_lse"], forward["softmax_scale"]) == (True, True, 0.1)
+    assert (backward["dq"], backward["dk"], backward["dv"]) == (dq, dk, dv)
+    for options in given:
+        assert options["cu_seqlens_q"] is options["cu_seqlens_k"] is edges
+        assert options["max_seqlen_q"] == options["max_seqlen_k"] == 7
+
+
 def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
     """Output and gradients in float32, one document at a time."""
     leaves = [x.detach().float().requires_grad_() for x in (q, k, v)]
@@ -54,7 +89,6 @@ def exact(q: Tensor, k: Tensor, v: Tensor, dout: Tensor, lengths: tuple[int, ...
 
 @pytest.mark.gpu
 @CARD
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # of the libraries it compiles with
 @pytest.mark.parametrize("size", [64, 128])
 def test_attention_of_several_documents(size: int) -> None:
     """Queries, keys, values and their gradients lie side by side in wider rows, as the fused step has them."""

@@ -9,7 +9,9 @@ Shape suffixes (legend in docs/design.md): T tokens, H query heads, G key-value 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 
 import torch
@@ -45,12 +47,13 @@ def flash_attention_4(
 
     Public alternative: flash_attn.cute.flash_attn_varlen_func, which allocates its output.
     """
-    from flash_attn.cute.interface import _flash_attn_fwd
+    with _without_its_warnings():
+        from flash_attn.cute.interface import _flash_attn_fwd
 
-    _, lse_HT, *_ = _flash_attn_fwd(
-        q_THE, k_TGE, v_TGE, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest,
-        max_seqlen_k=longest, softmax_scale=scale, causal=True, return_lse=True, out=out_THE,
-    )  # fmt: skip
+        _, lse_HT, *_ = _flash_attn_fwd(
+            q_THE, k_TGE, v_TGE, cu_seqlens_q=boundaries, cu_seqlens_k=boundaries, max_seqlen_q=longest,
+            max_seqlen_k=longest, softmax_scale=scale, causal=True, return_lse=True, out=out_THE,
+        )  # fmt: skip
     return lse_HT
 
 
@@ -59,10 +62,19 @@ def flash_attention_4_backward(
     boundaries: Tensor, longest: int, scale: float, grads: Sequence[Tensor],
 ) -> None:  # fmt: skip
     """Write the gradients of queries, keys and values into `grads`; those of queries are added in no fixed order."""
-    from flash_attn.cute.interface import _flash_attn_bwd
-
     dq_THE, dk_TGE, dv_TGE = grads
-    _flash_attn_bwd(
-        q_THE, k_TGE, v_TGE, out_THE, dout_THE, lse_HT, scale, True, cu_seqlens_q=boundaries,
-        cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest, dq=dq_THE, dk=dk_TGE, dv=dv_TGE,
-    )  # fmt: skip
+    with _without_its_warnings():
+        from flash_attn.cute.interface import _flash_attn_bwd
+
+        _flash_attn_bwd(
+            q_THE, k_TGE, v_TGE, out_THE, dout_THE, lse_HT, scale, True, cu_seqlens_q=boundaries,
+            cu_seqlens_k=boundaries, max_seqlen_q=longest, max_seqlen_k=longest, dq=dq_THE, dk=dk_TGE, dv=dv_TGE,
+        )  # fmt: skip
+
+
+@contextmanager
+def _without_its_warnings() -> Iterator[None]:
+    """Its compiler warns of its own arguments and its own deprecated names, which no caller can change."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(cutlass|flash_attn|quack|tvm_ffi)(\.|$)")
+        yield
