@@ -86,6 +86,11 @@ def test_the_fused_step_in_several_processes(
 
     assert in_processes(count, work) == [0] * count
     assert_same_run(config.output, single)
+    ours, theirs = (
+        json.loads((folder / "checkpoints" / "checkpoint-6" / "trainer_state.json").read_text())
+        for folder in (config.output, single)
+    )
+    assert ours["total_flos"] == pytest.approx(theirs["total_flos"], rel=1e-6) != 0  # each counts its share
     printed = capfd.readouterr().out
     assert printed.count("step 6/6") == 1  # one process prints
     assert f"{count} processes: the 5 conversations of each step are dealt out by their tokens" in printed

@@ -61,7 +61,7 @@ def test_sharding_takes_several_processes(configured: Callable[..., RunConfig]) 
         train(configured("training.shard=full"), QUIET)
 
 
-FULL = ("training.shard=full", "lora=null", "training.learning_rate=0.001", "training.adam_epsilon=1e-4")
+FULL = ("training.shard=full", "lora=null", "training.learning_rate=0.001")
 
 
 @pytest.mark.parametrize("count", [2, 4])
