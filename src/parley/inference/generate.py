@@ -29,7 +29,7 @@ from parley.inference.prompts import Tools, context_length, end_of_turn_ids, pro
 from parley.inference.scheduler import Request, Scheduler
 from parley.models.base_answers import require_base
 from parley.models.device import describe_device
-from parley.train_step.bind import Unsupported
+from parley.train_step.bind import Unsupported, longrope_switch
 
 __all__ = ["Generator", "end_of_turn_ids", "generate", "inference_mode_of", "make_decoder", "stream"]
 
@@ -200,7 +200,8 @@ class Generator:
         transformers' models are only in evaluation mode while they decode: the decode loop has ended on leaving.
         """
         length = self._length_for(requests)
-        if (scheduler := self._static_cache_scheduler(length)) is not None:
+        fits = not self._passes_longrope_switch(requests)
+        if fits and (scheduler := self._static_cache_scheduler(length)) is not None:
             yield scheduler
             return
         with inference_mode_of(self.model):
@@ -208,10 +209,21 @@ class Generator:
             with Scheduler(decoder, self.tokenizer, end_of_turn_ids(self.model, self.tokenizer)) as scheduler:
                 yield scheduler
 
+    def _passes_longrope_switch(self, requests: Sequence[Request]) -> bool:
+        """Whether a text may become longer than those that longrope has its short factors for."""
+        switch = longrope_switch(self.model.config)
+        if switch is None or self.plain_because is not None or _longest(requests) <= switch:
+            return False
+        logger.info(
+            "answers go through transformers, which is slower: longrope has other frequencies for texts of more than "
+            "%s tokens, prompt and max_new_tokens together",
+            f"{switch:,}",
+        )
+        return True
+
     def _length_for(self, requests: Sequence[Request]) -> int:
         # Doubling keeps the number of decoders of a growing chat logarithmic in its length.
-        length = MIN_LENGTH
-        needed = max(len(request.prompt_ids) + request.settings.max_new_tokens for request in requests)
+        length, needed = MIN_LENGTH, _longest(requests)
         while length < needed:
             length *= 2
         return min(length, context_length(self.model) or length)
@@ -235,6 +247,11 @@ class Generator:
         return self._scheduler
 
 
+def _longest(requests: Sequence[Request]) -> int:
+    """Tokens that prompt and answer of a request may have."""
+    return max(len(request.prompt_ids) + request.settings.max_new_tokens for request in requests)
+
+
 def make_decoder(model: PreTrainedModel | PeftModel, *, slots: int, length: int) -> Decoder:
     """Parley's own decoder where it knows the model, warmed up, else one through transformers.
 
@@ -250,6 +267,12 @@ def make_decoder(model: PreTrainedModel | PeftModel, *, slots: int, length: int)
     except torch.OutOfMemoryError:
         answers = f"{slots} answers of {length} tokens do not fit into {describe_device(model.device)} beside the model"
         raise DeviceError(f"{answers}; lower --max-num-seqs or --max-model-len") from None
+    if decoder.length < length:
+        logger.warning(
+            "a request holds at most %s tokens, its answer included: for longer texts longrope has other frequencies, "
+            "which Parley's decoder does not read",
+            f"{decoder.length:,}",
+        )
     return decoder
 
 

@@ -33,6 +33,7 @@ from parley.config import GenerationSection
 from parley.inference.interface import DecodeRequest, Token
 from parley.models.base_answers import require_base
 from parley.models.packing_isolation import why_not_packed
+from parley.train_step.bind import longrope_switch
 
 # The names of a forward pass's cache, in and out: `cache` since transformers 5.23, before that `cache_params` in Mamba
 # and its relatives and `past_key_values` elsewhere; `state` is RWKV's.
@@ -58,6 +59,7 @@ class TransformersDecoder:
         inner = model.get_base_model() if isinstance(model, PeftModel) else model
         parameters = inspect.signature(inner.forward).parameters
         self._cache_name: Any = next((name for name in CACHE_NAMES if name in parameters), None)
+        self._longrope_switch = longrope_switch(inner.config)
         self._options: dict[str, Any] = {}
         if "use_cache" in parameters:
             self._options["use_cache"] = True
@@ -122,6 +124,8 @@ class TransformersDecoder:
 
     def _forward(self, answer: _Answer) -> torch.Tensor:
         """Logits (1, V) of the token after the answer's, from those of its ids that are not cached."""
+        if self._longrope_switch is not None and answer.num_cached <= self._longrope_switch < answer.ids_1T.shape[1]:
+            answer.cache, answer.num_cached = None, 0  # its keys were rotated by the frequencies of shorter texts
         options = {} if answer.cache is None else {self._cache_name: answer.cache}
         output = self._call(answer.request.base, input_ids=answer.ids_1T[:, answer.num_cached :], **options)
         answer.cache = None if self._cache_name is None else output.get(self._cache_name)

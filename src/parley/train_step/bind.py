@@ -240,7 +240,7 @@ def _weights(base: PreTrainedModel, family: ModelFamily, adapter: FindAdapter, r
         "head_VD": base.lm_head.weight.data,
         "logits": LogitTransform(family.logit_scale(base.config) or 1.0, family.logit_softcap(base.config)),
         "rotary": decoder.rotary_emb,
-        "rope_switch": _rope_switch(base.config),
+        "rope_switch": longrope_switch(base.config),
         "dtype": embedding_VD.dtype,
     }
 
@@ -396,11 +396,10 @@ def _rope_types(config: Any) -> list[str]:
     return [parameters[layer_type]["rope_type"] for layer_type in sorted(set(config.layer_types))]
 
 
-def _rope_switch(config: Any) -> int | None:
+def longrope_switch(config: Any) -> int | None:
     """The most tokens for which longrope takes its short factors; None for other rotary embeddings."""
-    if _rope_types(config) != ["longrope"]:
-        return None
-    return config.rope_parameters["original_max_position_embeddings"]
+    parameters = config.get_text_config().to_dict().get("rope_parameters") or {}
+    return parameters["original_max_position_embeddings"] if parameters.get("rope_type") == "longrope" else None
 
 
 def _interleaved(short: RopeTable, long: RopeTable) -> RopeTable:
