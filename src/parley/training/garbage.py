@@ -1,7 +1,7 @@
 """Python's garbage collector during training.
 
 A full collection looks at every object of the process, half a million of them once torch and transformers are imported,
-and stops the host for 50 to 100 ms in the middle of a step. What exists before training is there to stay.
+and stops the host in the middle of a step for as long as a step takes. What exists before training is there to stay.
 """
 
 from __future__ import annotations
