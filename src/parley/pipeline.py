@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -182,7 +182,8 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
     on_sudden_end(leave)
     try:
         with recorded_outcome(log) as outcome:
-            result = _run(setup, args, make, notes, questions, folder, log, timer, console, signals, resumed)
+            run = _Run(setup, args, make, notes, questions, folder, log, timer, console, signals, resumed)
+            result = run.run()
             outcome.stopped = result.interrupted
             return result
     except OSError as error:
@@ -193,103 +194,141 @@ def _train(config: RunConfig, console: Console, signals: StopSignals, resumed: R
         leave()
 
 
-def _run(
-    setup: TrainingSetup,
-    args: Any,
-    make: Callable[..., FusedTrainer] | None,
-    notes: list[str],
-    questions: list[Question],
-    folder: RunFolder,
-    log: EventLog,
-    timer: StageTimer,
-    console: Console,
-    signals: StopSignals,
-    resumed: ResumedRun | None,
-) -> RunResult:
-    """Evaluate, train, save, evaluate again, report: the stages that write into the run folder."""
-    config, device = setup.config, setup.device
-    memory_before = ResourceMeter(device).before
-    total = memory_total(device)
-    print_text(console, f"{device_name(device)}: {memory_before:.2f} of {total:.1f} GiB in use before training")
-    for note in notes:
-        print_text(console, note)
-    setup.data.bad_rows.write_to(folder.bad_rows)
-    folder.write_golden(setup.tokenizer)
-    progress = ProgressLine(console, log)
-    validation = Validation(config.training, folder.best, console)
-    answering = AnswersDuringTraining(setup, questions, log, progress.console)
-    last_good = LastGoodWeights()
-    callbacks = [log, progress, answering, last_good, *validation.callbacks]
-    trainer = build_trainer(setup, args, callbacks, signals, make)
-    add_sample_log(trainer, log)
-    faults = StepFaultLog(log, folder.nonfinite, setup.tokenizer, progress.progress.console)
-    trainer.monitor.listeners.append(faults)
-    setup.model = trainer.model  # TRL may have wrapped it
-    timer.end("trainer")
-    checkpoint = None if resumed is None else resumed.checkpoint
-    if checkpoint is not None:
-        trainer.read_checkpoint(checkpoint)  # before the evaluations, which take longer
-    if resumed is not None:
-        log.resume_after(resumed.step)
-        faults.resume_after(resumed.step)
-        if resumed.changed:
-            folder.write_config(config)
+@dataclass
+class _Run:
+    """The stages that write into the run folder: evaluate, train, save, evaluate again, report."""
 
-    # 1. Evaluate the base model. An adapter that starts at zero can be switched off later: its base's answers are
-    # generated after training, so that the first step comes sooner.
-    before = Evaluation(heldout_scores(setup, trainer, console))
-    if (fault := broken_weights(setup)) is not None:
-        raise ModelError(f"{config.model.name}: before training, {fault}; the model's weights are damaged")
-    base_answers_later = is_identity_adapter(trainer.model) and base_obstacle(trainer.model) is None
-    if not base_answers_later:
-        answer_questions(before, setup, questions, console)
-    report = begin_report(setup, questions, notes)
-    report.before = before.scores
-    write_figures(folder.path, report)  # from here on `parley report` has something to show
-    release_cached_memory(device)
-    timer.end("evaluation before")
+    setup: TrainingSetup
+    args: Any
+    make: Callable[..., FusedTrainer] | None
+    notes: list[str]
+    questions: list[Question]
+    folder: RunFolder
+    log: EventLog
+    timer: StageTimer
+    console: Console
+    signals: StopSignals
+    resumed: ResumedRun | None
+    trainer: FusedTrainer = field(init=False)
+    report: Report = field(init=False)
+    failed: FailedRun = field(init=False)
 
-    # 2. Train, and save the weights unless they are broken.
-    meter = ResourceMeter(device)  # resets the peak: that of training is reported
-    failed = FailedRun(setup, trainer, folder, log, report, validation, last_good)
-    try:
-        run_training(trainer, setup, folder, log, progress, checkpoint)
-    except NonfiniteStepError as error:
-        raise failed.stopped_at(error) from None
-    trainer.remove_callback(last_good)
-    signals.agree()
-    if signals.received is not None:
-        return _stopped(trainer, setup, report, folder, log, signals.received)
-    log.kept_step, kept_notes = validation.finish(trainer)
-    trainer.remove_callback(answering)
-    report.kept_step = log.kept_step if log.kept_step != log.steps_done else None
-    timer.end("training")
-    report.steps = steps_of_events(log.events)
-    add_events(report, log.events)
-    report.resources = training_resources(trainer, log, memory_before, meter.seconds())
-    report.notes += kept_notes
-    fault = broken_weights(setup)
-    if fault is not None:
-        raise failed.diverged(fault)
-    weights = folder.save_weights(trainer.model, setup.tokenizer, full=config.lora is None)
-    log.write({"event": WEIGHTS, "step": log.steps_done})
-    write_figures(folder.path, report)
-    timer.end("saving")
+    def run(self) -> RunResult:
+        self._begin()
+        self._build_trainer()
+        checkpoint = self._read_checkpoint()
+        before = self._evaluate_before()
+        self._train(checkpoint)
+        if self.signals.received is not None:
+            return _stopped(self.trainer, self.setup, self.report, self.folder, self.log, self.signals.received)
+        weights = self._save()
+        self._evaluate_after(before)
+        self.report.next_commands = next_commands(self.setup.config)
+        page = write_report(self.folder.path, self.report)
+        print_summary(self.report, weights, page, self.console)
+        return RunResult(self.folder, self.report, self.trainer.model, self.setup.tokenizer)
 
-    # 3. Evaluate the trained model, and report.
-    if base_answers_later:
-        answer_questions(before, setup, questions, console, base=True)
-    after = evaluate_model(setup, trainer, questions, console)
-    timer.end("evaluation after")
-    add_evaluations(report, before, after)
-    add_event_notes(report, log.events)
-    report.resources.stages, report.resources.total_seconds = timer.seconds, timer.total_seconds
-    if after.scores.heldout_loss is not None and not isfinite(after.scores.heldout_loss):
-        raise failed.diverged("the held-out loss is not finite")
-    report.next_commands = next_commands(config)
-    page = write_report(folder.path, report)
-    print_summary(report, weights, page, console)
-    return RunResult(folder, report, trainer.model, setup.tokenizer)
+    def _begin(self) -> None:
+        device = self.setup.device
+        self.memory_before = ResourceMeter(device).before
+        total = memory_total(device)
+        print_text(
+            self.console,
+            f"{device_name(device)}: {self.memory_before:.2f} of {total:.1f} GiB in use before training",
+        )
+        for note in self.notes:
+            print_text(self.console, note)
+        self.setup.data.bad_rows.write_to(self.folder.bad_rows)
+        self.folder.write_golden(self.setup.tokenizer)
+
+    def _build_trainer(self) -> None:
+        setup, log = self.setup, self.log
+        self.progress = ProgressLine(self.console, log)
+        self.validation = Validation(setup.config.training, self.folder.best, self.console)
+        self.answering = AnswersDuringTraining(setup, self.questions, log, self.progress.console)
+        self.last_good = LastGoodWeights()
+        callbacks = [log, self.progress, self.answering, self.last_good, *self.validation.callbacks]
+        self.trainer = build_trainer(setup, self.args, callbacks, self.signals, self.make)
+        add_sample_log(self.trainer, log)
+        self.faults = StepFaultLog(log, self.folder.nonfinite, setup.tokenizer, self.progress.progress.console)
+        self.trainer.monitor.listeners.append(self.faults)
+        setup.model = self.trainer.model  # TRL may have wrapped it
+        self.timer.end("trainer")
+
+    def _read_checkpoint(self) -> Path | None:
+        """The checkpoint that training continues from, whose weights are read before the evaluations."""
+        if self.resumed is None:
+            return None
+        if self.resumed.checkpoint is not None:
+            self.trainer.read_checkpoint(self.resumed.checkpoint)
+        self.log.resume_after(self.resumed.step)
+        self.faults.resume_after(self.resumed.step)
+        if self.resumed.changed:
+            self.folder.write_config(self.setup.config)
+        return self.resumed.checkpoint
+
+    def _evaluate_before(self) -> Evaluation:
+        """Evaluate the base model. An adapter that starts at zero can be switched off later: its base's answers are
+        generated after training, so that the first step comes sooner.
+        """
+        setup, model = self.setup, self.trainer.model
+        before = Evaluation(heldout_scores(setup, self.trainer, self.console))
+        if (fault := broken_weights(setup)) is not None:
+            raise ModelError(f"{setup.config.model.name}: before training, {fault}; the model's weights are damaged")
+        self.base_answers_later = is_identity_adapter(model) and base_obstacle(model) is None
+        if not self.base_answers_later:
+            answer_questions(before, setup, self.questions, self.console)
+        self.report = begin_report(setup, self.questions, self.notes)
+        self.report.before = before.scores
+        write_figures(self.folder.path, self.report)  # from here on `parley report` has something to show
+        release_cached_memory(setup.device)
+        self.timer.end("evaluation before")
+        return before
+
+    def _train(self, checkpoint: Path | None) -> None:
+        """Train until the last step, or the one after which a signal stops the run."""
+        self.meter = ResourceMeter(self.setup.device)  # resets the peak: that of training is reported
+        self.failed = FailedRun(
+            self.setup, self.trainer, self.folder, self.log, self.report, self.validation, self.last_good
+        )
+        try:
+            run_training(self.trainer, self.setup, self.folder, self.log, self.progress, checkpoint)
+        except NonfiniteStepError as error:
+            raise self.failed.stopped_at(error) from None
+        self.trainer.remove_callback(self.last_good)
+        self.signals.agree()
+
+    def _save(self) -> Path:
+        """Choose the weights to keep, and save them unless they are broken."""
+        log, report, trainer = self.log, self.report, self.trainer
+        log.kept_step, kept_notes = self.validation.finish(trainer)
+        trainer.remove_callback(self.answering)
+        report.kept_step = log.kept_step if log.kept_step != log.steps_done else None
+        self.timer.end("training")
+        report.steps = steps_of_events(log.events)
+        add_events(report, log.events)
+        report.resources = training_resources(trainer, log, self.memory_before, self.meter.seconds())
+        report.notes += kept_notes
+        if (fault := broken_weights(self.setup)) is not None:
+            raise self.failed.diverged(fault)
+        weights = self.folder.save_weights(trainer.model, self.setup.tokenizer, full=self.setup.config.lora is None)
+        log.write({"event": WEIGHTS, "step": log.steps_done})
+        write_figures(self.folder.path, report)
+        self.timer.end("saving")
+        return weights
+
+    def _evaluate_after(self, before: Evaluation) -> None:
+        """Evaluate the trained model, and complete the report."""
+        if self.base_answers_later:
+            answer_questions(before, self.setup, self.questions, self.console, base=True)
+        after = evaluate_model(self.setup, self.trainer, self.questions, self.console)
+        self.timer.end("evaluation after")
+        add_evaluations(self.report, before, after)
+        add_event_notes(self.report, self.log.events)
+        resources = self.report.resources
+        resources.stages, resources.total_seconds = self.timer.seconds, self.timer.total_seconds
+        if after.scores.heldout_loss is not None and not isfinite(after.scores.heldout_loss):
+            raise self.failed.diverged("the held-out loss is not finite")
 
 
 def dry_run(config: RunConfig, console: Console) -> None:
