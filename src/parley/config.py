@@ -286,7 +286,7 @@ class TrainingSection(OpenSection):
     nonfinite: Literal["stop", "skip"] = Field(
         "stop",
         description="A step whose loss or gradient is not finite is never applied. stop: end the run there, with exit "
-        "code 1; skip: go on without it.",
+        "code 1; skip: continue without it.",
     )
     nonfinite_limit: Count = Field(10, description="With nonfinite: skip, more such steps than these end the run.")
     seed: Seed = 3407
@@ -516,7 +516,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _first_error(error: ValidationError) -> str:
-    (path, message), *others = _errors(error)  # one line names one fault; the count tells of the others
+    (path, message), *others = _errors(error)  # one line names one fault; the count is that of the others
     if error.errors()[0]["type"] == "extra_forbidden":
         return message
     more = f" (and {len(others)} more)" if others else ""

@@ -135,7 +135,7 @@ def test_settings_that_contradict_the_adapter_are_refused(tiny_llama_folder, tmp
     continue_adapter(model, LoraSection())
     continue_adapter(model, LoraSection(r=4, lora_alpha=16, bias="none", modules_to_save=[]))
     for fields, words in [
-        ({"r": 8}, "lora.r is 8 and the adapter that training goes on with has 4; leave it out, or set model.adapter"),
+        ({"r": 8}, "lora.r is 8 and the adapter that training continues has 4; leave it out, or set model.adapter"),
         ({"lora_alpha": 1}, "lora.lora_alpha is 1"),
         ({"target_modules": ["q_proj"]}, r"lora.target_modules is \['q_proj'\]"),
         ({"loftq": True}, "lora.loftq is True"),

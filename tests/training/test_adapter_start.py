@@ -57,8 +57,8 @@ def first(tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPath
 @pytest.mark.parametrize(
     ("given", "lora", "words", "full"),
     [
-        ("auto", {}, "training goes on with it", False),
-        ("continue", {"r": 4}, "training goes on with it", False),
+        ("auto", {}, "training continues it", False),
+        ("continue", {"r": 4}, "training continues it", False),
         ("merge", {"r": 2}, "it is merged into its base first", False),
         ("new", {"r": 2}, "it is left out, and its base is trained", False),
         ("auto", None, "it is merged into its base first", True),

@@ -39,7 +39,7 @@ def studio(
 ) -> None:
     """Look at data, train, watch runs and compare answers in a browser.
 
-    Runs that are started there are processes of their own: they go on when the studio ends.
+    Runs that are started there are processes of their own: they continue when the studio ends.
 
     Example: parley studio runs
     """

@@ -50,7 +50,7 @@ def type_name(value: object) -> str:
 
 
 class RepeatedKeyError(ValueError):
-    """A JSON object names a key twice, of which parsing would keep the last without a word."""
+    """A JSON object names a key twice, of which parsing would keep the last silently."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class AnswersDuringTraining(TrainerCallback):
         started = perf_counter()
         try:
             answers = greedy_answers(self.setup, self.questions)
-        except torch.OutOfMemoryError:  # training goes on: the answers are for looking at
+        except torch.OutOfMemoryError:  # training continues: the answers are only shown
             self.questions = []
             print_text(self.console, "no memory to answer questions during training; lower report.during_training")
             return

@@ -47,7 +47,7 @@ def heldout_scores(setup: TrainingSetup, trainer: FusedTrainer, console: Console
         return Scores()
     with console.status("measuring held-out loss"):
         metrics = trainer.evaluate()
-    # The first evaluation comes before the first step, and tells which metrics there are.
+    # The first evaluation comes before the first step, and shows which metrics there are.
     check_best_metric(trainer.args, metrics)
     if "eval_reward" in metrics:  # the loss of a policy gradient says nothing of the policy
         return Scores(reward=metrics["eval_reward"])

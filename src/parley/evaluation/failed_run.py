@@ -33,7 +33,9 @@ class FailedRun:
     def stopped_at(self, error: NonfiniteStepError) -> TrainingError:
         """The error to raise for a step that was not finite, once weights and report are saved."""
         training = self.setup.config.training
-        skip = ", or set training.nonfinite: skip to go on without such steps" if training.nonfinite == "stop" else ""
+        skip = (
+            ", or set training.nonfinite: skip to continue without such steps" if training.nonfinite == "stop" else ""
+        )
         if skip and any(self.folder.checkpoints.glob("checkpoint-*")):
             skip += f": {self.folder.resume_command} --set training.nonfinite=skip"
         advice = (

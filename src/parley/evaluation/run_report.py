@@ -30,7 +30,7 @@ def begin_report(setup: TrainingSetup, questions: list[Question], notes: list[st
 
 
 def report_of_settings(config: RunConfig) -> Report:
-    """All that run.yaml tells: for a run whose report.json is missing or broken."""
+    """What run.yaml holds: for a run whose report.json is missing or broken."""
     return Report(**_headline(config), settings_yaml=config.to_yaml())
 
 

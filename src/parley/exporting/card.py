@@ -20,7 +20,7 @@ from parley.exporting.table import figure_rows
 
 CARD_FILE = "README.md"
 UNVERIFIED = "UNVERIFIED"
-"""Stands in the card of an export that failed the comparison, and of one that was not compared."""
+"""The text in the card of an export that failed the comparison, and of one that was not compared."""
 RELATIONS = {"merged": "finetune", "gguf": "quantized", "ollama": "quantized"}
 """How the export is related to its base, in the hub's terms; of those not here it is an adapter."""
 LIBRARIES = {"merged": "transformers", "gguf": "gguf", "gguf-lora": "gguf", "ollama": "gguf", "mlx": "mlx"}

@@ -135,7 +135,7 @@ def _notes(record: ExportRecord) -> list[str]:
 def push(upload: Upload, *, token: str | None = None, api: HfApi | None = None) -> str:
     """Send `upload` in one commit; returns the address of the repository, which is made where it does not exist.
 
-    `api` stands for another server; `token` for the one that `hf auth login` keeps.
+    `api`: another server's; `token` for the one that `hf auth login` keeps.
 
     Raises UsageError where the repository is public and `upload` is not, RunError where the hub refuses or cannot be
     reached; then nothing was committed.

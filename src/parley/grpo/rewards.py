@@ -1,6 +1,6 @@
 """Reward functions: where they come from, and what is made of their answers.
 
-A reward function is somebody's program. It runs where a person names it: in Python, on a command line, or in the YAML
+A reward function is a user's program. It runs where a user names it: in Python, on a command line, or in the YAML
 file of that command; never because a run's folder names it (see `trusted_rewards`).
 """
 

@@ -151,7 +151,7 @@ def make_linears(
     Args:
         fuse: copy each W into one matrix, dequantized, where half of the free memory holds them all. Otherwise 4-bit
             weights are dequantized at each use, into one buffer that all share.
-        fused_NK: these matrices, which somebody else has and keeps, in the order of `weights.linears`.
+        fused_NK: these matrices, which the caller has and keeps, in the order of `weights.linears`.
     """
     layers = [
         LayerLinears(

@@ -104,7 +104,7 @@ def _check_ranks(model: PreTrainedModel, config: LoraConfig) -> None:
 
 
 def continue_adapter(model: PeftModel, section: LoraSection) -> None:
-    """Check that training may go on with the adapter of `model`: none of the settings given contradicts it.
+    """Check that training may continue the adapter of `model`: none of the settings given contradicts it.
 
     Raises UsageError for a setting that the adapter cannot follow.
     """
@@ -117,7 +117,7 @@ def continue_adapter(model: PeftModel, section: LoraSection) -> None:
             continue  # saved as the list of the modules it matched
         if wanted != found and (wanted or found):
             raise UsageError(
-                f"lora.{name} is {wanted!r} and the adapter that training goes on with has {found!r}; leave it out, or "
+                f"lora.{name} is {wanted!r} and the adapter that training continues has {found!r}; leave it out, or "
                 "set model.adapter: merge or new"
             )
 

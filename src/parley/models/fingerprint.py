@@ -11,7 +11,7 @@ from parley.models.resolve import adapter_base, local_folder
 
 BLOCK = 2**16
 BLOCKS = 64
-"""Samples of a file. Training changes nearly every weight, so that far fewer would tell two models apart."""
+"""Samples of a file. Training changes nearly every weight, so that far fewer would distinguish two models."""
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -45,7 +45,7 @@ def target_modules(model: PreTrainedModel, section: LoraSection) -> list[str] | 
         # The default names are Llama's. A family with other names gets the equivalent: all linear layers but the head.
         linear = _linear_leaves(model)
         logger.warning(
-            "%s has no %s: the adapter goes on all its linear layers instead (%s)",
+            "%s has no %s: the adapter is attached to all its linear layers instead (%s)",
             _name_of(model),
             ", ".join(absent),
             ", ".join(linear),

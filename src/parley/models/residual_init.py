@@ -39,7 +39,7 @@ def is_residual_init(config: LoraConfig) -> bool:
 class ResidualInitModel(PeftModelForCausalLM):
     """A PeftModel that is saved as a plain LoRA adapter of twice the rank, which any reader puts on the plain base.
 
-    Saved checkpoints can be loaded back into it to go on training. Raises UsageError for quantised bases, whose
+    Saved checkpoints can be loaded back into it to continue training. Raises UsageError for quantised bases, whose
     residual is rounded, and for rsLoRA with patterns, where one alpha cannot keep the scale of every layer.
     """
 

@@ -118,7 +118,7 @@ def adapter_chain(section: ModelSection) -> tuple[list[ModelSection], ModelSecti
         if base is None:
             return adapters, section
         if folder in folders or len(folders) == MOST_ADAPTERS:
-            reason = "is its own base" if folder in folders else f"stands on more than {MOST_ADAPTERS} other adapters"
+            reason = "is its own base" if folder in folders else f"is based on more than {MOST_ADAPTERS} other adapters"
             raise ModelError(f"{folder}: the adapter {reason}; correct base_model_name_or_path in {ADAPTER_CONFIG}")
         folders.append(folder)
         adapters.insert(0, section)

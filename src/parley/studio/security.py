@@ -1,4 +1,4 @@
-"""What stands between the studio and other people's pages: token, cookie, Host, Origin, CSRF, limits and headers.
+"""The studio's protection from other people's pages: token, cookie, Host, Origin, CSRF, limits and headers.
 
 The studio can read files and start programs, so that every request must come from the browser that was given the
 address with the token. The middleware checks, in this order:

@@ -50,7 +50,7 @@ class Worker:
         except (BrokenProcessPool, asyncio.CancelledError) as error:
             if process.is_abandoned:
                 raise UsageError("another data set was chosen meanwhile; reload the page") from None
-            if isinstance(error, asyncio.CancelledError):  # whoever asked is gone
+            if isinstance(error, asyncio.CancelledError):  # the caller is gone
                 raise
             if process is self._process:
                 self.close()

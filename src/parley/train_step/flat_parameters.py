@@ -1,6 +1,6 @@
 """The adapters' weights and gradients in two flat fp32 buffers, with PEFT's parameters as views of the first.
 
-One buffer makes the optimizer update, the clipping and the zeroing of gradients one call each. PEFT goes on saving and
+One buffer makes the optimizer update, the clipping and the zeroing of gradients one call each. PEFT keeps saving and
 loading its own parameters, which share the memory.
 
 Parameters with `requires_grad=False` lie behind the trainable ones, outside of `weight_Z` and `grad_Z`. So the

@@ -100,7 +100,7 @@ def sft_config(config: RunConfig, output_dir: Path, device: torch.device) -> tup
         "dataset_kwargs": {"skip_prepare_dataset": not any(map(values.get, PREPARING))},
         "use_cpu": device.type == "cpu",
         "output_dir": str(output_dir),
-        # One switch: transformers wants to be told twice.
+        # transformers has two arguments for one switch.
         "eval_strategy": "no" if values["eval_steps"] is None else "steps",
     }
     values = check_types(values)

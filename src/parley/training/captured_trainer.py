@@ -79,7 +79,7 @@ class CapturedTrainer(ShardedTrainer):
             self._check_captured_options()
             base = base_of(self.model)
             if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
-                raise Unsupported("virtual tokens stand before a row")
+                raise Unsupported("virtual tokens precede a row")
             check_attention_dropout(base.config)
             reason = why_not_packed(self.model, self.max_tokens, packed_logits)
             if reason is not None:

@@ -93,7 +93,7 @@ def check_types(values: dict[str, Any], config: type[TrainingArguments] = SFTCon
 
 
 def check_settings(config: RunConfig, args: SFTConfig) -> None:
-    """Raises UsageError in one line for settings with which the trainer could not begin, or could not go on."""
+    """Raises UsageError in one line for settings with which the trainer could not begin, or could not continue."""
     _check_heldout(config, args)
     _check_packages(args)
     _check_optimizer_and_scheduler(args)

@@ -207,7 +207,7 @@ class CheckpointingTrainer(Trainer):
             self._collect_callback_states()
             self.state.save_to_json(str(folder / files.TRAINER_STATE))
             self._resume_state().write(folder)
-            # Written by _save for models of other classes; it is a pickle, which nobody here may read.
+            # Written by _save for models of other classes; it is a pickle, which Parley does not read.
             (folder / files.TRAINING_ARGS).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
 

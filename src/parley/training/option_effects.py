@@ -93,7 +93,7 @@ def check_options(args: trl.SFTConfig, section: str = "") -> None:
     """Raises UsageError in one line for a value that the libraries accept and do not know.
 
     Args:
-        section: what stands before an option's name in the message ("training." for a run's settings).
+        section: the prefix of an option's name in the message ("training." for a run's settings).
     """
     check_choices(vars(args), section)
     for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):

@@ -39,7 +39,7 @@ class PackedEvaluation(PackedPasses):
         super().__init__(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """As in TRL, and training goes on as if there had been no evaluation: mode and random states are restored."""
+        """As in TRL, and training continues as if there had been no evaluation: mode and random states are restored."""
         # A data loader takes its base seed from torch's generator, also where it does not shuffle: without this, an
         # evaluation changes every later dropout mask and epoch order.
         training, random_state = self.model.training, RandomState(self.args.device)

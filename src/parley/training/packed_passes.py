@@ -156,7 +156,7 @@ class PackedPasses(DataParallelTrainer):
         """
         config = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
         if config is not None and config.is_prompt_learning:
-            reason: str | None = "virtual tokens stand before a row, and would before its first document alone"
+            reason: str | None = "virtual tokens precede a row, and not each of its documents"
         elif isinstance(self.model, PeftModel) and self.model.active_peft_config.to_dict().get(
             "alora_invocation_tokens"
         ):

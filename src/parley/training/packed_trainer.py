@@ -39,7 +39,7 @@ class PackedTrainer(PackedEvaluation):
     finite is not applied.
 
     Args:
-        nonfinite: "stop" raises NonfiniteStepError at such a step, "skip" goes on.
+        nonfinite: "stop" raises NonfiniteStepError at such a step, "skip" continues without it.
         nonfinite_limit: with "skip", more such steps than these raise it, too.
 
     `supervised_tokens` counts those trained on so far, by all processes.

@@ -98,7 +98,7 @@ def resolve_adapter(config: RunConfig, console: Console) -> None:
             f"(train {base.name} with it merged) or new (train {base.name} alone), or leave lora: null out"
         )
     meaning = {
-        "continue": "training goes on with it (model.adapter: merge or new would start another)",
+        "continue": "training continues it (model.adapter: merge or new would start another)",
         "merge": "it is merged into its base first, and the result is trained",
         "new": "it is left out, and its base is trained",
     }

@@ -18,7 +18,7 @@ OUTCOMES = ("finished", "stopped", "failed")
 
 
 class Outcome:
-    """`stopped`: whether the run ended early because somebody asked for it."""
+    """`stopped`: whether the run ended early on request."""
 
     stopped = False
 

@@ -73,7 +73,7 @@ def build_trainer(
         )
     trainer.remove_callback(PrinterCallback)  # the progress line shows its figures
     for callback in trainer.callback_handler.callbacks:
-        # It would be chosen when training begins, and the evaluation before would write to ./runs and go on doing so.
+        # It would be chosen when training begins; the evaluation before would write to ./runs, and so would later ones.
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
             callback.logging_dir = str(Path(args.output_dir).parent / "tensorboard")
     return trainer

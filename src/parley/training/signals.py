@@ -66,7 +66,7 @@ class StopSignals:
             self.save_requested = self.training
             _notify(_SAVING if self.training else "\nparley: SIGUSR1 received; no step is under way\n")
             return
-        if peer_failed():  # a launcher ends the others, and so does their own watch: this is nobody's wish to stop
+        if peer_failed():  # a launcher ends the others, and so does their own watch: this is no request to stop
             return
         first, self.received = self.received is None, self.received or signal.Signals(number)
         if first and self.training:

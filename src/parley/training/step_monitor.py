@@ -52,7 +52,7 @@ class StepRecord:
 
 
 class StepListener(Protocol):
-    """Is told of steps that need a look."""
+    """Receives the records of steps that were not as usual."""
 
     def nonfinite(self, record: StepRecord) -> None: ...
 
@@ -139,7 +139,7 @@ class StepMonitor:
         return records
 
     def react(self, record: StepRecord) -> None:
-        """Tell the listeners, and follow the policy. Raises NonfiniteStepError where it says to stop."""
+        """Notify the listeners, and follow the policy. Raises NonfiniteStepError where it says to stop."""
         for listener in self.listeners:
             if not record.finite:
                 listener.nonfinite(record)

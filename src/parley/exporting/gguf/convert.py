@@ -110,7 +110,7 @@ def _add_shape(writer: GGUFWriter, architecture: Architecture, config: Any) -> N
 
 
 def written_names(architecture: Architecture, weights: BaseWeights | MergedWeights) -> list[str]:
-    """The tensors of the model that a GGUF file holds: without a tied head where the embedding stands for it."""
+    """The tensors of the model that a GGUF file holds: without a tied head where it is the embedding."""
     tied = weights.tied and architecture.tied_head
     return [name for name in weights.shapes() if not (tied and name == MODEL_HEAD)]
 

@@ -172,7 +172,7 @@ def model_name(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a prompt begins with the beginning of text, as it did in training: by the template, where there is one.
 
-    llama.cpp puts one before every prompt if told so, also where the template of a chat writes none.
+    llama.cpp puts one before every prompt if the metadata says so, also where the template of a chat writes none.
     """
     bos = tokenizer.bos_token_id
     if bos is None:

@@ -1,6 +1,6 @@
 """Prefill of new prompts in one packed pass that ends with the logits after each prompt.
 
-What the KV cache already holds of a prompt is not computed again (see prefix_cache). The last layer goes on with the
+What the KV cache already holds of a prompt is not computed again (see prefix_cache). The last layer computes the
 last token of each prompt alone, since nothing reads the outputs of the others.
 
 Shape suffixes besides docs/design.md's: J prompts of a pass.

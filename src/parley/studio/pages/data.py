@@ -108,7 +108,7 @@ def _change(studio: Studio, changes: dict[str, Any]) -> None:
 
 @router.get("/look", response_model=None)
 async def look(request: Request, studio: StudioDep) -> Response:
-    """The format said aloud, and the form that maps columns by hand."""
+    """The recognised format, and the form that maps columns by hand."""
     found = await studio.worker.call(data_view.look, _text(studio))
     columns = studio.draft.value("data.columns")
     mapped = columns if isinstance(columns, dict) else {}

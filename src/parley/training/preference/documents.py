@@ -27,7 +27,7 @@ class PreferenceDocument(Document):
     prompt_L: True for supervised tokens that are no part of the answer (ORPO's loss reads the prompt, too); None where
         there are none.
     tail_L: True for the answer's tokens behind the length that both answers of a pair have (`ld_alpha` weights them);
-        None where they are not told apart.
+        None where they are not distinguished.
     """
 
     role: Role = "chosen"
