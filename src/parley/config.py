@@ -6,20 +6,20 @@ LoraConfig and TRL's SFTConfig under its own name; only the fields with a defaul
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from datetime import date as Date
-from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from parley.config_keys import unknown_key, without_secrets
+from parley.config_values import MAX_COUNT, MAX_RANK, CheckedPath, Count, PathText, Positive, Seed, check_values
 from parley.errors import UsageError
 from parley.safe_yaml import load_yaml, read_yaml_file
-from parley.setting_names import setting_named, translation
+from parley.setting_names import translation
 from parley.text import shorten_middle
 
 DEMO_MODEL = "parley-demo"
@@ -27,41 +27,11 @@ DEMO_DATA = "parley-demo-pirate"
 DEMO_PREFERENCES = "parley-demo-preferences"
 DEMO_PROMPTS = "parley-demo-prompts"
 BUILT_IN_REWARDS = "parley.rewards:"
-_SECRET_KEY = re.compile(r"(^|_)(token|api_key|password|secret|credentials?)$", re.IGNORECASE)
-_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 _PERCENTAGE = re.compile(r"\s*([+-]?\d*\.?\d+)\s*%\s*")
-LEAST_LIKENESS = 0.5  # of a misspelled key; below it a suggestion is a guess
 GRPO_DEFAULTS = {"learning_rate": 1e-5, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 4}
 """Eight answers to a prompt, four prompts a step."""
 PREFERENCE_LEARNING_RATE = 2e-5  # by default; at 2e-4 adapters leave the reference within some steps
 LLAMA_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-MAX_COUNT = 2**31 - 1  # counts reach int32 tensors and range objects of the libraries below
-MAX_RANK = 16_384  # no matrix of today's models has a higher one
-MAX_SEED = 2**32 - 1  # NumPy's generator takes 32 bits, and transformers seeds it with training.seed
-MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095  # of a file name and of a path on Linux
-
-
-def checked_path(text: str) -> str:
-    """`text`, a path or a hub id, with `~` expanded. Raises ValueError for a path that no file system accepts."""
-    if not text.strip():
-        raise ValueError("it is empty; wanted a path or a hub id")
-    if len(text.encode()) > MAX_PATH_BYTES or any(len(part.encode()) > MAX_NAME_BYTES for part in text.split("/")):
-        raise ValueError(f"a path has at most {MAX_PATH_BYTES} bytes, and {MAX_NAME_BYTES} between two slashes")
-    if not text.startswith("~"):
-        return text
-    try:
-        return str(Path(text).expanduser())
-    except RuntimeError:
-        raise ValueError(f"{text.partition('/')[0]} is no user of this machine; write the path out") from None
-
-
-PathText = Annotated[str, AfterValidator(checked_path)]
-CheckedPath = Annotated[Path, AfterValidator(lambda path: Path(checked_path(str(path))))]
-Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
-Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 
 
 # The checks of parley.data.doctor that single out rows.
@@ -382,7 +352,7 @@ class RunConfig(Section):
         values = dict(values or {})  # overrides change a copy
         for override in overrides:
             _apply_override(values, override)
-        _check_values(values)
+        check_values(values)
         foreign = [str(key) for key in values if key not in cls.model_fields]
         if (meanings := translation(foreign)) is not None:
             raise UsageError(f"these are another program's settings; here {meanings} (docs/how-to/train.md)")
@@ -407,20 +377,6 @@ def _share(text: str | None) -> float | None:
     return float(match[1]) / 100 if match else None
 
 
-def is_secret(key: str) -> bool:
-    """Whether a setting of this name holds a credential: hub_token, api_key, password ... (pad_token does not)."""
-    return _SECRET_KEY.search(key) is not None and key not in ("eos_token", "pad_token")
-
-
-def without_secrets(value: Any) -> Any:
-    """`value` without the entries whose key `is_secret`, and with the hub's tokens in other texts masked."""
-    if isinstance(value, dict):
-        return {key: without_secrets(inner) for key, inner in value.items() if not is_secret(str(key))}
-    if isinstance(value, list):
-        return [without_secrets(inner) for inner in value]
-    return _HUB_TOKEN.sub("hf_***", value) if isinstance(value, str) else value
-
-
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """The mapping in a YAML file; UsageError when there is none."""
     path = Path(path)
@@ -430,33 +386,6 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if values is not None and not isinstance(values, dict):
         raise UsageError(f"{path}: got a {type(values).__name__}, wanted keys such as model: and data:")
     return values or {}
-
-
-def nearest(wrong: str, known: Iterable[str]) -> str | None:
-    """The name in `known` most like `wrong`, by spelling or by initials (lr); None where none is like it."""
-    wrong = wrong[:MAX_NAME_BYTES]  # SequenceMatcher takes quadratic time
-
-    def likeness(name: str) -> float:
-        if wrong == "".join(word[:1] for word in name.split("_")):
-            return 1.0
-        return difflib.SequenceMatcher(None, wrong, name).ratio()
-
-    best = max(sorted(known), key=likeness)  # sorted, so that a tie has one answer
-    return best if likeness(best) > LEAST_LIKENESS else None
-
-
-def unknown_key(key: str, known: Iterable[str], where: str) -> UsageError:
-    """The error for an unknown key, naming the most similar known one."""
-    known = set(known)
-    section, _, name = key.rpartition(".")
-    similar = nearest(name, known)
-    if (setting := setting_named(name, section and f"{section}.")) and setting.rpartition(".")[2] != name:
-        advice = f"here it is {setting}"
-    elif similar is None:
-        advice = f"it knows {', '.join(sorted(known))}" if len(known) <= 20 else "no key is spelled like it"
-    else:
-        advice = f"did you mean {similar!r}?"
-    return UsageError(f"unknown key {shorten_middle(key, 80)!r} in {where}; {advice}")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -477,35 +406,6 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node[key] = dict(child or {})
         node = node[key]
     node[keys[-1]] = value
-
-
-def _check_values(value: Any, path: str = "") -> None:
-    """Raises UsageError for text and numbers that no setting accepts, those of TRL and PEFT included."""
-    where = path or "settings"
-    if isinstance(value, str):
-        if "\0" in value or not _encodable(value):
-            raise UsageError(
-                f"{where}: got {shorten_middle(repr(value), 120)}; wanted text without NUL that UTF-8 can hold"
-            )
-    elif isinstance(value, float) and not isfinite(value):
-        raise UsageError(f"{where}: got {value}; wanted a finite number")
-    elif isinstance(value, int) and abs(value) > 2**63 - 1:
-        raise UsageError(f"{where}: got a number of {value.bit_length()} bits; wanted one of 64 at most")
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            _check_values(key, path)
-            _check_values(inner, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            _check_values(inner, path)
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # lone surrogates: of a JSON or YAML escape, or of an argument that is not UTF-8
-        return False
-    return True
 
 
 def _is_file(path: Path) -> bool:
@@ -529,7 +429,7 @@ def setting_errors(values: dict[str, Any]) -> list[tuple[str, str]]:
     The path is empty where settings contradict each other. Empty for values that are valid.
     """
     try:
-        _check_values(values)
+        check_values(values)
         RunConfig.model_validate(values)
     except ValidationError as error:
         return list(dict.fromkeys(_errors(error)))

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from parley.config import MAX_COUNT, RunConfig
+from parley.config import RunConfig
+from parley.config_values import MAX_COUNT
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from parley.config import DataSection, unknown_key
+from parley.config import DataSection
+from parley.config_keys import unknown_key
 from parley.data.columns import TURN_KEYS, Fields, listed, lookup
 from parley.data.example import LOSS_KEYS, REASONING_KEYS, Example, Message
 from parley.data.files import Row

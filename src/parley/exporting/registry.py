@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 
-from parley.config import nearest
+from parley.config_keys import nearest
 from parley.errors import UsageError
 from parley.exporting.exporter import Exporter
 

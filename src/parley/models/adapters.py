@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from parley.config import LoraSection, unknown_key
+from parley.config import LoraSection
+from parley.config_keys import unknown_key
 from parley.errors import ModelError, ParleyError, UsageError, one_line
 from parley.models.adapter_files import (
     CONFIG_FILE,

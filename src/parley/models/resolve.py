@@ -18,7 +18,8 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from parley.config import DEMO_MODEL, ModelSection, nearest
+from parley.config import DEMO_MODEL, ModelSection
+from parley.config_keys import nearest
 from parley.errors import ModelError, one_line
 from parley.models.demo import demo_model_path
 from parley.models.json_files import read_json_object

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from parley.config import RunConfig, TrainingSection, unknown_key
+from parley.config import RunConfig, TrainingSection
+from parley.config_keys import unknown_key
 from parley.errors import UsageError, one_line
 from parley.training.check_settings import check_types
 from parley.training.option_effects import check_choices, check_options

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
 
-from parley.config import MAX_COUNT, RunConfig, checked_path
+from parley.config import RunConfig
+from parley.config_values import MAX_COUNT, checked_path
 from parley.errors import UsageError, one_line
 from parley.models.adapters import check_lora
 from parley.text import shorten_middle

@@ -17,7 +17,7 @@ from parley.compat.unsloth.datasets import (
 from parley.compat.unsloth.families import FAMILIES, NAMES, Family
 from parley.compat.unsloth.options import check_options
 from parley.compat.unsloth.responses import train_on_responses_only
-from parley.config import nearest
+from parley.config_keys import nearest
 from parley.data.render import pin_date
 from parley.errors import ModelError, UsageError
 

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from parley.config import nearest
+from parley.config_keys import nearest
 from parley.errors import UsageError
 
 logger = logging.getLogger(__name__)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from fastapi import APIRouter, Request, Response
 
-from parley.config import DEMO_MODEL, checked_path
+from parley.config import DEMO_MODEL
+from parley.config_values import checked_path
 from parley.errors import ParleyError, UsageError
 from parley.models.resolve import local_folder
 from parley.studio.i18n import N_

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from parley.config import RunConfig, TrainingSection, unknown_key
+from parley.config import RunConfig, TrainingSection
+from parley.config_keys import unknown_key
 from parley.errors import UsageError, one_line
 from parley.training.arguments import ELSEWHERE, OWN, UNREAD, Secret, precision, save_steps
 from parley.training.check_settings import check_types
