@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def trainer(
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(build_family(family), dtype=torch.float32)
     if lora is not None:
-        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **lora))
+        model = get_peft_model(model, LoraConfig(**{"target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora))
     defaults: dict[str, Any] = {
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 4, "learning_rate": 1e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True,
@@ -193,6 +194,39 @@ def test_memory_that_runs_out_halves_passes_and_then_takes_the_plain_path(
     assert "plain path: out of memory on the captured path" in caplog.text
     for ours, theirs in zip(run.model.parameters(), wanted.model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lora", "settings"),
+    [
+        (None, {}),
+        ({"use_dora": True, "lora_dropout": 0.1}, {}),
+        ({"use_rslora": True, "rank_pattern": {"q_proj": 3}}, {}),
+        ({"modules_to_save": ["lm_head", "embed_tokens"]}, {}),
+        ({"trainable_token_indices": [5, 9], "target_modules": ["q_proj"]}, {"family": "qwen3_moe"}),
+        ({}, {"label_smoothing_factor": 0.1}),
+        ({}, {"loss_type": "dft"}),
+        ({}, {"neftune_noise_alpha": 5.0}),
+        ({}, {"optim": "adamw_8bit"}),
+    ],
+)
+def test_where_the_fused_step_gives_way_it_takes_the_run_and_says_why(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: Any, lora: Any, settings: dict[str, Any]
+) -> None:
+    run = trainer(build_family, tiny_tokenizer, tmp_path, "auto", lora, max_steps=1, eval_strategy="no", **settings)
+    # As on a GPU, where alone auto prefers it to the plain path.
+    run._take_another_path = partial(take_another_path, run)  # type: ignore[method-assign]
+    run.train()
+    assert run.captured_step is not None
+    assert run.plain_because is None
+    reasons = [record.message for record in caplog.records if record.message.startswith("captured path: ")]
+    assert len(reasons) == 1
+    assert len(reasons[0]) > len("captured path: ")
+
+
+def take_another_path(run: SFTTrainer, reason: str) -> None:
+    run.engine = "captured"
+    SFTTrainer._take_another_path(run, reason)
 
 
 def test_options_that_it_lacks_take_the_plain_path_and_say_so(
