@@ -35,6 +35,7 @@ def pytest_unconfigure() -> None:
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"]
 FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -141,6 +142,7 @@ def family_config(family: str, tokenizer: Any) -> Any:
         "smollm3": transformers.SmolLM3Config,
         "olmo2": transformers.Olmo2Config,
         "qwen3_moe": transformers.Qwen3MoeConfig,
+        "granitemoe": transformers.GraniteMoeConfig,
         "starcoder2": transformers.Starcoder2Config,  # in no table of Parley's: it takes the plain paths
     }
     return makers[family](**shape | FAMILY_SETTINGS.get(family, {}))

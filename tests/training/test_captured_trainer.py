@@ -14,6 +14,7 @@ from tests.training.rows import supervised_rows
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
+from parley.errors import UsageError
 from parley.train_step.captured_step import SPARE, CapturedStep, GraphSize
 from parley.train_step.optimizer import AdamW8bit
 from parley.training.trainer import SFTTrainer
@@ -95,6 +96,23 @@ def test_8_bit_adamw_of_a_whole_model_updates_as_bitsandbytes_does(
     assert torch.uint8 in {dtype for dtype, _ in ended[0].values()}
     for ours, theirs in zip(ended[1], ended[3], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=5e-4)
+
+
+def test_a_router_whose_auxiliary_loss_trl_cannot_compute(
+    build_family: Any, tiny_tokenizer: Any, tmp_path: Path, caplog: Any
+) -> None:
+    """Its configuration has no num_experts. The captured path has the loss; the plain path says that it does not."""
+    captured, plain, asked = (
+        trainer(build_family, tiny_tokenizer, tmp_path, engine, {"r": 4}, "granitemoe", max_steps=2, **settings)
+        for engine, settings in (("captured", {}), ("plain", {}), ("plain", {"router_aux_loss_coef": 0.1}))
+    )
+    captured.train()
+    assert all("aux_loss" in entry for entry in captured.state.log_history if "loss" in entry)
+    assert "auxiliary loss" not in caplog.text
+    plain.train()
+    assert "TRL computes no auxiliary loss of a router for the granitemoe family: training goes" in caplog.text
+    with pytest.raises(UsageError, match=r"router_aux_loss_coef: TRL computes no auxiliary loss .* set it to 0"):
+        asked.train()
 
 
 def test_noise_of_embeddings_is_each_document_s_and_the_plain_path_takes_padded_batches(

@@ -23,6 +23,7 @@ from parley.training.out_of_memory import (
     split_rows,
 )
 from parley.training.packed_passes import PackedPasses
+from parley.training.plain_router_loss import without_router_loss
 
 # Key of a figure in TRL's metrics, to its index in FusedStep.metrics_3.
 METRICS = {"mean_token_accuracy": 1, "entropy": 2}
@@ -118,11 +119,8 @@ class PackedEvaluation(PackedPasses):
             else:
                 batch = padding_free_row(documents) if self.padded_because is None else self._padded(documents)
         weights = batch.get(LOSS_WEIGHTS)
-        loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
-        smoothed = self.label_smoother is not None and self.args.loss_type == "nll"
-        if self.aux_loss_enabled and self.compute_loss_func is None and not smoothed:
-            # TRL's loss has a router's auxiliary loss in it; held-out loss is that of the tokens.
-            loss = loss - self.router_aux_loss_coef * metrics(self, "eval")["aux_loss"][-1]
+        with without_router_loss(self):  # held-out loss is that of the tokens
+            loss, logits, labels = super().prediction_step(model, batch, prediction_loss_only, ignore_keys)
         supervised = batch["labels"][..., 1:] != IGNORE_INDEX
         count = int(supervised.sum())
         weight = float(weights[..., 1:][supervised].sum()) if weights is not None else count

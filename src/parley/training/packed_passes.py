@@ -35,6 +35,7 @@ from parley.training.out_of_memory import (
     halved_limit,
     lengths_of,
 )
+from parley.training.plain_router_loss import leave_out_impossible_router_loss
 from parley.training.processes import process_count, process_rank
 from parley.training.weighted_loss import WeightedLoss, check_loss_weights
 
@@ -55,6 +56,7 @@ class PackedPasses(DataParallelTrainer):
     _padded_rows: int = sys.maxsize  # the same for padded batches
 
     def _plain_passes(self, model: torch.nn.Module, documents: Sequence[Document], divisor: float) -> torch.Tensor:
+        leave_out_impossible_router_loss(self)
         # TRL's own loss, which a pass without weights takes, divides by no less than 1.
         batches = self._own_batches(with_weights(documents))
         self.current_gradient_accumulation_steps = len(batches)  # TRL averages a router's auxiliary loss over these
