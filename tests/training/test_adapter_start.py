@@ -12,8 +12,10 @@ from rich.console import Console
 
 import parley
 from parley.config import ModelSection, RunConfig
-from parley.errors import UsageError
+from parley.errors import ModelError, UsageError
+from parley.models.fingerprint import base_fingerprint
 from parley.models.load import load_model
+from parley.models.resolve import model_folder
 from parley.pipeline import dry_run
 from parley.serving.loading import load_for_inference
 from parley.training.run_folder import RunFolder
@@ -52,6 +54,30 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def first(tiny_llama_folder: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     output = tmp_path_factory.mktemp("runs") / "first"
     return parley.train(config(tiny_llama_folder, rows, output), Console(file=io.StringIO())).folder
+
+
+def test_a_run_s_folder_is_its_trained_weights(first: RunFolder, rows: Path, tmp_path: Path) -> None:
+    """As the README has it: parley train --method dpo --model runs/mine."""
+    section = ModelSection(name=str(first.path), device="cpu")
+    assert model_folder(section) == first.adapter
+    own = section.model_copy(update={"name": str(first.adapter)})
+    assert torch.equal(logits(load_model(section)[0]), logits(load_model(own)[0]))
+    assert base_fingerprint(section) == base_fingerprint(own)
+    out = io.StringIO()
+    again = config(first.path, rows, tmp_path / "run")
+    dry_run(again, Console(file=out, width=500))
+    assert f"{first.adapter} is an adapter on" in out.getvalue()
+    assert again.model.name == str(first.adapter)  # what the new run records as its base
+
+
+def test_a_whole_model_of_a_run_and_a_run_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("model: x")
+    section = ModelSection(name=str(tmp_path))
+    with pytest.raises(ModelError, match=r"no trained weights yet; finish it first: parley train --resume"):
+        model_folder(section)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    assert model_folder(section) == tmp_path / "model"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parley.config import DEMO_MODEL, ModelSection
 from parley.models.demo import demo_model_path
-from parley.models.resolve import adapter_base, local_folder
+from parley.models.resolve import adapter_base, local_folder, run_weights
 
 BLOCK = 2**16
 BLOCKS = 64
@@ -37,6 +37,7 @@ def base_fingerprint(section: ModelSection) -> str | None:
         folder = demo_model_path() if section.name == DEMO_MODEL else local_folder(section.name)
         if folder is None:
             return None
+        folder = run_weights(folder) or folder
         base = adapter_base(folder, section)
         if base is None:
             return weights_fingerprint(folder)

@@ -26,6 +26,7 @@ from parley.models.json_files import read_json_object
 
 CONFIG_FILES = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
 ADAPTER_CONFIG = "adapter_config.json"
+RUN_FILE = "run.yaml"
 RUNS = "runs"  # where runs are written by default
 MOST_ADAPTERS = 8  # on one base; each but the last is merged
 IGNORED_FILES = ["*/*", "consolidated*"]  # subfolders and duplicates of the weights
@@ -41,11 +42,24 @@ def model_folder(section: ModelSection, *, weights: bool = True) -> Path:
         return demo_model_path()
     folder = local_folder(section.name)
     if folder is not None:
-        return folder
+        return run_weights(folder) or folder
     if not weights:
         return _download(section, CONFIG_FILES)
     folder = _download(section, [*CONFIG_FILES, "*.safetensors"])
     return folder if any(folder.glob("*.safetensors")) else _download(section, [*CONFIG_FILES, "*.bin"])
+
+
+def run_weights(folder: Path) -> Path | None:
+    """Where the weights of a run's folder are: the whole model, or its adapter; None for a folder that is no run.
+
+    Raises ModelError for a run that has saved none.
+    """
+    if not (folder / RUN_FILE).is_file() or (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
+        return None
+    for place, file in ((folder / "model", "config.json"), (folder / "adapter", ADAPTER_CONFIG)):
+        if (place / file).is_file():
+            return place
+    raise ModelError(f"{folder}: this run has no trained weights yet; finish it first: parley train --resume {folder}")
 
 
 def local_folder(name: str) -> Path | None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
 
-from parley.config import RunConfig, TrainingSection
+from parley.config import DEMO_MODEL, RunConfig, TrainingSection
 from parley.data.doctor.diagnose import diagnose
 from parley.data.doctor.row_reader import RowKind
 from parley.data.preferences import Kind, prepare_preferences
@@ -23,7 +23,7 @@ from parley.models.adapters import attach_lora, continue_adapter, prepare_full, 
 from parley.models.device import pick_device
 from parley.models.load import load_model
 from parley.models.load_sharded import load_sharded
-from parley.models.resolve import adapter_chain
+from parley.models.resolve import adapter_chain, local_folder, run_weights
 from parley.text import print_text, visible
 from parley.training.preference.arguments import completion_tokens
 from parley.training.processes import process_count
@@ -86,6 +86,9 @@ def resolve_adapter(config: RunConfig, console: Console) -> None:
 
     Raises UsageError for an adapter that would be continued while lora is null: it would be saved without the base.
     """
+    folder = None if config.model.name == DEMO_MODEL else local_folder(config.model.name)
+    if folder is not None and (weights := run_weights(folder)) is not None:
+        config.model.name = str(weights)  # recorded as the new run's base
     adapters, base = adapter_chain(config.model)
     if not adapters:
         return
