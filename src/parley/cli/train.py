@@ -134,7 +134,10 @@ def until_stopped(start: Callable[[], RunResult], output: Path) -> None:
     try:
         result = start()
     except KeyboardInterrupt as stop:
-        raise Stopped(_what_is_kept(output), getattr(stop, "signal", SIGINT)) from None
+        from parley.training.signals import StopRequested
+
+        signal = stop.signal if isinstance(stop, StopRequested) else SIGINT
+        raise Stopped(_what_is_kept(output), signal) from None
     if result.signal is not None:
         step = result.report.steps[-1].step if result.report.steps else 0
         raise Stopped(f"step {step} is saved; to continue: {result.folder.resume_command}", result.signal)

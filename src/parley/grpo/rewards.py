@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,7 @@ def _checked_values(name: str, values: Any, completions: Sequence[Any]) -> list[
     wanted = f"wanted a list of {len(completions)} numbers, one a completion"
     if inspect.isawaitable(values):
         raise RewardError(f"reward {name}: returned a coroutine; declare the function with async def")
-    if isinstance(values, str | bytes | dict) or not hasattr(values, "__iter__"):
+    if isinstance(values, str | bytes | dict) or not isinstance(values, Iterable):
         raise RewardError(f"reward {name}: returned {_shown(values)}; {wanted}")
     values = list(values)
     if len(values) != len(completions):
