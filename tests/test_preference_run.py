@@ -78,6 +78,23 @@ def test_a_setting_that_no_loss_reads_is_refused(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("method", ["dpo", "kto"])
+def test_a_resumed_run_is_the_undisturbed_one(method: str, tmp_path: Path) -> None:
+    """Over the end of an epoch, whose order has to be found again; references are measured anew."""
+    options = {"lr_scheduler_type": "constant", "save_steps": 2, "eval_steps": 100}
+    runs = []
+    for name, steps in (("whole", (14,)), ("part", (11, 14))):
+        (tmp_path / name).mkdir()
+        for count in steps:
+            config = settings(tmp_path / name, method, **options | {"max_steps": count})
+            config.data.source = str(pairs_file(tmp_path))
+            resume = tmp_path / name / "run" if count != steps[0] else None
+            result = train(config, Console(quiet=True), resume=resume)
+        runs.append([(row.step, row.loss, row.grad_norm) for row in result.report.steps])
+    assert runs[0] == runs[1]
+    assert len(runs[0]) == 14
+
+
 def test_a_method_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"training\.method: got 'ppo'"):
         settings(tmp_path, "ppo")

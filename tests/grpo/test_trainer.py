@@ -114,7 +114,8 @@ def test_a_prompt_that_fills_the_context_is_refused(options: dict[str, Any]) -> 
 
 def test_an_answer_is_cut_by_the_context_and_by_stop_strings(options: dict[str, Any]) -> None:
     prompt = Dataset.from_list([{"prompt": user("What is 2 plus 3?")}] * 2)
-    made = trainer(prompt, single(options), args={"generation_kwargs": {"stop_strings": ["is"], "top_k": 5}})
+    sampling = {"stop_strings": ["is"], "top_k": 5, "do_sample": True}
+    made = trainer(prompt, single(options), args={"generation_kwargs": sampling})
     found = made.rollouts.sample(made._tokenize_prompts([user("What is 2 plus 3?")] * 3)[0], made.sampling, [1, 2, 3],
                                  made.eos_token_ids)  # fmt: skip
     texts = made.processing_class.batch_decode(found)

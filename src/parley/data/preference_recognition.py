@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from parley.config import DataSection
 from parley.data.columns import listed
 from parley.data.files import ERROR, Row, readable_rows
 from parley.data.preference_formats import PREFERENCE_FORMATS, Preference, PreferenceFormat
+from parley.data.recognition import TEMPLATE_COLUMN, row_settings
 from parley.errors import DataError, UsageError
 
 
@@ -50,7 +52,18 @@ def preference_of(row: Row, origin: str, format: PreferenceFormat, data: DataSec
     for column in ("image", "images", "audio", "video"):
         if row.get(column):
             raise DataError(f"{origin}: has {column!r}; Parley trains on text alone: remove the column, or the row")
-    return format.preference(fields)
+    preference = format.preference(fields)
+    template = row_settings(row)
+    if not template:
+        return preference
+    rejected = preference.rejected and replace(preference.rejected, template=template)
+    return replace(preference, chosen=replace(preference.chosen, template=template), rejected=rejected)
+
+
+def unread_columns(row: Row, origin: str, format: PreferenceFormat, data: DataSection) -> list[str]:
+    """Columns of a row that hold something and that its format does not read."""
+    read = {name.partition(".")[0] for name in format.fields(row, origin, data).own.values()} | {TEMPLATE_COLUMN}
+    return [name for name, value in row.items() if name not in read and value not in (None, "", [], {})]
 
 
 def check_preference_settings(data: DataSection) -> None:

@@ -6,6 +6,7 @@ T: tokens of an answer with its prompt.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import islice
@@ -23,12 +24,19 @@ from parley.data.filtering import BATCH, NOTHING_SUPERVISED, SHORTENED, render_o
 from parley.data.heldout_split import heldout_section, is_heldout, sampled_rows
 from parley.data.packing import ORIGIN
 from parley.data.preference_formats import Preference
-from parley.data.preference_recognition import check_preference_settings, preference_format, preference_of
+from parley.data.preference_recognition import (
+    check_preference_settings,
+    preference_format,
+    preference_of,
+    unread_columns,
+)
 from parley.data.prepare import PREVIEWED, Prepared
 from parley.data.render import Rendered, pin_date, pin_settings, render_many
 from parley.data.sources import Rows, located, read_rows
 from parley.data.summary import DataSummary, RowGroup
 from parley.errors import DataError, UsageError
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["pairs", "labelled"]
 """What a loss learns from: pairs of answers, or answers that are labelled one by one."""
@@ -108,6 +116,35 @@ def render_preferences(
     return columns.dataset(), renderer.summary
 
 
+def render_preference_stream(
+    rows: IterableDataset, tokenizer: Any, data: DataSection, max_length: int, *, kind: Kind, where: str
+) -> IterableDataset:
+    """`rows` with the columns of FEATURES, rendered as they come; what is dropped is logged with its batch."""
+    check_preference_settings(data)
+    first = next(iter(rows), None)
+    if first is None:
+        raise DataError(f"{where}: is empty; wanted at least one row")
+    position = 0
+
+    def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        nonlocal position
+        names = list(batch)
+        part = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        prefix = f"{where} (after {position:,})" if position else where  # rows are counted from the batch's first
+        renderer = PreferenceRenderer(Dataset.from_list(part), tokenizer, data, max_length, kind, where, prefix)
+        columns = _Columns(kind)
+        for _, preference, rendered in renderer.rendered():
+            columns.add(preference, rendered)
+        if renderer.summary.dropped:
+            logger.warning(
+                "%s, rows %d to %d: %s", where, position + 1, position + len(part), renderer.summary.dropped_line()
+            )
+        position += len(part)
+        return {name: [row[name] for row in columns.rows] for name in FEATURES[kind]}
+
+    return rows.map(render, batched=True, batch_size=BATCH, remove_columns=list(first), features=FEATURES[kind])
+
+
 class PreferenceRenderer:
     """Recognises and renders preference rows, and counts them in `summary`. `prefix` names rows without a file.
 
@@ -172,6 +209,8 @@ class PreferenceRenderer:
         for index, (origin, row) in enumerate(located(self.rows, self.prefix)):
             try:
                 preference = preference_of(row, origin, self.format, self.data)
+                if not self.summary.unread:
+                    self.summary.unread = unread_columns(row, origin, self.format, self.data)
             except DataError as error:
                 yield index, BadRow(origin, error, row)
                 continue

@@ -64,11 +64,8 @@ class Recognised:
         for messages in (example.messages, example.prompt, example.completion):
             if isinstance(messages, list):
                 self._note_turn_keys(messages)
-        settings = row.get(TEMPLATE_COLUMN)
-        if not isinstance(settings, dict):
-            return example
-        # Arrow fills what a row leaves out with None.
-        return replace(example, template={name: value for name, value in settings.items() if value is not None})
+        settings = row_settings(row)
+        return replace(example, template=settings) if settings else example
 
     def _note_turn_keys(self, messages: list[Message]) -> None:
         for message in messages:
@@ -91,6 +88,13 @@ class Recognised:
         for column in self._unread_of[key]:
             if row[column] not in _EMPTY:
                 self.unread.setdefault(column)
+
+
+def row_settings(row: Row) -> dict[str, Any]:
+    """Settings of the chat template for this row alone."""
+    settings = row.get(TEMPLATE_COLUMN)
+    # Arrow fills what a row leaves out with None.
+    return {name: value for name, value in settings.items() if value is not None} if isinstance(settings, dict) else {}
 
 
 def recognise(rows: Iterable[tuple[str, Row]], data: DataSection, where: str = "the data set") -> Recognised:

@@ -74,6 +74,8 @@ def sampling_settings(args: trl.GRPOConfig, longest: int, prefix: str = "") -> G
         "repetition_penalty": args.repetition_penalty,
     }
     for name, value in (args.generation_kwargs or {}).items():
+        if (name, value) == ("do_sample", True):  # as always
+            continue
         if name not in GENERATION:
             raise UsageError(
                 f"{prefix}generation_kwargs: {name!r} is not followed: {OWN_DECODER}; it knows {', '.join(GENERATION)}"

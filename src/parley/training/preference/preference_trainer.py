@@ -149,7 +149,7 @@ class PreferenceTrainer(LogProbTrainer):
         with torch.no_grad():
             step.evaluate(self.policy_sums(step.documents, step.slots))
         rows = sum(document.role not in ("rejected", "mismatched") for document in step.documents)
-        self._eval_tokens += sum(document.answer_tokens for document in step.documents)
+        self._eval_tokens += sum(d.answer_tokens for d in step.documents if d.role != "mismatched")
         for name, value in {"loss": step.loss, **step.figures}.items():
             sums = self._eval_sums.setdefault(name, [0.0, 0.0])
             sums[0] += float(value) * rows

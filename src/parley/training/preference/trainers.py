@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from parley.config import DataSection, Overlong
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import PaddedCollator
-from parley.data.preferences import Kind, render_preferences
+from parley.data.preferences import Kind, render_preference_stream, render_preferences
 from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
 from parley.errors import UsageError
@@ -67,8 +67,6 @@ class _Prepares(PreferenceTrainer):
             raise UsageError("got both tokenizer and processing_class; pass one of them")
         if data_collator is not None:
             raise UsageError("data_collator: preference rows come with their own collator; leave it out")
-        if train_dataset is not None and not isinstance(train_dataset, Dataset):
-            raise UsageError("train_dataset is a stream; preference pairs are rendered before training: load it whole")
         args = self._own_args(args, model)
         for name, value in {"beta": beta, "max_length": max_length}.items():
             if value is not None:
@@ -128,20 +126,29 @@ class _Prepares(PreferenceTrainer):
         raise NotImplementedError
 
     def _prepare_dataset(
-        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: Any, dataset_name: str
-    ) -> Dataset:
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: PreTrainedTokenizerBase,
+        args: Any,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
         """Render rows into ids and labels of both answers; those that have them already stay as they are."""
-        if any(name.endswith("input_ids") for name in dataset.column_names):
+        if any(name.endswith("input_ids") for name in dataset.column_names or next(iter(dataset), {})):
             return dataset
         section = DataSection(train_on=self.train_on, overlong=self.overlong, bad_rows="error")
         longest = self.max_tokens or processing_class.model_max_length
+        if isinstance(dataset, IterableDataset):
+            return render_preference_stream(
+                dataset, processing_class, section, longest, kind=self.kind, where=dataset_name
+            )
         rows, summary = render_preferences(
             dataset, processing_class, section, longest, kind=self.kind, where=dataset_name
         )
         self.data_summaries[dataset_name] = summary
-        for line in summary.dropped_line(), summary.shortened_line() if summary.shortened.count else "":
-            if line and (summary.dropped or summary.shortened.count):
-                logger.warning("%s: %s", dataset_name, line)
+        lines = [summary.dropped_line()] if summary.dropped else []
+        lines += [summary.shortened_line()] if summary.shortened.count else []
+        for line in [*lines, *([summary.unread_line()] if summary.unread else [])]:
+            logger.warning("%s: %s", dataset_name, line)
         return rows
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
@@ -163,7 +170,7 @@ class DPOTrainer(_Prepares, trl.DPOTrainer):
         super().__init__(*args, **kwargs)
 
     def _own_args(self, args: TrainingArguments | None, model: Any) -> Any:
-        return copy.deepcopy(args) if args is not None else DPOConfig(f"{_name(model)}-DPO")
+        return _own_config(args, DPOConfig, trl.DPOConfig, f"{_name(model)}-DPO")
 
     def _objective(self, args: Any) -> Objective:
         return self._given_objective or dpo_objective(args)
@@ -179,7 +186,7 @@ class KTOTrainer(_Prepares, trl.KTOTrainer):
     kind = "labelled"
 
     def _own_args(self, args: TrainingArguments | None, model: Any) -> Any:
-        return copy.deepcopy(args) if args is not None else KTOConfig(f"{_name(model)}-KTO")
+        return _own_config(args, KTOConfig, trl.KTOConfig, f"{_name(model)}-KTO")
 
     def _objective(self, args: Any) -> Objective:
         self.calculate_kl = args.loss_type == "kto"
@@ -187,6 +194,19 @@ class KTOTrainer(_Prepares, trl.KTOTrainer):
 
     def _collator(self) -> Callable[..., Any]:
         return LabelledCollator(mismatched=self.calculate_kl)
+
+
+def _own_config(args: TrainingArguments | None, kind: type[Any], theirs: type[Any], name: str) -> Any:
+    """A copy of `args`; a plain TrainingArguments, which older releases of TRL took, becomes a `kind`."""
+    if args is None:
+        args = kind(name)
+    elif isinstance(args, theirs):
+        args = copy.deepcopy(args)
+    else:
+        args = kind(**(args.to_dict() | {"hub_token": args.hub_token}))
+    if args.data_seed is None:  # else the order of rows follows torch's seed at the time, which a resumed run has not
+        args.data_seed = args.seed
+    return args
 
 
 def _name(model: Any) -> str:
