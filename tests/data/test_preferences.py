@@ -12,7 +12,7 @@ from datasets import Dataset
 from parley.config import DataSection
 from parley.data.example import Example
 from parley.data.preference_recognition import recognise_preferences
-from parley.data.preferences import prepare_preferences, render_preferences
+from parley.data.preferences import Kind, prepare_preferences, render_preferences
 from parley.data.render import render_example
 from parley.errors import DataError, UsageError
 
@@ -44,6 +44,12 @@ FORMATS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("Alpaca comparison", {"instruction": "Name a fish.", "input": "", "chosen": GOOD, "rejected": BAD}),
     ("Alpaca comparison", {"question": "Name a fish.", "chosen": GOOD, "rejected": BAD}),
+    ("Alpaca comparison", {"input": ASKED, "chosen": GOOD, "rejected": BAD}),
+    (
+        "preference pairs",
+        {"prompt": ASKED, "messages": [*PROMPT, said(GOOD)], "score_chosen": 8.5}
+        | {"chosen": [*PROMPT, said(GOOD)], "rejected": [*PROMPT, said(BAD)]},
+    ),
     ("Alpaca comparison (output as a list)", {"instruction": "Name a fish.", "output": [GOOD, BAD]}),
 ]
 
@@ -69,6 +75,24 @@ def test_system_and_tools_are_part_of_both_prompts(tiny_tokenizer: Any) -> None:
         assert "Be short." in tiny_tokenizer.decode(rows[0][f"{side}_input_ids"])
 
 
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, "pairs"),
+        ({"prompt": ASKED, "completion": GOOD, "label": True}, "labelled"),
+    ],
+)
+@pytest.mark.parametrize("system", [{"system": "Be short."}, {}])
+def test_a_prompt_of_text_with_a_system_prompt_is_a_conversation(
+    system: dict[str, Any], row: dict[str, Any], kind: Kind, tiny_tokenizer: Any
+) -> None:
+    data = DataSection(bad_rows="error", system=None if system else "Be short.")
+    rows, _ = render_preferences(Dataset.from_list([row | system]), tiny_tokenizer, data, 512, kind=kind, where="train")
+    prompt = [{"role": "system", "content": "Be short."}, *PROMPT]
+    expected = render_example(tiny_tokenizer, Example("", prompt=prompt, completion=[said(GOOD)]))
+    assert rows[0]["chosen_input_ids" if kind == "pairs" else "input_ids"] == expected.input_ids
+
+
 def test_an_implicit_prompt_of_text_is_what_both_begin_with(tiny_tokenizer: Any) -> None:
     row = {"chosen": "Two and two is four", "rejected": "Two and two is five"}
     rows, _ = render_preferences(
@@ -84,6 +108,8 @@ LABELLED: list[dict[str, Any]] = [
     {"messages": [*PROMPT, said(GOOD)], "label": True},
     {"conversations": [{"from": "human", "value": ASKED}, {"from": "gpt", "value": GOOD}], "kto_tag": True},
     {"instruction": ASKED, "output": GOOD, "kto_tag": True},
+    {"question": ASKED, "completion": GOOD, "label": True},
+    {"completion": [*PROMPT, said(GOOD)], "label": True},
 ]
 
 
@@ -95,6 +121,18 @@ def test_every_labelled_format_gives_the_same_answer(row: dict[str, Any], tiny_t
     expected = render_example(tiny_tokenizer, Example("", prompt=PROMPT, completion=[said(GOOD)]))
     assert rows[0]["input_ids"] == expected.input_ids
     assert rows[0]["desirable"] is True
+
+
+@pytest.mark.parametrize("answers", [{"chosen": GOOD, "rejected": BAD}, {"output": [GOOD, BAD]}])
+def test_earlier_turns_of_an_instruction_are_part_of_its_prompt(answers: dict[str, Any], tiny_tokenizer: Any) -> None:
+    row = {"instruction": ASKED, "history": [["Hi", "Hello"]], **answers}
+    rows, summary = render_preferences(
+        Dataset.from_list([row]), tiny_tokenizer, DataSection(bad_rows="error"), 512, kind="pairs", where="train"
+    )
+    prompt = [user("Hi"), said("Hello"), *PROMPT]
+    expected = render_example(tiny_tokenizer, Example("", prompt=prompt, completion=[said(BAD)]))
+    assert rows[0]["rejected_input_ids"] == expected.input_ids
+    assert not summary.unread
 
 
 def test_pairs_become_two_labelled_answers(tiny_tokenizer: Any) -> None:

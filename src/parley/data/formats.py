@@ -111,7 +111,7 @@ class _Instruction(Format):
 
     def example(self, fields: Fields, data: DataSection) -> Example:
         prompt = joined(fields.text(name) for name in ("context", "instruction", "input"))
-        turns = [*_history(fields), ("user", prompt), ("assistant", fields.text(self._answer))]
+        turns = [*history_turns(fields), ("user", prompt), ("assistant", fields.text(self._answer))]
         messages: list[Message] = [{"role": role, "content": text} for role, text in turns if text.strip()]
         messages = with_system(messages, fields.text("system") or data.system)
         return _weighted(Example(fields.origin, messages=messages), fields)
@@ -235,7 +235,7 @@ def _weighted(example: Example, fields: Fields) -> Example:
     return example
 
 
-def _history(fields: Fields) -> list[tuple[str, str]]:
+def history_turns(fields: Fields) -> list[tuple[str, str]]:
     """Earlier turns of an instruction: [["question", "answer"], ...]."""
     history = fields.value("history")
     location = f"{fields.origin}: field 'history'"

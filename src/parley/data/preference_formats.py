@@ -14,6 +14,7 @@ from parley.config import DataSection
 from parley.data.columns import Fields, Spellings
 from parley.data.example import Example, Message
 from parley.data.files import Row
+from parley.data.formats import history_turns
 from parley.data.messages import joined, parse_messages, with_system
 from parley.data.tool_calls import parse_tools
 from parley.data.values import short, type_name
@@ -69,6 +70,10 @@ class Ranking(PreferenceFormat):
     label = "ShareGPT ranking"
     columns = (_TURNS, _CHOSEN, _REJECTED)
 
+    def suits(self, row: Row, fields: Fields) -> bool:
+        """Not where a prompt is beside the turns: UltraFeedback's `messages` repeat the chosen conversation."""
+        return super().suits(row, fields) and not row.get("prompt")
+
     def preference(self, fields: Fields) -> Preference:
         prompt = turns_of(fields, "messages")
         answers = [turns_of(fields, name) for name in ("chosen", "rejected")]
@@ -79,12 +84,22 @@ class Comparison(PreferenceFormat):
     """{"instruction": "Translate:", "input": "cheese", "chosen": "fromage", "rejected": "queso"}, or with `question`"""
 
     label = "Alpaca comparison"
-    columns = (_QUESTION, _CHOSEN, _REJECTED)
-    optional = (("input",), _SYSTEM, _TOOLS)
+    columns: ClassVar[Spellings] = (_QUESTION, _CHOSEN, _REJECTED)
+    optional: ClassVar[Spellings] = (("input",), ("history",), _SYSTEM, _TOOLS)
 
     def preference(self, fields: Fields) -> Preference:
         answers = [_assistant(fields, name) for name in ("chosen", "rejected")]
         return _pair(fields, instruction_turns(fields), *answers)
+
+
+class InputComparison(Comparison):
+    """{"input": "cheese in French", "chosen": "fromage", "rejected": "queso"}, axolotl's chatml.icr"""
+
+    columns = (("input",), _CHOSEN, _REJECTED)
+    optional = (("history",), _SYSTEM, _TOOLS)
+
+    def suits(self, row: Row, fields: Fields) -> bool:
+        return super().suits(row, fields) and isinstance(row.get("input"), str) and not row.get("prompt")
 
 
 class RankedOutputs(PreferenceFormat):
@@ -92,7 +107,7 @@ class RankedOutputs(PreferenceFormat):
 
     label = "Alpaca comparison (output as a list)"
     columns = (_QUESTION, ("output",))
-    optional = (("input",), _SYSTEM, _TOOLS)
+    optional = (("input",), ("history",), _SYSTEM, _TOOLS)
 
     def suits(self, row: Row, fields: Fields) -> bool:
         return super().suits(row, fields) and isinstance(fields.value("output"), list)
@@ -130,9 +145,10 @@ class Pair(PreferenceFormat):
 
     def _of_text(self, fields: Fields, prompt: Any) -> Preference:
         chosen, rejected = fields.text("chosen"), fields.text("rejected")
-        if isinstance(prompt, list | dict):
+        turns = turns_of(fields, "prompt") if isinstance(prompt, list | dict) else _question(fields)
+        if turns:
             answers = ([_said(fields, name, fields.text(name))] for name in ("chosen", "rejected"))
-            return _pair(fields, turns_of(fields, "prompt"), *answers)
+            return _pair(fields, turns, *answers)
         _check_answers(fields, chosen, rejected)
         text = fields.text("prompt")
         if "prompt" not in fields.own:
@@ -176,6 +192,8 @@ class Labelled(PreferenceFormat):
         if isinstance(prompt, list | dict) or isinstance(answer, list | dict):
             turns = turns_of(fields, "prompt") if isinstance(prompt, list | dict) else None
             return _labelled(fields, turns or [{"role": "user", "content": fields.text("prompt")}], "completion")
+        if turns := _question(fields):
+            return _labelled(fields, turns, "completion")
         text, answer = fields.text("prompt"), fields.text("completion")
         _check_label(fields)
         if not text.strip():
@@ -189,11 +207,11 @@ class Labelled(PreferenceFormat):
 
 
 class LabelledInstruction(PreferenceFormat):
-    """{"instruction": ..., "output": ..., "kto_tag": true}, as in LLaMA-Factory"""
+    """{"instruction": ..., "output": ..., "kto_tag": true}, as in LLaMA-Factory; axolotl's answer is `completion`"""
 
     label = "labelled answers to instructions"
-    columns = (_QUESTION, ("output", "response"), _LABEL)
-    optional = (("input",), _SYSTEM, _TOOLS)
+    columns = (_QUESTION, ("output", "response", "completion"), _LABEL)
+    optional = (("input",), ("history",), _SYSTEM, _TOOLS)
     labelled = True
 
     def preference(self, fields: Fields) -> Preference:
@@ -204,24 +222,37 @@ class LabelledConversation(PreferenceFormat):
     """{"messages": [..., {"role": "assistant", ...}], "label": true}: the last answer, and whether it is wanted"""
 
     label = "labelled conversations"
-    columns = (_TURNS, _LABEL)
+    columns: ClassVar[Spellings] = (_TURNS, _LABEL)
     labelled = True
+    turns: ClassVar[str] = "messages"
 
     def preference(self, fields: Fields) -> Preference:
-        turns = turns_of(fields, "messages")
+        turns = turns_of(fields, self.turns)
         start = len(turns)
         while start and turns[start - 1]["role"] != "user":
             start -= 1
         return _with_label(fields, turns[:start], turns[start:])
 
 
+class LabelledCompletion(LabelledConversation):
+    """{"completion": [the whole conversation], "label": true}, axolotl's chatml.argilla_chat"""
+
+    columns = (("completion",), _LABEL)
+    turns = "completion"
+
+    def suits(self, row: Row, fields: Fields) -> bool:
+        return super().suits(row, fields) and isinstance(fields.value("completion"), list)
+
+
 PREFERENCE_FORMATS: tuple[PreferenceFormat, ...] = (
     Ranking(),
     Comparison(),
+    InputComparison(),
     Pair(),
     LabelledConversation(),
     Labelled(),
     LabelledInstruction(),
+    LabelledCompletion(),
     RankedOutputs(),
 )
 
@@ -268,7 +299,15 @@ def instruction_turns(fields: Fields) -> list[Message]:
         raise DataError(
             f"{fields.origin}: {fields.own.get('instruction', 'instruction')!r} is empty; wanted a question"
         )
-    return [{"role": "user", "content": text}]
+    history: list[Message] = [{"role": role, "content": said} for role, said in history_turns(fields)]
+    return [*history, {"role": "user", "content": text}]
+
+
+def _question(fields: Fields) -> list[Message]:
+    """A prompt of text as a user's turn, where a system prompt or tools make the row a conversation."""
+    text = fields.text("prompt")
+    chat = fields.text("system") or fields.data.system or fields.value("tools")
+    return [{"role": "user", "content": text}] if chat and text.strip() else []
 
 
 def _common_prefix(first: str, second: str) -> str:
