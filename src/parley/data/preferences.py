@@ -124,11 +124,9 @@ def render_preference_stream(
     first = next(iter(rows), None)
     if first is None:
         raise DataError(f"{where}: is empty; wanted at least one row")
-    position = 0
 
-    def render(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        nonlocal position
-        names = list(batch)
+    def render(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        names, position = list(batch), indices[0]
         part = [dict(zip(names, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         prefix = f"{where} (after {position:,})" if position else where  # rows are counted from the batch's first
         renderer = PreferenceRenderer(Dataset.from_list(part), tokenizer, data, max_length, kind, where, prefix)
@@ -139,10 +137,11 @@ def render_preference_stream(
             logger.warning(
                 "%s, rows %d to %d: %s", where, position + 1, position + len(part), renderer.summary.dropped_line()
             )
-        position += len(part)
         return {name: [row[name] for row in columns.rows] for name in FEATURES[kind]}
 
-    return rows.map(render, batched=True, batch_size=BATCH, remove_columns=list(first), features=FEATURES[kind])
+    return rows.map(
+        render, with_indices=True, batched=True, batch_size=BATCH, remove_columns=list(first), features=FEATURES[kind]
+    )
 
 
 class PreferenceRenderer:
