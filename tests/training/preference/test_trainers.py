@@ -19,16 +19,17 @@ from .conftest import demo_adapter
 def test_a_stream_is_rendered_as_rows_in_memory_are(pairs: Dataset, options: dict[str, Any]) -> None:
     model, tokenizer = demo_adapter()
     found = []
-    for rows in (pairs, pairs.to_iterable_dataset()):
+    stream = pairs.to_iterable_dataset()
+    for rows in (pairs, stream):
         args = parley.DPOConfig(**options | {"max_steps": 1})
         trainer = parley.DPOTrainer(
-            model, args=args, train_dataset=rows, eval_dataset={"other": rows}, processing_class=tokenizer
+            model, args=args, train_dataset=rows, eval_dataset={"other": stream}, processing_class=tokenizer
         )
         ids = [[list(row[name]) for row in trainer.train_dataset] for name in ("chosen_input_ids", "rejected_labels")]
         assert [list(row["chosen_input_ids"]) for row in trainer.eval_dataset["other"]] == ids[0]
         found.append([*ids, [row["origin"] for row in trainer.train_dataset]])
+        assert "eval_other_preference_accuracy" in trainer.evaluate()
     assert found[0] == found[1]
-    assert "eval_other_preference_accuracy" in trainer.evaluate()
 
 
 def test_an_overlong_pair_of_a_stream_is_named(

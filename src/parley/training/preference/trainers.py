@@ -204,6 +204,8 @@ def _own_config(args: TrainingArguments | None, kind: type[Any], theirs: type[An
         args = copy.deepcopy(args)
     else:
         args = kind(**(args.to_dict() | {"hub_token": args.hub_token}))
+    if args.accelerator_config.dispatch_batches is None:  # accelerate would look for tensors in a stream's batches
+        args.accelerator_config.dispatch_batches = False
     if args.data_seed is None:  # else the order of rows follows torch's seed at the time, which a resumed run has not
         args.data_seed = args.seed
     return args
