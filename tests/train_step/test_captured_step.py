@@ -20,8 +20,10 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, loss_weight
 from parley.models.packing_isolation import why_not_packed
+from parley.train_step import packed_attention
 from parley.train_step.bind import Unsupported
 from parley.train_step.captured_step import CapturedStep, GraphSize, packed_logits
+from parley.train_step.packed_batch import StagingBuffer, pack
 from parley.train_step.router_loss import router_loss
 
 SIZES: dict[str, Any] = {
@@ -174,6 +176,19 @@ def test_another_auxiliary_loss_than_switch_transformer_s_is_refused(monkeypatch
     step = CapturedStep(build("qwen3_moe"), tokens=1000, router_loss=0.5)
     with pytest.raises(Unsupported, match=r"a router's auxiliary loss of 0\.1000 where Switch Transformer's is 2\."):
         step.forward_backward(documents(), 1)
+
+
+def test_heads_of_one_width_are_not_copied_before_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    attend = packed_attention.PackedAttention.apply
+    monkeypatch.setattr(packed_attention.PackedAttention, "apply", lambda *args: seen.append(args) or attend(*args))
+    batch = StagingBuffer(torch.device("cpu"), 8).upload(pack(documents((8,))), 1.0, (8,))
+    query, key, value = torch.randn(1, 4, 8, 16), torch.randn(1, 2, 8, 16), torch.randn(1, 2, 8, 16)
+    packed_attention.packed_attention(torch.nn.Module(), query, key, value, None, packed_batch=batch)
+    packed_attention.packed_attention(torch.nn.Module(), query, key, value[..., :8], None, packed_batch=batch)
+    assert [x.data_ptr() for x in seen[0][:3]] == [x.data_ptr() for x in (query, key, value)]
+    assert seen[1][2].shape == value[0].shape
+    assert not seen[1][2][..., 8:].any()
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])

@@ -74,6 +74,22 @@ def test_a_masked_first_step_leaves_no_state(name: str) -> None:
     assert_equal(tensors(parameter, optimizer), tensors(wanted, plain))
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_masked_first_steps_that_are_noticed_late_are_not_taken_off_the_count(name: str) -> None:
+    """The host reads flags some steps later: by then an update may have made the state."""
+    (parameter, optimizer), (wanted, plain) = made(name), made(name)
+    for gradient, finite in ((float("nan"), False), (float("nan"), False), (1.0, True), (float("nan"), False)):
+        parameter.grad = torch.linspace(-1, 2, SIZE) * gradient
+        optimizer.finite = torch.tensor(finite)
+        optimizer.step()
+    step(wanted, plain, 1.0, None)
+    optimizer.forget_steps(3)
+    assert_equal(tensors(parameter, optimizer), tensors(wanted, plain))
+    step(parameter, optimizer, 0.25, True)
+    step(wanted, plain, 0.25, None)
+    assert_equal(tensors(parameter, optimizer), tensors(wanted, plain))
+
+
 @pytest.mark.parametrize("sizes", [(), (7,), (24, 1), (64, 3, 400), (4096,)])
 def test_copies_fill_idle_buffers_of_any_size_first(sizes: tuple[int, ...]) -> None:
     idle = [torch.zeros(size, dtype=torch.bfloat16) for size in sizes]

@@ -29,13 +29,17 @@ class MaskedUpdate(torch.optim.Optimizer):
 
     finite: Tensor | None = None
     idle: Callable[[], Sequence[Tensor]] = staticmethod(tuple)
+    _uncounted = 0  # masked steps before the first update, which no counter has
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         if self.finite is None:
             return super().step(closure)
         if not any(self.state.values()):  # the first update creates the state: nothing to copy, so wait for the flag
-            return super().step(closure) if bool(self.finite) else None
+            if bool(self.finite):
+                return super().step(closure)
+            self._uncounted += 1
+            return None
         if isinstance(self, AdamW8bit) and self.masks_itself:
             return super().step(closure)
         copies = Copies(self._tensors(), self.idle())
@@ -45,6 +49,8 @@ class MaskedUpdate(torch.optim.Optimizer):
 
     def forget_steps(self, count: int) -> None:
         """Take back the last `count` masked steps from the counters that are kept on the host."""
+        known = min(count, self._uncounted)
+        self._uncounted, count = self._uncounted - known, count - known
         for state in self.state.values():
             step = state.get("step")
             if isinstance(step, int) or (isinstance(step, Tensor) and not self._on_device(step)):

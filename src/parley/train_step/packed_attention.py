@@ -107,7 +107,7 @@ def packed_attention(
     # Latent attention (DeepSeek) has keys wider than values: columns of zeros change neither scores nor results.
     columns = value.shape[3]
     head_dim = max(query.shape[3], columns)
-    query, key, value = (functional.pad(x, (0, head_dim - x.shape[3])) for x in (query, key, value))
+    query, key, value = (_with_columns(x, head_dim) for x in (query, key, value))
     heads = query.shape[1]
     if query.is_cuda and not MIN_TRITON_HEAD <= head_dim <= MAX_TRITON_HEAD[query.dtype]:
         raise Unsupported(f"attention heads of {head_dim} in {query.dtype}")
@@ -118,6 +118,11 @@ def packed_attention(
     else:
         out_TD = PackedAttention.apply(query[0], key[0], value[0], s_aux, packed_batch, shape)
     return out_TD.view(1, -1, heads, head_dim)[..., :columns], None
+
+
+def _with_columns(x: Tensor, columns: int) -> Tensor:
+    # functional.pad copies even where there is nothing to add.
+    return x if x.shape[3] == columns else functional.pad(x, (0, columns - x.shape[3]))
 
 
 def _check_context(shape: AttentionShape, s_aux: Tensor | None) -> None:
