@@ -275,3 +275,9 @@ def test_plans_of_one_model_share_it(model_folder: Any) -> None:
     assert planner("lora=null").trained > first.parameters  # norms are trained, too
     assert planner("model.quantization=nf4").taken().peak_bytes < first.taken().peak_bytes
     assert planner("model.dtype=float32").taken().peak_bytes > first.taken().peak_bytes
+
+
+def test_a_model_with_attention_dropout_is_planned_on_the_plain_path_as_it_runs(folder: Any) -> None:
+    planned = plan_for(settings(folder(attention_dropout=0.1)), ROWS, gpu(8))
+    assert planned.not_fused_because == "attention_dropout 0.1"
+    assert [estimate.path for estimate in planned.estimates] == ["plain"]

@@ -17,7 +17,8 @@ from parley.models.load import load_config
 from parley.models.packing_isolation import why_not_packed
 from parley.models.resolve import adapter_chain, model_folder
 from parley.train_step.bind import Unsupported, bind
-from parley.train_step.captured_step import packed_logits
+from parley.train_step.captured_step import base_of, packed_logits
+from parley.train_step.packed_attention import check_attention_dropout
 from parley.training.arguments import sft_config
 from parley.training.captured_trainer import unsupported_captured_option
 from parley.training.fused_trainer import unsupported_option
@@ -195,6 +196,10 @@ class Planner:
             return []
         if unsupported_captured_option(self.args) is not None or self.compute_dtype == torch.float16:
             return []
+        try:
+            check_attention_dropout(base_of(self.model).config)
+        except Unsupported:
+            return []
         if why_not_packed(self.model, self.batches.max_length, packed_logits) is not None:
             return []
         try:
@@ -248,10 +253,8 @@ class Planner:
         if self.device.count == 1:
             return None
         sharded = taken.memory == "sharded"
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-        gathers = taken.passes * (
-            2 + (0 if self.config.lora is not None else 0.5)
-        )  # forward, backward; a reduce-scatter
+        reduce_scatter = 0 if self.config.lora is not None else 0.5
+        gathers = taken.passes * (2 + reduce_scatter)  # of the weights, in the forward and in the backward pass
         kv = self.model_config.get_text_config().to_dict()
         heads = kv.get("num_key_value_heads") or kv.get("num_attention_heads") or 1
         size = kv.get("head_dim") or kv["hidden_size"] // kv["num_attention_heads"]
@@ -261,7 +264,7 @@ class Planner:
         return link_cost(
             self.device.name,
             self.device.count,
-            gradient_bytes=0 if sharded and self.config.lora is None else 4 * trained,
+            gradient_bytes=0 if sharded and self.config.lora is None else 4 * self.trained,
             gathered_bytes=int(gathers * base_and_trained_bytes(self.model)) if sharded else 0,
             context_bytes=int(split * (2 + taken.recompute)),
         )
@@ -280,7 +283,10 @@ class Planner:
 
 
 def weight_file_bytes(config: RunConfig) -> int | None:
-    """Bytes of the tensors in the base model's safetensors files, by their headers; None where they are not here."""
+    """Bytes of the base model's safetensors files; None where they are not here.
+
+    Raises ModelError for a file whose header is damaged.
+    """
     _, base = adapter_chain(config.model)
     folder = model_folder(base, weights=False)
     total = 0
