@@ -155,16 +155,25 @@ def test_dropout(rows: int, columns: int) -> None:
         assert out[:, columns:].isnan().all()
 
 
-def test_nf4() -> None:
+@pytest.mark.parametrize("rows, columns", [(48, 192), (48, 40), (7, 22), (3, 10)])  # the last block is shorter
+def test_nf4(rows: int, columns: int) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
-    weight = draw(48, 192, seed=0)
+    weight = draw(rows, columns, seed=0)
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     wanted = functional.dequantize_4bit(packed, state)
     for ops in BOTH:
-        out = torch.zeros(48, 200, device=DEVICE)
-        ops.dequantize_nf4(packed, state.absmax, state.code, 64, out[:, :192])
-        assert torch.equal(out[:, :192], wanted)
-        assert not out[:, 192:].any()
+        out = torch.zeros(rows, columns + 8, device=DEVICE)
+        ops.dequantize_nf4(packed, state.absmax, state.code, 64, out[:, :columns])
+        assert torch.equal(out[:, :columns], wanted)
+        assert not out[:, columns:].any()
+
+
+def test_nf4_of_an_odd_number_of_values() -> None:  # by the reference alone: `bind` refuses odd rows
+    functional = pytest.importorskip("bitsandbytes.functional")
+    packed, state = functional.quantize_4bit(draw(7, 9, seed=0), blocksize=64, quant_type="nf4")
+    out = torch.zeros(7, 9, device=DEVICE)
+    reference.dequantize_nf4(packed, state.absmax, state.code, 64, out)
+    assert torch.equal(out, functional.dequantize_4bit(packed, state))
 
 
 @pytest.mark.parametrize("together", [False, True])

@@ -112,6 +112,15 @@ def test_4_bit_weights_in_the_layout_of_cpu_inference_are_refused(take: Callable
         take(model)
 
 
+@pytest.mark.parametrize("take", [bind, read_weights])
+def test_4_bit_rows_that_end_within_a_byte_are_refused(take: Callable[[nn.Module], Any]) -> None:
+    model = adapted()
+    linear = Linear4bit(33, 32, bias=False, compute_dtype=torch.float32, quant_type="nf4").to("cpu")
+    model.get_base_model().model.layers[0].self_attn.o_proj = linear
+    with pytest.raises(Unsupported, match="4-bit weights with 33 input features, an odd number"):
+        take(model)
+
+
 def test_an_adapter_that_is_all_frozen_is_refused() -> None:
     model = adapted()
     model.requires_grad_(False)

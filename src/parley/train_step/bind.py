@@ -344,6 +344,8 @@ def _base_weight(module: nn.Module) -> tuple[BaseWeight, Tensor | None]:
     if isinstance(linear, bitsandbytes.nn.Linear4bit):
         if has_inference_layout(linear):
             raise Unsupported("4-bit weights in the layout of CPU inference")
+        if linear.in_features % 2:  # the kernels read whole bytes of a row, two values each
+            raise Unsupported(f"4-bit weights with {linear.in_features} input features, an odd number")
         return Nf4Weight(linear.weight), bias
     if type(linear) is not nn.Linear:
         raise Unsupported(f"base layers of type {type(linear).__name__}")

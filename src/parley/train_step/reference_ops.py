@@ -101,7 +101,10 @@ def dequantize_nf4(packed: Tensor, absmax: Tensor, code: Tensor, block: int, out
     bytes_ = packed.flatten().int()
     # bitsandbytes stores the first of two values in the high half of a byte.
     nibbles = torch.stack([bytes_ >> 4, bytes_ & 15], dim=1).flatten()
-    values = code[nibbles].view(-1, block) * absmax[:, None]
+    values = code[nibbles][: out_NK.numel()]  # an odd number of values leaves half a byte
+    blocks = values.numel() // block * block  # the last block may be shorter
+    values[:blocks].view(-1, block).mul_(absmax[: blocks // block, None])
+    values[blocks:].mul_(absmax[-1])
     out_NK.copy_(values.view(out_NK.shape))
 
 
