@@ -18,7 +18,9 @@ LONGEST_CELL = 200  # characters of an answer; the report has all of it
 
 def print_summary(report: Report, weights: Path, page: Path, console: Console) -> None:
     """`weights`: the adapter's or model's folder; `page`: report.html."""
-    console.print(_comparison(report))
+    comparison = _comparison(report)
+    if comparison.row_count:  # no held-out rows and no questions: nothing was compared
+        console.print(comparison)
     print_text(console, _resources_line(report.resources))
     print_text(console, f"weights: {weights}\nreport:  {page}", wrap=False)
     if report.next_commands:

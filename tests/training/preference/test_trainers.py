@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from transformers import TrainingArguments
 
 import parley
 from parley.errors import UsageError
+from parley.train_step.bind import has_lora_dropout
 
 from .conftest import demo_adapter
 
@@ -84,6 +86,22 @@ def test_an_option_that_changes_nothing_is_named(
     said = [record.getMessage() for record in caplog.records if "no effect" in record.getMessage()]
     assert len(said) == bool(line)
     assert not line or said[0].startswith(line)
+
+
+@pytest.mark.parametrize("by_config", [True, False])
+@pytest.mark.parametrize("disable", [True, False])
+def test_lora_dropout_that_is_disabled_is_named(
+    by_config: bool, disable: bool, pairs: Dataset, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tokenizer = demo_adapter()
+    base = model.unload()
+    lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    adapter = {"model": base, "peft_config": lora} if by_config else {"model": get_peft_model(base, lora)}
+    args = parley.DPOConfig(**options, disable_dropout=disable)
+    with caplog.at_level(logging.WARNING, "parley"):
+        trainer = parley.DPOTrainer(args=args, train_dataset=pairs, processing_class=tokenizer, **adapter)
+    assert has_lora_dropout(trainer.model) is not disable
+    assert ("lora_dropout has no effect: disable_dropout is true" in caplog.text) is disable
 
 
 def test_settings_of_a_rows_template_and_unread_columns(

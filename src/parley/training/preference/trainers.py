@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import trl
 from datasets import Dataset, IterableDataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from parley.config import DataSection, Overlong
@@ -22,6 +22,7 @@ from parley.data.preferences import Kind, render_preference_stream, render_prefe
 from parley.data.summary import DataSummary
 from parley.data.supervision import TrainOn
 from parley.errors import UsageError
+from parley.train_step.bind import has_lora_dropout
 from parley.training.option_effects import left_to_the_fused_step, without_effect
 from parley.training.preference.config import DPOConfig, KTOConfig
 from parley.training.preference.documents import LabelledCollator, PairCollator
@@ -29,6 +30,13 @@ from parley.training.preference.losses import DPO, ORPO, Objective, SimPO, dpo_o
 from parley.training.preference.pair_options import pair_options_without_effect
 from parley.training.preference.preference_trainer import PreferenceTrainer
 from parley.training.trainer import logger, restore_adapters
+
+
+def _lora_dropout(model: Any, config: Any) -> bool:
+    """Whether the adapter of `model`, or the one that `config` is about to add, has dropout."""
+    if isinstance(config, LoraConfig):
+        return config.lora_dropout > 0
+    return isinstance(model, PeftModel) and has_lora_dropout(model)
 
 
 class _Prepares(PreferenceTrainer):
@@ -76,6 +84,8 @@ class _Prepares(PreferenceTrainer):
         self.objective = self._objective(args)
         for line in self.without_effect(args):
             logger.warning("%s", line)
+        if args.disable_dropout and _lora_dropout(model, kwargs.get("peft_config")):
+            logger.warning("lora_dropout has no effect: disable_dropout is true, TRL's default for preferences")
         # Before TRL fills in options of its own.
         self.left_to_fused_step = left_to_the_fused_step(args)
         if overlong is None:
