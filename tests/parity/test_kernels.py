@@ -155,7 +155,7 @@ def test_dropout(rows: int, columns: int) -> None:
         assert out[:, columns:].isnan().all()
 
 
-@pytest.mark.parametrize("rows, columns", [(48, 192), (48, 40), (7, 22), (3, 10)])  # the last block is shorter
+@pytest.mark.parametrize(("rows", "columns"), [(48, 192), (48, 40), (7, 22), (3, 10)])  # the last block is shorter
 def test_nf4(rows: int, columns: int) -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     weight = draw(rows, columns, seed=0)
