@@ -69,6 +69,20 @@ def test_a_call_that_nobody_waits_for_is_abandoned() -> None:
     asyncio.run(calls())
 
 
+def test_a_call_is_abandoned_while_its_process_starts() -> None:
+    async def calls() -> None:
+        worker = Worker(prepare=int)
+        slow = asyncio.ensure_future(worker.call(time.sleep, 90))
+        await asyncio.sleep(0.05)  # the pool has handed it over; Python itself takes longer to start
+        worker.abandon()
+        await asyncio.wait({slow}, timeout=40)
+        assert slow.done(), "the abandoned call runs on"
+        with pytest.raises(UsageError, match="another data set was chosen"):
+            slow.result()
+
+    asyncio.run(calls())
+
+
 def test_it_ends_with_a_studio_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "studio_of_a_test.py"
     script.write_text(

@@ -92,7 +92,12 @@ class _Process:
 
     def kill(self) -> None:
         self.is_abandoned = True
-        # Without a pid it has not started yet, and its calls were cancelled.
-        if self._pid.done() and not self._pid.cancelled():
-            with suppress(psutil.NoSuchProcess):
-                psutil.Process(self._pid.result()).kill()
+        # The pool hands over a call or two ahead, which it cannot cancel: a process that is starting is killed as soon
+        # as its pid is known.
+        self._pid.add_done_callback(_kill)
+
+
+def _kill(pid: Future[int]) -> None:
+    if not pid.cancelled() and pid.exception() is None:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid.result()).kill()

@@ -5,9 +5,9 @@
 class SharedStream extends EventTarget {
   static OPEN = 3; // streams that stay open; the other connections are for pages and what they load
   static ASK_EVERY = 2000;
-  static GONE_AFTER = 3 * SharedStream.ASK_EVERY; // without a word of another page
+  static GONE_AFTER = 3 * SharedStream.ASK_EVERY; // ms without a message of another page
 
-  // address(once): where the stream goes on; `once`: the server ends it when it has sent what there is.
+  // address(once): where the stream continues; `once`: the server ends it when it has sent what there is.
   constructor(address, names, onMode) {
     super();
     this.address = address;
