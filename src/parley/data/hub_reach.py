@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datasets import config as datasets_config
+from datasets.naming import camelcase_to_snakecase
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -15,7 +16,9 @@ UNREACHABLE = "no such file or folder here, and the hub cannot be reached; check
 
 def check_hub_reached(source: str) -> None:
     """Raises DataError where the hub does not answer and no earlier download of the data set `source` is here."""
-    if (datasets_config.HF_DATASETS_CACHE / source.replace("/", "___")).is_dir():
+    owner, slash, name = source.rpartition("/")
+    cached = f"{owner}{slash and '___'}{camelcase_to_snakecase(name)}"  # as datasets names its folder
+    if (datasets_config.HF_DATASETS_CACHE / cached).is_dir():
         return
     try:
         HfApi().dataset_info(source, timeout=TIMEOUT)
