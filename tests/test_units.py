@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from parley.units import short_count
+from parley.units import counted, short_count
 
 
 @pytest.mark.parametrize(
@@ -12,3 +12,11 @@ from parley.units import short_count
 )
 def test_counts_are_short(count: int, short: str) -> None:
     assert short_count(count) == short
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 steps"), (1, "1 step"), (1.0, "1 step"), (2.5, "2.5 steps"), (1_235_814_400, "1,235,814,400 steps")],
+)
+def test_nouns_follow_their_number(count: float, text: str) -> None:
+    assert counted(count, "step") == text

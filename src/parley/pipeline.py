@@ -64,6 +64,7 @@ from parley.training.step_faults import StepFaultLog
 from parley.training.step_monitor import NonfiniteStepError
 from parley.training.terminal_summary import print_summary
 from parley.training.validation import Validation
+from parley.units import counted
 
 DEMO_SETTINGS: dict[str, Any] = {
     "model": DEMO_MODEL,
@@ -346,8 +347,8 @@ def dry_run(config: RunConfig, console: Console) -> None:
     report_questions(config, data.heldout_examples, tokenizer, max_positions(model_config))
     training = config.training
     steps = training.max_steps if data.summary.streaming else planned_steps(training, data.summary.kept)
-    rows, things = rows_per_step(training), "prompts" if training.method == "grpo" else "conversations"
-    print_text(console, f"would train {steps:,} steps of {rows:g} {things} into {config.output}")
+    rows, thing = rows_per_step(training), "prompt" if training.method == "grpo" else "conversation"
+    print_text(console, f"would train {counted(steps, 'step')} of {counted(rows, thing)} into {config.output}")
 
 
 def demo(output: Path, console: Console | None = None, method: Literal["sft", "dpo", "grpo"] = "sft") -> RunResult:

@@ -11,6 +11,11 @@ def file_size(size: int) -> str:
     return f"{size} B"
 
 
+def counted(count: float, thing: str) -> str:
+    """A number and its noun: 1 step, 1,200 steps."""
+    return f"{count:,.15g} {thing}" + ("" if count == 1 else "s")
+
+
 def round_up(n: int, multiple: int) -> int:
     """The smallest multiple of `multiple` that is at least `n`."""
     return -(-n // multiple) * multiple

@@ -33,6 +33,15 @@ def test_runs_are_listed(parley: Callable[..., Any], folder: Path, monkeypatch: 
     assert parley("runs").out == ended.out
 
 
+def test_a_narrow_terminal_shows_the_names_of_runs(
+    parley: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    lines = [line.split() for line in parley("runs", folder).out.splitlines()]
+    assert lines[0] == ["run", "state"]
+    assert sorted(lines[1:]) == [["first", "finished"], ["second", "finished"]]
+
+
 def test_runs_as_json(parley: Callable[..., Any], folder: Path) -> None:
     found = json.loads(parley("runs", folder, "--json").out)
     assert {Path(run["path"]).name: run["loss"] for run in found} == {"first": 1.5, "second": 1.25}

@@ -15,6 +15,7 @@ from parley.cli.loading import TrustRemoteCode, open_model
 from parley.cli.terminal import Stopped, err, importing, quiet_libraries, renamed_option
 from parley.errors import DataError, ParleyError, UsageError
 from parley.text import one_line, print_text
+from parley.units import counted
 
 if TYPE_CHECKING:
     from parley.inference.generate import Engine
@@ -101,7 +102,8 @@ def _write(
         partial.replace(output)
     except OSError as error:
         raise UsageError(f"{output}: {error.strerror}; choose another --output") from None
-    print_text(err, f"{rows.answered} prompts are answered in {output}", wrap=False)
+    verb = "is" if rows.answered == 1 else "are"
+    print_text(err, f"{counted(rows.answered, 'prompt')} {verb} answered in {output}", wrap=False)
     return rows.failed
 
 

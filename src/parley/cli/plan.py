@@ -13,7 +13,7 @@ from rich.text import Text
 from parley.cli.terminal import importing, out, quiet_libraries
 from parley.cli.train import run_config
 from parley.text import print_text, visible
-from parley.units import short_count
+from parley.units import counted, short_count
 
 if TYPE_CHECKING:
     from parley.training.plan.memory import MemoryEstimate
@@ -67,8 +67,9 @@ def _print(planned: RunPlan) -> None:
 
     parameters, trained = short_count(planned.parameters), short_count(planned.trained_parameters)
     print_text(out, f"{planned.model}: {parameters} parameters, {trained} trained")
-    rows = "a stream" if planned.rows is None else f"{planned.rows:,} rows of up to {planned.longest_row:,} tokens"
-    print_text(out, f"{rows}; {planned.steps:,} steps, {planned.tokens:,} tokens")
+    longest = counted(planned.longest_row, "token")
+    rows = "a stream" if planned.rows is None else f"{counted(planned.rows, 'row')} of up to {longest}"
+    print_text(out, f"{rows}; {counted(planned.steps, 'step')}, {counted(planned.tokens, 'token')}")
     out.print(_memory_table(planned))
     for estimate in planned.estimates[:1]:
         for note in estimate.notes:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from parley.training.run_summary import RunSummary
 
 STYLES = {"running": "cyan", "finished": "green", "stopped": "yellow", "failed": "red", "broken": "red"}
-COLUMNS = ("run", "state", "step", "loss", "held-out", "date", "size", "model", "data")
+COLUMNS: tuple[str, ...] = ("run", "state", "step", "loss", "held-out", "date", "size", "model", "data")
 WIDE = 100  # columns of a terminal that has space for the data's name as well
 NUMBERS = frozenset({"step", "loss", "held-out", "size"})
 MINIMUM = {"state": 8, "step": 9, "loss": 5, "held-out": 8, "date": 11, "size": 8}  # characters
@@ -67,6 +67,8 @@ def _list(folder: Path, *, as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
     columns = COLUMNS if out.width >= WIDE else COLUMNS[:-1]
+    while len(columns) > 2 and sum(MINIMUM.get(name, 4) + 2 for name in columns) - 2 > out.width:
+        columns = columns[:-1]  # rich would leave out the first ones
     for name in columns:
         names = name in ("run", "model", "data")  # these are cut where the terminal is narrow, the others never
         table.add_column(

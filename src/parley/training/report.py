@@ -24,6 +24,7 @@ from parley.data.doctor.findings import Diagnosis
 from parley.errors import RunError
 from parley.training.charts import Chart, line_chart
 from parley.training.formatting import Row, duration, figure, flat_rows, gib, percent, share
+from parley.units import counted
 
 
 def _encodable(value: Any) -> Any:
@@ -228,17 +229,13 @@ def lead(report: Report) -> list[str]:
     """The line under the title: steps, tokens, time, device and peak memory, as far as each is known."""
     used = report.resources
     known = [
-        _counted(report.steps[-1].step, "step") if report.steps else "",
-        _counted(used.tokens, "token") if used.tokens else "",
+        counted(report.steps[-1].step, "step") if report.steps else "",
+        counted(used.tokens, "token") if used.tokens else "",
         duration(used.train_seconds) if used.train_seconds is not None else "",
         used.device,
         f"{gib(used.memory_peak_gib)} at the peak" if used.memory_peak_gib is not None else "",
     ]
     return [part for part in known if part]
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count:,} {thing}" + ("" if count == 1 else "s")
 
 
 def score_changes(report: Report) -> list[ScoreChange]:
