@@ -169,6 +169,20 @@ def test_padding_reaches_no_expert_in_the_auxiliary_loss() -> None:
     got = router_loss(list(logits), 2, torch.tensor(13, dtype=torch.int32))
     assert float(got) == pytest.approx(float(wanted), rel=1e-6)
     assert float(wanted) != pytest.approx(float(load_balancing_loss_func(tuple(logits), 8, 2)), rel=1e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(router_loss(list(logits), 2, torch.tensor(13, dtype=torch.int32)), got)
+
+
+def test_the_auxiliary_loss_is_computed_under_the_model_s_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's autocast takes a softmax in fp32, which 16-bit logits have not outside of it."""
+    step = CapturedStep(build("qwen3_moe"), tokens=1000, autocast=torch.bfloat16, router_loss=0.5)
+    assert step.router is not None
+    under, of = [], step.router.of
+    monkeypatch.setattr(
+        step.router, "of", lambda *args, **kwargs: under.append(torch.is_autocast_enabled("cpu")) or of(*args, **kwargs)
+    )
+    step.forward_backward(documents(), 1)
+    assert under == [True]
 
 
 def test_another_auxiliary_loss_than_switch_transformer_s_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

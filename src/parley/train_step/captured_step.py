@@ -74,7 +74,6 @@ class CapturedStep:
         graphs: capture passes on a GPU. A sharded model (models/sharding.py) is not captured: its layers are gathered
             into memory that is allocated anew in each pass. Its gradients are sums over all ranks where they are
             sharded, and this rank's own where they are not (adapters).
-
         dft: the loss of dynamic fine-tuning (supervised_loss.py), without smoothing.
         noise: whether the model's embedding has NEFTune's hook.
         router_loss: the coefficient of a mixture of experts' auxiliary loss (router_loss.py); 0 leaves it out.
@@ -279,10 +278,12 @@ class CapturedStep:
                 logits_to_keep=batch.row_S.long(),
                 **({} if self.router is None else {"output_router_logits": torch.is_grad_enabled()}),
             )
+            auxiliary = None
+            if self.router is not None and torch.is_grad_enabled():
+                # Under autocast, as in the model: a GPU's takes the softmax of 16-bit logits in fp32.
+                auxiliary = self.router.of(outputs, batch.filled, padded=batch.lengths is None)
         loss = self._supervised_loss(outputs.logits[0], batch)
-        if self.router is not None and torch.is_grad_enabled():
-            loss = loss + self.router.of(outputs, batch.filled, padded=batch.lengths is None)
-        return loss
+        return loss if auxiliary is None else loss + auxiliary
 
     def _supervised_loss(self, logits_SV: Tensor, batch: DeviceBatch) -> Tensor:
         if self.smoothing:

@@ -47,7 +47,8 @@ def router_loss(logits: Sequence[Tensor], chosen: int, filled: Tensor) -> Tensor
         reached_X = reached_X.scatter_add(0, index_TK.flatten(), mask_T1.expand_as(index_TK).flatten())
         probability_X = probability_X + (p_TX.float() * mask_T1).sum(0)
     rows = filled * len(logits)
-    return experts * (reached_X / rows) @ (probability_X / rows)
+    # No product of matrices, which autocast would round to 16 bits.
+    return experts * (reached_X / rows * (probability_X / rows)).sum()
 
 
 @dataclass
