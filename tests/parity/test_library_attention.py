@@ -157,6 +157,17 @@ def test_other_head_sizes_than_the_tested_do_not_go_to_flash_4(monkeypatch: pyte
     assert library_attention._kernel(torch.device("cpu"), AttentionShape(4, 2, 128, 0.2)) == "flash 4"
 
 
+@pytest.mark.parametrize(("capability", "kernel"), [((9, 0), "cudnn"), ((8, 0), "flash 2"), ((10, 0), "flash 2")])
+def test_heads_of_256_go_to_cudnn_on_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], kernel: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(library_attention, "_max_cudnn_head", library_attention._max_cudnn_head.__wrapped__)
+    monkeypatch.setattr(library_attention, "_has_flash_4", lambda device: False)
+    assert library_attention._kernel(torch.device("cuda"), AttentionShape(4, 1, 256, 0.2)) == kernel
+    assert library_attention._kernel(torch.device("cuda"), AttentionShape(4, 1, 128, 0.2)) == "cudnn"
+
+
 def test_libraries_take_rows_with_a_long_document_of_16_bits_alone(libraries: Libraries) -> None:
     x = torch.zeros(TOKENS, SHAPE.columns, dtype=torch.bfloat16)
     assert library_attention.applies(x, batch_of(LENGTHS), SHAPE)

@@ -88,13 +88,22 @@ def _has_flash_4(device: torch.device) -> bool:
     return flash_attn.usable(device)
 
 
+@cache
+def _max_cudnn_head(device: torch.device) -> int:
+    """As PyTorch's own dispatch to cuDNN has it, which calls of the operator go around."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == flash_attn.HOPPER
+    return 256 if hopper else 128
+
+
 def _kernel(device: torch.device, shape: AttentionShape) -> Kernel:
     """cuDNN's operator has no window, and neither library's backward pass adds in a fixed order here; PyTorch's flash
     kernels follow torch's deterministic algorithms.
     """
     if shape.window is not None or torch.are_deterministic_algorithms_enabled():
         return "flash 2"
-    return "flash 4" if shape.head_dim in FLASH_4_HEADS and _has_flash_4(device) else "cudnn"
+    if shape.head_dim in FLASH_4_HEADS and _has_flash_4(device):
+        return "flash 4"
+    return "cudnn" if shape.head_dim <= _max_cudnn_head(device) else "flash 2"
 
 
 def _runs(batch: DeviceBatch, kernel: Kernel) -> list[_Run]:
