@@ -190,7 +190,7 @@ class LoraSection(OpenSection):
 
 class EarlyStoppingSection(Section):
     patience: Positive = Field(3, description="Evaluations in a row without a lower held-out loss that end training.")
-    min_delta: float = Field(0.0, ge=0, description="A loss is lower from this difference on, in nats per token.")
+    min_delta: float = Field(0.0, ge=0, description="A held-out loss is lower from this difference on.")
 
 
 class TrainingSection(OpenSection):

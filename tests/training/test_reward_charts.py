@@ -40,6 +40,10 @@ def test_a_preference_run_draws_margins_accuracy_and_divergence() -> None:
     assert [(change.name, change.before, change.after) for change in score_changes(report)] == [
         ("Preference accuracy", "50%", "95%")
     ]
+    losses = Scores(heldout_loss=0.5, heldout_tokens=88)
+    assert score_changes(report.model_copy(update={"before": losses, "after": losses}))[-1].note == (
+        "of the method's objective"  # a mean over pairs
+    )
 
 
 def test_grpo_draws_rewards_and_lengths_and_shows_samples() -> None:

@@ -247,7 +247,7 @@ def score_changes(report: Report) -> list[ScoreChange]:
         ("Accuracy", "accuracy", "held-out answers that are right"),
         ("Preference accuracy", "preference_accuracy", "held-out pairs whose chosen answer has the higher reward"),
         ("Reward", "reward", "held-out mean of sampled answers"),
-        ("Held-out loss", "heldout_loss", _heldout_note(before, after)),
+        ("Held-out loss", "heldout_loss", _heldout_note(report)),
     ):
         old, new = getattr(before, field), getattr(after, field)
         if old is None and new is None:
@@ -322,8 +322,7 @@ def charts(report: Report) -> list[Chart]:
     )
     loss = [(row.step, row.loss) for row in steps]
     spikes = [(fault.step, fault.loss) for fault in report.step_faults if fault.kind == "spike"]
-    rewarded = any(row.reward is not None or row.margin is not None for row in steps)
-    unit = "of the method's objective" if rewarded else "nats per supervised token"
+    unit = _loss_unit(report)
     found = [*reward_charts(report), line_chart("Loss", unit, loss, dots=heldout, spikes=spikes, smooth=True)]
     for title, unit, field, smooth in smaller:
         values = [(row.step, getattr(row, field)) for row in steps]
@@ -388,9 +387,19 @@ def _row(
     return None if amount is None else Row(name, show(amount), share(amount, total), of)
 
 
-def _heldout_note(before: Scores, after: Scores) -> str:
-    tokens = after.heldout_tokens or before.heldout_tokens
-    return f"nats per token over {tokens:,} tokens" if tokens else "nats per token"
+PREFERENCE_LOSS = "of the method's objective"
+
+
+def _loss_unit(report: Report) -> str:
+    """A preference loss is a mean over pairs or answers, not over tokens."""
+    rewarded = any(row.reward is not None or row.margin is not None for row in report.steps)
+    return PREFERENCE_LOSS if rewarded else "nats per supervised token"
+
+
+def _heldout_note(report: Report) -> str:
+    unit = _loss_unit(report)
+    tokens = (report.after or Scores()).heldout_tokens or (report.before or Scores()).heldout_tokens
+    return f"{unit}, over {tokens:,} tokens" if tokens and unit != PREFERENCE_LOSS else unit
 
 
 def _extras(turn: Turn) -> str:
