@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def test_runs_are_listed(parley: Callable[..., Any], folder: Path, monkeypatch: 
 def test_a_narrow_terminal_shows_the_names_of_runs(
     parley: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("parley.cli.runs.out", Console(width=20))
     lines = [line.split() for line in parley("runs", folder).out.splitlines()]
     assert lines[0] == ["run", "state"]
     assert sorted(lines[1:]) == [["first", "finished"], ["second", "finished"]]

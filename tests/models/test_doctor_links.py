@@ -72,6 +72,7 @@ def test_every_card_is_named_and_the_fullest_one_counts(monkeypatch: pytest.Monk
         lambda index: SimpleNamespace(name=names[index], major=9 - index % 2, minor=0),
     )
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda index: (free[index] * GIB, 141 * GIB))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(doctor, "has_bf16", lambda: True)
     monkeypatch.setattr(doctor, "_nvidia_smi", lambda *arguments: "")
     found = {finding.name: finding for finding in doctor._gpu()}
