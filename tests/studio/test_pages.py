@@ -20,6 +20,7 @@ OVERRIDE = "\u202emoc.live\u2066\u200f\x1b[31m\x07\x00\x9b2J\r"
 EVENTS = "id: 9\n\nevent: points\ndata: {}\n\n"
 WIDE = """[...document.querySelectorAll('main *')]
   .filter(each => each.getBoundingClientRect().right > innerWidth + 1 && !each.closest('.scroll'))
+  .filter(each => !each.matches('.u-select') || each.getBoundingClientRect().width)  // uPlot's selection, when empty
   .map(each => each.outerHTML.slice(0, 80))"""
 HOSTILE = SCRIPT + BREAKOUT + HTMX + OVERRIDE + EVENTS
 ROWS = [
