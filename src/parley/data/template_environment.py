@@ -29,6 +29,7 @@ from parley.data.template_limits import (
 )
 from parley.data.template_trace import TRACE_FILTERS, first_source, state_of
 from parley.data.traced_text import UNKNOWN, SafeText, TracedText, concat, join, runs_of
+from parley.data.values import strings_in
 from parley.data.written_numbers import written_json
 
 
@@ -59,7 +60,7 @@ def _json_runs(value: Any, text: str) -> str | None:
     parts: list[str] = []
     at = 0
     # Each search starts where the previous string ended, since the same text may occur several times.
-    for item in _json_strings(value):
+    for item in strings_in(value):
         for ascii_only in (False, True):
             written = json.dumps(item, ensure_ascii=ascii_only)
             start = text.find(written, at)
@@ -70,18 +71,6 @@ def _json_runs(value: Any, text: str) -> str | None:
         parts += [text[at:start], _tojson(item, ensure_ascii=ascii_only)]
         at = start + len(written)
     return concat([*parts, text[at:]])
-
-
-def _json_strings(value: Any) -> Iterable[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _json_strings(key)
-            yield from _json_strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _json_strings(item)
 
 
 def _raise(message: str) -> NoReturn:

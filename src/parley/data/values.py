@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
 from typing import Any
 
 from parley.errors import DataError
@@ -23,6 +24,19 @@ def text_of(value: Any, location: str) -> str:
         half = ascii(value[error.start])
         raise DataError(f"{location} holds half a character ({half}, a lone surrogate); repair the text") from None
     return value
+
+
+def strings_in(value: Any) -> Iterator[str]:
+    """Each string of a nested value, keys included, in its order."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from strings_in(key)
+            yield from strings_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from strings_in(inner)
 
 
 def short(value: object, quoted: bool = True) -> str:

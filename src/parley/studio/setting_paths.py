@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from parley.config import RunConfig
 from parley.data.files import path_exists
+from parley.data.values import strings_in
 from parley.errors import UsageError
 
 NAMES = frozenset({"hub_model_id", "hub_token", "run_name", "trackio_bucket_id", "trackio_space_id"})
@@ -25,7 +25,7 @@ def library_paths(config: RunConfig) -> Iterator[tuple[str, Path]]:
         if values is None:
             continue
         for key, value in values.model_dump(exclude={"rewards"}).items():
-            for text in _texts(value):
+            for text in strings_in(value):
                 if key not in NAMES and _is_path(text):
                     yield f"{section}.{key}", Path(text).expanduser().absolute()
 
@@ -41,18 +41,6 @@ def check_revisions(config: RunConfig) -> None:
         path = PurePosixPath(text or "")
         if path.is_absolute() or ".." in path.parts:
             raise UsageError(f"{setting}: got {text!r}, wanted a name, not a path")
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _texts(key)
-            yield from _texts(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _texts(inner)
 
 
 def _is_path(text: str) -> bool:

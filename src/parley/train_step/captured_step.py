@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from parley.data.control_tokens import IGNORE_INDEX
 from parley.data.packing import Document, split_by_tokens
 from parley.errors import one_line
+from parley.models.packing_isolation import why_not_packed
 from parley.models.sharding import is_sharded
 from parley.train_step.bind import Unsupported
 from parley.train_step.context_parallel import ContextGroup, split
@@ -36,7 +37,7 @@ from parley.train_step.cuda_graphs import is_deterministic
 from parley.train_step.embedding_noise import noise_by_document
 from parley.train_step.graph_threshold import GraphThreshold
 from parley.train_step.grouped_experts import runs_experts_one_by_one, using_grouped_experts
-from parley.train_step.packed_attention import using_packed_attention
+from parley.train_step.packed_attention import check_attention_dropout, using_packed_attention
 from parley.train_step.packed_batch import DeviceBatch, PackedBatch, StagingBuffer, pack
 from parley.train_step.router_loss import RouterLoss
 from parley.train_step.supervised_loss import SupervisedLoss, smoothed_loss
@@ -335,6 +336,15 @@ def base_of(model: nn.Module) -> PreTrainedModel:
     if "logits_to_keep" not in inspect.signature(type(base).forward).parameters:
         raise Unsupported(f"{type(base).__name__} takes no logits_to_keep")
     return base
+
+
+def check_captured(model: nn.Module, max_tokens: int | None) -> None:
+    """Raises Unsupported where rows of up to `max_tokens` of `model` do not take this path. Needs no weights."""
+    base = base_of(model)
+    check_attention_dropout(base.config)
+    reason = why_not_packed(model, max_tokens, packed_logits)
+    if reason is not None:
+        raise Unsupported(reason)
 
 
 @torch.no_grad()

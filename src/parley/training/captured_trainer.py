@@ -18,11 +18,10 @@ from trl import SFTConfig
 from parley.data.packing import DOCUMENTS, Document, loss_weight
 from parley.errors import UsageError
 from parley.library_compat.trl import count_tokens, metrics
-from parley.models.packing_isolation import LENGTH_DEPENDENT_ROPE, why_not_packed
+from parley.models.packing_isolation import LENGTH_DEPENDENT_ROPE
 from parley.train_step.bind import Unsupported
-from parley.train_step.captured_step import SPARE, CapturedStep, base_of, packed_logits
+from parley.train_step.captured_step import SPARE, CapturedStep, base_of, check_captured
 from parley.train_step.context_parallel import ContextGroup
-from parley.train_step.packed_attention import check_attention_dropout
 from parley.training.dealing import deal_documents
 from parley.training.out_of_memory import Result, Stage, halved_limit, lengths_of
 from parley.training.packed_evaluation import METRICS
@@ -80,10 +79,7 @@ class CapturedTrainer(ShardedTrainer):
             base = base_of(self.model)
             if isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning:
                 raise Unsupported("virtual tokens precede a row")
-            check_attention_dropout(base.config)
-            reason = why_not_packed(self.model, self.max_tokens, packed_logits)
-            if reason is not None:
-                raise Unsupported(reason)
+            check_captured(self.model, self.max_tokens)
             if self.passes_together and self.args.gradient_checkpointing:  # passes are not captured
                 base.gradient_checkpointing_enable({"use_reentrant": False})
             else:

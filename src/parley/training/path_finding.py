@@ -11,10 +11,8 @@ from parley.models.device import pick_device
 from parley.models.doctor import Finding
 from parley.models.load import load_config
 from parley.models.meta_model import META
-from parley.models.packing_isolation import why_not_packed
 from parley.train_step.bind import Unsupported, supported_family
-from parley.train_step.captured_step import base_of, packed_logits
-from parley.train_step.packed_attention import check_attention_dropout
+from parley.train_step.captured_step import check_captured
 
 OPTIONS = "`parley plan` says the path of a run with its options, and counts it"
 
@@ -53,8 +51,7 @@ def why_not_captured(config: PreTrainedConfig) -> str | None:
     try:
         with META:
             model = AutoModelForCausalLM.from_config(config)
-        base_of(model)
-        check_attention_dropout(config)
+        check_captured(model, None)
     except Unsupported as reason:
         return str(reason)
-    return why_not_packed(model, None, packed_logits)
+    return None

@@ -14,11 +14,9 @@ from parley.errors import ModelError
 from parley.models.adapter_files import read_adapter_fields
 from parley.models.device import DTYPES, pick_dtype
 from parley.models.load import load_config
-from parley.models.packing_isolation import why_not_packed
 from parley.models.resolve import adapter_chain, model_folder
 from parley.train_step.bind import Unsupported, bind
-from parley.train_step.captured_step import base_of, packed_logits
-from parley.train_step.packed_attention import check_attention_dropout
+from parley.train_step.captured_step import check_captured
 from parley.training.arguments import sft_config
 from parley.training.captured_trainer import unsupported_captured_option
 from parley.training.fused_trainer import unsupported_option
@@ -197,10 +195,8 @@ class Planner:
         if unsupported_captured_option(self.args) is not None or self.compute_dtype == torch.float16:
             return []
         try:
-            check_attention_dropout(base_of(self.model).config)
+            check_captured(self.model, self.batches.max_length)
         except Unsupported:
-            return []
-        if why_not_packed(self.model, self.batches.max_length, packed_logits) is not None:
             return []
         try:
             return [captured_estimate(self.model, self.batches, self.state_bytes, self.compute_dtype, self.device)]
